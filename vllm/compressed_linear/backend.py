@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The protocol a kernel implements, and the numerical contract it is held to."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
+from vllm.compressed_linear.numerics import torch_dtype
+from vllm.compressed_linear.platform import Platform
+from vllm.compressed_linear.weights import CompressedWeights
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer of ``can_implement``: true, or false with every reason why not."""
+
+    reasons: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return not self.reasons
+
+    def __str__(self) -> str:
+        return "; ".join(self.reasons) or "can implement"
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a backend can do, one declaration per axis of the descriptor.
+
+    Anything not declared is declined, so a feature that descriptors learn later is refused by every
+    backend that was written before it.
+    """
+
+    devices: frozenset[str]
+    integer_bits: frozenset[int] = frozenset()
+    other_elements: frozenset[str] = frozenset()
+    codebooks: bool = False
+    input_dtypes: frozenset[str] = frozenset({"bfloat16", "float16", "float32"})
+    scale_dtypes: frozenset[str] = frozenset({"bfloat16", "float16", "float32"})
+    granularities: frozenset[str] = frozenset({"tensor", "channel", "group"})
+    zero_kinds: frozenset[str] = frozenset()
+    channel_order: bool = False
+    padded_order: bool = False
+    row_scale: bool = False
+    activations: bool = False
+    prescale: bool = False
+    transforms: bool = False
+    required_ops: tuple[str, ...] = ()
+    cpu_features: frozenset[str] = frozenset()
+    min_capability: int | None = None
+    max_capability: int | None = None
+
+    def reasons(self, d: CompressedLinearDescriptor, platform: Platform) -> Iterable[str]:
+        """Every declared limit that ``d`` on ``platform`` exceeds, both sides named."""
+        if platform.device not in self.devices:
+            yield f"device {platform.device} (supported: {_names(self.devices)})"
+        elif platform.device == "cuda":
+            yield from self._capability_reasons(platform)
+        if platform.device in self.devices:
+            for op in self.required_ops:
+                if op not in platform.ops:
+                    yield platform.why_missing(op)
+            if platform.device == "cpu" and not self.cpu_features <= platform.features:
+                lacking = _names(self.cpu_features - platform.features)
+                yield f"CPU without {lacking} (this is {platform.name})"
+        yield from self._weight_reasons(d)
+        if d.input_dtype not in self.input_dtypes:
+            yield f"input dtype {d.input_dtype} (supported: {_names(self.input_dtypes)})"
+        if d.channel_order is not None and not self.channel_order:
+            yield "reordered input channels (activation order) are not supported"
+        elif d.channel_order is not None and d.channel_order.padded and not self.padded_order:
+            yield "input channels filled up to equal groups are not supported"
+        for present, supported, what in (
+            (d.activation, self.activations, "quantised activations"),
+            (d.prescale, self.prescale, "a per-channel scale of the activations"),
+            (d.transform, self.transforms, "Hadamard or rotation transforms"),
+            (d.weight.row_scale, self.row_scale, "second-level scales"),
+        ):
+            if present is not None and not supported:
+                yield f"{what} ({present}) not supported"
+
+    def _weight_reasons(self, d: CompressedLinearDescriptor) -> Iterable[str]:
+        element, scale, zero = d.weight.element, d.weight.scale, d.weight.zero
+        if element.kind == "integer":
+            if element.bits not in self.integer_bits:
+                yield f"{element.bits}-bit integer weights (supported bits: {_names(self.integer_bits)})"
+        elif element.kind == "codebook" and self.codebooks:
+            pass
+        elif element.name not in self.other_elements:
+            yield f"{element.name} weights (supported: {_names(self._element_names())})"
+        if scale is not None:
+            if scale.dtype not in self.scale_dtypes:
+                yield f"scale dtype {scale.dtype} (supported: {_names(self.scale_dtypes)})"
+            if scale.granularity not in self.granularities:
+                yield f"scales per {scale.granularity} (supported: {_names(self.granularities)})"
+        if zero is not None and zero.kind not in self.zero_kinds:
+            yield f"{zero.kind} zero points (supported: {_names(self.zero_kinds)})"
+
+    def _element_names(self) -> set[str]:
+        names = {f"uint{b}" for b in self.integer_bits} | set(self.other_elements)
+        return names | ({"codebooks"} if self.codebooks else set())
+
+    def _capability_reasons(self, platform: Platform) -> Iterable[str]:
+        have = platform.capability or 0
+        if self.min_capability is not None and have < self.min_capability:
+            yield f"compute capability {have} is too old (needs {self.min_capability})"
+        if self.max_capability is not None and have > self.max_capability:
+            yield f"compute capability {have} is too new (at most {self.max_capability})"
+
+
+def _names(values: Iterable[object]) -> str:
+    return ", ".join(str(v) for v in sorted(values, key=lambda v: (str(type(v)), v))) or "none"  # type: ignore[type-var]
+
+
+class QuantLinearMethod(ABC):
+    """One kernel family. One instance serves one layer and holds no state but the descriptor.
+
+    Subclasses set ``name`` and ``capabilities``, and implement ``prep_weights_for_execution``,
+    ``apply`` and ``cost``; limits that one declaration cannot say go into ``further_reasons``.
+    """
+
+    name: ClassVar[str]
+    capabilities: ClassVar[Capabilities]
+    contract_constant: ClassVar[float] = 4.0
+    """c of ``contract_bound``."""
+    batch_invariant: ClassVar[bool] = False
+    """Whether a row's result has the same bits whatever other rows are in the batch."""
+
+    def __init__(self, descriptor: CompressedLinearDescriptor) -> None:
+        self.descriptor = descriptor
+
+    @classmethod
+    def can_implement(cls, descriptor: CompressedLinearDescriptor, platform: Platform) -> Verdict:
+        """Whether this backend computes ``descriptor`` on ``platform``; if not, every reason."""
+        reasons = list(cls.capabilities.reasons(descriptor, platform))
+        if platform.device in cls.capabilities.devices:
+            reasons += cls.further_reasons(descriptor, platform)
+        return Verdict(tuple(dict.fromkeys(reasons)))
+
+    @classmethod
+    def further_reasons(
+        cls, descriptor: CompressedLinearDescriptor, platform: Platform
+    ) -> Iterable[str]:
+        """Rules across several axes, and shapes."""
+        return ()
+
+    @classmethod
+    @abstractmethod
+    def cost(cls, descriptor: CompressedLinearDescriptor, platform: Platform) -> float:
+        """Declared estimate of the bytes that one token (M=1) must move, times how far from the
+        memory limit this backend runs. Lower is chosen first; deterministic."""
+
+    @classmethod
+    def variant(cls, descriptor: CompressedLinearDescriptor, platform: Platform) -> str:
+        """Which code path would run, for the plan (e.g. an instruction set); may be empty."""
+        return ""
+
+    @abstractmethod
+    def prep_weights_for_execution(self, weights: CompressedWeights) -> dict[str, torch.Tensor]:
+        """Repack once. Returns plain named tensors; nothing else is kept."""
+
+    @abstractmethod
+    def apply(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x [..., K] of the descriptor's input dtype, any strides → [..., N] of its output dtype."""
+
+
+def contract_bound(
+    x: torch.Tensor,
+    magnitude: torch.Tensor,
+    expected: torch.Tensor,
+    output_dtype: str,
+    constant: float = QuantLinearMethod.contract_constant,
+) -> torch.Tensor:
+    """Largest error the contract allows, float64 [M, N].
+
+    c · sqrt(K) · 2⁻²⁴ · Σ_k |x| · magnitude, plus one rounding of the output to ``output_dtype``.
+    x: [M, K]; ``magnitude``: [N, K], bound of what a kernel adds up for each weight (``|ŵ|``, or
+    |s|·(|decode(q)| + |z|) where zero points are subtracted apart, see ``weight_magnitude``);
+    ``expected``: [M, N], the exact result.
+    """
+    total = x.abs().to(torch.float64) @ magnitude.to(torch.float64).t()
+    accumulate = constant * max(x.shape[-1], 1) ** 0.5 * 2.0**-24 * total
+    info = torch.finfo(torch_dtype(output_dtype))
+    rounding = expected.to(torch.float64).abs() * info.eps / 2 + info.smallest_normal
+    # The result before rounding already lies ``accumulate`` away, which may cross a binade.
+    return accumulate * (1 + info.eps) + rounding
+
+
+def weight_magnitude(
+    descriptor: CompressedLinearDescriptor,
+    codes: torch.Tensor,
+    scale: torch.Tensor | None,
+    zero: torch.Tensor | None,
+) -> torch.Tensor:
+    """fp32 [n, k]: |s|·(|q − c| + |z − c|) with c = 2^(b−1) where zero points exist, else |ŵ|.
+
+    Kernels subtract zero points as group sums, so the error follows both terms, not their
+    difference.
+    """
+    element = descriptor.weight.element
+    if scale is None:
+        return element.decode(codes).abs()
+    size = max(codes.shape[1] // max(scale.shape[1], 1), 1)
+    wide = scale.to(torch.float32).abs().repeat_interleave(size, 1)
+    if zero is None:
+        return element.decode(codes).abs() * wide
+    centre = 1 << (element.bits - 1) if element.kind == "integer" else 0
+    offset = (zero.to(torch.float32) - centre).abs().repeat_interleave(size, 1)
+    return ((element.decode(codes) - centre).abs() + offset) * wide

@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernel families. One file each; they know descriptors and layouts, never formats."""
+
+
+def register_all() -> None:
+    """Register the backends that come with this package (idempotent)."""
+    from vllm.compressed_linear.backends import cpu, reference, vllm_native
+    from vllm.compressed_linear.registry import register_backend
+
+    for backend in (cpu.CpuBackend, vllm_native.VllmNativeBackend, reference.ReferenceBackend):
+        register_backend(backend)

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From loaded shards to descriptors: facts that only the data tells, used without loss.
+
+A trivial ``g_idx`` vanishes, zero points that all equal the middle code become a symmetric element
+type, the dtype scales really have is stated, and neighbouring shards that agree become one
+descriptor. What remains unlike becomes several parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from vllm.compressed_linear.channels import ChannelPlan
+from vllm.compressed_linear.descriptor import (
+    ChannelOrder,
+    CompressedLinearDescriptor,
+    ScaleSpec,
+    WeightSpec,
+    ZeroSpec,
+)
+from vllm.compressed_linear.layout import Role
+from vllm.compressed_linear.numerics import dtype_name, uint
+from vllm.compressed_linear.weights import (
+    CheckpointError,
+    CompressedWeights,
+    LoadedShard,
+    channel_plan,
+)
+
+
+@dataclass(frozen=True)
+class LayerContext:
+    """What a layer is apart from its weights: dtypes and place in the tensor-parallel group."""
+
+    input_dtype: str
+    output_dtype: str
+    bias_dtype: str | None = None
+    tp_rank: int = 0
+    tp_size: int = 1
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run of shards that one backend computes: output columns [start, start + descriptor.n)."""
+
+    start: int
+    descriptor: CompressedLinearDescriptor
+    weights: CompressedWeights
+
+
+def refine(shards: Sequence[LoadedShard], context: LayerContext) -> list[Part]:
+    """Validate ``shards`` and describe them. Raises ``CheckpointError`` on damaged data."""
+    plans: list[ChannelPlan | None] = []
+    specs: list[WeightSpec] = []
+    for shard in shards:
+        plan = channel_plan(shard)
+        _check_values(shard)
+        plans.append(plan)
+        specs.append(_refined_spec(shard, plan))
+    parts: list[Part] = []
+    begin = offset = 0
+    for end in range(1, len(shards) + 1):
+        if end < len(shards) and _alike(specs, plans, begin, end):
+            continue
+        weights = CompressedWeights(
+            shards[begin:end], plans[begin], zero_points=specs[begin].zero is not None
+        )
+        plan = plans[begin]
+        descriptor = CompressedLinearDescriptor(
+            in_features=shards[begin].source.k,
+            out_features=weights.n,
+            weight=specs[begin],
+            input_dtype=context.input_dtype,
+            output_dtype=context.output_dtype,
+            bias_dtype=context.bias_dtype,
+            shards=tuple(s.source.n + s.source.padding for s in shards[begin:end]),
+            tp_rank=context.tp_rank,
+            tp_size=context.tp_size,
+            channel_order=(
+                None if plan is None or plan.order is None else ChannelOrder(plan.k, plan.padded)
+            ),
+        )
+        parts.append(Part(offset, descriptor, weights))
+        offset += weights.n
+        begin = end
+    return parts
+
+
+def _alike(
+    specs: Sequence[WeightSpec], plans: Sequence[ChannelPlan | None], a: int, b: int
+) -> bool:
+    if specs[a] != specs[b]:
+        return False
+    one, two = plans[a], plans[b]
+    if one is None or two is None:
+        return one is two
+    same_order = (one.order is None) == (two.order is None) and (
+        one.order is None or two.order is None or torch.equal(one.order, two.order)
+    )
+    # CompressedWeights applies one plan to all its shards, so the group maps must agree too.
+    return same_order and torch.equal(one.group_of, two.group_of)
+
+
+def _refined_spec(shard: LoadedShard, plan: ChannelPlan | None) -> WeightSpec:
+    spec = shard.source.scheme.weight
+    scale = shard.scale()
+    if scale is None or spec.scale is None:
+        return spec
+    granularity = spec.scale.granularity
+    if plan is not None:
+        granularity = "group" if len(plan.group_of) > 1 else "channel"
+    scale_spec = ScaleSpec(
+        dtype_name(scale.dtype),
+        granularity,
+        plan.group_size if plan is not None and granularity == "group" else -1,
+    )
+    zero = shard.zero()
+    if spec.element.kind != "integer" or zero is None:
+        return replace(spec, scale=scale_spec, zero=None if zero is None else spec.zero)
+    middle = 1 << (spec.element.bits - 1)
+    if zero.numel() and bool((zero == middle).all()):
+        return replace(spec, element=uint(spec.element.bits, middle), scale=scale_spec, zero=None)
+    kind = spec.zero.kind if spec.zero is not None else "integer"
+    return replace(spec, scale=scale_spec, zero=ZeroSpec(kind, dtype_name(zero.dtype)))
+
+
+def _check_values(shard: LoadedShard) -> None:
+    """Scales are finite, and a zero scale only where nothing is lost by it."""
+    scale = shard.scale()
+    stored = shard.stored(Role.SCALE)
+    if scale is None or stored is None:
+        return
+    name = f"{shard.source.name}.{stored.name}"
+    bad = ~torch.isfinite(scale)
+    if bool(bad.any()):
+        row, group = (int(i) for i in bad.nonzero()[0])
+        raise CheckpointError(
+            f"{name}: {int(bad.sum())} of {scale.numel()} scales are not finite, the first is "
+            f"{float(scale[row, group])} at output channel {shard.source.n_start + row}, "
+            f"group {group}; expected finite numbers"
+        )
+    rows = (scale == 0).any(dim=1).nonzero().flatten().tolist()
+    if not rows:
+        return
+    # A zero scale over codes that all mean zero is a dead group; over others it lost its weights.
+    index, zero = shard.group_index().to(scale.device), shard.zero()
+    element = shard.source.scheme.weight.element
+    for row in rows:
+        values = element.decode(shard.codes(row, row + 1)[0])
+        if zero is not None:
+            values = values - zero[row, index].to(torch.float32)
+        lost = (values != 0) & (scale[row, index] == 0)
+        if bool(lost.any()):
+            group = int(index[int(lost.nonzero()[0])])
+            raise CheckpointError(
+                f"{name}: scale 0 at output channel {shard.source.n_start + row}, group {group}, "
+                "although its codes are not all zero; expected a scale other than 0"
+            )

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backends that are registered, and which of them runs a descriptor."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import TypeVar
+
+from vllm.compressed_linear.backend import QuantLinearMethod, Verdict
+from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
+from vllm.compressed_linear.platform import Platform
+
+ENTRY_POINT_GROUP = "vllm.compressed_linear_backends"
+REFERENCE = "reference"
+
+B = TypeVar("B", bound=type[QuantLinearMethod])
+
+
+@dataclass(frozen=True)
+class Registration:
+    """A backend class with its priority: higher goes before any cost comparison."""
+
+    backend: type[QuantLinearMethod]
+    priority: int
+
+
+class NoBackendError(RuntimeError):
+    """No registered backend, or not the one the user asked for, can run a layer."""
+
+
+_REGISTERED: dict[str, Registration] = {}
+_LOADED_ENTRY_POINTS: set[str] = set()
+
+
+def register_backend(backend: B | None = None, *, priority: int = 0) -> B | Callable[[B], B]:
+    """Class decorator: ``@register_backend`` or ``@register_backend(priority=10)``.
+
+    Registering the same class again does nothing; another class under a taken name is a
+    ``ValueError``, an incomplete one a ``TypeError``.
+    """
+
+    def add(cls: B) -> B:
+        _validate(cls)
+        known = _REGISTERED.get(cls.name)
+        if known is not None and _identity(known.backend) != _identity(cls):
+            raise ValueError(
+                f"backend name {cls.name!r} is taken by {_identity(known.backend)}; "
+                f"{_identity(cls)} needs another (or unregister_backend first)"
+            )
+        _REGISTERED[cls.name] = Registration(cls, priority)
+        return cls
+
+    return add if backend is None else add(backend)
+
+
+def unregister_backend(name: str) -> None:
+    """Remove a backend; ``KeyError`` if there is none of that name."""
+    del _REGISTERED[name]
+
+
+def _identity(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _validate(cls: type[QuantLinearMethod]) -> None:
+    if not (inspect.isclass(cls) and issubclass(cls, QuantLinearMethod)):
+        raise TypeError(f"{cls!r} is not a subclass of QuantLinearMethod")
+    missing = sorted(cls.__abstractmethods__)
+    missing += [name for name in ("name", "capabilities") if not hasattr(cls, name)]
+    if missing:
+        raise TypeError(f"backend {_identity(cls)} lacks {', '.join(missing)}")
+
+
+def backends() -> dict[str, Registration]:
+    """Every registered backend, our own and those of installed packages."""
+    from vllm.compressed_linear import backends as own
+
+    own.register_all()
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        if point.value not in _LOADED_ENTRY_POINTS:
+            _LOADED_ENTRY_POINTS.add(point.value)
+            loaded = point.load()
+            if inspect.isclass(loaded) and issubclass(loaded, QuantLinearMethod):
+                register_backend(loaded)
+            elif callable(loaded):
+                loaded()
+    return dict(_REGISTERED)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One backend's standing for one descriptor. ``cost`` is None when it was declined."""
+
+    name: str
+    verdict: Verdict
+    priority: int = 0
+    cost: float | None = None
+    variant: str = ""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Who runs a descriptor and the full record of the others, best first."""
+
+    chosen: type[QuantLinearMethod]
+    variant: str
+    candidates: tuple[Candidate, ...]
+    overridden: bool = False
+
+    @property
+    def rejected(self) -> tuple[Candidate, ...]:
+        return tuple(c for c in self.candidates if not c.verdict)
+
+    @property
+    def also_able(self) -> tuple[Candidate, ...]:
+        """Backends that could run it and rank lower."""
+        return tuple(c for c in self.candidates if c.verdict and c.name != self.chosen.name)
+
+
+def rank(descriptor: CompressedLinearDescriptor, platform: Platform) -> tuple[Candidate, ...]:
+    """All backends: able ones best first, ``reference`` last of them, then the declined ones."""
+    found = []
+    for name, registration in backends().items():
+        backend = registration.backend
+        verdict = backend.can_implement(descriptor, platform)
+        if verdict:
+            found.append(
+                Candidate(
+                    name,
+                    verdict,
+                    registration.priority,
+                    backend.cost(descriptor, platform),
+                    backend.variant(descriptor, platform),
+                )
+            )
+        else:
+            found.append(Candidate(name, verdict, registration.priority))
+
+    def key(c: Candidate) -> tuple[bool, bool, int, float, str]:
+        return (not c.verdict, c.name == REFERENCE, -c.priority, c.cost or 0.0, c.name)
+
+    return tuple(sorted(found, key=key))
+
+
+def select(
+    descriptor: CompressedLinearDescriptor,
+    platform: Platform,
+    *,
+    override: str | None = None,
+    strict: bool = False,
+    layer: str = "",
+) -> Selection:
+    """The backend for ``descriptor``.
+
+    ``override`` names the only one allowed; ``strict`` refuses ``reference`` unless it was named.
+    Raises ``NoBackendError`` with every reason.
+    """
+    candidates = rank(descriptor, platform)
+    able = [c for c in candidates if c.verdict]
+    where = f"layer {layer} ({descriptor})" if layer else str(descriptor)
+    if override is not None:
+        able = [c for c in able if c.name == override]
+        if not able:
+            named = [c for c in candidates if c.name == override]
+            why = (
+                "\n  " + "\n  ".join(named[0].verdict.reasons)
+                if named
+                else f" it is not registered (registered: {', '.join(backends())})"
+            )
+            raise NoBackendError(f"backend {override!r} was asked for but cannot run {where}:{why}")
+    elif strict:
+        able = [c for c in able if c.name != REFERENCE]
+    if not able:
+        lines = [f"  {c.name}: {c.verdict}" for c in candidates]
+        if strict:
+            lines.append("  (reference could run it; strict mode refuses it)")
+        raise NoBackendError(f"no backend can run {where}:\n" + "\n".join(lines))
+    chosen = able[0]
+    return Selection(
+        _REGISTERED[chosen.name].backend, chosen.variant, candidates, override is not None
+    )

@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The weights of a layer between the checkpoint and a backend.
+
+``LoadedShard`` holds this rank's part of one logical weight exactly as the checkpoint has it.
+``CompressedWeights`` presents one or more of them, concatenated along N, in standard layout, a chunk
+of rows at a time, so that preparation needs little memory beyond its result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from vllm.compressed_linear.channels import ChannelPlan, plan_channels
+from vllm.compressed_linear.descriptor import CheckpointScheme, CompressedLinearDescriptor
+from vllm.compressed_linear.interleave import uninterleave
+from vllm.compressed_linear.layout import (
+    AxisSlice,
+    Packing,
+    Role,
+    StandardWeights,
+    StoredTensor,
+    slice_axis,
+    unpack,
+)
+
+CHUNK_BYTES = 16 << 20
+"""Standard-layout bytes that one chunk of rows may take."""
+
+
+class CheckpointError(ValueError):
+    """The checkpoint's data is damaged or contradicts its configuration."""
+
+
+@dataclass(frozen=True)
+class ShardSource:
+    """Where this rank's part of one logical weight lies in the checkpoint.
+
+    ``name``: the layer's name in the checkpoint, for messages. ``full_n``, ``full_k``: shape of the
+    whole weight on disk. This rank holds rows [n_start, n_start + n) and channels
+    [k_start, k_start + k), and after its rows ``padding`` rows of zeros (padded vocabularies).
+    """
+
+    name: str
+    scheme: CheckpointScheme
+    full_n: int
+    full_k: int
+    n_start: int
+    n: int
+    k_start: int
+    k: int
+    padding: int = 0
+
+    @property
+    def extents(self) -> dict[str, int]:
+        """Length of each logical axis on disk."""
+        return {
+            "N": self.full_n,
+            "K": self.full_k,
+            "G": self.scheme.weight.groups(self.full_k),
+        }
+
+    @property
+    def has_group_index(self) -> bool:
+        return any(t.role is Role.GROUP_INDEX for t in self.scheme.tensors)
+
+    def span(self, axis: str) -> tuple[int, int]:
+        """(start, length) of this rank's part of a logical axis.
+
+        Scales stay whole along G where a group index may point anywhere; otherwise every group
+        that this rank's channels touch is kept, also one that a shard border cuts.
+        """
+        if axis == "N":
+            return self.n_start, self.n
+        if axis == "K":
+            return self.k_start, self.k
+        if self.has_group_index or not self.k:
+            return 0, self.extents["G"]
+        size = self.scheme.weight.group_size(self.full_k)
+        first = self.k_start // size
+        return first, -(-(self.k_start + self.k) // size) - first
+
+    def slices(self, stored: StoredTensor, packing: Packing | None) -> list[AxisSlice | None]:
+        """The part of each stored dimension that this rank keeps (None: all of a fixed length).
+
+        A matrix-wide interleave has no contiguous parts, so such tensors are kept whole.
+        """
+        whole = packing is not None and bool(packing.interleave)
+        out: list[AxisSlice | None] = []
+        for axis in stored.axes:
+            if isinstance(axis, int):
+                out.append(None)
+                continue
+            start, length = (0, self.extents[axis]) if whole else self.span(axis)
+            out.append(slice_axis(packing, axis, start, length))
+        return out
+
+    def kept_shape(self, stored: StoredTensor, packing: Packing | None) -> tuple[int, ...]:
+        """Shape of what this rank keeps of ``stored``."""
+        return tuple(
+            axis if part is None else part.count
+            for axis, part in zip(stored.axes, self.slices(stored, packing), strict=True)
+        )  # type: ignore[return-value]
+
+
+@dataclass
+class LoadedShard:
+    """This rank's part of one logical weight, as stored. ``packings``: which of a tensor's
+    packings the file turned out to have."""
+
+    source: ShardSource
+    tensors: Mapping[str, torch.Tensor]
+    packings: Mapping[str, Packing | None] = field(default_factory=dict)
+
+    def stored(self, role: Role) -> StoredTensor | None:
+        """The scheme's tensor of ``role`` if the checkpoint has it."""
+        for tensor in self.source.scheme.tensors:
+            if tensor.role is role and tensor.name in self.tensors:
+                return tensor
+        return None
+
+    def packing(self, stored: StoredTensor) -> Packing | None:
+        return self.packings.get(stored.name, stored.packing)
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.tensors.values())).device
+
+    def _matrix(self, role: Role, second: str, start: int, stop: int) -> torch.Tensor | None:
+        """Rows [start, stop) of a tensor with axes N and ``second``, unpacked, as [n, second]."""
+        stored = self.stored(role)
+        if stored is None:
+            return None
+        packing = self.packing(stored)
+        tensor = self.tensors[stored.name]
+        if packing is not None and packing.interleave:
+            full = uninterleave(tensor, packing, self.source.full_n, self.source.extents[second])
+            first, count = self.source.span(second)
+            rows = self.source.n_start + start
+            return full[rows : rows + stop - start, first : first + count]
+        if "N" not in stored.axes and second not in stored.axes:
+            return tensor.reshape(1, 1).expand(stop - start, self.source.span(second)[1])
+        dims = {axis: dim for dim, axis in enumerate(stored.axes) if isinstance(axis, str)}
+        # Skips of the slice that was loaded, so that rows count from this rank's first one.
+        loaded = dict(zip(stored.axes, self.source.slices(stored, packing), strict=True))
+        n_part = loaded["N"]
+        assert n_part is not None
+        rows_part = slice_axis(packing, "N", n_part.skip + start, stop - start)
+        tensor = tensor.narrow(dims["N"], rows_part.first, rows_part.count)
+        if packing is not None:
+            part = rows_part if packing.axis == "N" else loaded[second]
+            assert part is not None
+            dim = dims[packing.axis]
+            tensor = unpack(tensor, packing, part.skip + part.length, dim)
+            tensor = tensor.narrow(dim, part.skip, part.length)
+        if len(stored.axes) == 1:
+            return tensor.reshape(-1, 1)
+        return tensor if dims["N"] == 0 else tensor.t()
+
+    def codes(self, start: int, stop: int) -> torch.Tensor:
+        """Codes uint8 [stop − start, K] (or dense values) in the checkpoint's channel order."""
+        codes = self._matrix(Role.CODES, "K", start, stop)
+        assert codes is not None
+        return codes
+
+    def scale(self) -> torch.Tensor | None:
+        """[n, groups kept] in the checkpoint's dtype, or None."""
+        return self._matrix(Role.SCALE, "G", 0, self.source.n)
+
+    def zero(self) -> torch.Tensor | None:
+        """[n, groups kept], or None."""
+        return self._matrix(Role.ZERO, "G", 0, self.source.n)
+
+    def group_index(self) -> torch.Tensor:
+        """int64 [K]: for each channel of this rank, the column of ``scale()`` it uses.
+
+        Raises ``CheckpointError`` for an index out of range.
+        """
+        source = self.source
+        groups = source.extents["G"]
+        stored = self.stored(Role.GROUP_INDEX)
+        if stored is not None:
+            index = self.tensors[stored.name].to(torch.int64)
+            if index.numel() and (int(index.min()) < 0 or int(index.max()) >= groups):
+                raise CheckpointError(
+                    f"{source.name}.{stored.name}: group index runs from {int(index.min())} to "
+                    f"{int(index.max())}, expected 0 to {groups - 1} ({groups} groups)"
+                )
+            return index
+        size = source.scheme.weight.group_size(source.full_k)
+        index = torch.arange(source.k_start, source.k_start + source.k) // max(size, 1)
+        return index - source.span("G")[0]
+
+    def dequantize(self, start: int, stop: int) -> torch.Tensor:
+        """fp32 [stop − start, K], the meaning of the stored tensors with nothing refined.
+
+        This is what self-checks compare against, so it follows the checkpoint's own indices and
+        shares no code with the channel plan.
+        """
+        weight = self.source.scheme.weight
+        values = weight.element.decode(self.codes(start, stop))
+        scale, zero = self.scale(), self.zero()
+        if scale is None:
+            return values
+        group = self.group_index().to(values.device)
+        if zero is not None:
+            values = values - zero[start:stop].to(torch.float32)[:, group]
+        return values * scale[start:stop].to(torch.float32)[:, group]
+
+
+class CompressedWeights:
+    """What ``prep_weights_for_execution`` receives.
+
+    ``n``, ``k``: shape in standard layout (``k`` after the channel order). ``permutation``: int32
+    [k], x̂ = x[:, permutation] with −1 meaning zero, or None. Rows come in chunks through ``rows``.
+    """
+
+    def __init__(
+        self, shards: Sequence[LoadedShard], plan: ChannelPlan | None, *, zero_points: bool
+    ) -> None:
+        self.shards = tuple(shards)
+        self._plan = plan
+        self._zero_points = zero_points
+        self.n = sum(s.source.n + s.source.padding for s in shards)
+        self.k = shards[0].source.k if plan is None else plan.k
+        self.device = shards[0].device
+        self.permutation = (
+            None if plan is None or plan.order is None else plan.order.to(self.device)
+        )
+        self._scales: dict[int, tuple[torch.Tensor | None, torch.Tensor | None]] = {}
+
+    def chunks(self, multiple: int = 1) -> Iterator[tuple[int, int]]:
+        """Row ranges [start, stop) of at most ``CHUNK_BYTES`` of codes, whose starts are multiples
+        of ``multiple``."""
+        step = max(CHUNK_BYTES // max(self.k, 1) // multiple, 1) * multiple
+        for start in range(0, self.n, step):
+            yield start, min(start + step, self.n)
+
+    def rows(self, start: int, stop: int) -> StandardWeights:
+        """Rows [start, stop) in standard layout: codes [n, k], scale [n, G], zero [n, G]."""
+        parts = []
+        offset = 0
+        for index, shard in enumerate(self.shards):
+            begin = max(start - offset, 0)
+            end = min(stop - offset, shard.source.n + shard.source.padding)
+            if begin < end:
+                parts.append(self._shard_rows(index, begin, end))
+            offset += shard.source.n + shard.source.padding
+        if len(parts) == 1:
+            return parts[0]
+        return StandardWeights(
+            torch.cat([p.codes for p in parts]),
+            _cat([p.scale for p in parts]),
+            _cat([p.zero for p in parts]),
+        )
+
+    def _shard_rows(self, index: int, start: int, stop: int) -> StandardWeights:
+        shard = self.shards[index]
+        real = min(stop, shard.source.n)
+        if start < real:
+            codes = shard.codes(start, real)
+        else:
+            codes = shard.codes(0, 0)
+        if self._plan is not None and self._plan.order is not None:
+            order = self._plan.order.to(codes.device, torch.int64)
+            codes = codes.index_select(1, order.clamp(min=0))
+            if self._plan.padded:
+                codes = codes.masked_fill(order < 0, 0)
+        scale, zero = self._shard_scales(index)
+        rows = slice(min(start, real), real)
+        pad = (stop - start) - codes.shape[0]
+        return StandardWeights(
+            _pad_rows(codes, pad),
+            None if scale is None else _pad_rows(scale[rows], pad),
+            None if zero is None else _pad_rows(zero[rows], pad),
+        )
+
+    def _shard_scales(self, index: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if index not in self._scales:
+            shard = self.shards[index]
+            scale = shard.scale()
+            zero = shard.zero() if self._zero_points else None
+            if self._plan is not None:
+                group_of = self._plan.group_of.to(shard.device)
+                scale = None if scale is None else scale.index_select(1, group_of)
+                zero = None if zero is None else zero.index_select(1, group_of)
+            self._scales[index] = scale, zero
+        return self._scales[index]
+
+    def dequantize(self, start: int, stop: int) -> torch.Tensor:
+        """fp32 [stop − start, K of x]: rows as stored, before any refinement (for self-checks)."""
+        parts = []
+        offset = 0
+        for shard in self.shards:
+            begin, end = max(start - offset, 0), min(stop - offset, shard.source.n)
+            if begin < end:
+                parts.append(shard.dequantize(begin, end))
+            total = shard.source.n + shard.source.padding
+            blank = min(stop - offset, total) - max(start - offset, shard.source.n)
+            if blank > 0:
+                parts.append(torch.zeros(blank, shard.source.k, device=shard.device))
+            offset += total
+        return torch.cat(parts)
+
+
+def _pad_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    return torch.nn.functional.pad(tensor, (0, 0, 0, rows)) if rows else tensor
+
+
+def _cat(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
+    present = [t for t in tensors if t is not None]
+    return torch.cat(present) if present else None
+
+
+def to_standard_layout(
+    descriptor: CompressedLinearDescriptor, weights: CompressedWeights
+) -> StandardWeights:
+    """The whole weight in standard layout: the bridge for backends without a layout of their own.
+
+    Takes 1 byte per weight (more for dense types); backends that can should ask for chunks.
+    """
+    if weights.n != descriptor.n or weights.k != descriptor.k:
+        raise ValueError(
+            f"weights are {weights.n}x{weights.k}, descriptor says {descriptor.n}x{descriptor.k}"
+        )
+    parts = [weights.rows(start, stop) for start, stop in weights.chunks()]
+    if not parts:
+        return (
+            weights.rows(0, 0) if weights.shards else StandardWeights(torch.empty(0, 0), None, None)
+        )
+    return StandardWeights(
+        torch.cat([p.codes for p in parts]),
+        _cat([p.scale for p in parts]),
+        _cat([p.zero for p in parts]),
+    )
+
+
+def channel_plan(shard: LoadedShard) -> ChannelPlan | None:
+    """The plan of one shard, None for weights without scales or channels."""
+    if shard.source.scheme.weight.scale is None or shard.source.k == 0:
+        return None
+    return plan_channels(shard.group_index())
