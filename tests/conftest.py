@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the small quantized checkpoints are, and what several test files share.
+
+Tests import the plain functions (``from conftest import checkpoints``) for parametrisation; the
+fixtures below are for everything else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+COPIES = ROOT / "tests" / "fixtures"
+
+settings.register_profile(
+    "default",
+    deadline=None,
+    max_examples=60,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("default")
+
+
+def zoo() -> Path:
+    """The directory of small checkpoints: ``COMPRESSED_LINEAR_ZOO``, one beside the repository, or
+    the copies in ``tests/fixtures`` (fewer formats, the same files)."""
+    named = os.environ.get("COMPRESSED_LINEAR_ZOO")
+    if named:
+        if not (Path(named) / "INDEX.json").is_file():
+            raise pytest.UsageError(f"COMPRESSED_LINEAR_ZOO={named} holds no INDEX.json")
+        return Path(named)
+    beside = ROOT.parent / "shared" / "zoo"
+    return beside if (beside / "INDEX.json").is_file() else COPIES
+
+
+def index() -> list[dict[str, Any]]:
+    """The entries of the zoo's INDEX.json: dir, tool, quant_method, bits, group_size, ..."""
+    return json.loads((zoo() / "INDEX.json").read_text())
+
+
+def checkpoints(*prefixes: str) -> list[str]:
+    """Names of the checkpoints that are there and start with one of ``prefixes`` (none: all)."""
+    names = sorted(entry["dir"] for entry in index())
+    return [name for name in names if not prefixes or name.startswith(prefixes)]
+
+
+def checkpoint(name: str) -> Path:
+    """The directory of one checkpoint; skips the test if this copy of the zoo lacks it."""
+    path = zoo() / name
+    if not path.is_dir():
+        pytest.skip(f"checkpoint {name} is not in {zoo()}")
+    return path
+
+
+def checkpoint_tensors(name: str) -> dict[str, torch.Tensor]:
+    """All tensors of the checkpoint by their names on disk."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(checkpoint(name).glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
+
+
+def checkpoint_reference(name: str) -> dict[str, torch.Tensor]:
+    """``input_ids``, ``logits``, and for each linear ``.corner``, ``.rowsum`` and ``.colsum``."""
+    return load_file(checkpoint(name) / "reference" / "reference.safetensors")
+
+
+def assert_matches_reference(
+    weight: torch.Tensor, reference: dict[str, torch.Tensor], linear: str
+) -> None:
+    """Compare a dequantized fp32 weight [N, K] with the corner and sums the quantizer's own library
+    gave; sums may differ by their own fp32 rounding."""
+    wide = weight.double()
+    torch.testing.assert_close(
+        weight[:8, :64], reference[f"{linear}.corner"], rtol=2e-7, atol=1e-12, msg=f"{linear}.corner"
+    )
+    for name, dim in (("rowsum", 1), ("colsum", 0)):
+        error = (wide.sum(dim) - reference[f"{linear}.{name}"].double()).abs()
+        allowed = 2.0**-22 * wide.abs().sum(dim) + 1e-12
+        assert bool((error <= allowed).all()), (
+            f"{linear}.{name}: {float((error / allowed).max()):.3g} times the allowed error"
+        )
+
+
+@pytest.fixture
+def clean_registry() -> Iterator[None]:
+    """Backends that a test registers or removes are put back afterwards."""
+    from vllm.compressed_linear import registry
+
+    known = dict(registry._REGISTERED)
+    points = set(registry._LOADED_ENTRY_POINTS)
+    yield
+    registry._REGISTERED.clear()
+    registry._REGISTERED.update(known)
+    registry._LOADED_ENTRY_POINTS.clear()
+    registry._LOADED_ENTRY_POINTS.update(points)
