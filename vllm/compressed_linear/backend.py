@@ -89,7 +89,8 @@ class Capabilities:
         element, scale, zero = d.weight.element, d.weight.scale, d.weight.zero
         if element.kind == "integer":
             if element.bits not in self.integer_bits:
-                yield f"{element.bits}-bit integer weights (supported bits: {_names(self.integer_bits)})"
+                supported = _names(self.integer_bits)
+                yield f"{element.bits}-bit integer weights (supported bits: {supported})"
         elif element.kind == "codebook" and self.codebooks:
             pass
         elif element.name not in self.other_elements:
@@ -115,7 +116,7 @@ class Capabilities:
 
 
 def _names(values: Iterable[object]) -> str:
-    return ", ".join(str(v) for v in sorted(values, key=lambda v: (str(type(v)), v))) or "none"  # type: ignore[type-var]
+    return ", ".join(str(v) for v in sorted(values, key=lambda v: (str(type(v)), v))) or "none"
 
 
 class QuantLinearMethod(ABC):
@@ -172,7 +173,7 @@ class QuantLinearMethod(ABC):
         x: torch.Tensor,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """x [..., K] of the descriptor's input dtype, any strides → [..., N] of its output dtype."""
+        """x [..., K] of the input dtype, any strides → [..., N] of the output dtype."""
 
 
 def contract_bound(

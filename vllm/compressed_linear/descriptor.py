@@ -41,10 +41,12 @@ class ScaleSpec:
 @dataclass(frozen=True)
 class ZeroSpec:
     """Zero points, one for each scale. ``kind``: "integer" (a code), "float" (in units of codes)
-    or "minimum" (already multiplied by the scale)."""
+    or "minimum" (already multiplied by the scale; ``negated`` ones are stored as addends). What
+    backends see of a minimum is the float zero point it amounts to."""
 
     kind: str
     dtype: str
+    negated: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in ("integer", "float", "minimum"):
@@ -97,7 +99,7 @@ class ActivationSpec:
 
 @dataclass(frozen=True)
 class TransformSpec:
-    """A Hadamard or rotation transform of blocks of ``block`` channels, before the channel order."""
+    """A Hadamard or rotation transform of blocks of ``block`` channels, before reordering."""
 
     kind: str
     side: str

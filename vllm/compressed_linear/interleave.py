@@ -1,36 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Permutations of a whole packed matrix that no rule along one axis can express.
+"""Permutations of a whole stored matrix that no rule along one axis can express.
 
-Each undoes one packer's order and returns plain codes [N, second axis]. They are named in
-``Packing.interleave``; a name that is not here is an error at load.
+Each entry undoes one packer's order. They are named in ``StoredTensor.interleave``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from vllm.compressed_linear.layout import Packing
-
-Undo = Callable[[torch.Tensor, Packing, int, int], torch.Tensor]
-_UNDO: dict[str, Undo] = {}
+if TYPE_CHECKING:
+    from vllm.compressed_linear.layout import StoredTensor
 
 
-def register_interleave(name: str) -> Callable[[Undo], Undo]:
-    """Register the function that undoes interleave ``name``."""
+@dataclass(frozen=True)
+class Interleave:
+    """``undo(stored, n, second)`` → [n, second]; ``shape(extents)`` is the shape on disk."""
 
-    def add(function: Undo) -> Undo:
-        _UNDO[name] = function
-        return function
-
-    return add
+    undo: Callable[[torch.Tensor, int, int], torch.Tensor]
+    shape: Callable[[Mapping[str, int]], tuple[int, ...]]
 
 
-def uninterleave(stored: torch.Tensor, packing: Packing, n: int, second: int) -> torch.Tensor:
-    """Stored tensor → [n, second]; ``ValueError`` for an unknown interleave."""
-    if packing.interleave not in _UNDO:
-        raise ValueError(
-            f"unknown interleave {packing.interleave!r} (known: {', '.join(_UNDO) or 'none'})"
-        )
-    return _UNDO[packing.interleave](stored, packing, n, second)
+_INTERLEAVES: dict[str, Interleave] = {}
+
+
+def _find(name: str) -> Interleave:
+    if name not in _INTERLEAVES:
+        known = ", ".join(_INTERLEAVES) or "none"
+        raise ValueError(f"unknown interleave {name!r} (known: {known})")
+    return _INTERLEAVES[name]
+
+
+def stored_shape(stored: StoredTensor, extents: Mapping[str, int]) -> tuple[int, ...]:
+    """Shape on disk of an interleaved tensor for logical ``extents``."""
+    return _find(stored.interleave).shape(extents)
+
+
+def uninterleave(tensor: torch.Tensor, stored: StoredTensor, n: int, second: int) -> torch.Tensor:
+    """The whole stored tensor → [n, second]: codes uint8, or scales in their dtype."""
+    return _find(stored.interleave).undo(tensor, n, second)

@@ -13,18 +13,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from fractions import Fraction
 
 import torch
 
+from vllm.compressed_linear import interleave
 from vllm.compressed_linear.numerics import torch_dtype
 
 Extents = Mapping[str, int]
 """Length of each logical axis, e.g. ``{"N": 4096, "K": 4096, "G": 32}``."""
 
 
-class Role(str, Enum):
+class Role(StrEnum):
     """What a checkpoint tensor is for."""
 
     CODES = "codes"
@@ -34,7 +35,7 @@ class Role(str, Enum):
     SHAPE = "shape"
 
 
-class ZeroBump(str, Enum):
+class ZeroBump(StrEnum):
     """GPTQ v1 stores each zero point less one; how the one is given back (FORMATS: GPTQ).
 
     ``WORD``: the packer subtracted 1 from every field of the whole 32-bit word at once, so a zero
@@ -59,7 +60,6 @@ class Packing:
       codes takes ``bits`` containers, the containers of the low plane first (GPTQModel gptq_p).
     * ``signed``: codes are two's complement; they are returned with 2^(bits−1) added.
     * ``zero_bump``: see ``ZeroBump``.
-    * ``interleave``: name of a permutation of the whole matrix, see ``interleave.py``.
     """
 
     bits: int
@@ -70,7 +70,6 @@ class Packing:
     planes: tuple[int, ...] = ()
     signed: bool = False
     zero_bump: ZeroBump = ZeroBump.NONE
-    interleave: str = ""
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
@@ -127,8 +126,6 @@ class Packing:
             parts.append("not straddling")
         if self.order:
             parts.append("order " + "".join(map(str, self.order)))
-        if self.interleave:
-            parts.append(self.interleave)
         return ", ".join(parts)
 
 
@@ -284,7 +281,7 @@ class AxisSlice:
 
 
 def slice_axis(packing: Packing | None, axis: str, start: int, length: int) -> AxisSlice:
-    """The stored positions of elements [start, start+length) of ``axis`` (outward to whole runs)."""
+    """The stored positions of elements [start, start+length) of ``axis``, outward to whole runs."""
     if packing is None or packing.axis != axis:
         return AxisSlice(start, length, 0, length)
     block = start // packing.run
@@ -300,7 +297,9 @@ class StoredTensor:
     ``name``: last part of its name on disk (``"qweight"``). ``axes``: the logical axis of each
     stored dimension; an int is a fixed length. ``variants``: other packings under the same name,
     told apart by the stored shape. ``dtype`` is the container for packed tensors; for scales and
-    float zero points it is the widest dtype that is accepted.
+    float zero points it is the widest dtype that is accepted. ``group_multiple``: the G axis is
+    stored rounded up to a multiple of this (AWQ gemv). ``interleave``: name of a permutation of the
+    whole matrix, see ``interleave.py``; its shape on disk is then its own.
     """
 
     name: str
@@ -310,6 +309,8 @@ class StoredTensor:
     packing: Packing | None = None
     variants: tuple[Packing, ...] = ()
     optional: bool = False
+    group_multiple: int = 1
+    interleave: str = ""
 
     @property
     def packings(self) -> tuple[Packing | None, ...]:
@@ -317,10 +318,14 @@ class StoredTensor:
 
     def shape(self, extents: Extents, packing: Packing | None = None) -> tuple[int, ...]:
         """Stored shape for logical ``extents`` under ``packing`` (default: the first one)."""
+        if self.interleave:
+            return interleave.stored_shape(self, extents)
         packing = packing or self.packing
         shape = []
         for axis in self.axes:
             length = axis if isinstance(axis, int) else extents[axis]
+            if axis == "G":
+                length = -(-length // self.group_multiple) * self.group_multiple
             if packing is not None and axis == packing.axis:
                 length = packing.words(length)
             shape.append(length)

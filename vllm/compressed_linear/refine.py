@@ -117,13 +117,13 @@ def _refined_spec(shard: LoadedShard, plan: ChannelPlan | None) -> WeightSpec:
         granularity,
         plan.group_size if plan is not None and granularity == "group" else -1,
     )
-    zero = shard.zero()
+    zero = shard.zero_in_codes()
     if spec.element.kind != "integer" or zero is None:
         return replace(spec, scale=scale_spec, zero=None if zero is None else spec.zero)
     middle = 1 << (spec.element.bits - 1)
     if zero.numel() and bool((zero == middle).all()):
         return replace(spec, element=uint(spec.element.bits, middle), scale=scale_spec, zero=None)
-    kind = spec.zero.kind if spec.zero is not None else "integer"
+    kind = "float" if zero.is_floating_point() else "integer"
     return replace(spec, scale=scale_spec, zero=ZeroSpec(kind, dtype_name(zero.dtype)))
 
 
@@ -146,7 +146,7 @@ def _check_values(shard: LoadedShard) -> None:
     if not rows:
         return
     # A zero scale over codes that all mean zero is a dead group; over others it lost its weights.
-    index, zero = shard.group_index().to(scale.device), shard.zero()
+    index, zero = shard.group_index().to(scale.device), shard.zero_in_codes()
     element = shard.source.scheme.weight.element
     for row in rows:
         values = element.decode(shard.codes(row, row + 1)[0])

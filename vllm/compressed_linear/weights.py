@@ -2,8 +2,8 @@
 """The weights of a layer between the checkpoint and a backend.
 
 ``LoadedShard`` holds this rank's part of one logical weight exactly as the checkpoint has it.
-``CompressedWeights`` presents one or more of them, concatenated along N, in standard layout, a chunk
-of rows at a time, so that preparation needs little memory beyond its result.
+``CompressedWeights`` presents one or more of them, concatenated along N, in standard layout, a
+chunk of rows at a time, so that preparation needs little memory beyond its result.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from vllm.compressed_linear.layout import (
     Role,
     StandardWeights,
     StoredTensor,
+    pack,
     slice_axis,
     unpack,
 )
+from vllm.compressed_linear.numerics import torch_dtype
 
 CHUNK_BYTES = 16 << 20
 """Standard-layout bytes that one chunk of rows may take."""
@@ -87,7 +89,7 @@ class ShardSource:
 
         A matrix-wide interleave has no contiguous parts, so such tensors are kept whole.
         """
-        whole = packing is not None and bool(packing.interleave)
+        whole = bool(stored.interleave)
         out: list[AxisSlice | None] = []
         for axis in stored.axes:
             if isinstance(axis, int):
@@ -99,10 +101,12 @@ class ShardSource:
 
     def kept_shape(self, stored: StoredTensor, packing: Packing | None) -> tuple[int, ...]:
         """Shape of what this rank keeps of ``stored``."""
+        if stored.interleave:
+            return stored.shape(self.extents)
         return tuple(
-            axis if part is None else part.count
+            int(axis) if part is None else part.count
             for axis, part in zip(stored.axes, self.slices(stored, packing), strict=True)
-        )  # type: ignore[return-value]
+        )
 
 
 @dataclass
@@ -135,8 +139,8 @@ class LoadedShard:
             return None
         packing = self.packing(stored)
         tensor = self.tensors[stored.name]
-        if packing is not None and packing.interleave:
-            full = uninterleave(tensor, packing, self.source.full_n, self.source.extents[second])
+        if stored.interleave:
+            full = uninterleave(tensor, stored, self.source.full_n, self.source.extents[second])
             first, count = self.source.span(second)
             rows = self.source.n_start + start
             return full[rows : rows + stop - start, first : first + count]
@@ -173,6 +177,18 @@ class LoadedShard:
         """[n, groups kept], or None."""
         return self._matrix(Role.ZERO, "G", 0, self.source.n)
 
+    def zero_in_codes(self) -> torch.Tensor | None:
+        """Zero points in units of codes: as stored, or a stored minimum divided by the scale (fp32,
+        one rounding). A scale of 0 has zero point 0."""
+        zero, spec = self.zero(), self.source.scheme.weight.zero
+        if zero is None or spec is None or spec.kind != "minimum":
+            return zero
+        scale = self.scale()
+        assert scale is not None
+        wide = scale.to(torch.float32)
+        points = zero.to(torch.float32) / torch.where(wide == 0, 1, wide)
+        return torch.where(wide == 0, 0, -points if spec.negated else points)
+
     def group_index(self) -> torch.Tensor:
         """int64 [K]: for each channel of this rank, the column of ``scale()`` it uses.
 
@@ -205,9 +221,14 @@ class LoadedShard:
         if scale is None:
             return values
         group = self.group_index().to(values.device)
-        if zero is not None:
-            values = values - zero[start:stop].to(torch.float32)[:, group]
-        return values * scale[start:stop].to(torch.float32)[:, group]
+        spec = weight.zero
+        if zero is None or spec is None:
+            return values * scale[start:stop].to(torch.float32)[:, group]
+        subtract = zero[start:stop].to(torch.float32)[:, group] * (-1 if spec.negated else 1)
+        wide = scale[start:stop].to(torch.float32)[:, group]
+        if spec.kind == "minimum":
+            return values * wide - subtract
+        return (values - subtract) * wide
 
 
 class CompressedWeights:
@@ -259,10 +280,7 @@ class CompressedWeights:
     def _shard_rows(self, index: int, start: int, stop: int) -> StandardWeights:
         shard = self.shards[index]
         real = min(stop, shard.source.n)
-        if start < real:
-            codes = shard.codes(start, real)
-        else:
-            codes = shard.codes(0, 0)
+        codes = shard.codes(start, real) if start < real else shard.codes(0, 0)
         if self._plan is not None and self._plan.order is not None:
             order = self._plan.order.to(codes.device, torch.int64)
             codes = codes.index_select(1, order.clamp(min=0))
@@ -281,7 +299,7 @@ class CompressedWeights:
         if index not in self._scales:
             shard = self.shards[index]
             scale = shard.scale()
-            zero = shard.zero() if self._zero_points else None
+            zero = shard.zero_in_codes() if self._zero_points else None
             if self._plan is not None:
                 group_of = self._plan.group_of.to(shard.device)
                 scale = None if scale is None else scale.index_select(1, group_of)
@@ -335,6 +353,70 @@ def to_standard_layout(
         _cat([p.scale for p in parts]),
         _cat([p.zero for p in parts]),
     )
+
+
+def from_standard_layout(
+    scheme: CheckpointScheme,
+    standard: StandardWeights,
+    group_index: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """Write a weight as a checkpoint of ``scheme`` holds it: the inverse of ``LoadedShard``'s
+    ``codes``, ``scale``, ``zero`` and ``group_index`` for a weight that is not sharded.
+
+    ``standard``: codes [N, K] in the checkpoint's channel order, scale and zero [N, G].
+    ``group_index``: int [K], the group of each channel; None is ``k // group_size``. Returns the
+    tensors by name, each in the first of its packings. Raises ``ValueError`` where the scheme
+    cannot say what ``standard`` holds (an interleave, a shared scale that is not the same
+    everywhere, a group index without a tensor for it).
+    """
+    n, k = standard.codes.shape
+    extents = {"N": n, "K": k, "G": scheme.weight.groups(k)}
+    plain = torch.arange(k) // max(scheme.weight.group_size(k), 1)
+    if group_index is None:
+        group_index = plain
+    elif not any(t.role is Role.GROUP_INDEX for t in scheme.tensors) and not torch.equal(
+        group_index.to(torch.int64), plain
+    ):
+        raise ValueError(f"{scheme}: a group index is given, but the scheme has no tensor for one")
+    values = {
+        Role.CODES: standard.codes,
+        Role.SCALE: standard.scale,
+        Role.ZERO: standard.zero,
+        Role.GROUP_INDEX: group_index,
+        Role.SHAPE: torch.tensor([n, k]),
+    }
+    out = {}
+    for stored in scheme.tensors:
+        value = values[stored.role]
+        if value is not None:
+            out[stored.name] = _store(stored, value, extents)
+        elif not stored.optional:
+            raise ValueError(f"{scheme}: {stored.name} is needed, but there is no {stored.role}")
+    return out
+
+
+def _store(stored: StoredTensor, value: torch.Tensor, extents: dict[str, int]) -> torch.Tensor:
+    if stored.role is Role.SHAPE or stored.role is Role.GROUP_INDEX:
+        return value.to(torch_dtype(stored.dtype))
+    dims = [axis for axis in stored.axes if isinstance(axis, str)]
+    if len(dims) < 2:
+        # Shared along the axes that the tensor lacks: one column, or one number.
+        kept = value[:, :1] if dims == ["N"] else value[:1, :] if dims else value[:1, :1]
+        if value.numel() and not bool((value == kept).all()):
+            raise ValueError(
+                f"{stored.name} has axes {stored.axes}, but its values differ along others"
+            )
+        shape = stored.shape(extents)
+        return kept.reshape(shape).contiguous()
+    if stored.interleave:
+        raise ValueError(f"{stored.name}: cannot write interleave {stored.interleave!r}")
+    if "G" in dims:
+        value = torch.nn.functional.pad(value, (0, -value.shape[1] % stored.group_multiple))
+    if dims[0] != "N":
+        value = value.t()
+    if stored.packing is None:
+        return value.contiguous()
+    return pack(value, stored.packing, dims.index(stored.packing.axis))
 
 
 def channel_plan(shard: LoadedShard) -> ChannelPlan | None:
