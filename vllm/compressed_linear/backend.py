@@ -137,6 +137,14 @@ class QuantLinearMethod(ABC):
         self.descriptor = descriptor
 
     @classmethod
+    def weight_rounding(cls, descriptor: CompressedLinearDescriptor) -> float:
+        """Largest relative error of each ŵ before it is multiplied, for ``contract_bound``.
+
+        0 is the standard contract. A kernel that rounds dequantised weights says so here.
+        """
+        return 0.0
+
+    @classmethod
     def can_implement(cls, descriptor: CompressedLinearDescriptor, platform: Platform) -> Verdict:
         """Whether this backend computes ``descriptor`` on ``platform``; if not, every reason."""
         reasons = list(cls.capabilities.reasons(descriptor, platform))
@@ -182,16 +190,18 @@ def contract_bound(
     expected: torch.Tensor,
     output_dtype: str,
     constant: float = QuantLinearMethod.contract_constant,
+    weight_rounding: float = 0.0,
 ) -> torch.Tensor:
     """Largest error the contract allows, float64 [M, N].
 
-    c · sqrt(K) · 2⁻²⁴ · Σ_k |x| · magnitude, plus one rounding of the output to ``output_dtype``.
+    (c · sqrt(K) · 2⁻²⁴ + ``weight_rounding``) · Σ_k |x| · magnitude, plus one rounding of the output
+    to ``output_dtype``.
     x: [M, K]; ``magnitude``: [N, K], bound of what a kernel adds up for each weight (``|ŵ|``, or
     |s|·(|decode(q)| + |z|) where zero points are subtracted apart, see ``weight_magnitude``);
     ``expected``: [M, N], the exact result.
     """
     total = x.abs().to(torch.float64) @ magnitude.to(torch.float64).t()
-    accumulate = constant * max(x.shape[-1], 1) ** 0.5 * 2.0**-24 * total
+    accumulate = (constant * max(x.shape[-1], 1) ** 0.5 * 2.0**-24 + weight_rounding) * total
     info = torch.finfo(torch_dtype(output_dtype))
     rounding = expected.to(torch.float64).abs() * info.eps / 2 + info.smallest_normal
     # The result before rounding already lies ``accumulate`` away, which may cross a binade.
