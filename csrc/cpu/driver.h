@@ -1,0 +1,287 @@
+// SPDX-License-Identifier: Apache-2.0
+// The blocked multiplication that the vector engines share. A Core supplies the registers:
+//
+//   Acc                    fp32 partial sums of the 16 channels of a tile
+//   Weights, Activation    one step of a tile (64 bytes) and one broadcast 32-bit word of x
+//   kStep                  input channels per step: 2 (bf16 pairs) or 1 (fp32)
+//   kRows, kTiles          the register block: rows of x by tiles
+//   kMaxParts              words of x per step: fp32 activations are 3 exact bf16 parts, fp16 are 2
+//   zero, load, broadcast, mac, scale_into
+//   parts(type), split(row, ...)       how a row of x becomes words
+//   needs_decode(problem), decode(...) weights of one chunk and tile into steps of 64 bytes
+//   row_kernel(problem, tiles)         a path for one row that decodes in registers, or null
+//
+// Rows of x are interleaved in panels of at most kRows; a unit of work is a run of panels times a
+// run of tiles. Per output the order of additions is: steps of a segment in order into one
+// accumulator, then segments in order. None of the blocking changes it.
+#pragma once
+
+#include <cstring>
+
+#include "arena.h"
+#include "rows.h"
+
+namespace compressed_linear::cpu {
+namespace {  // see layout.h
+
+constexpr int64_t kPanelsPerUnit = 48;          // rows that share one decoding of a chunk: 288
+constexpr int64_t kTilesPerUnit = 16;           // sums of a unit stay in the second-level cache
+constexpr int64_t kActivationBytes = 16 << 20;  // rows of x prepared at once
+
+struct MicroArgs {
+  const uint8_t* weights;  // tile t, step i: weights + t * tile_stride + 64 i
+  int64_t tile_stride;
+  const uint32_t* x;  // [step][part][row]
+  const Segment* segments;
+  int64_t segment_count;
+  const float* scale;           // [segment][tile][16]
+  const float* negated_offset;  // same shape, or null
+  const float* row_sums;        // [segment][row]
+  float* totals;                // [row][tile][16]
+};
+
+template <class Core, int Rows, int Tiles, int Parts>
+void micro_kernel(const MicroArgs& a) {
+  const float* scale = a.scale;
+  for (int64_t s = 0; s < a.segment_count; ++s, scale += Tiles * kTile) {
+    const Segment segment = a.segments[s];
+    typename Core::Acc acc[Rows][Tiles];
+    for (int r = 0; r < Rows; ++r)
+      for (int t = 0; t < Tiles; ++t) acc[r][t] = Core::zero();
+    const int64_t first = segment.begin / Core::kStep;
+    const int64_t last = (segment.end + Core::kStep - 1) / Core::kStep;
+    const uint8_t* w = a.weights + first * kRowBytes;
+    const uint32_t* x = a.x + first * Parts * Rows;
+    for (int64_t i = first; i < last; ++i, w += kRowBytes, x += Parts * Rows) {
+      typename Core::Weights weights[Tiles];
+      for (int t = 0; t < Tiles; ++t) weights[t] = Core::load(w + t * a.tile_stride);
+      for (int q = 0; q < Parts; ++q)
+        for (int r = 0; r < Rows; ++r) {
+          const typename Core::Activation activation = Core::broadcast(x + q * Rows + r);
+          for (int t = 0; t < Tiles; ++t) acc[r][t] = Core::mac(acc[r][t], weights[t], activation);
+        }
+    }
+    for (int r = 0; r < Rows; ++r)
+      for (int t = 0; t < Tiles; ++t) {
+        if (a.negated_offset != nullptr)
+          acc[r][t] = Core::add_offset(acc[r][t], a.row_sums[s * Rows + r],
+                                       a.negated_offset + (s * Tiles + t) * kTile);
+        Core::scale_into(a.totals + (r * Tiles + t) * kTile, acc[r][t], scale + t * kTile);
+      }
+  }
+}
+
+using MicroKernel = void (*)(const MicroArgs&);
+
+template <class Core, int Rows, int Tiles>
+MicroKernel micro_kernel_for(int64_t parts) {
+  if constexpr (Core::kMaxParts > 1) {
+    if (parts == 3) return &micro_kernel<Core, Rows, Tiles, 3>;
+    if (parts == 2) return &micro_kernel<Core, Rows, Tiles, 2>;
+  }
+  return &micro_kernel<Core, Rows, Tiles, 1>;
+}
+
+template <class Core, int Rows, int Tiles = Core::kTiles>
+MicroKernel micro_kernel_for(int64_t tiles, int64_t parts) {
+  if constexpr (Tiles > 1) {
+    if (tiles < Tiles) return micro_kernel_for<Core, Rows, Tiles - 1>(tiles, parts);
+  }
+  return micro_kernel_for<Core, Rows, Tiles>(parts);
+}
+
+template <class Core, int Rows = Core::kRows>
+MicroKernel micro_kernel_for(int64_t rows, int64_t tiles, int64_t parts) {
+  if constexpr (Rows > 1) {
+    if (rows < Rows) return micro_kernel_for<Core, Rows - 1>(rows, tiles, parts);
+  }
+  return micro_kernel_for<Core, Rows>(tiles, parts);
+}
+
+// `count` rows cut as evenly as possible into panels of at most `limit`.
+struct Panels {
+  int64_t count, base, longer;
+  Panels(int64_t rows, int64_t limit)
+      : count((rows + limit - 1) / limit),
+        base(count > 0 ? rows / count : 0),
+        longer(count > 0 ? rows % count : 0) {}
+  int64_t begin(int64_t panel) const { return panel * base + (panel < longer ? panel : longer); }
+  int64_t rows(int64_t panel) const { return base + (panel < longer ? 1 : 0); }
+};
+
+template <class Core>
+struct Call {
+  const Problem& p;
+  const Geometry& g;
+  const Segment* segments;
+  const int32_t* chunk_first;
+  int64_t segment_count;
+  int64_t parts, row_words;  // words of x per row
+  bool offset;
+  int64_t row0;  // first row of x in the panels
+  Panels panels;
+  uint32_t* x;      // panel i at x + begin(i) * row_words
+  float* row_sums;  // panel i at row_sums + begin(i) * segment_count: [segment][row]
+  int64_t panels_per_unit, tiles_per_unit;
+
+  int64_t panel_units() const { return (panels.count + panels_per_unit - 1) / panels_per_unit; }
+  int64_t tile_units() const { return (g.tiles + tiles_per_unit - 1) / tiles_per_unit; }
+
+  void prepare(int64_t panel_begin, int64_t panel_end) const {
+    float* row = static_cast<float*>(
+        worker_arena().reserve(static_cast<size_t>(g.padded_k) * sizeof(float)));
+    for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+      const int64_t rows = panels.rows(panel), begin = panels.begin(panel);
+      for (int64_t r = 0; r < rows; ++r) {
+        widen_row(p, row0 + begin + r, row);
+        Core::split(row, g.padded_k, parts, x + begin * row_words + r, rows);
+        if (!offset) continue;
+        float* sums = row_sums + begin * segment_count + r;
+        for (int64_t c = 0; c < chunk_count(g); ++c)
+          for (int64_t s = chunk_first[c]; s < chunk_first[c + 1]; ++s)
+            sums[s * rows] = segment_sum(row + c * kChunk + segments[s].begin,
+                                         segments[s].end - segments[s].begin);
+      }
+    }
+  }
+
+  void multiply(int64_t unit) const {
+    const int64_t panel0 = unit % panel_units() * panels_per_unit;
+    const int64_t panel1 =
+        panel0 + panels_per_unit < panels.count ? panel0 + panels_per_unit : panels.count;
+    const int64_t tile0 = unit / panel_units() * tiles_per_unit;
+    const int64_t tile1 = tile0 + tiles_per_unit < g.tiles ? tile0 + tiles_per_unit : g.tiles;
+    const int64_t row_begin = panels.begin(panel0), rows = panels.begin(panel1) - row_begin;
+
+    constexpr int64_t kSlabBytes = kChunk / Core::kStep * kRowBytes * Core::kTiles;
+    const int64_t scale_floats = kChunk * Core::kTiles * kTile;
+    const int64_t total_floats = rows * (tile1 - tile0) * kTile;
+    uint8_t* slab = static_cast<uint8_t*>(worker_arena().reserve(
+        static_cast<size_t>(kSlabBytes + (2 * scale_floats + total_floats) * 4)));
+    float* scale = reinterpret_cast<float*>(slab + kSlabBytes);
+    float* negated_offset = scale + scale_floats;
+    float* totals = negated_offset + scale_floats;
+    std::memset(totals, 0, static_cast<size_t>(total_floats) * sizeof(float));
+
+    for (int64_t c = 0; c < chunk_count(g); ++c) {
+      const int64_t k0 = c * kChunk;
+      const int64_t width = g.padded_k - k0 < kChunk ? g.padded_k - k0 : kChunk;
+      const int64_t first = chunk_first[c], count = chunk_first[c + 1] - first;
+      for (int64_t tile = tile0; tile < tile1; tile += Core::kTiles) {
+        const int64_t tiles = tile1 - tile < Core::kTiles ? tile1 - tile : Core::kTiles;
+        MicroArgs args;
+        if (Core::needs_decode(p)) {
+          args.weights = slab;
+          args.tile_stride = kSlabBytes / Core::kTiles;
+          for (int64_t t = 0; t < tiles; ++t)
+            Core::decode(p, tile + t, k0, width, slab + t * args.tile_stride);
+        } else {
+          args.weights = p.packed + tile * g.tile_bytes() + k0 / kBlock * g.block_bytes();
+          args.tile_stride = g.tile_bytes();
+        }
+        for (int64_t s = 0; s < count; ++s)
+          for (int64_t t = 0; t < tiles; ++t) {
+            const int64_t group = segments[first + s].group;
+            load_scale(p, tile + t, group, scale + (s * tiles + t) * kTile);
+            if (offset)
+              load_negated_offset(p, tile + t, group, negated_offset + (s * tiles + t) * kTile);
+          }
+        args.segments = segments + first;
+        args.segment_count = count;
+        args.scale = scale;
+        args.negated_offset = offset ? negated_offset : nullptr;
+        float* block = totals + (tile - tile0) * kTile * rows;
+        for (int64_t panel = panel0; panel < panel1; ++panel) {
+          const int64_t begin = panels.begin(panel), height = panels.rows(panel);
+          args.x = x + begin * row_words + k0 / Core::kStep * parts * height;
+          args.row_sums = row_sums + begin * segment_count + first * height;
+          args.totals = block + (begin - row_begin) * tiles * kTile;
+          micro_kernel_for<Core>(height, tiles, parts)(args);
+        }
+      }
+    }
+    for (int64_t tile = tile0; tile < tile1; tile += Core::kTiles) {
+      const int64_t tiles = tile1 - tile < Core::kTiles ? tile1 - tile : Core::kTiles;
+      float* block = totals + (tile - tile0) * kTile * rows;
+      for (int64_t r = 0; r < rows; ++r)
+        store_row(p, row0 + row_begin + r, tile * kTile, tiles * kTile, block + r * tiles * kTile);
+    }
+  }
+};
+
+template <class Core>
+void run_linear(const Problem& p, const Parallel& parallel) {
+  const Geometry& g = p.geometry;
+  if (p.m == 0 || g.n == 0) return;
+  const int64_t parts = Core::parts(p.x_type);
+  const int64_t row_words = g.padded_k / Core::kStep * parts;
+  const bool offset = has_offset(p);
+  const int64_t bound = segment_bound(g);
+  const int64_t row_bytes = (row_words + (offset ? bound : 0)) * 4;
+  int64_t rows_at_once = kActivationBytes / row_bytes;
+  if (rows_at_once < Core::kRows) rows_at_once = Core::kRows;
+  if (rows_at_once > p.m) rows_at_once = p.m;
+
+  const int64_t x_bytes = round_up(rows_at_once * row_words * 4, 64);
+  const int64_t sum_bytes = round_up(offset ? rows_at_once * bound * 4 : 0, 64);
+  const int64_t segment_bytes = round_up(bound * static_cast<int64_t>(sizeof(Segment)), 64);
+  uint8_t* memory = static_cast<uint8_t*>(call_arena().reserve(
+      static_cast<size_t>(x_bytes + sum_bytes + segment_bytes + (chunk_count(g) + 1) * 4)));
+  Segment* segments = reinterpret_cast<Segment*>(memory + x_bytes + sum_bytes);
+  int32_t* chunk_first = reinterpret_cast<int32_t*>(memory + x_bytes + sum_bytes + segment_bytes);
+  const int64_t segment_count = make_segments(g, segments, chunk_first);
+
+  for (int64_t row0 = 0; row0 < p.m; row0 += rows_at_once) {
+    const int64_t rows = p.m - row0 < rows_at_once ? p.m - row0 : rows_at_once;
+    Call<Core> call{p,
+                    g,
+                    segments,
+                    chunk_first,
+                    segment_count,
+                    parts,
+                    row_words,
+                    offset,
+                    row0,
+                    Panels(rows, Core::kRows),
+                    reinterpret_cast<uint32_t*>(memory),
+                    reinterpret_cast<float*>(memory + x_bytes),
+                    kPanelsPerUnit,
+                    kTilesPerUnit};
+    // Small units when there are few, so that every thread gets its share.
+    if (rows <= 2 * Core::kRows) call.tiles_per_unit = Core::kTiles;
+    while (call.tiles_per_unit > Core::kTiles &&
+           call.panel_units() * call.tile_units() < 4 * parallel.threads)
+      call.tiles_per_unit -= Core::kTiles;
+    while (call.panels_per_unit > 8 &&
+           call.panel_units() * call.tile_units() < 4 * parallel.threads)
+      call.panels_per_unit /= 2;
+
+    using Context = const Call<Core>;
+    const auto prepare = [](void* context, int64_t begin, int64_t end) {
+      static_cast<Context*>(context)->prepare(begin, end);
+    };
+    if (rows < 16) {
+      prepare(&call, 0, call.panels.count);
+    } else {
+      parallel.run(call.panels.count, prepare, &call);
+    }
+    if (rows == 1 && Core::has_row_kernel(call)) {
+      parallel.run((g.tiles + Core::kRowTiles - 1) / Core::kRowTiles,
+                   [](void* context, int64_t begin, int64_t end) {
+                     Core::row_kernel(*static_cast<Context*>(context), begin, end);
+                   },
+                   &call);
+    } else {
+      parallel.run(
+          call.panel_units() * call.tile_units(),
+          [](void* context, int64_t begin, int64_t end) {
+            for (int64_t unit = begin; unit < end; ++unit)
+              static_cast<Context*>(context)->multiply(unit);
+          },
+          &call);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace compressed_linear::cpu

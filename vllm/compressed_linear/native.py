@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled library: loading it, shapes for the compiler, and its call counters.
+
+Ops are reached as ``torch.ops.compressed_linear.<name>`` after ``load()``:
+
+* ``packed_bytes(n, k, group_size, element) -> int``: bytes of the packed weight
+* ``pack_rows(packed!, rows, row_start, n, group_size, element)``: writes codes uint8 [rows, k] (or
+  floats of the element's dtype) as output channels from ``row_start``, a multiple of 16, on; the
+  chunk must end at a multiple of 16 or at n
+* ``unpack_rows(packed, n, k, group_size, element) -> Tensor`` [n, k]: the inverse, all rows
+* ``linear(x, packed, scale, zero, bias, perm, table, n, k, group_size, element, element_bias,
+  out_dtype) -> Tensor`` [m, n], see below
+* ``isa()``, ``supported_isas()``, ``select_isa(name)`` (for tests), ``layout_id()``
+* ``op_calls(name)``, ``op_call_lines()``, ``reset_op_calls()``
+
+``linear`` computes y = x̂ ŵᵀ + bias with x̂ = x[:, perm] (a −1 in ``perm`` is a zero) and
+ŵ[n,k] = scale[n,g] · (code − element_bias − zero[n,g]), or scale · (table[code] − zero), g = k //
+group_size. x: [m, K] bfloat16, float16 or float32, any strides. packed: uint8 [tiles, bytes per
+tile], one tile for each 16 output channels. scale and zero: [tiles, groups, 16], any of the three
+float dtypes. bias: [n]. perm: int32 [k]. table: bfloat16 [2^bits]. ``element`` is ``uint1`` …
+``uint8``, ``bf16``, ``fp16`` or ``fp32``. Sums are fp32; the AVX-512 path takes denormals of
+activations and partial products as zero. A row's result does not depend on the other rows nor on
+the number of threads.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import torch
+
+LIBRARY = Path(__file__).parent / "lib" / "libcompressed_linear.so"
+TILE = 16
+"""Output channels that are packed together."""
+
+_lock = threading.Lock()
+_reason: str | None = "not loaded yet"
+
+
+def load() -> None:
+    """Loads the library and registers the shape functions; does nothing the second time.
+
+    Raises ``RuntimeError`` when it was not built or does not fit the installed torch.
+    """
+    global _reason
+    if _reason is None:
+        return
+    with _lock:
+        if _reason is None:
+            return
+        if not LIBRARY.is_file():
+            _reason = f"native library not built ({LIBRARY.name} is not in {LIBRARY.parent})"
+            raise RuntimeError(_reason)
+        try:
+            torch.ops.load_library(str(LIBRARY))
+        except OSError as error:
+            _reason = f"native library cannot be loaded with torch {torch.__version__}: {error}"
+            raise RuntimeError(_reason) from error
+        _register_fakes()
+        _reason = None
+
+
+def available() -> str | None:
+    """None if the ops can be called, else why not. Loads the library if need be."""
+    try:
+        load()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def isa() -> str:
+    """Instruction set in use: avx512bf16, avx2 or generic."""
+    load()
+    return str(torch.ops.compressed_linear.isa())
+
+
+def supported_isas() -> list[str]:
+    """Instruction sets this processor can run, best first."""
+    load()
+    return str(torch.ops.compressed_linear.supported_isas()).split()
+
+
+def layout_id() -> str:
+    """Name of the packed layout; part of the key of anything that stores packed weights."""
+    load()
+    return str(torch.ops.compressed_linear.layout_id())
+
+
+def call_counts() -> dict[str, int]:
+    """Calls since the start or the last reset, for example ``{"linear/avx512bf16/uint4": 12}``."""
+    load()
+    lines = str(torch.ops.compressed_linear.op_call_lines()).splitlines()
+    return {name: int(count) for name, count in (line.split() for line in lines)}
+
+
+def reset_call_counts() -> None:
+    """Sets every counter to zero."""
+    load()
+    torch.ops.compressed_linear.reset_op_calls()
+
+
+_ROW_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def _fake_linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor | None,
+    zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    perm: torch.Tensor | None,
+    table: torch.Tensor | None,
+    n: int,
+    k: int,
+    group_size: int,
+    element: str,
+    element_bias: int,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0], n), dtype=out_dtype)
+
+
+def _fake_unpack_rows(
+    packed: torch.Tensor, n: int, k: int, group_size: int, element: str
+) -> torch.Tensor:
+    return packed.new_empty((n, k), dtype=_ROW_DTYPES.get(element, torch.uint8))
+
+
+def _fake_pack_rows(
+    packed: torch.Tensor, rows: torch.Tensor, row_start: int, n: int, group_size: int, element: str
+) -> None:
+    return None
+
+
+def _register_fakes() -> None:
+    torch.library.register_fake("compressed_linear::linear", _fake_linear)
+    torch.library.register_fake("compressed_linear::unpack_rows", _fake_unpack_rows)
+    torch.library.register_fake("compressed_linear::pack_rows", _fake_pack_rows)
