@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The conformance kit: does a backend compute what it says it can?
+
+For a backend of your own::
+
+    from vllm.compressed_linear.testing import check_backend
+
+    report = check_backend(MyBackend)
+    print(report)               # what was declined and why, what passed, how far from the bound
+    report.raise_if_failed()
+
+or one pytest test per case::
+
+    @pytest.mark.parametrize("case", conformance_cases(), ids=str)
+    def test_my_backend(case):
+        check_case(MyBackend, case).raise_if_failed()
+
+or from a shell: ``python -m vllm.compressed_linear.testing my_package:MyBackend``.
+"""
+
+from vllm.compressed_linear.testing.cases import Case, Problem, conformance_cases
+from vllm.compressed_linear.testing.check import check_backend, check_case
+from vllm.compressed_linear.testing.report import CaseResult, ConformanceError, Failure, Report
+
+__all__ = [
+    "Case",
+    "CaseResult",
+    "ConformanceError",
+    "Failure",
+    "Problem",
+    "Report",
+    "check_backend",
+    "check_case",
+    "conformance_cases",
+]

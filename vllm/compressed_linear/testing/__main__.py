@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m vllm.compressed_linear.testing``: run the conformance kit from a shell."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from vllm.compressed_linear.backend import QuantLinearMethod
+from vllm.compressed_linear.platform import Platform
+from vllm.compressed_linear.registry import backends
+from vllm.compressed_linear.testing.check import check_backend
+
+
+def find_backend(name: str) -> type[QuantLinearMethod]:
+    """A registered backend by its name, or a class as ``module:Class``.
+
+    ``typer.BadParameter`` if there is none of that name.
+    """
+    if ":" not in name:
+        known = backends()
+        if name not in known:
+            raise typer.BadParameter(f"no backend {name!r} (registered: {', '.join(known)})")
+        return known[name].backend
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise typer.BadParameter(str(error)) from error
+    if not (inspect.isclass(found) and issubclass(found, QuantLinearMethod)):
+        raise typer.BadParameter(f"{name} is no subclass of QuantLinearMethod")
+    return found
+
+
+def run(
+    backend: Annotated[str, typer.Argument(help="a registered name, or module:Class")],
+    platform: Annotated[
+        str, typer.Option(help="what can_implement is asked about, e.g. cpu:avx2")
+    ] = "cpu",
+) -> None:
+    """Run a backend over the conformance cases and show what it declined, passed and failed."""
+    try:
+        machine = Platform.parse(platform)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    report = check_backend(find_backend(backend), machine)
+    Console().print(*report.tables(), sep="\n")
+    sys.exit(1 if report.of("failed") else 0)
+
+
+if __name__ == "__main__":
+    typer.run(run)

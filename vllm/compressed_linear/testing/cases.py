@@ -1,0 +1,427 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the conformance kit tries: weights of every kind, and where they come from.
+
+A ``Case`` is a value; ``Case.build`` makes its weights from its name alone, so a failure can be
+repeated. Weights take the way of a checkpoint (``from_standard_layout``, then ``refine``), so a
+backend is given exactly what it is given in a model.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import zlib
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from vllm.compressed_linear import numerics
+from vllm.compressed_linear.backend import contract_bound, weight_magnitude
+from vllm.compressed_linear.descriptor import (
+    CheckpointScheme,
+    CompressedLinearDescriptor,
+    ScaleSpec,
+    WeightSpec,
+    ZeroSpec,
+)
+from vllm.compressed_linear.layout import Packing, Role, StandardWeights, StoredTensor
+from vllm.compressed_linear.numerics import ElementType, dtype_name, torch_dtype, uint
+from vllm.compressed_linear.refine import LayerContext, refine
+from vllm.compressed_linear.weights import (
+    CompressedWeights,
+    LoadedShard,
+    ShardSource,
+    from_standard_layout,
+)
+
+ORDERS = ("plain", "cut", "act", "ragged")
+DATA = ("random", "signed", "largest", "huge", "tiny", "spread", "dead")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One weight and the dtypes around it.
+
+    ``group``: input channels per scale, −1 one scale per output channel, 0 one for the tensor.
+    ``zero``: None, "integer" or "float". ``order``: how channels belong to groups: "plain" k //
+    group; "cut" the same, but this rank begins in the middle of a group; "act" shuffled; "ragged"
+    shuffled and of unlike sizes. ``data``: "random"; "signed" also negative scales; "largest" every
+    code the largest; "huge" and "tiny" scales near the ends of their dtype; "spread" scales over
+    many magnitudes in one row; "dead" whole groups that mean zero.
+    """
+
+    element: ElementType
+    n: int = 48
+    k: int = 128
+    group: int = 32
+    zero: str | None = None
+    scale_dtype: str = "bfloat16"
+    input_dtype: str = "bfloat16"
+    output_dtype: str = ""
+    bias_dtype: str | None = None
+    order: str = "plain"
+    data: str = "random"
+    shards: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.order not in ORDERS or self.data not in DATA:
+            raise ValueError(f"case with order {self.order!r} and data {self.data!r}")
+        if not self.output_dtype:
+            object.__setattr__(self, "output_dtype", self.input_dtype)
+        if not self.shards:
+            object.__setattr__(self, "shards", (self.n,))
+
+    def __str__(self) -> str:
+        parts = [str(self.element)]
+        if self.element.kind != "dense":
+            group = {-1: "channel", 0: "tensor"}.get(self.group, f"g{self.group}")
+            parts += [group, _SHORT[self.scale_dtype] + "scale"]
+        parts += [f"{self.zero}zero"] if self.zero else []
+        parts.append("+".join(map(str, self.shards)) + f"x{self.k}")
+        parts.append(f"{_SHORT[self.input_dtype]}-{_SHORT[self.output_dtype]}")
+        parts += [f"bias{_SHORT[self.bias_dtype]}"] if self.bias_dtype else []
+        parts += [self.order] if self.order != "plain" else []
+        parts += [self.data] if self.data != "random" else []
+        return "-".join(parts)
+
+    def build(self, device: str = "cpu") -> Problem:
+        """Make the weights. Same case, same numbers."""
+        return _build(self, torch.device(device))
+
+
+_SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+@dataclass
+class Problem:
+    """A case with its numbers. ``weight`` float64 [N, K] is exact, in the order of x's channels;
+    ``magnitude`` float64 [N, K] is what the contract's bound is made of."""
+
+    case: Case
+    descriptor: CompressedLinearDescriptor
+    weights: CompressedWeights
+    weight: torch.Tensor
+    magnitude: torch.Tensor
+    bias: torch.Tensor | None
+    generator: torch.Generator = field(repr=False)
+
+    def activations(self, rows: int) -> torch.Tensor:
+        """x [rows, K] in the input dtype: normal numbers, some channels 30 times larger; scaled so
+        that no result of "huge" weights overflows."""
+        x = torch.randn(rows, self.case.k, generator=self.generator, dtype=torch.float64)
+        x[:, ::17] *= 30
+        if self.case.data == "largest":
+            x = x.abs()
+        if self.case.data == "huge":
+            x = x / (self.weight.abs().sum(1).max().cpu() / 100)
+        return x.to(torch_dtype(self.case.input_dtype)).to(self.weight.device)
+
+    def expected(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """float64 [M, N] for x [M, K]."""
+        out = x.to(torch.float64) @ self.weight.t()
+        return out if bias is None else out + bias.to(torch.float64)
+
+    def bound(self, x: torch.Tensor, expected: torch.Tensor, constant: float) -> torch.Tensor:
+        """float64 [M, N], the largest error that is allowed."""
+        return contract_bound(x, self.magnitude, expected, self.descriptor.output_dtype, constant)
+
+
+def _build(case: Case, device: torch.device) -> Problem:
+    generator = torch.Generator().manual_seed(zlib.crc32(str(case).encode()))
+    start = case.group // 2 if case.order == "cut" else 0
+    full_k = case.k + start
+    spec = _weight_spec(case)
+    groups = spec.groups(full_k)
+    index = _group_index(case, spec, full_k, generator)
+    standard = _values(case, spec, full_k, groups, index, generator)
+    loaded, offset = [], 0
+    for number, width in enumerate(case.shards):
+        rows = slice(offset, offset + width)
+        part = StandardWeights(
+            standard.codes[rows],
+            None if standard.scale is None else standard.scale[rows],
+            None if standard.zero is None else standard.zero[rows],
+        )
+        scheme = _scheme(case, spec)
+        source = ShardSource(
+            f"{case}.{number}", scheme, width, full_k, 0, width, start, full_k - start
+        )
+        loaded.append(load_shard(source, from_standard_layout(scheme, part, index), device))
+        offset += width
+    context = LayerContext(case.input_dtype, case.output_dtype, case.bias_dtype)
+    parts = refine(loaded, context)
+    if len(parts) != 1:
+        raise AssertionError(f"case {case} became {len(parts)} parts")
+    weight, magnitude = _exact(spec, standard, index)
+    bias = None
+    if case.bias_dtype is not None:
+        size = 1e-3 if case.data == "tiny" else 1.0
+        bias = torch.randn(case.n, generator=generator) * size
+        bias = bias.to(torch_dtype(case.bias_dtype)).to(device)
+    return Problem(
+        case,
+        parts[0].descriptor,
+        parts[0].weights,
+        weight[:, start:].to(device),
+        magnitude[:, start:].to(device),
+        bias,
+        generator,
+    )
+
+
+def load_shard(
+    source: ShardSource, tensors: dict[str, torch.Tensor], device: torch.device | str = "cpu"
+) -> LoadedShard:
+    """What a rank keeps of whole checkpoint tensors (in a model, CheckpointParameter does this)."""
+    kept = {}
+    for stored in source.scheme.tensors:
+        if stored.name not in tensors:
+            continue
+        tensor = tensors[stored.name]
+        for dim, part in enumerate(source.slices(stored, stored.packing)):
+            if part is not None:
+                tensor = tensor.narrow(dim, part.first, part.count)
+        kept[stored.name] = tensor.contiguous().to(device)
+    return LoadedShard(source, kept)
+
+
+def _weight_spec(case: Case) -> WeightSpec:
+    if case.element.kind == "dense":
+        return WeightSpec(case.element)
+    granularity = {-1: "channel", 0: "tensor"}.get(case.group, "group")
+    scale = ScaleSpec(case.scale_dtype, granularity, case.group if case.group > 0 else -1)
+    zero = None
+    if case.zero is not None:
+        zero = ZeroSpec(case.zero, "uint8" if case.zero == "integer" else case.scale_dtype)
+    return WeightSpec(case.element, scale, zero)
+
+
+def _scheme(case: Case, spec: WeightSpec) -> CheckpointScheme:
+    bits = case.element.bits
+    if spec.scale is None:
+        dtype = dtype_name(case.element.dense_dtype)
+        return CheckpointScheme(spec, (StoredTensor("weight", Role.CODES, dtype, ("N", "K")),))
+    tensors = [
+        StoredTensor("codes", Role.CODES, "int32", ("N", "K"), Packing(bits)),
+        StoredTensor(
+            "scale", Role.SCALE, case.scale_dtype, (1,) if case.group == 0 else ("N", "G")
+        ),
+    ]
+    if spec.zero is not None:
+        packing = Packing(bits, "N") if case.zero == "integer" else None
+        dtype = "int32" if packing else case.scale_dtype
+        tensors.append(StoredTensor("zero", Role.ZERO, dtype, ("N", "G"), packing))
+    if case.order in ("act", "ragged"):
+        tensors.append(StoredTensor("g_idx", Role.GROUP_INDEX, "int32", ("K",)))
+    return CheckpointScheme(spec, tuple(tensors))
+
+
+def _group_index(
+    case: Case, spec: WeightSpec, full_k: int, generator: torch.Generator
+) -> torch.Tensor:
+    plain = torch.arange(full_k) // spec.group_size(full_k)
+    if case.order == "act":
+        return plain[torch.randperm(full_k, generator=generator)]
+    if case.order == "ragged":
+        return torch.randint(spec.groups(full_k), (full_k,), generator=generator)
+    return plain
+
+
+def _values(
+    case: Case,
+    spec: WeightSpec,
+    full_k: int,
+    groups: int,
+    index: torch.Tensor,
+    generator: torch.Generator,
+) -> StandardWeights:
+    element = case.element
+    shape, scales = (case.n, full_k), (case.n, groups)
+    if spec.scale is None:
+        values = torch.randn(shape, generator=generator) * _scales(case, (case.n, 1), generator)
+        return StandardWeights(values.to(element.dense_dtype), None, None)
+    count = 1 << element.bits
+    codes = torch.randint(count, shape, generator=generator, dtype=torch.uint8)
+    if case.data == "largest":
+        codes = torch.full(shape, count - 1, dtype=torch.uint8)
+    if element.kind != "integer":
+        # Codes of infinities and NaN are no weights.
+        finite = torch.isfinite(element.table())
+        codes = codes.masked_fill(~finite[codes.long()], 0)
+    scale = _scales(case, (1, 1) if case.group == 0 else scales, generator)
+    scale = scale.to(torch_dtype(case.scale_dtype)).expand(scales).clone()
+    zero = None
+    if case.zero == "integer":
+        zero = torch.randint(count, scales, generator=generator, dtype=torch.uint8)
+    elif case.zero == "float":
+        zero = (torch.rand(scales, generator=generator) * (count - 1)).to(scale.dtype)
+    if case.data == "dead":
+        dead = torch.rand(scales, generator=generator) < 0.5
+        middle = 0 if element.kind != "integer" else element.bias
+        blank = torch.full(scales, middle) if zero is None else zero.to(torch.int64)
+        if zero is not None:
+            zero = torch.where(dead, blank.to(zero.dtype), zero)
+        codes = torch.where(dead[:, index], blank[:, index].to(torch.uint8), codes)
+        scale = scale.masked_fill(dead, 0)
+    return StandardWeights(codes, scale, zero)
+
+
+def _scales(case: Case, shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
+    """fp32 scales that the case's dtypes can hold."""
+    dtype = (
+        case.element.dense_dtype if case.element.kind == "dense" else torch_dtype(case.scale_dtype)
+    )
+    narrow = "float16" in (case.input_dtype, case.output_dtype, dtype_name(dtype))
+    scale = torch.exp(torch.randn(shape, generator=generator).clamp(-3, 3)) * 0.01
+    if case.data == "signed":
+        scale = scale * torch.where(torch.rand(shape, generator=generator) < 0.5, -1, 1)
+    elif case.data == "huge":
+        scale = 2.0 ** (torch.rand(shape, generator=generator) * 4 + (11 if narrow else 90))
+    elif case.data == "tiny":
+        # Subnormal numbers of the scale's dtype, some of which have only a bit or two left.
+        smallest = torch.finfo(dtype).smallest_normal
+        scale = smallest * (0.02 + 0.9 * torch.rand(shape, generator=generator))
+    elif case.data == "spread":
+        reach = 12 if narrow else 40
+        scale = 2.0 ** ((torch.rand(shape, generator=generator) - 1) * reach)
+    return scale
+
+
+def _exact(
+    spec: WeightSpec, standard: StandardWeights, index: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ŵ, magnitude) float64 [N, K], straight from what was stored; shares nothing with refine."""
+    element = spec.element
+    values = element.decode(standard.codes).to(torch.float64)
+    if standard.scale is None:
+        return values, values.abs()
+    scale = standard.scale[:, index]
+    zero = None if standard.zero is None else standard.zero[:, index]
+    if zero is not None:
+        values = values - zero.to(torch.float64)
+    plain = CompressedLinearDescriptor(
+        values.shape[1],
+        values.shape[0],
+        replace(spec, scale=ScaleSpec(dtype_name(scale.dtype), "group", 1)),
+        "float32",
+        "float32",
+    )
+    magnitude = weight_magnitude(plain, standard.codes, scale, zero)
+    return values * scale.to(torch.float64), magnitude.to(torch.float64)
+
+
+NF4 = ElementType(
+    "nf4",
+    4,
+    codebook=(
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ),
+)
+"""The 16 quantiles of the normal distribution of QLoRA (arXiv 2305.14314, appendix E)."""
+
+
+def _symmetric(bits: int) -> ElementType:
+    return uint(bits, 1 << (bits - 1))
+
+
+def conformance_cases() -> list[Case]:
+    """Every kind of weight once by itself, then a fixed sample of their combinations."""
+    int4 = Case(_symmetric(4))
+    cases = [
+        Case(uint(bits) if zero else _symmetric(bits), zero=zero)
+        for bits in range(1, 9)
+        for zero in (None, "integer", "float")
+    ]
+    cases += [
+        Case(element)
+        for element in (
+            *(NF4, numerics.E4M3, numerics.E5M2, numerics.E3M2, numerics.E2M3, numerics.E2M1),
+        )
+    ]
+    cases += [
+        Case(element, 40, 96, input_dtype=dtype_name(element.dense_dtype), bias_dtype=bias)
+        for element in (numerics.BF16, numerics.FP16, numerics.FP32)
+        for bias in (None, dtype_name(element.dense_dtype))
+    ]
+    cases += [
+        Case(numerics.BF16, 33, 47),
+        Case(numerics.BF16, 1, 1),
+        Case(numerics.BF16, 40, 96, input_dtype="float32"),
+        Case(numerics.BF16, data="spread"),
+    ]
+    # N and K: one channel, odd ones, multiples of nothing, and sizes just off those of tiles.
+    cases += [
+        replace(int4, n=n, k=k, group=-1, shards=())
+        for n, k in ((1, 1), (1, 64), (2, 3), (17, 8), (31, 33), (65, 130), (130, 257), (300, 40))
+    ]
+    cases += [
+        replace(int4, n=33, k=k, group=group, shards=(), zero=zero, element=element)
+        for k, group in ((32, 32), (80, 16), (96, 24), (144, 48), (40, 8), (20, 4), (256, 64))
+        for zero, element in ((None, _symmetric(4)), ("integer", uint(4)))
+    ]
+    cases += [replace(int4, k=512, group=group) for group in (16, 64, 128, 256, -1, 0)]
+    cases += [
+        replace(int4, scale_dtype=scale, input_dtype=x, output_dtype="", zero=zero, element=e)
+        for scale, x in itertools.product(_SHORT, _SHORT)
+        for zero, e in ((None, _symmetric(4)), ("float", uint(4)))
+    ]
+    cases += [
+        replace(int4, input_dtype="bfloat16", output_dtype="float32"),
+        replace(int4, bias_dtype="bfloat16"),
+        replace(int4, bias_dtype="float32"),
+        replace(int4, bias_dtype="float16", input_dtype="float16", output_dtype=""),
+        replace(int4, bias_dtype="float32", input_dtype="float32", output_dtype=""),
+        replace(int4, n=56, shards=(32, 16, 8)),
+        replace(int4, n=37, shards=(19, 11, 7), bias_dtype="bfloat16"),
+        replace(int4, n=37, shards=(19, 11, 7), element=uint(4), zero="integer"),
+    ]
+    for order in ("cut", "act", "ragged"):
+        cases += [
+            replace(int4, order=order),
+            replace(int4, order=order, element=uint(4), zero="integer", bias_dtype="bfloat16"),
+            replace(int4, order=order, element=uint(3), zero="integer", n=33, k=120, shards=()),
+        ]
+    cases += [replace(int4, k=100, group=32), replace(int4, k=144, group=64)]
+    for data in DATA[1:]:
+        cases += [
+            replace(int4, data=data),
+            replace(int4, data=data, element=uint(4), zero="integer"),
+            replace(int4, data=data, element=uint(8), zero="integer", scale_dtype="float16"),
+            replace(int4, data=data, input_dtype="float32", output_dtype="", scale_dtype="float32"),
+        ]
+    cases += _sample(80)
+    return list(dict.fromkeys(cases))
+
+
+def _sample(count: int) -> list[Case]:
+    """Combinations of everything, drawn with a fixed seed."""
+    draw = random.Random(8913)
+    cases: list[Case] = []
+    while len(cases) < count:
+        bits = draw.randint(1, 8)
+        zero = draw.choice((None, "integer", "float"))
+        group = draw.choice((-1, 4, 16, 20, 32, 64, 128))
+        order = draw.choice(("plain", "plain", "cut", "act", "ragged"))
+        groups = draw.randint(1, 5)
+        k = draw.randint(1, 300) if group == -1 else group * groups
+        if order != "plain" and (group == -1 or groups == 1):
+            continue
+        x = draw.choice(tuple(_SHORT))
+        cases.append(
+            Case(
+                _symmetric(bits) if zero is None else uint(bits),
+                n=draw.randint(1, 140),
+                k=k,
+                group=group,
+                zero=zero,
+                scale_dtype=draw.choice(tuple(_SHORT)),
+                input_dtype=x,
+                bias_dtype=draw.choice((None, x)),
+                order=order,
+                data=draw.choice(("random", "random", "signed", "spread", "dead")),
+            )
+        )
+    return cases
