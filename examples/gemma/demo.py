@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole way of a model: fetched, quantized, served, asked; and what ran it.
+
+Run by `make demo`. Everything is kept in build/demo, so the second run starts with serving.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from openai import OpenAI
+from rich.console import Console
+
+import plan
+from fetch import fetch
+from server import serving
+
+WORK = Path(__file__).resolve().parents[2] / "build" / "demo"
+NAME = "gemma-3-270m-w4a16"
+MAX_TOKENS = 64
+
+
+def make(target: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` make `target` unless it is there; what a broken run left is never taken."""
+    if target.exists():
+        return
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    write(partial)
+    partial.rename(target)
+
+
+def checkpoint(console: Console) -> Path:
+    """The quantized checkpoint, made from what is already there."""
+    WORK.mkdir(parents=True, exist_ok=True)
+    gguf = WORK / "gemma-3-270m-q4_k_m.gguf"
+    bf16 = WORK / "gemma-3-270m-bf16"
+    quantized = WORK / "gemma-3-270m-w4a16-g128"
+    if quantized.exists():
+        return quantized
+    if not gguf.exists():
+        console.print("Fetching Gemma 3 270M ...")
+        fetch(gguf)
+    console.print("Writing it as a bf16 checkpoint and checking what it says ...")
+    from convert import convert, verify  # torch and transformers, not needed the second time
+    from quantize import quantize
+
+    def write_bf16(directory: Path) -> None:
+        convert(gguf, directory)
+        verify(directory)
+
+    make(bf16, write_bf16)
+    console.print("Quantizing it to 4 bits, groups of 128 ...")
+    make(quantized, lambda directory: quantize(bf16, directory))
+    return quantized
+
+
+def ask(url: str, prompt: str, console: Console) -> float:
+    """Streams one completion to the console; returns tokens per second after the first token."""
+    client = OpenAI(base_url=url, api_key="none")
+    console.print(f"\n[bold]{prompt}[/bold]", end="")
+    first = last = 0.0
+    tokens = 0
+    for chunk in client.completions.create(
+        model=NAME,
+        prompt=prompt,
+        max_tokens=MAX_TOKENS,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    ):
+        if chunk.usage is not None:
+            tokens = chunk.usage.completion_tokens
+        if chunk.choices and chunk.choices[0].text:
+            last = time.perf_counter()
+            first = first or last
+            console.out(chunk.choices[0].text, end="", highlight=False)
+    console.print("\n")
+    if tokens < 2 or last == first:
+        raise RuntimeError(f"the server answered with {tokens} tokens, expected {MAX_TOKENS}")
+    return (tokens - 1) / (last - first)
+
+
+def main() -> int:
+    """Runs the demo; the exit status is 0 only if every step succeeded."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--prompt", default="The capital of France is")
+    prompt = parser.parse_args().prompt
+    console = Console()
+    try:
+        model = checkpoint(console)
+        written = WORK / "plan.json"
+        written.unlink(missing_ok=True)
+        console.print("Starting vllm serve ...")
+        environment = {
+            "VLLM_COMPRESSED_LINEAR_PLAN_FILE": str(written),
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+        }
+        started = time.perf_counter()
+        with serving(model, NAME, WORK / "server.log", environment) as url:
+            console.print(f"Up after {time.perf_counter() - started:.0f} s at {url}")
+            speed = ask(url, prompt, console)
+        plan.show(plan.read(written), console)
+        console.print(f"{speed:.1f} tokens per second")
+    except Exception as error:
+        # One line instead of a trace: each step says in its error what failed and where.
+        print(f"demo failed: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
