@@ -147,10 +147,9 @@ void parallel_tiles(int64_t begin, int64_t end, const Body& body) {
 
 // ---- ops ----------------------------------------------------------------------------------------
 
-int64_t packed_bytes(int64_t n, int64_t k, int64_t group_size, std::string element) {
-  const Geometry g =
-      geometry_of("packed_bytes", n, k, group_size, parse_element("packed_bytes", element));
-  return g.tiles * g.tile_bytes();
+int64_t packed_tile_bytes(int64_t k, int64_t group_size, std::string element) {
+  constexpr const char* op = "packed_tile_bytes";
+  return geometry_of(op, 0, k, group_size, parse_element(op, element)).tile_bytes();
 }
 
 void pack_rows(Tensor packed, Tensor rows, int64_t row_start, int64_t n, int64_t group_size,
@@ -309,7 +308,7 @@ void reset_op_calls() { reset_calls(); }
 }  // namespace
 
 STABLE_TORCH_LIBRARY(compressed_linear, m) {
-  m.def("packed_bytes(int n, int k, int group_size, str element) -> int");
+  m.def("packed_tile_bytes(int k, int group_size, str element) -> int");
   m.def(
       "pack_rows(Tensor(a!) packed, Tensor rows, int row_start, int n, int group_size, "
       "str element) -> ()");
@@ -334,7 +333,7 @@ STABLE_TORCH_LIBRARY_IMPL(compressed_linear, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(compressed_linear, CompositeExplicitAutograd, m) {
-  m.impl("packed_bytes", TORCH_BOX(&packed_bytes));
+  m.impl("packed_tile_bytes", TORCH_BOX(&packed_tile_bytes));
   m.impl("isa", TORCH_BOX(&isa));
   m.impl("supported_isas", TORCH_BOX(&supported_isas));
   m.impl("select_isa", TORCH_BOX(&select_isa));

@@ -3,7 +3,7 @@
 
 Ops are reached as ``torch.ops.compressed_linear.<name>`` after ``load()``:
 
-* ``packed_bytes(n, k, group_size, element) -> int``: bytes of the packed weight
+* ``packed_tile_bytes(k, group_size, element) -> int``: bytes of 16 packed output channels
 * ``pack_rows(packed!, rows, row_start, n, group_size, element)``: writes codes uint8 [rows, k] (or
   floats of the element's dtype) as output channels from ``row_start``, a multiple of 16, on; the
   chunk must end at a multiple of 16 or at n

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our own CPU kernels: codes stay packed in memory and are decoded in registers.
+
+Every width from 1 to 8 bits, any group size, bf16/fp16/fp32 weights and activations; AVX-512 with
+bf16 dot products, AVX2, or plain C++, whichever the processor has (``native.isa``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from vllm.compressed_linear import native, numerics
+from vllm.compressed_linear.backend import Capabilities, QuantLinearMethod
+from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
+from vllm.compressed_linear.numerics import ElementType, torch_dtype
+from vllm.compressed_linear.platform import NATIVE_LIBRARY, Platform
+from vllm.compressed_linear.weights import CompressedWeights
+
+ISA_VARIABLE = "VLLM_COMPRESSED_LINEAR_CPU_ISA"
+"""Forces an instruction set: avx512bf16, avx2 or generic."""
+
+# How far from the memory limit a single row runs, measured with benchmarks/linear.py.
+_SLOWDOWN = {"avx512bf16": 1.0, "avx2": 4.0, "generic": 40.0}
+
+
+class CpuBackend(QuantLinearMethod):
+    """Weight-only kernels on the packed layout of ``csrc/cpu/layout.h``.
+
+    Prepared tensors (T = ceil(N / 16) tiles): ``packed`` uint8 [T, bytes]; ``scale`` and ``zero``
+    [T, G, 16] with the output channels of a tile innermost; ``perm`` int32 [K]; ``table`` bfloat16
+    [2^bits] for small floats and codebooks. Only ``packed`` is always there.
+    """
+
+    name = "cpu"
+    batch_invariant = True
+    capabilities = Capabilities(
+        devices=frozenset({"cpu"}),
+        integer_bits=frozenset(range(1, 9)),
+        other_elements=frozenset(
+            element.name
+            for element in (
+                numerics.BF16,
+                numerics.FP16,
+                numerics.FP32,
+                numerics.E2M1,
+                numerics.E2M3,
+                numerics.E3M2,
+            )
+        ),
+        codebooks=True,
+        zero_kinds=frozenset({"integer", "float"}),
+        channel_order=True,
+        padded_order=True,
+        required_ops=(NATIVE_LIBRARY,),
+    )
+
+    def __init__(self, descriptor: CompressedLinearDescriptor) -> None:
+        super().__init__(descriptor)
+        # Made here because the compiler may hold ``bits`` symbolic, and a string must not be.
+        self.element = _kernel_element(descriptor.weight.element)
+        self.output_dtype = torch_dtype(descriptor.output_dtype)
+
+    @classmethod
+    def further_reasons(
+        cls, descriptor: CompressedLinearDescriptor, platform: Platform
+    ) -> Iterable[str]:
+        element = descriptor.weight.element
+        if descriptor.k == 0:
+            yield "no input channels (K = 0)"
+        if element.codebook and (element.bits > 7 or _exact_table(element) is None):
+            yield f"codebook {element.name} (supported: up to 7 bits with values exact in bfloat16)"
+
+    @classmethod
+    def variant(cls, descriptor: CompressedLinearDescriptor, platform: Platform) -> str:
+        forced = os.environ.get(ISA_VARIABLE)
+        if forced:
+            return forced
+        if {"avx512", "avx512_bf16"} <= platform.features:
+            return "avx512bf16"
+        return "avx2" if "avx2" in platform.features else "generic"
+
+    @classmethod
+    def cost(cls, descriptor: CompressedLinearDescriptor, platform: Platform) -> float:
+        weight = descriptor.weight
+        per_weight = weight.element.bits / 8
+        for spec in (weight.scale, weight.zero):
+            if spec is not None:
+                per_weight += 2 / descriptor.group_size
+        slowdown = _SLOWDOWN.get(cls.variant(descriptor, platform), 1.0)
+        return descriptor.n * descriptor.k * per_weight * slowdown
+
+    def prep_weights_for_execution(self, weights: CompressedWeights) -> dict[str, torch.Tensor]:
+        native.load()
+        ops = torch.ops.compressed_linear
+        d = self.descriptor
+        tiles = -(-d.n // native.TILE)
+        tile_bytes = ops.packed_tile_bytes(d.k, d.group_size, self.element)
+        tensors = {"packed": torch.empty(tiles, tile_bytes, dtype=torch.uint8)}
+        if d.weight.scale is not None:
+            dtype = torch_dtype(d.weight.scale.dtype)
+            tensors["scale"] = torch.zeros(tiles, d.groups, native.TILE, dtype=dtype)
+        if d.weight.zero is not None:
+            # Zero points of integers go up to 2^bits, which bfloat16 holds exactly.
+            integer = d.weight.zero.kind == "integer"
+            dtype = torch.bfloat16 if integer else torch_dtype(d.weight.zero.dtype)
+            tensors["zero"] = torch.zeros(tiles, d.groups, native.TILE, dtype=dtype)
+        for start, stop in weights.chunks(native.TILE):
+            rows = weights.rows(start, stop)
+            codes = rows.codes.contiguous()
+            ops.pack_rows(tensors["packed"], codes, start, d.n, d.group_size, self.element)
+            for name, values in (("scale", rows.scale), ("zero", rows.zero)):
+                if name in tensors and values is not None:
+                    _put_tiles(tensors[name], values, start, f"{name} of {d}")
+        if weights.permutation is not None:
+            tensors["perm"] = weights.permutation.to(torch.int32).contiguous()
+        if d.weight.element.kind in ("float", "codebook"):
+            table = _exact_table(d.weight.element)
+            assert table is not None
+            tensors["table"] = table
+        return tensors
+
+    def apply(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        d = self.descriptor
+        out = torch.ops.compressed_linear.linear(
+            x.reshape(-1, x.shape[-1]),
+            tensors["packed"],
+            tensors.get("scale"),
+            tensors.get("zero"),
+            bias,
+            tensors.get("perm"),
+            tensors.get("table"),
+            d.n,
+            d.k,
+            d.group_size,
+            self.element,
+            d.weight.element.bias,
+            self.output_dtype,
+        )
+        return out.reshape(*x.shape[:-1], d.out_features)
+
+
+def _kernel_element(element: ElementType) -> str:
+    return element.name if element.kind == "dense" else f"uint{element.bits}"
+
+
+def _exact_table(element: ElementType) -> torch.Tensor | None:
+    """bfloat16 [2^bits], or None if some value of the element is not exact in bfloat16."""
+    values = element.table()
+    table = values.to(torch.bfloat16)
+    return table if torch.equal(table.to(torch.float32), values) else None
+
+
+def _put_tiles(target: torch.Tensor, values: torch.Tensor, start: int, what: str) -> None:
+    """Writes [rows, G] values of output channels from ``start`` on into [tiles, G, 16]."""
+    exact = values.to(target.dtype)
+    if not values.is_floating_point() and not torch.equal(exact.to(values.dtype), values):
+        raise ValueError(
+            f"{what}: zero points run from {int(values.min())} to {int(values.max())}, "
+            "expected 0 to 256"
+        )
+    missing = -len(exact) % native.TILE
+    if missing:
+        exact = torch.nn.functional.pad(exact, (0, 0, 0, missing))
+    tiles = exact.unflatten(0, (-1, native.TILE)).transpose(1, 2)
+    target[start // native.TILE : start // native.TILE + len(tiles)] = tiles
