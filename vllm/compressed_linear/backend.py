@@ -194,8 +194,8 @@ def contract_bound(
 ) -> torch.Tensor:
     """Largest error the contract allows, float64 [M, N].
 
-    (c · sqrt(K) · 2⁻²⁴ + ``weight_rounding``) · Σ_k |x| · magnitude, plus one rounding of the output
-    to ``output_dtype``.
+    (c · sqrt(K) · 2⁻²⁴ + ``weight_rounding``) · Σ_k |x| · magnitude, plus one rounding of the
+    output to ``output_dtype``.
     x: [M, K]; ``magnitude``: [N, K], bound of what a kernel adds up for each weight (``|ŵ|``, or
     |s|·(|decode(q)| + |z|) where zero points are subtracted apart, see ``weight_magnitude``);
     ``expected``: [M, N], the exact result.

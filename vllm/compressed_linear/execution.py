@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From loaded shards to something that runs: refine, select, prepare, check, and the composite.
+
+Imports nothing of vLLM. ``linear.py`` hangs the result on vLLM's layers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vllm.compressed_linear.backend import (
+    QuantLinearMethod,
+    contract_bound,
+    weight_magnitude,
+)
+from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
+from vllm.compressed_linear.numerics import torch_dtype
+from vllm.compressed_linear.plan import PLAN, PlanEntry, rejections
+from vllm.compressed_linear.platform import Platform
+from vllm.compressed_linear.refine import LayerContext, Part, refine
+from vllm.compressed_linear.registry import Selection, select
+from vllm.compressed_linear.settings import Settings
+from vllm.compressed_linear.weights import CompressedWeights, LoadedShard
+
+CHECK_ROWS = 6
+CHECK_TOKENS = 2
+
+
+class SelfCheckError(RuntimeError):
+    """A backend's result for a layer lies outside of its contract."""
+
+
+@dataclass
+class Executor:
+    """One part of a layer: a backend instance and its output columns [start, stop)."""
+
+    method: QuantLinearMethod
+    selection: Selection
+    start: int
+    stop: int
+    tensors: dict[str, torch.Tensor]
+
+    @property
+    def descriptor(self) -> CompressedLinearDescriptor:
+        return self.method.descriptor
+
+
+def prepare(
+    name: str,
+    kind: str,
+    shards: Sequence[LoadedShard],
+    context: LayerContext,
+    platform: Platform,
+    settings: Settings,
+    pinned: Sequence[Executor] = (),
+) -> list[Executor]:
+    """Prepare a layer's shards. ``pinned``: executors of an earlier load, whose choice stays.
+
+    Raises ``CheckpointError`` on damaged data, ``NoBackendError`` when no backend can or may run a
+    part, ``SelfCheckError`` when one computes wrong numbers, and ``ValueError`` when reloaded
+    weights need another plan than the pinned one.
+    """
+    parts = refine(shards, context)
+    if pinned:
+        _check_pinned(name, parts, pinned)
+    executors = []
+    for index, part in enumerate(parts):
+        quantized = part.descriptor.weight.element.kind != "dense"
+        selection = (
+            pinned[index].selection
+            if pinned
+            else select(
+                part.descriptor,
+                platform,
+                override=settings.backend.backend_for(name, quantized=quantized),
+                strict=settings.strict and quantized,
+                layer=name,
+            )
+        )
+        begin = time.perf_counter()
+        method = selection.chosen(part.descriptor)
+        tensors = method.prep_weights_for_execution(part.weights)
+        seconds = time.perf_counter() - begin
+        self_check(name, method, tensors, part.weights)
+        stop = part.start + part.descriptor.n
+        executors.append(Executor(method, selection, part.start, stop, tensors))
+        PLAN.add(
+            PlanEntry(
+                name=name,
+                kind=kind,
+                backend=method.name,
+                variant=selection.variant,
+                descriptor=str(part.descriptor),
+                bytes_checkpoint=_checkpoint_bytes(part.weights),
+                bytes_prepared=sum(t.numel() * t.element_size() for t in tensors.values()),
+                prepare_seconds=seconds,
+                batch_invariant=method.batch_invariant,
+                overridden=selection.overridden,
+                note=_composite_note(parts, part),
+                rejected=rejections(selection),
+            ),
+            index,
+        )
+    return executors
+
+
+def _composite_note(parts: Sequence[Part], part: Part) -> str:
+    if len(parts) == 1:
+        return ""
+    names = [s.source.name.rpartition(".")[2] for s in part.weights.shards]
+    return f"{' + '.join(names)} of a fused layer whose shards differ"
+
+
+def _checkpoint_bytes(weights: CompressedWeights) -> int:
+    return sum(
+        t.numel() * t.element_size() for shard in weights.shards for t in shard.tensors.values()
+    )
+
+
+def _check_pinned(name: str, parts: Sequence[Part], pinned: Sequence[Executor]) -> None:
+    now = [str(part.descriptor) for part in parts]
+    then = [str(executor.descriptor) for executor in pinned]
+    if [p.descriptor for p in parts] != [e.descriptor for e in pinned]:
+        raise ValueError(
+            f"{name}: reloaded weights need {now}, but the running model was prepared for {then}; "
+            "restart to load them"
+        )
+
+
+def self_check(
+    name: str,
+    method: QuantLinearMethod,
+    tensors: dict[str, torch.Tensor],
+    weights: CompressedWeights,
+) -> None:
+    """Hold a few output rows, the first and last among them, against the checkpoint's own meaning.
+
+    The expected values come from ``CompressedWeights.dequantize``, which knows nothing of channel
+    plans or packed layouts. Raises ``SelfCheckError``.
+    """
+    descriptor = method.descriptor
+    if descriptor.n == 0 or descriptor.in_features == 0 or weights.device.type == "meta":
+        return
+    generator = torch.Generator().manual_seed(descriptor.n * 31 + descriptor.k)
+    x = torch.randn(CHECK_TOKENS, descriptor.in_features, generator=generator)
+    x = x.to(weights.device, torch_dtype(descriptor.input_dtype))
+    inner = torch.randint(descriptor.n, (CHECK_ROWS,), generator=generator).tolist()
+    rows = sorted({0, descriptor.n - 1, *inner})
+    y = method.apply(tensors, x)[:, rows].to(torch.float64)
+
+    ideal = torch.cat([weights.dequantize(row, row + 1) for row in rows]).to(torch.float64)
+    expected = x.to(torch.float64) @ ideal.t()
+    standard = [weights.rows(row, row + 1) for row in rows]
+    magnitude = torch.cat(
+        [weight_magnitude(descriptor, s.codes, s.scale, s.zero) for s in standard]
+    )
+    gathered = x
+    if weights.permutation is not None:
+        order = weights.permutation.to(torch.int64)
+        gathered = x.index_select(1, order.clamp(min=0)).masked_fill(order < 0, 0)
+    bound = contract_bound(
+        gathered,
+        magnitude,
+        expected,
+        descriptor.output_dtype,
+        method.contract_constant,
+        method.weight_rounding(descriptor),
+    )
+    error = (y - expected).abs()
+    wrong = ~(error <= bound)
+    if bool(wrong.any()):
+        token, column = (int(i) for i in wrong.nonzero()[0])
+        raise SelfCheckError(
+            f"{name}: backend {method.name} computes wrong numbers for {descriptor}: output "
+            f"channel {rows[column]} is {float(y[token, column]):.6g}, expected "
+            f"{float(expected[token, column]):.6g} ± {float(bound[token, column]):.3g}. Choose "
+            "another with VLLM_COMPRESSED_LINEAR_BACKEND, and report this"
+        )
+
+
+def run(
+    executors: Sequence[Executor],
+    tensors: Sequence[dict[str, torch.Tensor]],
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Compute a layer: one backend, or one for each run of like shards, side by side."""
+    if len(executors) == 1:
+        return executors[0].method.apply(tensors[0], x, bias)
+    outputs = [
+        executor.method.apply(
+            own, x, None if bias is None else bias[executor.start : executor.stop]
+        )
+        for executor, own in zip(executors, tensors, strict=True)
+    ]
+    return torch.cat(outputs, dim=-1)

@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The methods that vLLM's linear and embedding layers call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+from vllm.model_executor.layers.linear import (
+    LinearMethodBase,
+    UnquantizedLinearMethod,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+)
+
+from vllm.compressed_linear import compat
+from vllm.compressed_linear.descriptor import CheckpointScheme, WeightSpec
+from vllm.compressed_linear.execution import Executor, prepare, run
+from vllm.compressed_linear.layout import Role, StoredTensor
+from vllm.compressed_linear.numerics import dense, dtype_name
+from vllm.compressed_linear.parameter import (
+    CheckpointParameter,
+    collect_shards,
+    create_parameters,
+)
+from vllm.compressed_linear.plan import PLAN
+from vllm.compressed_linear.platform import Platform
+from vllm.compressed_linear.refine import LayerContext
+from vllm.compressed_linear.resolution import LayerKind, Unquantized
+from vllm.compressed_linear.settings import Settings
+from vllm.compressed_linear.sharding import shard_geometry
+from vllm.compressed_linear.weights import LoadedShard, ShardSource
+
+logger = compat.logger(__name__)
+
+DEVICE_ANCHOR = "weight_packed"
+"""Attribute under which vLLM's LoRA code looks for a layer's device; kept as an empty tensor."""
+
+
+def dense_scheme(dtype: torch.dtype) -> CheckpointScheme:
+    """How an unquantized weight lies in the checkpoint: ``weight`` [N, K]."""
+    return CheckpointScheme(
+        WeightSpec(dense(dtype)),
+        (StoredTensor("weight", Role.CODES, dtype_name(dtype), ("N", "K")),),
+    )
+
+
+class _Prepared:
+    """Executors of one layer and the names of their tensors on it."""
+
+    def __init__(self, layer: torch.nn.Module, executors: Sequence[Executor]) -> None:
+        self.executors = list(executors)
+        self.names = [list(executor.tensors) for executor in executors]
+        for index, executor in enumerate(executors):
+            for name, tensor in executor.tensors.items():
+                attribute = self.attribute(index, name)
+                if hasattr(layer, attribute):
+                    delattr(layer, attribute)
+                layer.register_parameter(attribute, Parameter(tensor, requires_grad=False))
+            executor.tensors = {}
+
+    @staticmethod
+    def attribute(index: int, name: str) -> str:
+        return f"prepared{index}_{name}"
+
+    def apply(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        tensors = [
+            {name: getattr(layer, self.attribute(index, name)) for name in names}
+            for index, names in enumerate(self.names)
+        ]
+        return run(self.executors, tensors, x, bias)
+
+
+def _context(layer: torch.nn.Module, params_dtype: torch.dtype) -> LayerContext:
+    bias = getattr(layer, "bias", None)
+    return LayerContext(
+        input_dtype=dtype_name(params_dtype),
+        output_dtype=dtype_name(params_dtype),
+        bias_dtype=None if bias is None else dtype_name(bias.dtype),
+        tp_rank=int(layer.tp_rank),
+        tp_size=int(layer.tp_size),
+    )
+
+
+def _prepare(
+    layer: torch.nn.Module,
+    name: str,
+    kind: LayerKind,
+    shards: Sequence[LoadedShard],
+    params_dtype: torch.dtype,
+    settings: Settings,
+    earlier: _Prepared | None,
+) -> _Prepared:
+    if earlier is None:
+        PLAN.plan_file, PLAN.rank = settings.plan_file, int(layer.tp_rank)
+        PLAN.layer_started()
+    executors = prepare(
+        name,
+        kind,
+        shards,
+        _context(layer, params_dtype),
+        detect_platform(),
+        settings,
+        earlier.executors if earlier is not None else (),
+    )
+    prepared = _Prepared(layer, executors)
+    if earlier is None and PLAN.layer_finished():
+        logger.info("compressed_linear: %s", PLAN.summary())
+        PLAN.write()
+    return prepared
+
+
+_PLATFORM: list[Platform] = []
+
+
+def detect_platform() -> Platform:
+    """This process's platform, probed once."""
+    if not _PLATFORM:
+        _PLATFORM.append(Platform.detect(compat.current_device()))
+    return _PLATFORM[0]
+
+
+class CompressedLinearMethod(LinearMethodBase):
+    """Linear layer or lm_head of which at least one shard is quantized.
+
+    ``schemes``: for each logical weight of the layer, its name in the checkpoint and the format's
+    word on it. A layer whose partitions outnumber them (fused on disk) shares the only one.
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        kind: LayerKind,
+        schemes: Sequence[tuple[str, CheckpointScheme | Unquantized]],
+        settings: Settings,
+    ) -> None:
+        self.prefix = prefix
+        self.kind = kind
+        self.schemes = list(schemes)
+        self.settings = settings
+        self.sources: list[ShardSource] = []
+        self.prepared: _Prepared | None = None
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register a ``CheckpointParameter`` for every tensor of every shard."""
+        geometry = shard_geometry(
+            layer, input_size_per_partition, output_partition_sizes, input_size
+        )
+        schemes = self.schemes
+        if len(schemes) != len(geometry):
+            if len({scheme for _, scheme in schemes}) != 1:
+                names = ", ".join(name for name, _ in schemes)
+                raise ValueError(
+                    f"{self.prefix}: {len(geometry)} partitions, but the model fuses {names}, "
+                    "whose quantization differs, so it is not known which is which"
+                )
+            schemes = [(self.prefix, schemes[0][1])] * len(geometry)
+        self.params_dtype = params_dtype
+        self.dummy = compat.loads_dummy_weights()
+        self.sources = [
+            part.source(
+                name, scheme if isinstance(scheme, CheckpointScheme) else dense_scheme(params_dtype)
+            )
+            for part, (name, scheme) in zip(geometry, schemes, strict=True)
+        ]
+        parameters = create_parameters(self.sources, self.prefix)
+        for name, parameter in parameters.items():
+            layer.register_parameter(name, parameter)
+        self.tensor_names = list(parameters)
+        PLAN.expect(sum(p.numel() * p.element_size() for p in parameters.values()))
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Refine, select, prepare, check; then drop what the checkpoint had."""
+        parameters = {name: getattr(layer, name) for name in self.tensor_names}
+        if not all(isinstance(p, CheckpointParameter) for p in parameters.values()):
+            return  # already prepared, and nothing was loaded since
+        shards = collect_shards(parameters, self.sources, loaded=not self.dummy)
+        device = shards[0].device
+        prepared = _prepare(
+            layer,
+            self.prefix,
+            self.kind,
+            shards,
+            self.params_dtype,
+            self.settings,
+            self.prepared,
+        )
+        for name in self.tensor_names:
+            delattr(layer, name)
+        layer.register_parameter(
+            DEVICE_ANCHOR,
+            Parameter(torch.empty(0, dtype=torch.uint8, device=device), requires_grad=False),
+        )
+        self.prepared = prepared
+
+    def apply(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x [..., K] → [..., N]."""
+        assert self.prepared is not None, f"{self.prefix}: weights were never processed"
+        return self.prepared.apply(layer, x, bias)
+
+    def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> Any:
+        raise NotImplementedError(
+            f"{self.prefix}: the checkpoint quantizes it, but the model ties it to the embedding "
+            "table, which is not quantized"
+        )
+
+
+def _run_dense(
+    method: Any, layer: torch.nn.Module, kind: LayerKind, weight: torch.Tensor
+) -> _Prepared:
+    """Prepare ``weight`` [N, K] as one unquantized shard."""
+    n, k = weight.shape
+    source = ShardSource(method.prefix, dense_scheme(weight.dtype), n, k, 0, n, 0, k)
+    shard = LoadedShard(source, {"weight": weight})
+    return _prepare(
+        layer, method.prefix, kind, [shard], weight.dtype, method.settings, method.prepared
+    )
+
+
+def _is_ours(layer: torch.nn.Module) -> bool:
+    """A plain matrix of a dtype we know, in a layer that vLLM has no other plans for."""
+    weight = layer.weight
+    return (
+        weight.ndim == 2
+        and weight.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and not weight.is_meta
+        and not getattr(layer, "_cpu_skip_gemm_dispatch", False)
+    )
+
+
+class CompressedUnquantizedLinearMethod(UnquantizedLinearMethod):
+    """Linear layer that the checkpoint leaves unquantized, on our dense kernel.
+
+    A subclass of vLLM's method because routers, MLA and online quantization ask for that type.
+    What vLLM treats apart (convolutions, ``_cpu_skip_gemm_dispatch``) stays with vLLM.
+    """
+
+    def __init__(self, prefix: str, settings: Settings) -> None:
+        super().__init__()
+        self.prefix = prefix
+        self.settings = settings
+        self.prepared: _Prepared | None = None
+
+    def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().create_weights(layer, *args, **kwargs)
+        PLAN.expect(layer.weight.numel() * layer.weight.element_size())
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        if self.prepared is not None and layer.weight.numel() == 0:
+            return
+        if not _is_ours(layer):
+            if PLAN.layer_finished():
+                PLAN.write()
+            super().process_weights_after_loading(layer)
+            return
+        weight = layer.weight
+        self.prepared = _run_dense(self, layer, LayerKind.LINEAR, weight.data)
+        layer.weight = Parameter(weight.data.new_empty(0), requires_grad=False)
+
+    def apply(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if self.prepared is None:
+            return super().apply(layer, x, bias)
+        return self.prepared.apply(layer, x, bias)
+
+
+class CompressedUnquantizedEmbeddingMethod(UnquantizedEmbeddingMethod):
+    """lm_head that the checkpoint leaves unquantized.
+
+    ``layer.weight`` stays as it is: it may be the embedding table too, and speculative decoding
+    and LoRA read it.
+    """
+
+    def __init__(self, prefix: str, settings: Settings) -> None:
+        super().__init__()
+        self.prefix = prefix
+        self.settings = settings
+        self.prepared: _Prepared | None = None
+
+    def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().create_weights(layer, *args, **kwargs)
+        PLAN.expect(layer.weight.numel() * layer.weight.element_size())
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        if not (isinstance(layer, ParallelLMHead) and _is_ours(layer)):
+            if PLAN.layer_finished():
+                PLAN.write()
+            super().process_weights_after_loading(layer)
+            return
+        self.prepared = _run_dense(self, layer, LayerKind.HEAD, layer.weight.data)
+
+    def apply(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if self.prepared is None:
+            return super().apply(layer, x, bias)
+        return self.prepared.apply(layer, x, bias)

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the user asked for, by environment variable or by vLLM's ``--additional-config``.
+
+| environment variable | additional_config["compressed_linear"] | meaning |
+|---|---|---|
+| VLLM_COMPRESSED_LINEAR=0 | – | do not register at all: vLLM as if this package were absent |
+| VLLM_COMPRESSED_LINEAR_BACKEND | "backend" | backend to use, see ``BackendRules`` |
+| VLLM_COMPRESSED_LINEAR_STRICT=1 | "strict" | refuse the slow reference backend |
+| VLLM_COMPRESSED_LINEAR_PLAN_FILE | "plan_file" | write the plan there as JSON after loading |
+
+Where both are given, the environment variable wins.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+ENABLE = "VLLM_COMPRESSED_LINEAR"
+BACKEND = "VLLM_COMPRESSED_LINEAR_BACKEND"
+STRICT = "VLLM_COMPRESSED_LINEAR_STRICT"
+PLAN_FILE = "VLLM_COMPRESSED_LINEAR_PLAN_FILE"
+ADDITIONAL_CONFIG_KEY = "compressed_linear"
+
+UNQUANTIZED_PATTERN = "unquantized"
+
+
+@dataclass(frozen=True)
+class BackendRules:
+    """``NAME`` for every quantized layer, or comma-separated ``PATTERN=NAME``; first match wins.
+
+    PATTERN is a glob over layer names (``*.down_proj=reference``), or ``unquantized`` for the
+    layers whose weights the checkpoint leaves as they are.
+    """
+
+    rules: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> BackendRules:
+        """``ValueError`` on an empty pattern or name."""
+        rules = []
+        for entry in filter(None, (part.strip() for part in text.split(","))):
+            pattern, equals, name = (part.strip() for part in entry.rpartition("="))
+            if not name or (equals and not pattern):
+                raise ValueError(f"{BACKEND}: {entry!r} is neither NAME nor PATTERN=NAME")
+            rules.append((pattern or "*", name))
+        return cls(tuple(rules))
+
+    def backend_for(self, layer: str, *, quantized: bool) -> str | None:
+        """The backend the user wants for ``layer``, or None."""
+        for pattern, name in self.rules:
+            if pattern == UNQUANTIZED_PATTERN:
+                if not quantized:
+                    return name
+            elif pattern == "*":
+                if quantized:
+                    return name
+            elif fnmatchcase(layer, pattern):
+                return name
+        return None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All of it, read once for each model."""
+
+    backend: BackendRules = BackendRules()
+    strict: bool = False
+    plan_file: str = ""
+
+    @classmethod
+    def read(cls, additional_config: Mapping[str, Any] | None = None) -> Settings:
+        """From the environment and ``additional_config``. ``ValueError`` for unknown keys."""
+        given = dict((additional_config or {}).get(ADDITIONAL_CONFIG_KEY) or {})
+        unknown = set(given) - {"backend", "strict", "plan_file"}
+        if unknown:
+            raise ValueError(
+                f"additional_config[{ADDITIONAL_CONFIG_KEY!r}] has unknown keys "
+                f"{sorted(unknown)} (known: backend, plan_file, strict)"
+            )
+        return cls(
+            BackendRules.parse(os.environ.get(BACKEND) or given.get("backend") or ""),
+            _flag(os.environ.get(STRICT), bool(given.get("strict", False))),
+            os.environ.get(PLAN_FILE) or given.get("plan_file") or "",
+        )
+
+
+def enabled() -> bool:
+    """Whether the plugin should register (``VLLM_COMPRESSED_LINEAR`` is not 0)."""
+    return _flag(os.environ.get(ENABLE), True)
+
+
+def _flag(text: str | None, default: bool) -> bool:
+    if text is None or not text.strip():
+        return default
+    if text.strip().lower() in ("1", "true", "yes", "on"):
+        return True
+    if text.strip().lower() in ("0", "false", "no", "off"):
+        return False
+    raise ValueError(f"{text!r} is no yes or no (use 1 or 0)")
