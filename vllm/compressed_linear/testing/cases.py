@@ -16,7 +16,11 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from vllm.compressed_linear import numerics
-from vllm.compressed_linear.backend import contract_bound, weight_magnitude
+from vllm.compressed_linear.backend import (
+    QuantLinearMethod,
+    contract_bound,
+    weight_magnitude,
+)
 from vllm.compressed_linear.descriptor import (
     CheckpointScheme,
     CompressedLinearDescriptor,
@@ -51,7 +55,7 @@ class Case:
     """
 
     element: ElementType
-    n: int = 48
+    n: int = 96
     k: int = 128
     group: int = 32
     zero: str | None = None
@@ -121,9 +125,18 @@ class Problem:
         out = x.to(torch.float64) @ self.weight.t()
         return out if bias is None else out + bias.to(torch.float64)
 
-    def bound(self, x: torch.Tensor, expected: torch.Tensor, constant: float) -> torch.Tensor:
-        """float64 [M, N], the largest error that is allowed."""
-        return contract_bound(x, self.magnitude, expected, self.descriptor.output_dtype, constant)
+    def bound(
+        self, x: torch.Tensor, expected: torch.Tensor, backend: type[QuantLinearMethod]
+    ) -> torch.Tensor:
+        """float64 [M, N], the largest error that ``backend``'s contract allows."""
+        return contract_bound(
+            x,
+            self.magnitude,
+            expected,
+            self.descriptor.output_dtype,
+            backend.contract_constant,
+            backend.weight_rounding(self.descriptor),
+        )
 
 
 def _build(case: Case, device: torch.device) -> Problem:
@@ -278,8 +291,9 @@ def _scales(case: Case, shape: tuple[int, int], generator: torch.Generator) -> t
     elif case.data == "huge":
         scale = 2.0 ** (torch.rand(shape, generator=generator) * 4 + (11 if narrow else 90))
     elif case.data == "tiny":
-        # Subnormal numbers of the scale's dtype, some of which have only a bit or two left.
-        smallest = torch.finfo(dtype).smallest_normal
+        # fp16 scales become subnormal, with a bit or two left of some. The others are taken from
+        # where products are normal numbers still: the contract lets kernels flush fp32 denormals.
+        smallest = torch.finfo(dtype).smallest_normal * (1 if dtype is torch.float16 else 2.0**20)
         scale = smallest * (0.02 + 0.9 * torch.rand(shape, generator=generator))
     elif case.data == "spread":
         reach = 12 if narrow else 40
@@ -323,6 +337,12 @@ NF4 = ElementType(
 """The 16 quantiles of the normal distribution of QLoRA (arXiv 2305.14314, appendix E)."""
 
 
+def _powers(bits: int) -> ElementType:
+    """A codebook of signed powers of two, which every dtype holds exactly."""
+    half = [2.0**-power for power in range(1 << (bits - 1))]
+    return ElementType(f"powers{bits}", bits, codebook=(*(-v for v in half), *half[::-1]))
+
+
 def _symmetric(bits: int) -> ElementType:
     return uint(bits, 1 << (bits - 1))
 
@@ -339,6 +359,7 @@ def conformance_cases() -> list[Case]:
         Case(element)
         for element in (
             *(NF4, numerics.E4M3, numerics.E5M2, numerics.E3M2, numerics.E2M3, numerics.E2M1),
+            *(_powers(bits) for bits in (2, 3, 5)),
         )
     ]
     cases += [
@@ -403,7 +424,7 @@ def _sample(count: int) -> list[Case]:
     while len(cases) < count:
         bits = draw.randint(1, 8)
         zero = draw.choice((None, "integer", "float"))
-        group = draw.choice((-1, 4, 16, 20, 32, 64, 128))
+        group = draw.choice((-1, 4, 16, 20, 32, 32, 64, 128))
         order = draw.choice(("plain", "plain", "cut", "act", "ragged"))
         groups = draw.randint(1, 5)
         k = draw.randint(1, 300) if group == -1 else group * groups
@@ -413,7 +434,7 @@ def _sample(count: int) -> list[Case]:
         cases.append(
             Case(
                 _symmetric(bits) if zero is None else uint(bits),
-                n=draw.randint(1, 140),
+                n=draw.choice((draw.randint(1, 140), 32 * draw.randint(1, 6))),
                 k=k,
                 group=group,
                 zero=zero,

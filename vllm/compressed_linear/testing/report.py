@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -74,8 +75,9 @@ class Report:
 
     @property
     def reasons(self) -> Counter[str]:
-        """How many cases were declined for each reason."""
-        return Counter(reason for r in self.results for reason in r.declined)
+        """How many cases were declined for each reason; reasons that differ only in numbers that
+        stand in parentheses count as one."""
+        return Counter(re.sub(r"\(\d+\)", "(…)", t) for r in self.results for t in r.declined)
 
     def raise_if_failed(self) -> None:
         """``ConformanceError`` that lists every failure."""
@@ -101,7 +103,7 @@ class Report:
         kinds: dict[str, list[CaseResult]] = {}
         for result in self.results:
             kinds.setdefault(_kind(result.case), []).append(result)
-        for kind, results in kinds.items():
+        for kind, results in sorted(kinds.items()):
             table.add_row(kind, *_counts(results))
         table.add_section()
         table.add_row("all", *_counts(self.results))
@@ -122,9 +124,13 @@ class Report:
 
 
 def _kind(case: Case) -> str:
-    zero = f", {case.zero} zero points" if case.zero else ""
-    order = ", reordered channels" if case.order in ("act", "ragged") else ""
-    return f"{case.element}{zero}{order}"
+    element = case.element
+    name = str(element)
+    if element.kind == "integer":
+        name = f"{element.bits}-bit integers"
+    if element.kind == "codebook":
+        name = "codebooks"
+    return name + (", reordered channels" if case.order in ("act", "ragged") else "")
 
 
 def _counts(results: Iterable[CaseResult]) -> tuple[str, ...]:
