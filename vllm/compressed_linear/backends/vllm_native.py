@@ -12,7 +12,8 @@ What the classes' own checks do not say, found by reading and by trying (vLLM 0.
 * activations and scales must have one 16-bit dtype; scales of another are cast, as vLLM does too
 * each dequantised weight is rounded to that dtype before it is multiplied, so ``weight_rounding``
 * the last stride of x is taken to be 1, whatever it is
-* with AMX and bf16, ``VLLM_CPU_INT4_W4A8`` (on by default) quantises the activations: declined
+* with AMX and bf16, ``VLLM_CPU_INT4_W4A8`` (on by default) quantises the activations: declined.
+  Switched off, the class takes the operator's AMX path, which was not tried: no such machine
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ _PIECE_CODES = 1 << 20
 """Codes repacked at once: vLLM unpacks them to int32 several times over."""
 
 _N_MULTIPLE = 32
+_LARGEST_CODE = 15
 
 _calls = 0
 
@@ -224,14 +226,20 @@ class VllmNativeBackend(QuantLinearMethod):
         if rows.scale is None:
             raise ValueError(f"{self.name}: weights without scales, descriptor {self.descriptor}")
         scale = rows.scale.to(torch_dtype(self.descriptor.input_dtype), copy=True)
+        largest = float(scale.abs().max())
+        if largest * _LARGEST_CODE > torch.finfo(scale.dtype).max:
+            raise ValueError(
+                f"{self.name}: scale {largest:g} in output channels {start} to {stop - 1}, whose "
+                f"weights {CPU_KERNEL} could not hold in {self.descriptor.input_dtype}"
+            )
         zero = rows.zero
         constant = _constant_zero(self.descriptor)
         if constant is not None:
             zero = torch.full(scale.shape, constant, dtype=torch.uint8)
-        if zero is not None and int(zero.max()) > 15:
+        if zero is not None and int(zero.max()) > _LARGEST_CODE:
             raise ValueError(
                 f"{self.name}: zero point {int(zero.max())} in output channels {start} to "
-                f"{stop - 1}, expected at most 15 ({CPU_KERNEL} packs them in 4 bits)"
+                f"{stop - 1}, expected at most {_LARGEST_CODE} ({CPU_KERNEL} packs them in 4 bits)"
             )
         layer = compat_kernels.repack(
             kernel,
@@ -280,8 +288,8 @@ def _descriptor_reasons(d: CompressedLinearDescriptor) -> Iterable[str]:
     element = d.weight.element
     if element.kind == "integer" and element.bias and d.weight.zero is not None:
         yield f"zero points on top of a bias of {element.bias}"
-    if element.kind == "integer" and element.bits == 4 and not 0 <= element.bias <= 15:
-        yield f"bias {element.bias} (supported: 0 to 15)"
+    if element.kind == "integer" and not 0 <= element.bias <= _LARGEST_CODE and element.bits == 4:
+        yield f"bias {element.bias} (supported: 0 to {_LARGEST_CODE})"
 
 
 def _class_reasons(d: CompressedLinearDescriptor, platform: Platform) -> Iterable[str]:
