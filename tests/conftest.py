@@ -82,7 +82,11 @@ def assert_matches_reference(
     gave; sums may differ by their own fp32 rounding."""
     wide = weight.double()
     torch.testing.assert_close(
-        weight[:8, :64], reference[f"{linear}.corner"], rtol=2e-7, atol=1e-12, msg=f"{linear}.corner"
+        weight[:8, :64],
+        reference[f"{linear}.corner"],
+        rtol=2e-7,
+        atol=1e-12,
+        msg=f"{linear}.corner",
     )
     for name, dim in (("rowsum", 1), ("colsum", 0)):
         error = (wide.sum(dim) - reference[f"{linear}.{name}"].double()).abs()
