@@ -44,7 +44,7 @@ def show(layers: list[dict[str, Any]], console: Console) -> None:
     total = Row()
     for layer in layers:
         kind = layer.get("kind") or layer["name"].rpartition(".")[2]
-        rows[kind, layer.get("backend") or "delegated to vLLM"].add(layer)
+        rows[kind, _runs(layer)].add(layer)
         total.add(layer)
     table = Table(title="What runs the linear layers", show_footer=True)
     heads = ("kind", "backend", "layers", "checkpoint", "prepared", "time to prepare")
@@ -54,6 +54,11 @@ def show(layers: list[dict[str, Any]], console: Console) -> None:
     for (kind, backend), row in rows.items():
         table.add_row(kind, backend, *_cells(row))
     console.print(table)
+
+
+def _runs(layer: dict[str, Any]) -> str:
+    backend, variant = layer.get("backend") or "unknown", layer.get("variant")
+    return f"{backend} ({variant})" if variant else backend
 
 
 def _cells(row: Row) -> tuple[str, ...]:
