@@ -79,7 +79,7 @@ def builtin_config(name: str, config: dict[str, Any]) -> Any:
     """vLLM's own config object for a checkpoint, for layers that are delegated to it."""
     from vllm.model_executor.layers.quantization import get_quantization_config
 
-    return get_quantization_config(name).from_config(config)  # type: ignore[arg-type]
+    return get_quantization_config(name).from_config(config)
 
 
 def knows_how_to_load(layer: torch.nn.Module) -> bool:

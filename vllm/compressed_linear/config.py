@@ -84,8 +84,6 @@ class CompressedLinearConfig(QuantizationConfig):
     """Values of ``--quantization`` that mean this format."""
     vllm_name: ClassVar[str | None] = None
     """vLLM's own name for it, for layers that are delegated."""
-    has_attention_scales: ClassVar[bool] = False
-    """Whether vLLM's own config has a method for attention layers (KV-cache scales)."""
 
     def __init__(self, config: dict[str, Any] | None = None) -> None:
         super().__init__()
@@ -121,6 +119,10 @@ class CompressedLinearConfig(QuantizationConfig):
     def map_names(self, rename: Any) -> None:
         """Rename modules in lists of names from the checkpoint's to vLLM's (a WeightsMapper)."""
 
+    def has_attention_scales(self) -> bool:
+        """Whether the checkpoint quantizes the KV cache, which vLLM's own config sees to."""
+        return False
+
     def create_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The legacy path: a ready method for a layer, or None for the ordinary way."""
         return None
@@ -149,7 +151,7 @@ class CompressedLinearConfig(QuantizationConfig):
 
     # vLLM's interface.
 
-    def get_name(self) -> str:  # type: ignore[override]
+    def get_name(self) -> str:
         return NAME
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
@@ -176,7 +178,7 @@ class CompressedLinearConfig(QuantizationConfig):
     @classmethod
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
-    ) -> str | None:  # type: ignore[override]
+    ) -> str | None:
         """Claim what our formats support, whichever of its names the user passed."""
         found = format_of(hf_quant_cfg)
         if found is None:
@@ -196,7 +198,7 @@ class CompressedLinearConfig(QuantizationConfig):
             names = {name: hf_to_vllm_mapper.map_name(name) for name in self.headers}
             self.headers = self.headers.renamed({k: v for k, v in names.items() if v})
 
-    def get_checkpoint_weight_mapper(self) -> Any:  # type: ignore[override]
+    def get_checkpoint_weight_mapper(self) -> Any:
         """vLLM's base class drops ``g_idx``; only layers that are delegated must not get one."""
         import regex
         from vllm.model_executor.models.utils import WeightsMapper
@@ -213,7 +215,7 @@ class CompressedLinearConfig(QuantizationConfig):
             kind = LayerKind.EMBEDDING
         elif isinstance(layer, LinearBase):
             kind = LayerKind.LINEAR
-        elif isinstance(layer, AttentionLayerBase) and not self.has_attention_scales:
+        elif isinstance(layer, AttentionLayerBase) and not self.has_attention_scales():
             return None
         else:
             return self.delegate(layer, prefix, f"{type(layer).__name__} is not a linear layer")

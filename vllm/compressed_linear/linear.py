@@ -52,7 +52,7 @@ def dense_scheme(dtype: torch.dtype) -> CheckpointScheme:
 class _Prepared:
     """Executors of one layer and the names of their tensors on it."""
 
-    def __init__(self, layer: torch.nn.Module, executors: Sequence[Executor]) -> None:
+    def __init__(self, layer: Any, executors: Sequence[Executor]) -> None:
         self.executors = list(executors)
         self.names = [list(executor.tensors) for executor in executors]
         for index, executor in enumerate(executors):
@@ -67,9 +67,7 @@ class _Prepared:
     def attribute(index: int, name: str) -> str:
         return f"prepared{index}_{name}"
 
-    def apply(
-        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         tensors = [
             {name: getattr(layer, self.attribute(index, name)) for name in names}
             for index, names in enumerate(self.names)
@@ -77,7 +75,8 @@ class _Prepared:
         return run(self.executors, tensors, x, bias)
 
 
-def _context(layer: torch.nn.Module, params_dtype: torch.dtype) -> LayerContext:
+def layer_context(layer: Any, params_dtype: torch.dtype) -> LayerContext:
+    """Dtypes and place in the tensor-parallel group of a vLLM layer."""
     bias = getattr(layer, "bias", None)
     return LayerContext(
         input_dtype=dtype_name(params_dtype),
@@ -89,7 +88,7 @@ def _context(layer: torch.nn.Module, params_dtype: torch.dtype) -> LayerContext:
 
 
 def _prepare(
-    layer: torch.nn.Module,
+    layer: Any,
     name: str,
     kind: LayerKind,
     shards: Sequence[LoadedShard],
@@ -104,7 +103,7 @@ def _prepare(
         name,
         kind,
         shards,
-        _context(layer, params_dtype),
+        layer_context(layer, params_dtype),
         detect_platform(),
         settings,
         earlier.executors if earlier is not None else (),
@@ -149,7 +148,7 @@ class CompressedLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -184,7 +183,7 @@ class CompressedLinearMethod(LinearMethodBase):
         self.tensor_names = list(parameters)
         PLAN.expect(sum(p.numel() * p.element_size() for p in parameters.values()))
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Refine, select, prepare, check; then drop what the checkpoint had."""
         parameters = {name: getattr(layer, name) for name in self.tensor_names}
         if not all(isinstance(p, CheckpointParameter) for p in parameters.values()):
@@ -208,41 +207,46 @@ class CompressedLinearMethod(LinearMethodBase):
         )
         self.prepared = prepared
 
-    def apply(
-        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., K] → [..., N]."""
         assert self.prepared is not None, f"{self.prefix}: weights were never processed"
         return self.prepared.apply(layer, x, bias)
 
-    def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> Any:
+    def tie_weights(self, layer: Any, embed_tokens: torch.nn.Module) -> Any:
         raise NotImplementedError(
             f"{self.prefix}: the checkpoint quantizes it, but the model ties it to the embedding "
             "table, which is not quantized"
         )
 
 
-def _run_dense(
-    method: Any, layer: torch.nn.Module, kind: LayerKind, weight: torch.Tensor
-) -> _Prepared:
-    """Prepare ``weight`` [N, K] as one unquantized shard."""
+def dense_shard(name: str, weight: torch.Tensor) -> LoadedShard:
+    """``weight`` [N, K], this rank's part of an unquantized layer, as a shard."""
     n, k = weight.shape
-    source = ShardSource(method.prefix, dense_scheme(weight.dtype), n, k, 0, n, 0, k)
-    shard = LoadedShard(source, {"weight": weight})
+    source = ShardSource(name, dense_scheme(weight.dtype), n, k, 0, n, 0, k)
+    return LoadedShard(source, {"weight": weight})
+
+
+def _run_dense(method: Any, layer: Any, kind: LayerKind, weight: torch.Tensor) -> _Prepared:
+    """Prepare ``weight`` [N, K] as one unquantized shard."""
+    shard = dense_shard(method.prefix, weight)
     return _prepare(
         layer, method.prefix, kind, [shard], weight.dtype, method.settings, method.prepared
     )
 
 
-def _is_ours(layer: torch.nn.Module) -> bool:
-    """A plain matrix of a dtype we know, in a layer that vLLM has no other plans for."""
+def is_plain_matrix(layer: Any) -> bool:
+    """Whether ``layer.weight`` is a plain matrix of a dtype we know, in a layer that vLLM has no
+    other plans for."""
     weight = layer.weight
-    return (
+    return bool(
         weight.ndim == 2
         and weight.dtype in (torch.bfloat16, torch.float16, torch.float32)
-        and not weight.is_meta
         and not getattr(layer, "_cpu_skip_gemm_dispatch", False)
     )
+
+
+def _is_ours(layer: Any) -> bool:
+    return is_plain_matrix(layer) and not layer.weight.is_meta
 
 
 class CompressedUnquantizedLinearMethod(UnquantizedLinearMethod):
@@ -258,11 +262,11 @@ class CompressedUnquantizedLinearMethod(UnquantizedLinearMethod):
         self.settings = settings
         self.prepared: _Prepared | None = None
 
-    def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
         super().create_weights(layer, *args, **kwargs)
         PLAN.expect(layer.weight.numel() * layer.weight.element_size())
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         if self.prepared is not None and layer.weight.numel() == 0:
             return
         if not _is_ours(layer):
@@ -274,9 +278,7 @@ class CompressedUnquantizedLinearMethod(UnquantizedLinearMethod):
         self.prepared = _run_dense(self, layer, LayerKind.LINEAR, weight.data)
         layer.weight = Parameter(weight.data.new_empty(0), requires_grad=False)
 
-    def apply(
-        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if self.prepared is None:
             return super().apply(layer, x, bias)
         return self.prepared.apply(layer, x, bias)
@@ -295,11 +297,11 @@ class CompressedUnquantizedEmbeddingMethod(UnquantizedEmbeddingMethod):
         self.settings = settings
         self.prepared: _Prepared | None = None
 
-    def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
         super().create_weights(layer, *args, **kwargs)
         PLAN.expect(layer.weight.numel() * layer.weight.element_size())
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         if not (isinstance(layer, ParallelLMHead) and _is_ours(layer)):
             if PLAN.layer_finished():
                 PLAN.write()
@@ -307,9 +309,7 @@ class CompressedUnquantizedEmbeddingMethod(UnquantizedEmbeddingMethod):
             return
         self.prepared = _run_dense(self, layer, LayerKind.HEAD, layer.weight.data)
 
-    def apply(
-        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if self.prepared is None:
             return super().apply(layer, x, bias)
         return self.prepared.apply(layer, x, bias)

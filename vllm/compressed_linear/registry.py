@@ -6,7 +6,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
 
 from vllm.compressed_linear.backend import QuantLinearMethod, Verdict
@@ -33,6 +34,12 @@ class NoBackendError(RuntimeError):
 
 _REGISTERED: dict[str, Registration] = {}
 _LOADED_ENTRY_POINTS: set[str] = set()
+
+
+@cache
+def _installed_entry_points() -> tuple[EntryPoint, ...]:
+    """Looking through all installed packages takes tens of milliseconds."""
+    return tuple(entry_points(group=ENTRY_POINT_GROUP))
 
 
 def register_backend(backend: B | None = None, *, priority: int = 0) -> B | Callable[[B], B]:
@@ -79,7 +86,7 @@ def backends() -> dict[str, Registration]:
     from vllm.compressed_linear import backends as own
 
     own.register_all()
-    for point in entry_points(group=ENTRY_POINT_GROUP):
+    for point in _installed_entry_points():
         if point.value not in _LOADED_ENTRY_POINTS:
             _LOADED_ENTRY_POINTS.add(point.value)
             loaded = point.load()

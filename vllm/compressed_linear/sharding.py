@@ -5,8 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
+from typing import Any
 
 from vllm.compressed_linear.descriptor import CheckpointScheme
 from vllm.compressed_linear.weights import ShardSource
@@ -40,7 +39,7 @@ class ShardGeometry:
 
 
 def shard_geometry(
-    layer: torch.nn.Module,
+    layer: Any,
     input_size_per_partition: int,
     output_partition_sizes: Sequence[int],
     input_size: int,
