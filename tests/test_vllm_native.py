@@ -32,9 +32,10 @@ from vllm.compressed_linear.descriptor import (
     ZeroSpec,
 )
 from vllm.compressed_linear.layout import Packing, Role, StoredTensor, ZeroBump, pack
-from vllm.compressed_linear.numerics import E2M1, ElementType, torch_dtype, uint
+from vllm.compressed_linear.numerics import BF16, E2M1, ElementType, torch_dtype, uint
 from vllm.compressed_linear.platform import Platform, cpu_features
 from vllm.compressed_linear.refine import LayerContext, Part, refine
+from vllm.compressed_linear.testing import check_backend
 from vllm.compressed_linear.weights import LoadedShard, ShardSource
 
 HERE = Platform("cpu", host.machine(), cpu_features())
@@ -515,6 +516,7 @@ def reasons(d: CompressedLinearDescriptor, platform: Platform = HERE) -> str:
         (descriptor(zero=ZeroSpec("integer", "uint8")), ["zero points on top of a bias of 8"]),
         (descriptor(element=uint(4, 16)), ["bias 16 (supported: 0 to 15)"]),
         (descriptor(scale=None), ["weights without scales"]),
+        (descriptor(element=BF16, scale=None), ["bf16 weights (supported: uint4)"]),
         (descriptor(scale=ScaleSpec("float8_e4m3fn", "group", 32)), ["scale dtype float8_e4m3fn"]),
         (descriptor(scale=ScaleSpec("bfloat16", "block", 32, 32)), ["scales per block"]),
         (descriptor(dtype="float32"), ["input dtype float32 (supported: bfloat16, float16)"]),
@@ -815,3 +817,10 @@ def _checkpoint_part(
     source = ShardSource("layer", CheckpointScheme(weight, described), n, k, 0, n, 0, k)
     (part,) = refine([LoadedShard(source, own)], LayerContext(dtype, dtype))
     return part
+
+
+@needs_kernel
+def test_conformance() -> None:
+    report = check_backend(VllmNativeBackend, HERE)
+    report.raise_if_failed()
+    assert len(report.of("passed")) >= 30

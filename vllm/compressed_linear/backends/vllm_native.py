@@ -279,13 +279,12 @@ def _descriptor_reasons(d: CompressedLinearDescriptor) -> Iterable[str]:
         yield f"output dtype {d.output_dtype} (supported: that of the input, {d.input_dtype})"
     if d.bias_dtype is not None and d.bias_dtype != d.input_dtype:
         yield f"bias dtype {d.bias_dtype} (supported: that of the input, {d.input_dtype})"
-    scale = d.weight.scale
-    if scale is None:
-        yield "weights without scales"
-    elif d.input_dtype == "float16" and scale.dtype != "float16":
+    scale, element = d.weight.scale, d.weight.element
+    if scale is not None and d.input_dtype == "float16" and scale.dtype != "float16":
         # bfloat16 holds every scale with a rounding; float16 would lose large and small ones.
         yield f"scale dtype {scale.dtype} with float16 activations (supported: float16)"
-    element = d.weight.element
+    if scale is None and element.kind != "dense":
+        yield "weights without scales"
     if element.kind == "integer" and element.bias and d.weight.zero is not None:
         yield f"zero points on top of a bias of {element.bias}"
     if element.kind == "integer" and not 0 <= element.bias <= _LARGEST_CODE and element.bits == 4:
