@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Code tables against published values and against torch's own types."""
+
+from __future__ import annotations
+
+import math
+import pickle
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm.compressed_linear import numerics
+from vllm.compressed_linear.numerics import ElementType, dense, dtype_name, torch_dtype, uint
+
+# Positive halves, from OCP Microscaling Formats (MX) v1.0, tables 3 to 5.
+E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+E2M3 = [m / 8 for m in range(8)] + [(1 + m / 8) * 2**e for e in range(3) for m in range(8)]
+E3M2 = [m / 16 for m in range(4)] + [(1 + m / 4) * 2.0**e for e in range(-2, 5) for m in range(4)]
+
+
+@given(st.integers(1, 8), st.integers(0, 255))
+def test_integers_are_code_minus_bias(bits: int, bias: int) -> None:
+    element = uint(bits, bias)
+    codes = torch.arange(1 << bits, dtype=torch.uint8)
+    expected = [code - bias for code in range(1 << bits)]
+    assert element.decode(codes).tolist() == expected
+    assert element.decode(codes.to(torch.int64)).tolist() == expected
+    assert element.table().tolist() == expected
+    assert element.decode(codes).dtype == torch.float32
+    assert element.kind == "integer"
+
+
+def test_integer_names() -> None:
+    assert uint(4, 8).name == str(uint(4, 8)) == "uint4b8"
+    assert uint(3).name == "uint3"
+    assert uint(4, 8) != uint(4)
+    assert len({uint(4, 8), uint(4, 8), uint(4)}) == 2
+
+
+@pytest.mark.parametrize(
+    ("element", "half", "largest"),
+    [(numerics.E2M1, E2M1, 6), (numerics.E2M3, E2M3, 7.5), (numerics.E3M2, E3M2, 28)],
+    ids=str,
+)
+def test_small_floats_have_the_published_values(
+    element: ElementType, half: list[float], largest: float
+) -> None:
+    table = element.table()
+    assert table.tolist() == [*half, *(-value for value in half)]
+    assert max(table.tolist()) == largest
+    assert math.copysign(1, table[len(half)].item()) == -1  # minus zero
+    assert element.kind == "float"
+
+
+@pytest.mark.parametrize(
+    ("element", "dtype", "largest"),
+    [
+        (numerics.E4M3, torch.float8_e4m3fn, 448),
+        (numerics.E5M2, torch.float8_e5m2, 57344),
+        (numerics.E8M0, torch.float8_e8m0fnu, 2.0**127),
+    ],
+    ids=str,
+)
+def test_eight_bit_floats_are_torch_s(
+    element: ElementType, dtype: torch.dtype, largest: float
+) -> None:
+    codes = torch.arange(256, dtype=torch.uint8)
+    table = element.decode(codes)
+    torch.testing.assert_close(table, codes.view(dtype).float(), rtol=0, atol=0, equal_nan=True)
+    assert table[torch.isfinite(table)].max() == largest
+
+
+def test_e8m0_are_powers_of_two() -> None:
+    table = numerics.E8M0.table().double()
+    assert table[:255].tolist() == [2.0 ** (code - 127) for code in range(255)]
+    assert math.isnan(table[255])
+
+
+def test_codebooks() -> None:
+    element = ElementType("three", 2, codebook=(-1.0, 0.25, 3.0, 7.5))
+    assert element.kind == "codebook"
+    assert element.decode(torch.tensor([[3, 0], [1, 2]])).tolist() == [[7.5, -1.0], [0.25, 3.0]]
+
+
+@pytest.mark.parametrize("element", [numerics.BF16, numerics.FP16, numerics.FP32], ids=str)
+def test_dense_types_hold_the_numbers_themselves(element: ElementType) -> None:
+    values = torch.tensor([1.5, -0.25, 100.0], dtype=element.dense_dtype)
+    assert element.decode(values).tolist() == values.tolist()
+    assert dense(element.dense_dtype) == element
+    assert element.kind == "dense"
+    with pytest.raises(ValueError, match="no code table"):
+        element.table()
+
+
+def test_a_table_may_be_changed_by_who_asked_for_it() -> None:
+    uint(2).table().zero_()
+    assert uint(2).table().tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("name", numerics.DTYPE_NAMES)
+def test_dtype_names_go_both_ways(name: str) -> None:
+    assert dtype_name(torch_dtype(name)) == name
+
+
+def test_elements_go_to_other_processes() -> None:
+    element = ElementType("three", 2, codebook=(-1.0, 0.25, 3.0, 7.5))
+    assert pickle.loads(pickle.dumps(element)) == element
+
+
+def test_what_is_no_element_type_is_refused() -> None:
+    with pytest.raises(ValueError, match="12 bits"):
+        ElementType("x", 12)
+    with pytest.raises(ValueError, match="codebook of 3 entries, expected 4"):
+        ElementType("x", 2, codebook=(0.0, 1.0, 2.0))
+    for bits in (0, 9):
+        with pytest.raises(ValueError, match=r"supported: 1\.\.8"):
+            uint(bits)
+    with pytest.raises(ValueError, match="int8"):
+        dense(torch.int8)
+    with pytest.raises(ValueError, match="stored as codes"):
+        _ = uint(4).dense_dtype
+    with pytest.raises(ValueError, match="unknown dtype 'quad'"):
+        torch_dtype("quad")

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Platforms by name, and the one this is."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from vllm.compressed_linear.platform import NATIVE_LIBRARY, X86_TIERS, Platform
+
+
+@pytest.mark.parametrize(
+    "name", [*(f"cpu:{tier}" for tier in X86_TIERS), "cpu:aarch64", "cuda:80", "cuda:120"]
+)
+def test_names_go_both_ways(name: str) -> None:
+    platform = Platform.parse(name)
+    assert platform.name == name
+    assert platform.device == name.split(":")[0]
+    assert NATIVE_LIBRARY in platform.ops
+    assert hash(platform) == hash(Platform.parse(name))
+
+
+def test_tiers_grow() -> None:
+    tiers = list(X86_TIERS.values())
+    assert all(small < large for small, large in itertools.pairwise(tiers))
+
+
+def test_features_between_tiers_have_the_name_of_the_lower_one() -> None:
+    assert Platform(features=frozenset({"avx2", "avx512", "amx"})).name == "cpu:avx512"
+
+
+@pytest.mark.parametrize(
+    "text", ["tpu", "cpu:z80", "cuda", "cuda:", "cuda:7", "cuda:x", "cuda:900"]
+)
+def test_unknown_names_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="unknown platform"):
+        Platform.parse(text)
+
+
+def test_this_machine() -> None:
+    here = Platform.detect()
+    assert here == Platform.parse("") == Platform.parse("cpu")
+    assert here.device == "cpu"
+    assert here.name.startswith("cpu:")
+    assert here.threads >= 1
+    if NATIVE_LIBRARY not in here.ops:
+        assert here.why_missing(NATIVE_LIBRARY)
+
+
+def test_missing_operators_say_why() -> None:
+    platform = Platform(missing=(("a::op", "a was not built"),))
+    assert platform.why_missing("a::op") == "a was not built"
+    assert platform.why_missing("b::op") == "b::op is not available on cpu:generic"
+    assert "b::op" in platform.with_ops("b::op").ops
+    assert "b::op" not in platform.ops
