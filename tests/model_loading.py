@@ -57,7 +57,6 @@ class LoadedModel:
 
     model: Any
     config: Any
-    kv_cache: dict[str, torch.Tensor]
 
 
 def engine_args(path: Path, dtype: str = "float32", **options: Any) -> Any:
@@ -87,12 +86,16 @@ def loaded(path: Path, dtype: str = "float32", **options: Any) -> Iterator[Loade
     PLAN.reset()
     with set_current_vllm_config(config):
         model = get_model(vllm_config=config)
-        yield LoadedModel(model, config, {})
+        yield LoadedModel(model, config)
 
 
 @torch.inference_mode()
-def logits(loaded_model: LoadedModel, input_ids: torch.Tensor) -> torch.Tensor:
+def logits(
+    loaded_model: LoadedModel, input_ids: torch.Tensor, *, gathered_on_rank_0: bool = False
+) -> Any:
     """fp32 [batch, tokens, vocabulary]: a plain prefill of every prompt, no KV cache kept.
+
+    ``gathered_on_rank_0``: other ranks may get None, as vLLM gathers logits.
 
     vLLM's attention layers need a scheduler's metadata, so attention itself is computed here, in
     fp32, from the q, k and v that the model's own (quantized) projections give; everything else is
@@ -105,8 +108,10 @@ def logits(loaded_model: LoadedModel, input_ids: torch.Tensor) -> torch.Tensor:
         for prompt in input_ids:
             positions = torch.arange(len(prompt))
             hidden = loaded_model.model(prompt, positions)
-            out.append(loaded_model.model.compute_logits(hidden).to(torch.float32))
-    return torch.stack(out)
+            out.append(loaded_model.model.compute_logits(hidden))
+    if gathered_on_rank_0 and any(part is None for part in out):
+        return None
+    return torch.stack(out).to(torch.float32)
 
 
 @contextmanager

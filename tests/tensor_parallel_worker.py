@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One rank of a tensor-parallel group: loads models one after another and saves their logits.
+
+Run by ``test_tensor_parallel.py`` as ``python tensor_parallel_worker.py RANK SIZE PORT JOBS``, JOBS
+a JSON file: list of {"model": directory, "input_ids": list, "out": file, "options": {…}}.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from model_loading import init_distributed, loaded, logits
+
+from vllm.compressed_linear.plan import PLAN
+
+
+def main(rank: int, size: int, port: int, jobs: Path) -> None:
+    init_distributed(rank, size, port)
+    for job in json.loads(jobs.read_text()):
+        options = {"tensor_parallel_size": size, "skip_tokenizer_init": True}
+        with loaded(Path(job["model"]), **options) as model:
+            result = logits(model, torch.tensor(job["input_ids"]), gathered_on_rank_0=True)
+        if rank == 0:
+            assert result is not None
+            plan = [entry.descriptor for entry in PLAN.entries.values()]
+            torch.save({"logits": result, "plan": plan}, job["out"])
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))

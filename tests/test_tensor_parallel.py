@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two ranks give the logits of one: transformers' fp32 logits of the dequantised model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import checkpoint, checkpoint_reference
+from model_loading import free_port
+from synthetic import Model, Quant, write
+
+HERE = Path(__file__).parent
+
+MODELS = {
+    "group-cut-by-the-border": Model(Quant("gptq", group_size=128), hidden=192, heads=6),
+    "group-cut-asymmetric-ct": Model(
+        Quant("ct", group_size=128, symmetric=False), hidden=192, heads=6
+    ),
+    "act-order": Model(Quant("gptq", group_size=32, act_order=True, symmetric=False)),
+    "act-order-3-bit": Model(Quant("gptq", bits=3, group_size=32, act_order=True)),
+    "one-kv-head-replicated": Model(Quant("gptq"), kv_heads=1),
+    "one-kv-head-awq": Model(Quant("awq", symmetric=False), kv_heads=1),
+    "odd-vocab": Model(Quant("gptq"), vocab=501),
+    "codes-not-aligned-to-words": Model(
+        Quant("gptq", bits=3, group_size=24), hidden=96, heads=4, kv_heads=2
+    ),
+    "fused-on-disk": Model(Quant("gptq", symmetric=False), "Phi3ForCausalLM"),
+    "fused-on-disk-one-kv-head": Model(
+        Quant("awq", symmetric=False), "Phi3ForCausalLM", kv_heads=1
+    ),
+    "unlike-shards": Model(
+        Quant("ct"), overrides={"q_proj": Quant("ct", bits=8), "gate_proj": None}
+    ),
+    "channel": Model(Quant("ct", bits=6, group_size=-1)),
+}
+ZOO = ["gptqmodel-gptq-w4-g128-sym-descact", "gptqmodel-gptq-w4-g64-sym-lmhead"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Every model on two ranks, in one pair of processes."""
+    root = tmp_path_factory.mktemp("tensor-parallel")
+    references = {name: write(model, root / name) for name, model in MODELS.items()}
+    paths = {name: root / name for name in MODELS}
+    for name in ZOO:
+        references[name], paths[name] = checkpoint_reference(name), checkpoint(name)
+    jobs = [
+        {
+            "model": str(paths[name]),
+            "input_ids": reference["input_ids"].tolist(),
+            "out": str(root / f"{name}.pt"),
+        }
+        for name, reference in references.items()
+    ]
+    (root / "jobs.json").write_text(json.dumps(jobs))
+    port = str(free_port())
+    worker = [sys.executable, str(HERE / "tensor_parallel_worker.py")]
+    logs = [(root / f"rank{rank}.log").open("w+") for rank in range(2)]
+    ranks = [
+        subprocess.Popen(
+            [*worker, str(rank), "2", port, str(root / "jobs.json")],
+            stdout=logs[rank],
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(2)
+    ]
+    try:
+        codes = [process.wait(timeout=300) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    if codes != [0, 0]:
+        pytest.fail("\n".join(Path(log.name).read_text()[-6000:] for log in logs))
+    return {
+        name: (torch.load(root / f"{name}.pt"), reference["logits"])
+        for name, reference in references.items()
+    }
+
+
+@pytest.mark.parametrize("name", [*MODELS, *ZOO])
+def test_two_ranks_give_the_logits_of_one(name: str, results: dict[str, Any]) -> None:
+    ours, reference = results[name]
+    vocab = reference.shape[-1]
+    error = torch.log_softmax(ours["logits"][..., :vocab], -1) - torch.log_softmax(reference, -1)
+    assert float(error.abs().max()) <= 1e-4
