@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # Where pip finds torch's CPU wheels, if its configured indexes do not have them.
 TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-PIP_INSTALL := $(PIP) install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+PIP_INSTALL := $(PIP) install -qq $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 PYTEST := $(BIN)/python -m pytest
 
 TORCH := torch==2.13.0

@@ -7,6 +7,7 @@ Run by `make demo`. Everything is kept in build/demo, so the second run starts w
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import time
@@ -92,6 +93,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompt", default="The capital of France is")
     prompt = parser.parse_args().prompt
+    os.environ.setdefault("TQDM_DISABLE", "1")
     console = Console()
     try:
         model = checkpoint(console)

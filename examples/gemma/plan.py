@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -31,11 +32,12 @@ class Row:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The layers of the plan in `path`; ValueError if there are none."""
+    """The plan's layers in `path` that hold weights; ValueError if there are none."""
     layers: list[dict[str, Any]] = json.loads(path.read_text()).get("layers", [])
-    if not layers:
+    with_weights = [layer for layer in layers if layer.get("kind") != "Attention"]
+    if not with_weights:
         raise ValueError(f"{path} names no layer: the model does not run on compressed_linear")
-    return layers
+    return with_weights
 
 
 def show(layers: list[dict[str, Any]], console: Console) -> None:
@@ -43,11 +45,10 @@ def show(layers: list[dict[str, Any]], console: Console) -> None:
     rows: defaultdict[tuple[str, str], Row] = defaultdict(Row)
     total = Row()
     for layer in layers:
-        kind = layer.get("kind") or layer["name"].rpartition(".")[2]
-        rows[kind, _runs(layer)].add(layer)
+        rows[layer["name"].rpartition(".")[2], _runs(layer)].add(layer)
         total.add(layer)
-    table = Table(title="What runs the linear layers", show_footer=True)
-    heads = ("kind", "backend", "layers", "checkpoint", "prepared", "time to prepare")
+    table = Table(title="What runs the linear layers", show_footer=True, box=SIMPLE_HEAD)
+    heads = ("kind", "backend", "layers", "checkpoint", "prepared", "in")
     feet = ("all", "", *_cells(total))
     for index, (head, foot) in enumerate(zip(heads, feet, strict=True)):
         table.add_column(head, foot, justify="left" if index < 2 else "right")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -65,8 +66,16 @@ def _wait(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
             return
         time.sleep(0.2)
     ended = "is not up in time" if server.poll() is None else f"ended with {server.returncode}"
-    tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
-    raise RuntimeError(f"the server {ended}; the end of {log}:\n{tail}")
+    raise RuntimeError("\n".join([f"the server {ended}; from {log}:", *_causes(log)]))
+
+
+def _causes(log: Path) -> list[str]:
+    """The errors in `log`, the first of which is the cause of the others; else its last lines."""
+    lines = log.read_text(errors="replace").splitlines()
+    errors = [
+        match[0] for line in lines if (match := re.search(r"\b\w+(Error|Exception): .*", line))
+    ]
+    return list(dict.fromkeys(errors))[:5] or lines[-20:]
 
 
 def _stop(server: subprocess.Popen[bytes]) -> None:
