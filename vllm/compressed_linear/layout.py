@@ -182,9 +182,17 @@ def _field_ones(packing: Packing) -> int:
     return ones - (1 << bits) if ones >= 1 << (bits - 1) else ones
 
 
+def _reread(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The same memory as ``dtype``. ``contiguous`` alone is not enough for that: it leaves a last
+    dimension of length 1 any stride."""
+    if tensor.stride(-1) != 1 or not tensor.is_contiguous():
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+    return tensor.view(dtype)
+
+
 def _unpack_bytes(words: torch.Tensor, packing: Packing) -> torch.Tensor:
     """1, 2, 4 and 8 bits never straddle a byte, so the containers are read as bytes."""
-    raw = words.contiguous().view(torch.uint8)
+    raw = _reread(words, torch.uint8)
     if packing.bits == 8:
         return raw
     mask = (1 << packing.bits) - 1
@@ -238,6 +246,25 @@ def pack(codes: torch.Tensor, packing: Packing, dim: int = -1) -> torch.Tensor:
     if packing.order:
         order = torch.tensor(packing.order, device=codes.device)
         codes = codes.unflatten(-1, (-1, packing.run)).index_select(-1, order).flatten(-2)
+    in_bytes = 8 % packing.bits == 0 and not packing.planes
+    words = (_pack_bytes if in_bytes else _pack_stream)(codes, packing)
+    stored = words[..., : packing.words(length)]
+    if packing.zero_bump is ZeroBump.WORD:
+        stored = stored - _field_ones(packing)
+    return stored.movedim(-1, dim).contiguous()
+
+
+def _pack_bytes(codes: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """The inverse of ``_unpack_bytes``."""
+    mask = (1 << packing.bits) - 1
+    per_byte = 8 // packing.bits
+    raw = codes[..., ::per_byte] & mask
+    for slot in range(1, per_byte):
+        raw = raw | (codes[..., slot::per_byte] & mask) << (slot * packing.bits)
+    return _reread(raw, torch_dtype(packing.container))
+
+
+def _pack_stream(codes: torch.Tensor, packing: Packing) -> torch.Tensor:
     blocks = codes.unflatten(-1, (-1, packing.run)).to(torch.int64)
     words = torch.zeros(
         *blocks.shape[:-1], packing.run_words, dtype=torch.int64, device=codes.device
@@ -249,10 +276,7 @@ def pack(codes: torch.Tensor, packing: Packing, dim: int = -1) -> torch.Tensor:
             words[..., word0 + word] |= field << shift
             if shift + bits > packing.container_bits:
                 words[..., word0 + word + 1] |= field >> (packing.container_bits - shift)
-    stored = words.flatten(-2)[..., : packing.words(length)].to(torch_dtype(packing.container))
-    if packing.zero_bump is ZeroBump.WORD:
-        stored = stored - _field_ones(packing)
-    return stored.movedim(-1, dim).contiguous()
+    return words.flatten(-2).to(torch_dtype(packing.container))
 
 
 def _planes_of(packing: Packing) -> list[tuple[int, int, int]]:

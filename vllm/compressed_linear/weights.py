@@ -140,10 +140,9 @@ class LoadedShard:
         packing = self.packing(stored)
         tensor = self.tensors[stored.name]
         if stored.interleave:
-            full = uninterleave(tensor, stored, self.source.full_n, self.source.extents[second])
             first, count = self.source.span(second)
-            rows = self.source.n_start + start
-            return full[rows : rows + stop - start, first : first + count]
+            begin = self.source.n_start
+            return uninterleave(tensor, stored, begin + start, begin + stop).narrow(1, first, count)
         if "N" not in stored.axes and second not in stored.axes:
             return tensor.reshape(1, 1).expand(stop - start, self.source.span(second)[1])
         dims = {axis: dim for dim, axis in enumerate(stored.axes) if isinstance(axis, str)}
@@ -269,6 +268,8 @@ class CompressedWeights:
             if begin < end:
                 parts.append(self._shard_rows(index, begin, end))
             offset += shard.source.n + shard.source.padding
+        if not parts:
+            return self._shard_rows(0, 0, 0)
         if len(parts) == 1:
             return parts[0]
         return StandardWeights(
@@ -320,7 +321,7 @@ class CompressedWeights:
             if blank > 0:
                 parts.append(torch.zeros(blank, shard.source.k, device=shard.device))
             offset += total
-        return torch.cat(parts)
+        return torch.cat(parts) if parts else torch.zeros(0, self.shards[0].source.k)
 
 
 def _pad_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
