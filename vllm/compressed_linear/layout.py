@@ -261,7 +261,9 @@ def _pack_bytes(codes: torch.Tensor, packing: Packing) -> torch.Tensor:
     raw = codes[..., ::per_byte] & mask
     for slot in range(1, per_byte):
         raw = raw | (codes[..., slot::per_byte] & mask) << (slot * packing.bits)
-    return _reread(raw, torch_dtype(packing.container))
+    # A dimension for the container's bytes, since an empty tensor cannot be reread without one.
+    raw = raw.unflatten(-1, (-1, packing.container_bits // 8))
+    return _reread(raw, torch_dtype(packing.container)).squeeze(-1)
 
 
 def _pack_stream(codes: torch.Tensor, packing: Packing) -> torch.Tensor:
