@@ -73,8 +73,13 @@ def formats() -> dict[str, type[CompressedLinearConfig]]:
 
 def format_of(config: dict[str, Any]) -> type[CompressedLinearConfig] | None:
     """The format that reads ``config`` and supports at least a part of it, or None."""
-    found = formats().get(str(config.get("quant_method") or ""))
+    found = formats().get(quant_method_of(config))
     return found if found is not None and found.unsupported(config) is None else None
+
+
+def quant_method_of(config: dict[str, Any]) -> str:
+    """``quant_method`` in lower case, as some tools wrote it in upper case."""
+    return str(config.get("quant_method") or "").lower()
 
 
 class CompressedLinearConfig(QuantizationConfig):
@@ -82,13 +87,16 @@ class CompressedLinearConfig(QuantizationConfig):
 
     aliases: ClassVar[tuple[str, ...]] = ()
     """Values of ``--quantization`` that mean this format."""
-    vllm_name: ClassVar[str | None] = None
+    vllm_name: str | None = None
     """vLLM's own name for it, for layers that are delegated."""
+    codes_tensors: tuple[str, ...] = ()
+    """Last parts of the names of tensors that only a quantized module has."""
 
     def __init__(self, config: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.config = dict(config or {})
         self.headers: Headers | None = None
+        self.disk_names: dict[str, str] = {}
         self._settings: Settings | None = None
         self._delegate: QuantizationConfig | None = None
         self._mappers: list[Any] = []
@@ -142,12 +150,54 @@ class CompressedLinearConfig(QuantizationConfig):
                     ) from None
         raise ConfigError(f"quantization_config has no {key} (keys: {', '.join(self.config)})")
 
-    def unquantized_on_disk(self, module: str, codes: str) -> Unquantized | None:
-        """``Unquantized`` when the file has a plain ``weight`` for ``module`` and no ``codes``."""
-        found = (self.headers.modules if self.headers is not None else {}).get(module)
-        if found is not None and codes not in found and "weight" in found:
-            return Unquantized(f"the checkpoint holds {module}.weight and no {codes}")
-        return None
+    def names_of(self, module: str) -> tuple[str, ...]:
+        """vLLM's name of ``module`` and, where a model renames its weights, the checkpoint's.
+
+        Regular expressions of a configuration were written for the latter.
+        """
+        other = self.disk_names.get(module, module)
+        return (module,) if other == module else (module, other)
+
+    def tensors_on_disk(self, module: str) -> set[str] | None:
+        """Last parts of the names of the module's tensors; None when the file does not say."""
+        return None if self.headers is None else self.headers.modules.get(module)
+
+    def quantized_on_disk(self, module: str) -> bool:
+        """Whether the file is known to hold codes for ``module``."""
+        return bool((self.tensors_on_disk(module) or set()) & set(self.codes_tensors))
+
+    def unquantized_on_disk(self, module: str) -> Unquantized | None:
+        """``Unquantized`` when the file has a float ``weight`` for ``module`` and no codes."""
+        found = self.tensors_on_disk(module)
+        if found is None or "weight" not in found or self.quantized_on_disk(module):
+            return None
+        assert self.headers is not None
+        if self.headers[f"{module}.weight"].dtype not in ("bfloat16", "float16", "float32"):
+            return None
+        return Unquantized(f"the checkpoint holds a plain {module}.weight")
+
+    def check_against_file(self, layer: str, module: str, resolution: Resolution) -> None:
+        """``ConfigError`` where the configuration and the tensors the file has contradict."""
+        found = self.tensors_on_disk(module)
+        if found is None or self.headers is None:
+            return
+        if isinstance(resolution, Unquantized):
+            codes = sorted(found & set(self.codes_tensors))
+            if codes:
+                tensor = f"{module}.{codes[0]}"
+                raise ConfigError(
+                    f"{layer}: the configuration leaves {module} unquantized "
+                    f"({resolution.reason}), but {self.headers[tensor].file} holds {tensor}"
+                )
+        elif isinstance(resolution, CheckpointScheme):
+            needed = [t.name for t in resolution.tensors if not t.optional]
+            missing = [name for name in needed if name not in found]
+            if missing:
+                file = self.headers[f"{module}.{min(found)}"].file
+                raise ConfigError(
+                    f"{layer}: tensor {module}.{missing[0]} is not in the checkpoint; {resolution} "
+                    f"needs {', '.join(needed)}, but {file} holds {', '.join(sorted(found))}"
+                )
 
     # vLLM's interface.
 
@@ -168,7 +218,7 @@ class CompressedLinearConfig(QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> CompressedLinearConfig:
         """The format's config object. Raises ``ConfigError``."""
-        quant_method = str(config.get("quant_method") or "")
+        quant_method = quant_method_of(config)
         found = formats().get(quant_method)
         if found is None:
             known = ", ".join(name for name in formats() if name)
@@ -197,6 +247,10 @@ class CompressedLinearConfig(QuantizationConfig):
         if self.headers is not None:
             names = {name: hf_to_vllm_mapper.map_name(name) for name in self.headers}
             self.headers = self.headers.renamed({k: v for k, v in names.items() if v})
+            for name, mapped in names.items():
+                before, after = name.rpartition(".")[0], (mapped or "").rpartition(".")[0]
+                if mapped and before != after:
+                    self.disk_names[after] = self.disk_names.pop(before, before)
 
     def get_checkpoint_weight_mapper(self) -> Any:
         """vLLM's base class drops ``g_idx``; only layers that are delegated must not get one."""
@@ -221,6 +275,8 @@ class CompressedLinearConfig(QuantizationConfig):
             return self.delegate(layer, prefix, f"{type(layer).__name__} is not a linear layer")
         names = shard_names(prefix, self.packed_modules_mapping)
         resolved = [(name, self.resolve(name, kind)) for name in names]
+        for name, resolution in resolved:
+            self.check_against_file(prefix, name, resolution)
         handed_over = [r.reason for _, r in resolved if isinstance(r, Delegated)]
         if handed_over:
             return self.delegate(layer, prefix, "; ".join(dict.fromkeys(handed_over)))

@@ -13,8 +13,11 @@ def register() -> None:
     from vllm.compressed_linear import compat
 
     compat.check_vllm()
-    from vllm.compressed_linear.config import NAME, CompressedLinearConfig
+    from vllm.compressed_linear.config import NAME
+    from vllm.compressed_linear.formats.unquantized import UnquantizedConfig
     from vllm.compressed_linear.plan import PLAN
 
-    compat.register_config(NAME, CompressedLinearConfig)
+    # vLLM calls it without arguments where config.json has no quantization_config; otherwise it
+    # calls from_config, which dispatches to the format.
+    compat.register_config(NAME, UnquantizedConfig)
     compat.publish_compile_factor("VLLM_COMPRESSED_LINEAR_PLAN", PLAN.fingerprint)

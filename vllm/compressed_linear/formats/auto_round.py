@@ -15,43 +15,55 @@ GPTQ_VERSIONS = {
     "auto_round": "gptq_v2",
     "auto_round:gptqmodel": "gptq_v2",
     "auto_round:auto_gptq": "gptq",
+    "auto_round:gptq": "gptq",
+    "auto": "gptq",
     "auto_gptq": "gptq",
 }
 """packing_format → GPTQ version: who stores zero points less one."""
 AWQ_PACKINGS = ("auto_round:auto_awq", "auto_awq", "auto_round:awq")
+DEFAULT_PACKING = "auto_round:auto_gptq"
+"""What a configuration without packing_format means."""
 
 
 @register_format("auto-round", "intel/auto-round")
 class AutoRoundConfig(CompressedLinearConfig):
     """``quant_method: auto-round`` with an integer packing.
 
-    ``extra_config`` maps module names, or regular expressions over them, to overrides; 16 bits
-    means unquantized. Modules outside ``block_name_to_quantize`` are unquantized.
+    ``extra_config`` maps module names, or regular expressions that are searched in them, to
+    overrides; exact names go first, then the expressions in their order; 16 bits means unquantized.
+    Modules whose names do not begin with one of ``block_name_to_quantize`` are unquantized, unless
+    the file says otherwise (auto_round ``inference/convert_model.py``, ``inference/utils.py``).
     """
 
     aliases = ("inc", "auto-round", "auto_round")
     vllm_name = "inc"
+    codes_tensors = ("qweight",)
+
+    bits: int
+    group_size: int
+    packing: str
+    extra: dict[str, dict[str, Any]]
+    blocks: list[str]
 
     @classmethod
     def parse(cls, config: dict[str, Any]) -> AutoRoundConfig:
         self = cls(config)
         self.bits = self.require("bits", int)
         self.group_size = self.require("group_size", int)
-        self.packing = str(config.get("packing_format") or "auto_round")
+        self.packing = str(config.get("packing_format") or DEFAULT_PACKING)
         if self.packing not in (*GPTQ_VERSIONS, *AWQ_PACKINGS):
             raise ConfigError(
                 f"packing_format {self.packing!r} "
                 f"(supported: {', '.join((*GPTQ_VERSIONS, *AWQ_PACKINGS))})"
             )
-        self.symmetric = bool(config.get("sym", True))
-        self.extra: dict[str, dict[str, Any]] = config.get("extra_config") or {}
+        self.extra = config.get("extra_config") or {}
         blocks = config.get("block_name_to_quantize") or config.get("to_quant_block_names")
         self.blocks = _block_names(blocks)
         return self
 
     @classmethod
     def unsupported(cls, config: dict[str, Any]) -> str | None:
-        packing = str(config.get("packing_format") or "auto_round")
+        packing = str(config.get("packing_format") or DEFAULT_PACKING)
         data_type = str(config.get("data_type") or "int")
         if packing not in (*GPTQ_VERSIONS, *AWQ_PACKINGS) or not data_type.startswith("int"):
             return f"AutoRound packing {packing} of {data_type}"
@@ -66,30 +78,61 @@ class AutoRoundConfig(CompressedLinearConfig):
     def resolve(self, module: str, kind: LayerKind) -> Resolution:
         if kind is LayerKind.EMBEDDING:
             return Unquantized("AutoRound leaves embeddings alone")
-        override = self._override(module)
-        inside = not self.blocks or any(block in module for block in self.blocks)
-        if override is None and (kind is LayerKind.HEAD or not inside):
-            return Unquantized("outside of block_name_to_quantize")
-        override = override or {}
-        bits = int(override.get("bits", self.bits))
+        entry, override = self._override(module)
+        bits = self._number(entry, override, "bits", self.bits)
         if bits >= 16:
-            return Unquantized("extra_config gives it 16 bits")
-        if (found := self.unquantized_on_disk(module, "qweight")) is not None:
+            return Unquantized(f"extra_config {entry}: {bits} bits")
+        if (found := self.unquantized_on_disk(module)) is not None:
             return found
-        group_size = int(override.get("group_size", self.group_size))
-        if self.packing in AWQ_PACKINGS:
-            if bits != 4:
-                raise ConfigError(f"{module}: AWQ packing with {bits} bits (supported: 4)")
-            return awq_gemm_scheme(group_size, zero_point=True)
-        return gptq_scheme(bits, group_size, version=GPTQ_VERSIONS[self.packing])
+        if not entry and not self.quantized_on_disk(module):
+            if self.blocks and not any(
+                name.startswith(block) for block in self.blocks for name in self.names_of(module)
+            ):
+                return Unquantized("outside of block_name_to_quantize")
+            if not self.blocks and kind is LayerKind.HEAD:
+                return Unquantized("lm_head is not quantized")
+        group_size = self._number(entry, override, "group_size", self.group_size)
+        try:
+            if self.packing not in AWQ_PACKINGS:
+                return gptq_scheme(bits, group_size, version=GPTQ_VERSIONS[self.packing])
+        except ConfigError as error:
+            raise ConfigError(f"{module}: {error}") from None
+        if bits != 4:
+            raise ConfigError(f"{module}: AWQ packing with {bits} bits (supported: 4)")
+        return awq_gemm_scheme(group_size, zero_point=True)
 
-    def _override(self, module: str) -> dict[str, Any] | None:
-        if module in self.extra:
-            return self.extra[module]
-        for pattern, override in self.extra.items():
-            if any(sign in pattern for sign in "*+?[(|^$\\") and re.search(pattern, module):
-                return override
-        return None
+    def _override(self, module: str) -> tuple[str, dict[str, Any]]:
+        """The entry of ``extra_config`` that decides, and what it says; ("", {}) if none does."""
+        names = self.names_of(module)
+        for name in names:
+            if name in self.extra:
+                return name, self.extra[name]
+        for entry, override in self.extra.items():
+            if any(name.endswith(f".{entry}") for name in names):
+                return entry, override
+        others = self.headers.modules if self.headers is not None else {}
+        for entry, override in self.extra.items():
+            if entry not in others and any(_search(entry, name) for name in names):
+                return entry, override
+        return "", {}
+
+    @staticmethod
+    def _number(entry: str, override: dict[str, Any], key: str, default: int) -> int:
+        value = override.get(key)
+        if value is None:
+            return default
+        try:
+            return int(value)
+        except (TypeError, ValueError):
+            raise ConfigError(f"extra_config {entry}: {key} is {value!r}, expected int") from None
+
+
+def _search(pattern: str, name: str) -> bool:
+    """Like the tool, which skips what is no regular expression."""
+    try:
+        return re.search(pattern, name) is not None
+    except re.error:
+        return False
 
 
 def _block_names(blocks: Any) -> list[str]:

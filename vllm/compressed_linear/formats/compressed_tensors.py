@@ -8,6 +8,7 @@ bits without straddling words, later ones densely, under the same names: the wid
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,11 +74,15 @@ class _Group:
 
 @register_format("compressed-tensors")
 class CompressedTensorsConfig(CompressedLinearConfig):
-    """``config_groups`` with targets (names, ``re:`` regexes, classes) and an ignore list."""
+    """``config_groups`` with targets (names, ``re:`` regexes, classes) and an ignore list
+    (compressed_tensors ``utils/match.py``, ``quantization/lifecycle/apply.py``)."""
 
     aliases = ("compressed-tensors",)
     vllm_name = "compressed-tensors"
-    has_attention_scales = True
+    codes_tensors = ("weight_packed",)
+
+    ignore: list[str]
+    groups: list[_Group]
 
     @classmethod
     def parse(cls, config: dict[str, Any]) -> CompressedTensorsConfig:
@@ -106,39 +111,40 @@ class CompressedTensorsConfig(CompressedLinearConfig):
         for group in self.groups:
             group.targets = rename.apply_list(group.targets)
 
+    def has_attention_scales(self) -> bool:
+        return bool(self.config.get("kv_cache_scheme"))
+
     def resolve(self, module: str, kind: LayerKind) -> Resolution:
         module_class = MODULE_CLASS[kind]
+        names = self.names_of(module)
         for entry in self.ignore:
-            if _matches(entry, module) or entry == module_class:
+            if _matches(entry, names) or entry == module_class:
                 return Unquantized(f"ignore: {entry}")
-        group = self._group(module, module_class)
+        group = self._group(names, module_class)
         if group is None:
             return Unquantized("no config group targets it")
         if isinstance(group.resolution, CheckpointScheme):
             if kind is LayerKind.EMBEDDING:
                 return Delegated("quantized embedding tables")
-            if (found := self.unquantized_on_disk(module, "weight_packed")) is not None:
+            if (found := self.unquantized_on_disk(module)) is not None:
                 return found
         return group.resolution
 
-    def _group(self, module: str, module_class: str) -> _Group | None:
-        """Names go before regexes, regexes before classes, as the library has it."""
-        tests = (
-            lambda target: target == module,
-            lambda target: target.startswith("re:") and _matches(target, module),
-            lambda target: target == module_class,
-        )
-        for test in tests:
-            for group in self.groups:
-                if any(test(target) for target in group.targets):
-                    return group
-        return None
+    def _group(self, names: Sequence[str], module_class: str) -> _Group | None:
+        """The group that the library's ``match_targets`` would choose: names go before regexes,
+        these in the order of their text, and both before classes; of groups with the same target
+        the last one."""
+        by_target = {target: group for group in self.groups for target in group.targets}
+        for target in sorted(by_target, key=lambda target: (target.startswith("re:"), target)):
+            if _matches(target, names):
+                return by_target[target]
+        return by_target.get(module_class)
 
 
-def _matches(target: str, module: str) -> bool:
+def _matches(target: str, names: Sequence[str]) -> bool:
     if target.startswith("re:"):
-        return re.match(target[3:], module) is not None
-    return target == module
+        return any(re.match(target[3:], name) for name in names)
+    return target in names
 
 
 def _group_resolution(name: str, group: dict[str, Any], config: dict[str, Any]) -> Resolution:
