@@ -237,6 +237,7 @@ def test_rows_take_memory_for_a_chunk_only(
     bits: int, axes: tuple[str, str], packed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A chunk may take a few times its own size, whatever the size of the matrix."""
+    assert module.CHUNK_BYTES == 16 << 20
     chunk, n, k = 1 << 20, 8192, 2048
     monkeypatch.setattr(module, "CHUNK_BYTES", chunk)
     spec = WeightSpec(uint(bits, 1 << (bits - 1)), ScaleSpec("float16", "group", 128))
@@ -259,5 +260,5 @@ def test_rows_take_memory_for_a_chunk_only(
         for start, stop in part.weights.chunks(16):
             total += part.weights.rows(start, stop).codes.numel()
     assert total == n * k == 16 * chunk
-    # Codes, and for widths that straddle bytes the words as int64 with a temporary or two.
-    assert peak_bytes(profile) < 8 * chunk
+    # The promise is 64 MiB beside the result, and a chunk is 16 MiB.
+    assert chunk < peak_bytes(profile) < 4 * chunk

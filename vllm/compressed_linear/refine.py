@@ -134,14 +134,10 @@ def _check_values(shard: LoadedShard) -> None:
     if scale is None or stored is None:
         return
     name = f"{shard.source.name}.{stored.name}"
-    bad = ~torch.isfinite(scale)
-    if bool(bad.any()):
-        row, group = (int(i) for i in bad.nonzero()[0])
-        raise CheckpointError(
-            f"{name}: {int(bad.sum())} of {scale.numel()} scales are not finite, the first is "
-            f"{float(scale[row, group])} at output channel {shard.source.n_start + row}, "
-            f"group {group}; expected finite numbers"
-        )
+    _check_finite(shard, name, "scales", scale)
+    points = shard.stored(Role.ZERO)
+    if points is not None and shard.packing(points) is None:
+        _check_finite(shard, f"{shard.source.name}.{points.name}", "zero points", shard.zero())
     rows = (scale == 0).any(dim=1).nonzero().flatten().tolist()
     if not rows:
         return
@@ -159,3 +155,16 @@ def _check_values(shard: LoadedShard) -> None:
                 f"{name}: scale 0 at output channel {shard.source.n_start + row}, group {group}, "
                 "although its codes are not all zero; expected a scale other than 0"
             )
+
+
+def _check_finite(shard: LoadedShard, name: str, what: str, values: torch.Tensor | None) -> None:
+    if values is None:
+        return
+    bad = ~torch.isfinite(values)
+    if bool(bad.any()):
+        row, group = (int(i) for i in bad.nonzero()[0])
+        raise CheckpointError(
+            f"{name}: {int(bad.sum())} of {values.numel()} {what} are not finite, the first is "
+            f"{float(values[row, group])} at output channel {shard.source.n_start + row}, "
+            f"group {group}; expected finite numbers"
+        )
