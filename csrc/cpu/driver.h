@@ -61,13 +61,20 @@ void micro_kernel(const MicroArgs& a) {
           for (int t = 0; t < Tiles; ++t) acc[r][t] = Core::mac(acc[r][t], weights[t], activation);
         }
     }
-    for (int r = 0; r < Rows; ++r)
-      for (int t = 0; t < Tiles; ++t) {
-        if (a.negated_offset != nullptr)
+    // Unrolled, or the accumulators would go through memory.
+    if (a.negated_offset != nullptr) {
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+        for (int t = 0; t < Tiles; ++t)
           acc[r][t] = Core::add_offset(acc[r][t], a.row_sums[s * Rows + r],
                                        a.negated_offset + (s * Tiles + t) * kTile);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+      for (int t = 0; t < Tiles; ++t)
         Core::scale_into(a.totals + (r * Tiles + t) * kTile, acc[r][t], scale + t * kTile);
-      }
   }
 }
 
@@ -145,12 +152,16 @@ struct Call {
     }
   }
 
-  void multiply(int64_t unit) const {
+  void multiply_unit(int64_t unit) const {
     const int64_t panel0 = unit % panel_units() * panels_per_unit;
     const int64_t panel1 =
         panel0 + panels_per_unit < panels.count ? panel0 + panels_per_unit : panels.count;
     const int64_t tile0 = unit / panel_units() * tiles_per_unit;
     const int64_t tile1 = tile0 + tiles_per_unit < g.tiles ? tile0 + tiles_per_unit : g.tiles;
+    multiply(panel0, panel1, tile0, tile1);
+  }
+
+  void multiply(int64_t panel0, int64_t panel1, int64_t tile0, int64_t tile1) const {
     const int64_t row_begin = panels.begin(panel0), rows = panels.begin(panel1) - row_begin;
 
     constexpr int64_t kSlabBytes = kChunk / Core::kStep * kRowBytes * Core::kTiles;
@@ -276,7 +287,7 @@ void run_linear(const Problem& p, const Parallel& parallel) {
           call.panel_units() * call.tile_units(),
           [](void* context, int64_t begin, int64_t end) {
             for (int64_t unit = begin; unit < end; ++unit)
-              static_cast<Context*>(context)->multiply(unit);
+              static_cast<Context*>(context)->multiply_unit(unit);
           },
           &call);
     }

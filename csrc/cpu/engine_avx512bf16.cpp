@@ -204,40 +204,34 @@ void row_kernel(const RowArgs& a) {
 
 using RowKernel = void (*)(const RowArgs&);
 
-constexpr int kRowTilesMax = 4;
-
-template <class Code, int Bits, int Tiles>
-RowKernel row_kernel_for(int64_t parts) {
-  if (parts == 3) return &row_kernel<Code, Bits, Tiles, 3>;
-  if (parts == 2) return &row_kernel<Code, Bits, Tiles, 2>;
-  return &row_kernel<Code, Bits, Tiles, 1>;
-}
+constexpr int kRowTiles = 8;
 
 template <class Code, int Bits>
-RowKernel row_kernel_for(int64_t tiles, int64_t parts) {
-  return tiles == kRowTilesMax ? row_kernel_for<Code, Bits, kRowTilesMax>(parts)
-                               : row_kernel_for<Code, Bits, 1>(parts);
+RowKernel row_kernel_for(int64_t parts) {
+  if (parts == 3) return &row_kernel<Code, Bits, kRowTiles, 3>;
+  if (parts == 2) return &row_kernel<Code, Bits, kRowTiles, 2>;
+  return &row_kernel<Code, Bits, kRowTiles, 1>;
 }
 
-RowKernel row_kernel_for(Element element, int64_t tiles, int64_t parts) {
-  if (element.kind == Kind::bfloat16) return row_kernel_for<BFloat16, 16>(tiles, parts);
+RowKernel row_kernel_for(Element element, int64_t parts) {
+  if (element.kind == Kind::bfloat16) return row_kernel_for<BFloat16, 16>(parts);
   switch (element.bits) {
     case 1:
-      return row_kernel_for<Integer<1>, 1>(tiles, parts);
+      return row_kernel_for<Integer<1>, 1>(parts);
     case 2:
-      return row_kernel_for<Integer<2>, 2>(tiles, parts);
+      return row_kernel_for<Integer<2>, 2>(parts);
     case 3:
-      return row_kernel_for<Integer<3>, 3>(tiles, parts);
+      return row_kernel_for<Integer<3>, 3>(parts);
     case 4:
-      return row_kernel_for<Integer<4>, 4>(tiles, parts);
+      return row_kernel_for<Integer<4>, 4>(parts);
     case 5:
-      return row_kernel_for<Integer<5>, 5>(tiles, parts);
+      return row_kernel_for<Integer<5>, 5>(parts);
     case 6:
-      return row_kernel_for<Integer<6>, 6>(tiles, parts);
+      return row_kernel_for<Integer<6>, 6>(parts);
     case 7:
-      return row_kernel_for<Integer<7>, 7>(tiles, parts);
+      return row_kernel_for<Integer<7>, 7>(parts);
     default:
-      return row_kernel_for<Integer<8>, 8>(tiles, parts);
+      return row_kernel_for<Integer<8>, 8>(parts);
   }
 }
 
@@ -245,7 +239,7 @@ RowKernel row_kernel_for(Element element, int64_t tiles, int64_t parts) {
 
 struct Lanes {
   using Acc = __m512;
-  static constexpr int kRows = 6, kTiles = 4, kRowTiles = kRowTilesMax;
+  static constexpr int kRows = 6, kTiles = 4;
   static Acc zero() { return _mm512_setzero_ps(); }
   static Acc add_offset(Acc acc, float row_sum, const float* negated_offset) {
     return _mm512_fmadd_ps(_mm512_set1_ps(row_sum), _mm512_loadu_ps(negated_offset), acc);
@@ -259,7 +253,7 @@ struct Lanes {
 struct DotCore : Lanes {
   using Weights = __m512bh;
   using Activation = __m512bh;
-  static constexpr int kStep = 2, kMaxParts = 3;
+  static constexpr int kStep = 2, kMaxParts = 3, kRowTiles = compressed_linear::cpu::kRowTiles;
   static Weights load(const uint8_t* at) { return (__m512bh)_mm512_loadu_si512(at); }
   static Activation broadcast(const uint32_t* word) {
     return (__m512bh)_mm512_set1_epi32(static_cast<int>(*word));
@@ -331,11 +325,14 @@ struct DotCore : Lanes {
                  call.offset ? call.row_sums : nullptr,
                  call.row0,
                  0};
-    for (int64_t tile = begin * kRowTiles; tile < end * kRowTiles && tile < g.tiles;) {
-      const int64_t tiles = g.tiles - tile < kRowTiles ? 1 : kRowTiles;
-      args.tile = tile;
-      row_kernel_for(g.element, tiles, call.parts)(args);
-      tile += tiles;
+    const RowKernel kernel = row_kernel_for(g.element, call.parts);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      args.tile = unit * kRowTiles;
+      if (args.tile + kRowTiles <= g.tiles) {
+        kernel(args);
+      } else {
+        call.multiply(0, 1, args.tile, g.tiles);
+      }
     }
   }
 };
@@ -344,7 +341,7 @@ struct DotCore : Lanes {
 struct FmaCore : Lanes {
   using Weights = __m512;
   using Activation = __m512;
-  static constexpr int kStep = 1, kMaxParts = 1;
+  static constexpr int kStep = 1, kMaxParts = 1, kRowTiles = 1;
   static Weights load(const uint8_t* at) { return _mm512_loadu_ps(at); }
   static Activation broadcast(const uint32_t* word) { return _mm512_set1_ps(float_of(*word)); }
   static Acc mac(Acc acc, Weights weights, Activation activation) {

@@ -8,25 +8,26 @@
 namespace compressed_linear::cpu {
 namespace {
 
-// Eight codes of input channels k..k+7 in one word, little end first.
-uint64_t eight_codes(const uint8_t* codes) {
-  uint64_t word = 0;
-  for (int i = 7; i >= 0; --i) word = word << 8 | codes[i];
-  return word;
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "lanes are read and written whole");
+
+// Moves four fields of Width bits that lie 16 bits apart next to each other.
+template <int Width>
+uint32_t compress(uint64_t fields) {
+  constexpr uint64_t kTwo = (uint64_t{1} << (2 * Width)) - 1;
+  fields = (fields | fields >> (16 - Width)) & (kTwo * 0x100000001u);
+  return static_cast<uint32_t>((fields | fields >> (32 - 2 * Width)) &
+                               ((uint64_t{1} << (4 * Width)) - 1));
 }
 
-// Bits [Shift, Shift + Width) of each of eight codes: those of even channels to the low half of the
+// Bits [shift, shift + Width) of each of eight codes: those of even channels to the low half of the
 // result, those of odd ones to the high half, lowest channel first.
 template <int Width>
-uint32_t gather_plane(uint64_t codes, int shift) {
-  constexpr uint64_t kMask = (uint64_t{1} << Width) - 1;
-  codes = (codes >> shift) & (kMask * 0x0101010101010101u);
-  uint32_t even = 0, odd = 0;
-  for (int i = 0; i < 4; ++i) {
-    even |= static_cast<uint32_t>((codes >> (16 * i)) & kMask) << (Width * i);
-    odd |= static_cast<uint32_t>((codes >> (16 * i + 8)) & kMask) << (Width * i);
-  }
-  return even | odd << 16;
+uint32_t gather_plane(const uint8_t* codes, int shift) {
+  constexpr uint64_t kMask = ((uint64_t{1} << Width) - 1) * 0x0001000100010001u;
+  uint64_t word;
+  std::memcpy(&word, codes, 8);
+  word >>= shift;
+  return compress<Width>(word & kMask) | compress<Width>((word >> 8) & kMask) << 16;
 }
 
 template <int Width>
@@ -35,8 +36,7 @@ void put_plane(const uint8_t* codes, int shift, uint8_t* plane, int64_t channel)
   for (int64_t row = 0; row < Width; ++row) {
     uint32_t lane = 0;
     for (int i = 0; i < kEights; ++i)
-      lane |= gather_plane<Width>(eight_codes(codes + 8 * (row * kEights + i)), shift)
-              << (4 * Width * i);
+      lane |= gather_plane<Width>(codes + 8 * (row * kEights + i), shift) << (4 * Width * i);
     std::memcpy(plane + row * kRowBytes + channel * 4, &lane, 4);
   }
 }
@@ -95,20 +95,23 @@ void pack_tiles(const Geometry& g, const void* rows, int64_t row_begin, int64_t 
   const int64_t unit = row_element_bytes(g.element);
   const bool integer = g.element.kind == Kind::integer;
   const uint8_t zero = integer ? static_cast<uint8_t>(1u << (g.element.bits - 1)) : 0;
-  std::vector<uint8_t> line(static_cast<size_t>(g.padded_k * unit));
-  for (int64_t tile = tile_begin; tile < tile_end; ++tile)
+  const int64_t line_bytes = g.padded_k * unit;
+  std::vector<uint8_t> lines(static_cast<size_t>(kTile * line_bytes));
+  for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+    std::fill(lines.begin(), lines.end(), zero);
     for (int64_t channel = 0; channel < kTile; ++channel) {
       const int64_t row = tile * kTile + channel;
-      std::fill(line.begin(), line.end(), zero);
-      if (row >= row_begin && row < row_end) {
-        const uint8_t* from = static_cast<const uint8_t*>(rows) + (row - row_begin) * g.k * unit;
-        for (int64_t group = 0; group < g.groups; ++group)
-          std::memcpy(line.data() + group * g.padded_group * unit, from + group * g.group * unit,
-                      static_cast<size_t>(g.group * unit));
-      }
-      uint8_t* block = packed + tile * g.tile_bytes();
-      for (int64_t k = 0; k < g.padded_k; k += kBlock, block += g.block_bytes()) {
-        const uint8_t* values = line.data() + k * unit;
+      if (row < row_begin || row >= row_end) continue;
+      const uint8_t* from = static_cast<const uint8_t*>(rows) + (row - row_begin) * g.k * unit;
+      uint8_t* to = lines.data() + channel * line_bytes;
+      for (int64_t group = 0; group < g.groups; ++group)
+        std::memcpy(to + group * g.padded_group * unit, from + group * g.group * unit,
+                    static_cast<size_t>(g.group * unit));
+    }
+    uint8_t* block = packed + tile * g.tile_bytes();
+    for (int64_t k = 0; k < g.padded_k; k += kBlock, block += g.block_bytes())
+      for (int64_t channel = 0; channel < kTile; ++channel) {
+        const uint8_t* values = lines.data() + channel * line_bytes + k * unit;
         if (integer) {
           put_codes(values, g.element.bits, block, channel);
         } else {
@@ -117,7 +120,7 @@ void pack_tiles(const Geometry& g, const void* rows, int64_t row_begin, int64_t 
                         static_cast<size_t>(unit));
         }
       }
-    }
+  }
 }
 
 void unpack_tiles(const Geometry& g, const uint8_t* packed, int64_t tile_begin, int64_t tile_end,

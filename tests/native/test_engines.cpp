@@ -214,10 +214,9 @@ void check_floats() {
 
 int main() {
   check_floats();
-  const Shape shapes[] = {{70, 384, 128}, {33, 40, 20}, {16, 96, 8},
+  const Shape shapes[] = {{70, 384, 128}, {33, 40, 20},   {16, 96, 8},
                           {20, 33, 1},    {17, 100, 100}, {48, 160, 32}};
-  const cl::Element dense[] = {
-      {Kind::bfloat16, 16}, {Kind::float16, 16}, {Kind::float32, 32}};
+  const cl::Element dense[] = {{Kind::bfloat16, 16}, {Kind::float16, 16}, {Kind::float32, 32}};
   const Scalar types[] = {Scalar::bfloat16, Scalar::float16, Scalar::float32};
   int count = 0;
   for (const Shape& shape : shapes)
@@ -229,12 +228,12 @@ int main() {
         for (const int64_t m : {1, 2, 9, 40}) {
           const bool zero = coded && count % 3 != 0, reorder = count % 4 == 1;
           const bool table = coded && variant < 7 && count % 5 == 0;
-          Case c{"", shape, element, x_type, types[count % 3], zero, count % 2 == 0, reorder, table,
-                 m};
-          c.what = (coded ? "uint" : "float") + std::to_string(element.bits) + " n=" +
-                   std::to_string(shape.n) + " k=" + std::to_string(shape.k) + " group=" +
-                   std::to_string(shape.group) + " m=" + std::to_string(m) + " x=" +
-                   std::to_string(static_cast<int>(x_type)) + (zero ? " zero" : "") +
+          Case c{"",   shape,          element, x_type, types[count % 3],
+                 zero, count % 2 == 0, reorder, table,  m};
+          c.what = (coded ? "uint" : "float") + std::to_string(element.bits) +
+                   " n=" + std::to_string(shape.n) + " k=" + std::to_string(shape.k) +
+                   " group=" + std::to_string(shape.group) + " m=" + std::to_string(m) +
+                   " x=" + std::to_string(static_cast<int>(x_type)) + (zero ? " zero" : "") +
                    (reorder ? " reorder" : "") + (table ? " table" : "");
           run(c);
           ++count;
