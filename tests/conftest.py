@@ -102,9 +102,9 @@ def clean_registry() -> Iterator[None]:
     from vllm.compressed_linear import registry
 
     known = dict(registry._REGISTERED)
-    points = set(registry._LOADED_ENTRY_POINTS)
+    points = set(registry._LOADED)
     yield
     registry._REGISTERED.clear()
     registry._REGISTERED.update(known)
-    registry._LOADED_ENTRY_POINTS.clear()
-    registry._LOADED_ENTRY_POINTS.update(points)
+    registry._LOADED.clear()
+    registry._LOADED.update(points)

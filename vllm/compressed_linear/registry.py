@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import TypeVar
+from typing import Any, TypeVar, overload
 
 from vllm.compressed_linear.backend import QuantLinearMethod, Verdict
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
@@ -32,8 +32,14 @@ class NoBackendError(RuntimeError):
     """No registered backend, or not the one the user asked for, can run a layer."""
 
 
+class BackendPackageError(RuntimeError):
+    """An installed package announces a backend that cannot be loaded."""
+
+
 _REGISTERED: dict[str, Registration] = {}
-_LOADED_ENTRY_POINTS: set[str] = set()
+_OWN = "own"
+_LOADED: set[str] = set()
+"""Values of the entry points that were loaded, and ``_OWN``."""
 
 
 @cache
@@ -42,11 +48,19 @@ def _installed_entry_points() -> tuple[EntryPoint, ...]:
     return tuple(entry_points(group=ENTRY_POINT_GROUP))
 
 
+@overload
+def register_backend(backend: B, *, priority: int = 0) -> B: ...
+
+
+@overload
+def register_backend(backend: None = None, *, priority: int = 0) -> Callable[[B], B]: ...
+
+
 def register_backend(backend: B | None = None, *, priority: int = 0) -> B | Callable[[B], B]:
     """Class decorator: ``@register_backend`` or ``@register_backend(priority=10)``.
 
-    Registering the same class again does nothing; another class under a taken name is a
-    ``ValueError``, an incomplete one a ``TypeError``.
+    Registering the same class again changes nothing, not its priority either; another class under a
+    taken name is a ``ValueError``, an incomplete one a ``TypeError``.
     """
 
     def add(cls: B) -> B:
@@ -57,7 +71,7 @@ def register_backend(backend: B | None = None, *, priority: int = 0) -> B | Call
                 f"backend name {cls.name!r} is taken by {_identity(known.backend)}; "
                 f"{_identity(cls)} needs another (or unregister_backend first)"
             )
-        _REGISTERED[cls.name] = Registration(cls, priority)
+        _REGISTERED.setdefault(cls.name, Registration(cls, priority))
         return cls
 
     return add if backend is None else add(backend)
@@ -82,19 +96,38 @@ def _validate(cls: type[QuantLinearMethod]) -> None:
 
 
 def backends() -> dict[str, Registration]:
-    """Every registered backend, our own and those of installed packages."""
+    """Every registered backend, our own and those of installed packages.
+
+    Raises ``BackendPackageError`` if one of those cannot be loaded.
+    """
     from vllm.compressed_linear import backends as own
 
-    own.register_all()
+    # Once each, so that what was unregistered stays away.
+    if _OWN not in _LOADED:
+        own.register_all()
+        _LOADED.add(_OWN)
     for point in _installed_entry_points():
-        if point.value not in _LOADED_ENTRY_POINTS:
-            _LOADED_ENTRY_POINTS.add(point.value)
-            loaded = point.load()
-            if inspect.isclass(loaded) and issubclass(loaded, QuantLinearMethod):
-                register_backend(loaded)
-            elif callable(loaded):
-                loaded()
+        if point.value not in _LOADED:
+            _load(point)
+            _LOADED.add(point.value)
     return dict(_REGISTERED)
+
+
+def _load(point: EntryPoint) -> None:
+    """``point`` names a backend class, a function that registers some, or a module that did."""
+    try:
+        loaded: Any = point.load()
+        if isinstance(loaded, type):
+            register_backend(loaded)
+        elif callable(loaded):
+            loaded()
+    # Whatever a package of somebody else raises, the user must see which one it is.
+    except Exception as error:
+        package = "" if point.dist is None else f" of {point.dist.name} {point.dist.version}"
+        raise BackendPackageError(
+            f"entry point {point.name} = {point.value}{package} gives no backend: "
+            f"{type(error).__name__}: {error}; mend or uninstall it"
+        ) from error
 
 
 @dataclass(frozen=True)
