@@ -4,22 +4,21 @@ library gives."""
 
 from __future__ import annotations
 
-
 import pytest
 import torch
+
 from conftest import checkpoint, checkpoint_reference, checkpoints
 from model_loading import loaded, logits
-
 from vllm.compressed_linear import settings
 from vllm.compressed_linear.plan import DELEGATED, PLAN
+from vllm.compressed_linear.registry import NoBackendError
 
 WEIGHT_ONLY = [
     name
     for name in checkpoints("gptqmodel-gptq", "autoawq-", "autoround-", "llmcompressor-w")
     if "a8" not in name and "mxfp4" not in name
-]
-MIXED = checkpoints("llmcompressor-mixed")
-"""Some of their layers are delegated to vLLM: fp8 ones quantise activations as it does."""
+] + checkpoints("llmcompressor-mixed-int8attn-int4mlp")
+WITH_FP8_LAYERS = checkpoints("llmcompressor-mixed-qv-differ")
 
 
 def log_probabilities(name: str, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,17 +48,66 @@ def test_fp32_logits_match_the_makers_library(
 def test_bf16_logits_are_near_the_fp32_reference(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Within 0.15, or as near as exact weights get: at 2 and 3 bits the model itself magnifies the
+    rounding of its bf16 activations to 0.2, whatever multiplies."""
     use_backend(monkeypatch, "cpu")
     ours, reference = log_probabilities(name, "bfloat16")
     error = (ours - reference).abs()
-    assert float(error.max()) <= 0.15
     assert float(error.mean()) <= 0.03
+    if float(error.max()) > 0.15:
+        use_backend(monkeypatch, "reference")
+        exact, _ = log_probabilities(name, "bfloat16")
+        assert float(error.max()) <= 1.05 * float((exact - reference).abs().max())
 
 
-@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize("name", WITH_FP8_LAYERS)
 def test_layers_we_lack_are_delegated_and_the_plan_says_so(name: str) -> None:
     ours, _ = log_probabilities(name, "bfloat16")
     assert bool(torch.isfinite(ours).all())
     backends = {entry.name: entry.backend for entry in PLAN.entries.values()}
-    assert DELEGATED in backends.values()
-    assert "cpu" in backends.values()
+    delegated = {layer for layer, backend in backends.items() if backend == DELEGATED}
+    assert delegated == {f"model.layers.{i}.mlp.down_proj" for i in range(2)}
+    assert {backends[layer] for layer in backends if layer not in delegated} == {"cpu"}
+
+
+def test_an_override_that_cannot_run_a_layer_stops_the_load_with_the_reasons(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(settings.BACKEND, "vllm_native")
+    name = "gptqmodel-gptq-w3-g128-asym"
+    with (
+        pytest.raises(NoBackendError, match=r"(?s)qkv_proj.*3-bit integer weights"),
+        loaded(checkpoint(name)),
+    ):
+        pass
+
+
+def test_strict_mode_refuses_reference_unless_it_was_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = "gptqmodel-gptq-w4-g128-sym"
+    monkeypatch.setenv(settings.STRICT, "1")
+    monkeypatch.setattr("vllm.compressed_linear.native.available", lambda: "it was not built")
+    monkeypatch.setattr("vllm.compressed_linear.linear._PLATFORM", [])
+    with (
+        pytest.raises(NoBackendError, match=r"(?s)it was not built.*strict mode refuses"),
+        loaded(checkpoint(name)),
+    ):
+        pass
+    use_backend(monkeypatch, "reference")
+    with loaded(checkpoint(name)):
+        assert {entry.backend for entry in PLAN.entries.values()} == {"reference"}
+
+
+def test_additional_config_chooses_a_backend_and_the_environment_wins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = {"additional_config": {"compressed_linear": {"backend": "*.qkv_proj=reference"}}}
+    path = checkpoint("autoawq-awq-gemm-g128-asym")
+    with loaded(path, **options):
+        chosen = {e.name.rpartition(".")[2]: e.backend for e in PLAN.entries.values()}
+    assert chosen["qkv_proj"] == "reference"
+    assert chosen["down_proj"] == "cpu"
+    monkeypatch.setenv(settings.BACKEND, "cpu")
+    with loaded(path, **options):
+        assert {e.backend for e in PLAN.entries.values()} == {"cpu"}

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``LLM()`` with vLLM's defaults: what ran is what the plan says, compiled graphs are never stale."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import checkpoint, checkpoint_reference
+from vllm.compressed_linear import settings
+
+pytestmark = pytest.mark.e2e
+HERE = Path(__file__).parent
+
+
+def run_engine(
+    name: str, tmp_path: Path, options: dict[str, Any] | None = None, **environment: str
+) -> dict[str, Any]:
+    """Start an engine on checkpoint ``name``, return what ``engine_worker.py`` found."""
+    out = tmp_path / "result.pt"
+    out.unlink(missing_ok=True)
+    env = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_COMPRESSED_LINEAR")}
+    process = subprocess.run(
+        [
+            sys.executable,
+            str(HERE / "engine_worker.py"),
+            str(out),
+            str(checkpoint(name)),
+            json.dumps(options or {}),
+        ],
+        env=env | {"VLLM_CACHE_ROOT": str(tmp_path / "cache")} | environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert out.exists(), process.stderr[-3000:]
+    result = torch.load(out)
+    result["log"] = process.stdout + process.stderr
+    return result
+
+
+def errors(name: str, result: dict[str, Any]) -> torch.Tensor:
+    reference = torch.log_softmax(checkpoint_reference(name)["logits"], -1)[:, :-1]
+    return (result["log_probabilities"] - reference).abs()
+
+
+def backends_of(result: dict[str, Any]) -> set[str]:
+    return {layer["backend"] for layer in result["plan"]["layers"]}
+
+
+def assert_counters_match_the_plan(result: dict[str, Any]) -> None:
+    """Every planned layer ran, equally often, through the op of its backend and no other."""
+    layers = result["plan"]["layers"]
+    native_calls = sum(
+        count for op, count in result["counts"]["native"].items() if op.startswith("linear/")
+    )
+    on_cpu = sum(layer["backend"] == "cpu" for layer in layers)
+    on_reference = sum(layer["backend"] == "reference" for layer in layers)
+    assert (native_calls > 0) == (on_cpu > 0)
+    assert (result["counts"]["reference"] > 0) == (on_reference > 0)
+    heads = sum(layer["kind"] == "lm_head" for layer in layers)
+    for calls, planned in ((native_calls, on_cpu), (result["counts"]["reference"], on_reference)):
+        # lm_head runs once more for each batch of prompt log-probabilities.
+        body = planned - heads
+        if planned:
+            passes = (calls - heads) // body
+            assert passes >= 1
+            assert passes * body <= calls <= passes * body + heads * (passes + 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("gptqmodel-gptq-w4-g128-sym-descact", {}),
+        ("autoawq-awq-gemm-g128-asym", {"enforce_eager": True}),
+        (
+            "llmcompressor-w3a16-asym-g64",
+            {"enforce_eager": True, "max_num_batched_tokens": 16, "max_num_seqs": 2},
+        ),
+    ],
+    ids=["gptq-compiled", "awq-eager", "compressed-tensors-chunked-prefill"],
+)
+def test_llm_serves_on_the_native_kernel(
+    name: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    result = run_engine(name, tmp_path, options)
+    assert backends_of(result) == {"cpu"}
+    assert_counters_match_the_plan(result)
+    assert float(errors(name, result).mean()) <= 0.03
+    assert result["tokens"] == result["tokens_again"]
+    assert result["log"].count("compressed_linear: ") == 1
+
+
+def test_a_change_of_backend_is_never_served_from_a_stale_graph(tmp_path: Path) -> None:
+    """Serve with A, override to B, serve again, and A again: the cache directory is one."""
+    name = "gptqmodel-gptq-w4-g128-sym"
+    results = []
+    for backend in ("cpu", "reference", "cpu"):
+        override = {settings.BACKEND: f"{backend},unquantized={backend}"}
+        result = run_engine(name, tmp_path, {"dtype": "float32"}, **override)
+        assert backends_of(result) == {backend}
+        assert_counters_match_the_plan(result)
+        assert float(errors(name, result).max()) <= 1e-4
+        results.append(result)
+    fingerprints = [result["plan"]["fingerprint"] for result in results]
+    assert fingerprints[0] == fingerprints[2] != fingerprints[1]
