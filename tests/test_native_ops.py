@@ -1,0 +1,432 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ops of the compiled library, for every instruction set of this processor, against sums in
+double precision that are written out here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from vllm.compressed_linear import native
+
+pytestmark = pytest.mark.skipif(native.available() is not None, reason=str(native.available()))
+
+ISAS = native.supported_isas() if native.available() is None else []
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+DENSE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+INTEGERS = [f"uint{bits}" for bits in range(1, 9)]
+# (N, K, group): whole tiles and ragged ones, groups across blocks, odd groups, a group for each
+# channel, one group for all, more channels than one chunk.
+SHAPES = [(48, 256, 128), (37, 192, 32), (150, 100, 100), (33, 40, 20), (20, 33, 1), (70, 384, 192)]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test with this instruction set."""
+    before = native.isa()
+    torch.ops.compressed_linear.select_isa(request.param)
+    yield request.param
+    torch.ops.compressed_linear.select_isa(before)
+
+
+def tiled(values: torch.Tensor) -> torch.Tensor:
+    """[N, G] → [tiles, G, 16], as ``linear`` wants scales and zero points."""
+    missing = -len(values) % native.TILE
+    padded = torch.nn.functional.pad(values, (0, 0, 0, missing))
+    return padded.unflatten(0, (-1, native.TILE)).transpose(1, 2).contiguous()
+
+
+@dataclass
+class Layer:
+    """One weight, packed, with its exact meaning: ``weight`` and ``magnitude`` float64 [N, K]."""
+
+    n: int
+    k: int
+    group: int
+    element: str
+    rows: torch.Tensor
+    packed: torch.Tensor
+    scale: torch.Tensor | None
+    zero: torch.Tensor | None
+    element_bias: int
+    weight: torch.Tensor
+    magnitude: torch.Tensor
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        perm: torch.Tensor | None = None,
+        out_dtype: torch.dtype = torch.float32,
+        **overrides: Any,
+    ) -> torch.Tensor:
+        arguments = {
+            "x": x,
+            "packed": self.packed,
+            "scale": self.scale,
+            "zero": self.zero,
+            "bias": bias,
+            "perm": perm,
+            "table": None,
+            "n": self.n,
+            "k": self.k,
+            "group_size": self.group,
+            "element": self.element,
+            "element_bias": self.element_bias,
+            "out_dtype": out_dtype,
+        }
+        return torch.ops.compressed_linear.linear(**(arguments | overrides))
+
+    def check(self, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        """|error| ≤ 4 √K 2⁻²⁴ Σ|x||w| and a rounding of the fp32 result."""
+        expected = x.double() @ self.weight.t()
+        size = x.double().abs() @ self.magnitude.t()
+        if bias is not None:
+            expected += bias.double()
+            size += bias.double().abs()
+        allowed = 4 * self.k**0.5 * 2.0**-24 * size + 1e-30
+        assert y.dtype == torch.float32
+        assert y.shape == expected.shape
+        error = (y.double() - expected).abs()
+        assert bool((error <= allowed).all()), float((error / allowed).max())
+
+
+def pack(rows: torch.Tensor, group: int, element: str) -> torch.Tensor:
+    ops = torch.ops.compressed_linear
+    n, k = rows.shape
+    packed = torch.empty(-(-n // native.TILE), ops.packed_tile_bytes(k, group, element)).byte()
+    ops.pack_rows(packed, rows, 0, n, group, element)
+    return packed
+
+
+def make_layer(
+    shape: tuple[int, int, int],
+    element: str,
+    zero: str | None = None,
+    scale_dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+) -> Layer:
+    n, k, group = shape
+    random = torch.Generator().manual_seed(seed)
+    if element in DENSE:
+        rows = torch.randn(n, k, generator=random).to(DENSE[element])
+        weight = rows.double()
+        packed = pack(rows, k, element)
+        return Layer(n, k, k, element, rows, packed, None, None, 0, weight, weight.abs())
+    bits, groups = int(element[4:]), k // group
+    middle = 1 << (bits - 1)
+    rows = torch.randint(0, 1 << bits, (n, k), generator=random, dtype=torch.uint8)
+    scale = (0.01 + torch.rand(n, groups, generator=random)).to(scale_dtype)
+    zeros = None
+    if zero == "integer":
+        zeros = torch.randint(0, (1 << bits) + 1, (n, groups), generator=random).bfloat16()
+    elif zero == "float":
+        zeros = (torch.rand(n, groups, generator=random) * (1 << bits)).to(scale_dtype)
+    element_bias = middle if zero is None else 0
+    offset = torch.zeros(n, groups) if zeros is None else zeros.float() - middle
+    values = rows.double() - middle
+    wide_scale = scale.double().repeat_interleave(group, 1)
+    wide_offset = offset.double().repeat_interleave(group, 1)
+    return Layer(
+        n,
+        k,
+        group,
+        element,
+        rows,
+        pack(rows, group, element),
+        tiled(scale),
+        None if zeros is None else tiled(zeros),
+        element_bias,
+        wide_scale * (values - wide_offset),
+        wide_scale * (values.abs() + wide_offset.abs()),
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("element", [*INTEGERS, *DENSE])
+def test_unpacking_gives_back_the_rows(element: str, shape: tuple[int, int, int]) -> None:
+    layer = make_layer(shape, element)
+    rows = torch.ops.compressed_linear.unpack_rows(
+        layer.packed, layer.n, layer.k, layer.group, element
+    )
+    assert torch.equal(rows, layer.rows)
+
+
+@pytest.mark.parametrize("element", ["uint3", "uint8", "bf16"])
+def test_rows_may_be_packed_in_chunks(element: str) -> None:
+    layer = make_layer((70, 96, 32), element)
+    packed = torch.full_like(layer.packed, 255)
+    for start, stop in ((32, 70), (0, 32)):
+        torch.ops.compressed_linear.pack_rows(
+            packed, layer.rows[start:stop], start, layer.n, layer.group, element
+        )
+    assert torch.equal(packed, layer.packed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("zero", [None, "integer", "float"])
+@pytest.mark.parametrize("element", INTEGERS)
+def test_integer_weights(isa: str, element: str, zero: str | None, dtype: torch.dtype) -> None:
+    for index, shape in enumerate(SHAPES):
+        layer = make_layer(shape, element, zero, DTYPES[index % 3])
+        bias = torch.randn(layer.n).to(dtype)
+        for m in (1, 2, 7, 33):
+            x = torch.randn(m, layer.k).to(dtype)
+            layer.check(x, layer(x, bias), bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("element", DENSE)
+def test_dense_weights(isa: str, element: str, dtype: torch.dtype) -> None:
+    for shape in SHAPES:
+        layer = make_layer(shape, element)
+        for m in (1, 6, 20):
+            x = torch.randn(m, layer.k).to(dtype)
+            layer.check(x, layer(x))
+
+
+def test_many_rows(isa: str) -> None:
+    """More rows than one unit of work, and more than are prepared at once with wide K."""
+    layer = make_layer((100, 256, 64), "uint4", "integer")
+    x = torch.randn(4096, 256).bfloat16()
+    layer.check(x, layer(x))
+    wide = make_layer((16, 32768, 128), "uint4")
+    x = torch.randn(300, 32768)
+    wide.check(x, wide(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("element", ["uint4", "uint5", "fp16", "bf16"])
+def test_a_row_has_the_same_bits_in_any_company(isa: str, element: str, dtype: torch.dtype) -> None:
+    """K is cut and added in one order, whatever the number of rows and of threads."""
+    for shape in [(150, 384, 128), (70, 640, 20)]:
+        layer = make_layer(shape, element, "integer" if element == "uint5" else None)
+        x = torch.randn(310, layer.k).to(dtype)
+        full = layer(x, out_dtype=dtype)
+        for m in (1, 2, 3, 5, 6, 7, 16, 64):
+            assert torch.equal(layer(x[:m], out_dtype=dtype), full[:m]), m
+        assert torch.equal(layer(x[205:206], out_dtype=dtype), full[205:206])
+        threads = torch.get_num_threads()
+        try:
+            torch.set_num_threads(1 if threads > 1 else 2)
+            assert torch.equal(layer(x, out_dtype=dtype), full)
+            assert torch.equal(layer(x[:1], out_dtype=dtype), full[:1])
+        finally:
+            torch.set_num_threads(threads)
+
+
+def test_reordered_channels(isa: str) -> None:
+    for element, zero in (("uint4", "integer"), ("uint3", None), ("fp32", None)):
+        layer = make_layer((40, 96, 32), element, zero)
+        x = torch.randn(5, 90)
+        perm = torch.randint(-1, 90, (96,), dtype=torch.int32)
+        gathered = x[:, perm.clamp(min=0).long()] * (perm >= 0)
+        layer.check(gathered, layer(x, perm=perm))
+
+
+@pytest.mark.parametrize("element", ["uint4", "uint7"])
+def test_tables_replace_the_integers(isa: str, element: str) -> None:
+    layer = make_layer((40, 96, 32), element)
+    table = torch.randn(1 << int(element[4:])).bfloat16()
+    assert layer.scale is not None
+    scale = layer.scale.transpose(1, 2).flatten(0, 1)[:40].double().repeat_interleave(32, 1)
+    layer.weight = table.double()[layer.rows.long()] * scale
+    layer.magnitude = layer.weight.abs()
+    for m in (1, 9):
+        x = torch.randn(m, 96)
+        layer.check(x, layer(x, table=table))
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_unsigned_codes_without_zero_points(isa: str, bits: int) -> None:
+    layer = make_layer((20, 64, 32), f"uint{bits}")
+    assert layer.scale is not None
+    scale = layer.scale.transpose(1, 2).flatten(0, 1)[:20].double().repeat_interleave(32, 1)
+    layer.weight = layer.rows.double() * scale
+    layer.magnitude = (layer.rows.double() + (1 << bits)) * scale
+    x = torch.randn(3, 64)
+    layer.check(x, layer(x, element_bias=0))
+
+
+def test_any_strides_of_x(isa: str) -> None:
+    layer = make_layer((33, 96, 32), "uint4")
+    base = torch.randn(7, 192).bfloat16()
+    for x in (
+        base[:, ::2],
+        base[::3, 5:101],
+        base.t()[:96].t()[:, :96],
+        base[:1, :96].expand(4, 96),
+    ):
+        assert torch.equal(layer(x), layer(x.contiguous()))
+    odd = torch.randn(2 * 96 + 1).bfloat16()[1:].view(2, 96)  # not aligned to 4 bytes
+    assert torch.equal(layer(odd), layer(odd.clone()))
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
+def test_output_is_rounded_once(isa: str, out_dtype: torch.dtype) -> None:
+    layer = make_layer((40, 128, 64), "uint4")
+    x = torch.randn(9, 128)
+    assert torch.equal(layer(x, out_dtype=out_dtype), layer(x).to(out_dtype))
+
+
+def test_infinities_and_nan_stay_in_their_rows(isa: str) -> None:
+    layer = make_layer((40, 128, 64), "uint4", "integer")
+    for dtype in DTYPES:
+        x = torch.randn(9, 128).to(dtype)
+        clean = layer(x)
+        x[3, 5], x[6, 77] = float("inf"), float("nan")
+        y = layer(x)
+        rows = torch.tensor([r not in (3, 6) for r in range(9)])
+        assert torch.equal(y[rows], clean[rows])
+        assert not torch.isfinite(y[3]).any()
+        assert torch.isnan(y[6]).all()
+
+
+def test_no_rows_and_no_columns(isa: str) -> None:
+    layer = make_layer((40, 128, 64), "uint4")
+    assert layer(torch.empty(0, 128)).shape == (0, 40)
+    empty = make_layer((0, 128, 64), "uint4")
+    assert empty(torch.empty(3, 128)).shape == (3, 0)
+
+
+def test_instruction_sets_agree_within_the_contract() -> None:
+    layer = make_layer((64, 256, 32), "uint6", "float")
+    x = torch.randn(5, 256)
+    before = native.isa()
+    try:
+        for name in ISAS:
+            torch.ops.compressed_linear.select_isa(name)
+            layer.check(x, layer(x))
+    finally:
+        torch.ops.compressed_linear.select_isa(before)
+
+
+BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
+    "element": ({"element": "int4"}, "element is 'int4', expected uint1 to uint8"),
+    "group": ({"group_size": 30}, "group_size is 30, expected a divisor of k = 64"),
+    "packed shape": ({"n": 60}, r"packed has shape \[3, 512\], expected \[4, 512\]"),
+    "packed dtype": ({"packed": torch.zeros(3, 512)}, "packed is float32, expected uint8"),
+    "scale shape": (
+        {"scale": torch.ones(3, 1, 16)},
+        r"scale has shape \[3, 1, 16\], expected \[3, 2",
+    ),
+    "scale dtype": (
+        {"scale": torch.ones(3, 2, 16).double()},
+        "scale is float64, expected bfloat16",
+    ),
+    "zero shape": ({"zero": torch.ones(2, 2, 16)}, r"zero has shape \[2, 2, 16\]"),
+    "bias shape": ({"bias": torch.ones(41)}, r"bias has shape \[41\], expected \[40\]"),
+    "x columns": ({"x": torch.ones(2, 63)}, r"x has shape \[2, 63\], expected \[m, 64\]"),
+    "x rank": ({"x": torch.ones(64)}, r"x has shape \[64\], expected \[m, k\]"),
+    "x dtype": (
+        {"x": torch.ones(2, 64).int()},
+        "x is int32, expected bfloat16, float16 or float32",
+    ),
+    "perm range": (
+        {"perm": torch.full((64,), 64).int()},
+        "perm runs from 0 to 64, expected -1 to 63",
+    ),
+    "perm low": (
+        {"perm": torch.full((64,), -2).int()},
+        "perm runs from -2 to -1, expected -1 to 63",
+    ),
+    "perm dtype": ({"perm": torch.zeros(64).long()}, "perm is int64, expected int32"),
+    "table": ({"table": torch.zeros(8).bfloat16()}, r"table has shape \[8\], expected \[16\]"),
+    "strided": ({"scale": torch.ones(3, 16, 2).transpose(1, 2)}, "scale is not contiguous"),
+    "bias value": ({"element_bias": 17}, "element_bias is 17, expected 0 to 16"),
+    "out dtype": ({"out_dtype": torch.int32}, "out_dtype is int32"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARGUMENTS)
+def test_wrong_arguments_are_named(case: str) -> None:
+    overrides, message = BAD_ARGUMENTS[case]
+    layer = make_layer((40, 64, 32), "uint4")
+    with pytest.raises(ValueError, match=f"compressed_linear::linear: {message}"):
+        layer(overrides.pop("x", torch.ones(2, 64)), **overrides)
+
+
+def test_wrong_rows_are_named() -> None:
+    ops = torch.ops.compressed_linear
+    layer = make_layer((40, 64, 32), "uint4")
+    rows = layer.rows
+    with pytest.raises(ValueError, match="row_start is 8, expected a multiple of 16"):
+        ops.pack_rows(layer.packed, rows[8:], 8, 40, 32, "uint4")
+    with pytest.raises(ValueError, match="rows end at 20, expected a multiple of 16 or n = 40"):
+        ops.pack_rows(layer.packed, rows[:20], 0, 40, 32, "uint4")
+    with pytest.raises(ValueError, match="codes of more than 4 bits"):
+        ops.pack_rows(layer.packed, rows + 16, 0, 40, 32, "uint4")
+    with pytest.raises(ValueError, match="rows is int32, expected uint8"):
+        ops.pack_rows(layer.packed, rows.int(), 0, 40, 32, "uint4")
+
+
+def test_calls_are_counted_by_path(isa: str) -> None:
+    layer = make_layer((40, 64, 32), "uint4")
+    native.reset_call_counts()
+    for _ in range(3):
+        layer(torch.ones(1, 64))
+    assert native.call_counts() == {f"linear/{isa}/uint4": 3}
+    ops = torch.ops.compressed_linear
+    assert ops.op_calls("linear") == 3
+    assert ops.op_calls(f"linear/{isa}") == 3
+    assert ops.op_calls(f"linear/{isa}/uint") == 0
+    native.reset_call_counts()
+    assert native.call_counts() == {}
+
+
+def test_opcheck() -> None:
+    layer = make_layer((40, 64, 32), "uint4", "integer")
+    arguments = (
+        torch.randn(3, 64).bfloat16(),
+        layer.packed,
+        layer.scale,
+        layer.zero,
+        torch.randn(40),
+        torch.randperm(64).int(),
+        None,
+        40,
+        64,
+        32,
+        "uint4",
+        0,
+        torch.bfloat16,
+    )
+    ops = torch.ops.compressed_linear
+    torch.library.opcheck(ops.linear.default, arguments)
+    torch.library.opcheck(ops.unpack_rows.default, (layer.packed, 40, 64, 32, "uint4"))
+    torch.library.opcheck(
+        ops.pack_rows.default, (layer.packed.clone(), layer.rows, 0, 40, 32, "uint4")
+    )
+
+
+def test_loading_twice_is_harmless() -> None:
+    native.load()
+    native.load()
+    assert native.available() is None
+    assert native.layout_id().startswith("tile16-block32")
+
+
+def ask_isa(wanted: str) -> subprocess.CompletedProcess[str]:
+    code = "from vllm.compressed_linear import native; print(native.isa())"
+    environment = os.environ | {"VLLM_COMPRESSED_LINEAR_CPU_ISA": wanted}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_environment_selects_the_instruction_set() -> None:
+    assert ask_isa("generic").stdout.split()[-1] == "generic"
+
+
+def test_an_unknown_instruction_set_is_an_error_that_names_the_known() -> None:
+    result = ask_isa("avx9")
+    assert result.returncode != 0
+    assert "VLLM_COMPRESSED_LINEAR_CPU_ISA asks for the CPU instruction set 'avx9'" in result.stderr
+    assert "generic" in result.stderr.splitlines()[-1]
