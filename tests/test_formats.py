@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from conftest import (
     assert_matches_reference,
@@ -20,7 +23,7 @@ from vllm.compressed_linear.descriptor import CheckpointScheme
 from vllm.compressed_linear.parameter import collect_shards, create_parameters
 from vllm.compressed_linear.refine import LayerContext, refine
 from vllm.compressed_linear.resolution import Delegated, LayerKind, Unquantized
-from vllm.compressed_linear.weights import LoadedShard, ShardSource
+from vllm.compressed_linear.weights import CheckpointError, LoadedShard, ShardSource
 
 CHECKPOINTS = [
     name
@@ -133,3 +136,151 @@ def in_two(
         parts.append(shard.dequantize(0, shard.source.n))
         standard(shard)  # refines without complaint
     return torch.cat(parts, 0 if axis == "n" else 1)
+
+
+def quantized(
+    bits: int, n: int, k: int, groups: int, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random codes uint8 [n, k], scales fp16 [n, groups], zero points uint8 [n, groups]."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(1 << bits, (n, k), generator=generator, dtype=torch.uint8)
+    scale = (torch.rand(n, groups, generator=generator) + 0.1).to(torch.float16)
+    zero = torch.randint(1 << bits, (n, groups), generator=generator, dtype=torch.uint8)
+    return codes, scale, zero
+
+
+@pytest.mark.parametrize(("method", "names"), [("gptq", "Bs"), ("awq", ("qweight", "scales"))])
+@pytest.mark.parametrize("group_size", [128, -1])
+def test_marlin_files_are_read_as_vllms_packer_writes_them(
+    method: str, names: tuple[str, str], group_size: int
+) -> None:
+    from vllm.model_executor.layers.quantization.utils.marlin_utils import marlin_permute_scales
+    from vllm.model_executor.layers.quantization.utils.marlin_utils_test import (
+        get_weight_perm,
+        marlin_weights,
+    )
+
+    n, k = 256, 384
+    codes, scale, _ = quantized(4, n, k, 1 if group_size == -1 else k // group_size)
+    packed = marlin_weights(codes.t().to(torch.int32), k, n, 4, get_weight_perm(4))
+    permuted = marlin_permute_scales(scale.t().contiguous(), k, n, group_size)
+    config: dict[str, Any] = {"bits": 4, "group_size": group_size, "quant_method": method}
+    config |= {"is_marlin_format": True} if method == "gptq" else {"version": "marlin"}
+    config |= {"zero_point": False}
+    scheme = CompressedLinearConfig.from_config(config).resolve("a.q_proj", LayerKind.LINEAR)
+    assert isinstance(scheme, CheckpointScheme)
+    tensors = {f"a.q_proj.{names[0]}": packed, f"a.q_proj.{names[1]}": permuted}
+    weight = (codes.float() - 8) * scale.float().repeat_interleave(k // scale.shape[1], 1)
+
+    shard = load(source_of("a.q_proj", scheme, n, k), tensors)
+    torch.testing.assert_close(shard.dequantize(0, n), weight, rtol=0, atol=0)
+    torch.testing.assert_close(shard.dequantize(37, 201), weight[37:201], rtol=0, atol=0)
+    torch.testing.assert_close(standard(shard), weight, rtol=0, atol=0)
+    for axis in ("n", "k"):
+        halves = in_two("a.q_proj", scheme, n, k, axis, tensors)
+        torch.testing.assert_close(halves, weight, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "complaint"),
+    [(200, 384, "needs N a multiple of 64, but N is 200"), (256, 380, "needs K a multiple of 16")],
+)
+def test_marlin_needs_whole_tiles(n: int, k: int, complaint: str) -> None:
+    config = {"bits": 4, "group_size": -1, "quant_method": "marlin"}
+    scheme = CompressedLinearConfig.from_config(config).resolve("a.q_proj", LayerKind.LINEAR)
+    assert isinstance(scheme, CheckpointScheme)
+    with pytest.raises(CheckpointError, match=f"a.q_proj.B .*{complaint}"):
+        create_parameters([source_of("a.q_proj", scheme, n, k)], "a.qkv_proj")
+
+
+def test_gemv_fast_of_early_autoawq_calls_its_zeros_otherwise(tmp_path: Path) -> None:
+    name = "autoawq-awq-gemvfast-g128-asym"
+    tensors = {
+        key.replace(".qzeros", ".scaled_zeros"): value
+        for key, value in checkpoint_tensors(name).items()
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = read_config(name)
+    config.maybe_update_config(str(tmp_path))
+    linear = "model.layers.0.mlp.down_proj"
+    scheme = config.resolve(linear, LayerKind.LINEAR)
+    assert isinstance(scheme, CheckpointScheme)
+    weight = load(source_of(linear, scheme, 256, 512), tensors).dequantize(0, 256)
+    assert_matches_reference(weight, checkpoint_reference(name), linear)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_pack_quantized_as_the_installed_library_writes_it(bits: int, symmetric: bool) -> None:
+    """Releases before 0.18 pack 3, 5, 6 and 7 bits without straddling words, others densely; the
+    width tells, whatever the configuration's version says."""
+    scheme, tensors, expected = compressed(bits, symmetric)
+    n, k = expected.shape
+    config = CompressedLinearConfig.from_config(
+        {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "version": "0.19.0",
+            "config_groups": {"group_0": json.loads(scheme.model_dump_json())},
+        }
+    )
+    ours = config.resolve("a.q_proj", LayerKind.LINEAR)
+    assert isinstance(ours, CheckpointScheme)
+    shard = load(source_of("a.q_proj", ours, n, k), tensors)
+    # The library multiplies in the scale's dtype; here that is fp32, so the values are exact.
+    torch.testing.assert_close(shard.dequantize(0, n), expected, rtol=0, atol=0)
+    torch.testing.assert_close(standard(shard), expected, rtol=0, atol=0)
+    for axis in ("n", "k"):
+        halves = in_two("a.q_proj", ours, n, k, axis, tensors)
+        torch.testing.assert_close(halves, expected, rtol=0, atol=0)
+
+
+def test_pack_quantized_with_a_group_index() -> None:
+    scheme, tensors, expected = compressed(4, True, actorder=True)
+    n, k = expected.shape
+    config = CompressedLinearConfig.from_config(
+        {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "config_groups": {"group_0": json.loads(scheme.model_dump_json())},
+        }
+    )
+    ours = config.resolve("a.q_proj", LayerKind.LINEAR)
+    assert isinstance(ours, CheckpointScheme)
+    shard = load(source_of("a.q_proj", ours, n, k), tensors)
+    torch.testing.assert_close(shard.dequantize(0, n), expected, rtol=0, atol=0)
+    torch.testing.assert_close(standard(shard), expected, rtol=0, atol=0)
+
+
+def compressed(
+    bits: int, symmetric: bool, *, actorder: bool = False
+) -> tuple[Any, dict[str, torch.Tensor], torch.Tensor]:
+    """A weight as the installed compressed-tensors packs it, and as it unpacks it again."""
+    from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    n, k, group = 72, 256, 64
+    weights = {"num_bits": bits, "symmetric": symmetric, "strategy": "group", "group_size": group}
+    weights |= {"actorder": "group"} if actorder else {}
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    codes, scale, zero = quantized(bits, n, k, k // group, seed=bits)
+    scale = scale.to(torch.float32)
+    shift = 1 << (bits - 1)
+    generator = torch.Generator().manual_seed(1)
+    index = torch.arange(k) // group
+    if actorder:
+        index = index[torch.randperm(k, generator=generator)]
+    signed_zero = torch.zeros_like(zero) if symmetric else zero.to(torch.int16) - shift
+    values = codes.to(torch.float32) - shift - signed_zero[:, index].to(torch.float32)
+    state = {
+        "weight": values * scale[:, index],
+        "weight_scale": scale,
+        "weight_zero_point": signed_zero.to(torch.int8),
+    }
+    state |= {"weight_g_idx": index.to(torch.int32)} if actorder else {}
+    packed = PackedQuantizationCompressor.compress(state, scheme)
+    expected = PackedQuantizationCompressor.decompress(dict(packed), scheme)["weight"]
+    assert torch.equal(expected, state["weight"])
+    if bits in (3, 5, 6, 7):
+        assert packed["weight_packed"].shape[1] == -(-k // (32 // bits)), "packs densely by now"
+    return scheme, {f"a.q_proj.{key}": value for key, value in packed.items()}, expected

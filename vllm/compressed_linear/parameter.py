@@ -79,13 +79,21 @@ class CheckpointParameter(Parameter):
 def create_parameters(
     sources: Sequence[ShardSource], layer_name: str
 ) -> dict[str, CheckpointParameter]:
-    """One parameter for each tensor name that any of the shards has, on the default device."""
+    """One parameter for each tensor name that any of the shards has, on the default device.
+
+    Raises ``CheckpointError`` for a weight that its layout cannot hold.
+    """
     tables: dict[str, list[Region]] = {}
     sizes: dict[str, int] = {}
     for shard, source in enumerate(sources):
         for stored in source.scheme.tensors:
             dtype = torch_dtype(stored.dtype)
-            nbytes = _capacity(sources, shard, stored) * dtype.itemsize
+            try:
+                nbytes = _capacity(sources, shard, stored) * dtype.itemsize
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{layer_name}: tensor {source.name}.{stored.name} {error}"
+                ) from None
             offset = sizes.get(stored.name, 0)
             tables.setdefault(stored.name, []).append(
                 Region(shard, source, stored, dtype, offset, nbytes)
@@ -219,10 +227,36 @@ def collect_shards(
             tensors[stored.name] = _view(param, region, arrival)
             packings[stored.name] = arrival.packing
         _check_shape_tensor(source, actual, tensors)
+        _settle_packings(actual, packings)
         shards.append(LoadedShard(actual, tensors, packings))
     for param in params.values():
         param.record.arrivals.clear()
     return shards
+
+
+def _settle_packings(source: ShardSource, packings: dict[str, Packing | None]) -> None:
+    """Where a tensor's shape fits a dense packing and one that is not, go by its neighbours.
+
+    They come from one packer, which has one way; only short axes are ambiguous.
+    """
+    fitting = {
+        stored: [
+            packing
+            for packing in stored.packings
+            if packing is not None
+            and stored.shape(source.extents, packing)
+            == stored.shape(source.extents, packings[stored.name])
+        ]
+        for stored in source.scheme.tensors
+        if stored.variants and stored.name in packings
+    }
+    told = {found[0].dense for found in fitting.values() if len(found) == 1}
+    if len(told) != 1:
+        return
+    for stored, found in fitting.items():
+        for packing in found:
+            if packing.dense in told:
+                packings[stored.name] = packing
 
 
 def _view(param: CheckpointParameter, region: Region, arrival: Arrival) -> torch.Tensor:

@@ -96,8 +96,17 @@ class ShardSource:
                 out.append(None)
                 continue
             start, length = (0, self.extents[axis]) if whole else self.span(axis)
-            out.append(slice_axis(packing, axis, start, length))
+            if packing is not None and packing.axis == axis and self.packing_is_open(stored):
+                out.append(AxisSlice(0, packing.words(self.extents[axis]), start, length))
+            else:
+                out.append(slice_axis(packing, axis, start, length))
         return out
+
+    def packing_is_open(self, stored: StoredTensor) -> bool:
+        """Whether the tensor's shape fits several of its packings; it is kept whole then, since the
+        other tensors tell when they are there. Only short axes are like that."""
+        shapes = {stored.shape(self.extents, packing) for packing in stored.packings}
+        return bool(stored.variants) and len(shapes) < len(stored.packings)
 
     def kept_shape(self, stored: StoredTensor, packing: Packing | None) -> tuple[int, ...]:
         """Shape of what this rank keeps of ``stored``."""
