@@ -170,6 +170,12 @@ class QuantLinearMethod(ABC):
         """Which code path would run, for the plan (e.g. an instruction set); may be empty."""
         return ""
 
+    @classmethod
+    def prepared_bytes(cls, descriptor: CompressedLinearDescriptor) -> int | None:
+        """Bytes of all tensors that ``prep_weights_for_execution`` would return, for ``explain``;
+        None when that is not known beforehand."""
+        return None
+
     @abstractmethod
     def prep_weights_for_execution(self, weights: CompressedWeights) -> dict[str, torch.Tensor]:
         """Repack once. Returns plain named tensors; nothing else is kept."""

@@ -69,17 +69,10 @@ def prepare(
         _check_pinned(name, parts, pinned)
     executors = []
     for index, part in enumerate(parts):
-        quantized = part.descriptor.weight.element.kind != "dense"
         selection = (
             pinned[index].selection
             if pinned
-            else select(
-                part.descriptor,
-                platform,
-                override=settings.backend.backend_for(name, quantized=quantized),
-                strict=settings.strict and quantized,
-                layer=name,
-            )
+            else choose(name, part.descriptor, platform, settings)
         )
         begin = time.perf_counter()
         method = selection.chosen(part.descriptor)
@@ -95,7 +88,7 @@ def prepare(
                 backend=method.name,
                 variant=selection.variant,
                 descriptor=str(part.descriptor),
-                bytes_checkpoint=_checkpoint_bytes(part.weights),
+                bytes_checkpoint=checkpoint_bytes(part.weights),
                 bytes_prepared=sum(t.numel() * t.element_size() for t in tensors.values()),
                 prepare_seconds=seconds,
                 batch_invariant=method.batch_invariant,
@@ -108,6 +101,21 @@ def prepare(
     return executors
 
 
+def choose(
+    name: str, descriptor: CompressedLinearDescriptor, platform: Platform, settings: Settings
+) -> Selection:
+    """The backend for (a part of) layer ``name`` under the user's settings. ``NoBackendError`` with
+    every reason when there is none."""
+    quantized = descriptor.weight.element.kind != "dense"
+    return select(
+        descriptor,
+        platform,
+        override=settings.backend.backend_for(name, quantized=quantized),
+        strict=settings.strict and quantized,
+        layer=name,
+    )
+
+
 def _composite_note(parts: Sequence[Part], part: Part) -> str:
     if len(parts) == 1:
         return ""
@@ -115,7 +123,8 @@ def _composite_note(parts: Sequence[Part], part: Part) -> str:
     return f"{' + '.join(names)} of a fused layer whose shards differ"
 
 
-def _checkpoint_bytes(weights: CompressedWeights) -> int:
+def checkpoint_bytes(weights: CompressedWeights) -> int:
+    """Bytes of the checkpoint's tensors, this rank's part."""
     return sum(
         t.numel() * t.element_size() for shard in weights.shards for t in shard.tensors.values()
     )

@@ -92,6 +92,25 @@ class CpuBackend(QuantLinearMethod):
         slowdown = _SLOWDOWN.get(cls.variant(descriptor, platform), 1.0)
         return descriptor.n * descriptor.k * per_weight * slowdown
 
+    @classmethod
+    def prepared_bytes(cls, descriptor: CompressedLinearDescriptor) -> int | None:
+        if native.available() is not None:
+            return None
+        d, weight = descriptor, descriptor.weight
+        tiles = -(-d.n // native.TILE)
+        per_tile = torch.ops.compressed_linear.packed_tile_bytes(
+            d.k, d.group_size, _kernel_element(weight.element)
+        )
+        for dtype in (_scale_dtype(d), _zero_dtype(d)):
+            if dtype is not None:
+                per_tile += d.groups * native.TILE * dtype.itemsize
+        total = tiles * per_tile
+        if d.channel_order is not None:
+            total += d.k * torch.int32.itemsize
+        if weight.element.kind in ("float", "codebook"):
+            total += torch.bfloat16.itemsize << weight.element.bits
+        return total
+
     def prep_weights_for_execution(self, weights: CompressedWeights) -> dict[str, torch.Tensor]:
         native.load()
         ops = torch.ops.compressed_linear
@@ -99,14 +118,9 @@ class CpuBackend(QuantLinearMethod):
         tiles = -(-d.n // native.TILE)
         tile_bytes = ops.packed_tile_bytes(d.k, d.group_size, self.element)
         tensors = {"packed": torch.empty(tiles, tile_bytes, dtype=torch.uint8)}
-        if d.weight.scale is not None:
-            dtype = torch_dtype(d.weight.scale.dtype)
-            tensors["scale"] = torch.zeros(tiles, d.groups, native.TILE, dtype=dtype)
-        if d.weight.zero is not None:
-            # Zero points of integers go up to 2^bits, which bfloat16 holds exactly.
-            integer = d.weight.zero.kind == "integer"
-            dtype = torch.bfloat16 if integer else torch_dtype(d.weight.zero.dtype)
-            tensors["zero"] = torch.zeros(tiles, d.groups, native.TILE, dtype=dtype)
+        for name, dtype in (("scale", _scale_dtype(d)), ("zero", _zero_dtype(d))):
+            if dtype is not None:
+                tensors[name] = torch.zeros(tiles, d.groups, native.TILE, dtype=dtype)
         for start, stop in weights.chunks(native.TILE):
             rows = weights.rows(start, stop)
             codes = rows.codes.contiguous()
@@ -149,6 +163,18 @@ class CpuBackend(QuantLinearMethod):
 
 def _kernel_element(element: ElementType) -> str:
     return element.name if element.kind == "dense" else f"uint{element.bits}"
+
+
+def _scale_dtype(d: CompressedLinearDescriptor) -> torch.dtype | None:
+    return None if d.weight.scale is None else torch_dtype(d.weight.scale.dtype)
+
+
+def _zero_dtype(d: CompressedLinearDescriptor) -> torch.dtype | None:
+    zero = d.weight.zero
+    if zero is None:
+        return None
+    # Zero points of integers go up to 2^bits, which bfloat16 holds exactly.
+    return torch.bfloat16 if zero.kind == "integer" else torch_dtype(zero.dtype)
 
 
 def _exact_table(element: ElementType) -> torch.Tensor | None:

@@ -110,6 +110,18 @@ class ReferenceBackend(QuantLinearMethod):
         # One byte of codes in, 4 bytes of fp32 out and in again, per weight.
         return 16.0 * descriptor.n * descriptor.k
 
+    @classmethod
+    def prepared_bytes(cls, descriptor: CompressedLinearDescriptor) -> int | None:
+        d, weight = descriptor, descriptor.weight
+        dense = weight.element.kind == "dense"
+        total = d.n * d.k * (weight.element.dense_dtype.itemsize if dense else 1)
+        for spec in (weight.scale, weight.zero):
+            if spec is not None:
+                total += d.n * d.groups * torch_dtype(spec.dtype).itemsize
+        if d.channel_order is not None:
+            total += d.k * torch.int32.itemsize
+        return total + (0 if dense else torch.float32.itemsize << weight.element.bits)
+
     def prep_weights_for_execution(self, weights: CompressedWeights) -> dict[str, torch.Tensor]:
         standard = to_standard_layout(self.descriptor, weights)
         tensors = {"codes": standard.codes}

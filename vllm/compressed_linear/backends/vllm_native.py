@@ -200,6 +200,15 @@ class VllmNativeBackend(QuantLinearMethod):
     def variant(cls, descriptor: CompressedLinearDescriptor, platform: Platform) -> str:
         return CPU_KERNEL
 
+    @classmethod
+    def prepared_bytes(cls, descriptor: CompressedLinearDescriptor) -> int | None:
+        d = descriptor
+        scales = d.n * d.groups
+        total = d.n * d.k // 2 + scales * torch_dtype(d.input_dtype).itemsize
+        if _request(d).zero_points:
+            total += scales // 2
+        return total + (0 if d.channel_order is None else d.k * torch.int32.itemsize)
+
     def prep_weights_for_execution(self, weights: CompressedWeights) -> dict[str, torch.Tensor]:
         d = self.descriptor
         kernel = compat_kernels.build(CPU_KERNEL, "cpu", _request(d))
