@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``vllm-compressed-linear``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from vllm.compressed_linear.platform import Platform
+
+app = typer.Typer(
+    name="vllm-compressed-linear",
+    help="Compressed linear layers for vLLM: what runs a checkpoint, and why.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class Dtype(StrEnum):
+    """Dtype of the activations, as vLLM's --dtype."""
+
+    AUTO = "auto"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"vllm-compressed-linear {version('vllm-compressed-linear')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Options of the command itself."""
+
+
+def _quiet() -> None:
+    """Keep vLLM's log lines out of the answer: errors only unless the user chose a level, and never
+    on stdout. vLLM reads both variables again whenever it makes a config."""
+    level = os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    log = logging.getLogger("vllm")
+    log.setLevel(level.upper())
+    for handler in log.handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)
+
+
+def _fail(message: object) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(1)
+
+
+def _platform(name: str) -> Platform:
+    from vllm.compressed_linear.linear import detect_platform
+    from vllm.compressed_linear.platform import Platform
+
+    try:
+        return Platform.parse(name) if name else detect_platform()
+    except ValueError as error:
+        _fail(error)
+
+
+PlatformOption = Annotated[
+    str,
+    typer.Option(
+        "--platform", metavar="NAME", help="Another machine, such as cpu:avx2 or cuda:90."
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Everything, as JSON.")]
+
+
+@app.command()
+def explain(
+    model: Annotated[
+        str, typer.Argument(help="Directory of a checkpoint, or the id of a downloaded one.")
+    ],
+    tp: Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel ranks.")] = 1,
+    platform: PlatformOption = "",
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the activations.")] = Dtype.AUTO,
+    as_json: JsonOption = False,
+    read_weights: Annotated[
+        bool,
+        typer.Option("--read-weights", help="Read group indices, zero points and scales too."),
+    ] = False,
+) -> None:
+    """Say what would run each layer of MODEL and why, without loading it.
+
+    The status is 1 when loading would fail: damaged files, a contradictory configuration, or layers
+    that nothing can or may run.
+    """
+    from rich.console import Console
+
+    from vllm.compressed_linear import explain as explaining
+    from vllm.compressed_linear.config import ConfigError
+    from vllm.compressed_linear.explain_text import print_explanation
+    from vllm.compressed_linear.model_layout import TensorParallelError
+    from vllm.compressed_linear.settings import Settings
+    from vllm.compressed_linear.weights import CheckpointError
+
+    _quiet()
+    machine = _platform(platform)
+    try:
+        found = explaining.explain(
+            model,
+            platform=machine,
+            tp_size=tp,
+            dtype=dtype.value,
+            read_weights=read_weights,
+            settings=Settings.read(),
+        )
+    except (
+        explaining.ExplainError,
+        ConfigError,
+        CheckpointError,
+        TensorParallelError,
+        ValueError,
+    ) as error:
+        _fail(error)
+    if as_json:
+        typer.echo(json.dumps(found.to_json(), indent=1))
+    else:
+        print_explanation(found, Console())
+    if found.errors:
+        if as_json:
+            for message in found.errors:
+                typer.echo(f"error: {message}", err=True)
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The linear layers of a model as vLLM will build them, without its weights.
+
+The model class itself is constructed on the meta device, so names, fused shards and the split among
+ranks are those of a real load for every architecture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm.compressed_linear import compat_model
+from vllm.compressed_linear.config import NAME, CompressedLinearConfig, ConfigError
+from vllm.compressed_linear.headers import Headers
+from vllm.compressed_linear.names import shard_names
+from vllm.compressed_linear.plan import DELEGATED, PLAN, PlanEntry
+from vllm.compressed_linear.refine import LayerContext
+from vllm.compressed_linear.resolution import LayerKind, Unquantized
+from vllm.compressed_linear.weights import LoadedShard, ShardSource
+
+
+class ModelUnavailableError(RuntimeError):
+    """vLLM's class for a model cannot be built here; the message says why."""
+
+
+class TensorParallelError(ValueError):
+    """The model cannot be split among that many ranks."""
+
+
+@dataclass(frozen=True)
+class LayerLayout:
+    """One layer that this package will run.
+
+    ``sources``: the shards of a layer of which at least one is quantized. ``dense``: this rank's
+    weight (a meta tensor) of an unquantized one. ``reasons``: which rule left which shard
+    unquantized.
+    """
+
+    name: str
+    kind: LayerKind
+    context: LayerContext
+    sources: tuple[ShardSource, ...] = ()
+    dense: LoadedShard | None = None
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LeftToVllm:
+    """A layer with weights that vLLM's own code runs, and why."""
+
+    name: str
+    kind: str
+    method: str
+    reason: str
+
+
+@dataclass
+class ModelLayout:
+    """All linear layers of one rank, in the model's order. ``headers`` have vLLM's names."""
+
+    layers: list[LayerLayout] = field(default_factory=list)
+    left: list[LeftToVllm] = field(default_factory=list)
+    headers: Headers = field(default_factory=lambda: Headers({}))
+    dtype: str = ""
+    model_class: str = ""
+
+
+def model_layouts(
+    path: Path, architectures: Sequence[str], *, tp_size: int, dtype: str, quantized: bool
+) -> list[ModelLayout]:
+    """The layout on every rank.
+
+    Raises ``ModelUnavailableError`` when the class cannot be built, ``TensorParallelError`` when
+    the model cannot be split so, and what loading would raise for a bad configuration.
+    """
+    from vllm.compressed_linear.plugin import register
+
+    register()
+    try:
+        compat_model.inspect_models_here(list(architectures))
+        config = compat_model.engine_config(
+            str(path), dtype=dtype, tp_size=tp_size, quantization=None if quantized else NAME
+        )
+    except Exception as error:
+        raise _unavailable(error) from error
+    try:
+        compat_model.check_tensor_parallel(config)
+    except ValueError as error:
+        raise TensorParallelError(str(error)) from error
+    if not isinstance(config.quant_config, CompressedLinearConfig):
+        found = type(config.quant_config).__name__
+        raise ModelUnavailableError(f"vLLM would read this checkpoint with its own {found}")
+    return [_layout(config, rank) for rank in range(tp_size)]
+
+
+def _unavailable(error: Exception) -> Exception:
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ConfigError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    lines = str(error).strip().splitlines() or [""]
+    return ModelUnavailableError(f"{type(error).__name__}: {' '.join(lines[:3])}")
+
+
+def _layout(config: Any, rank: int) -> ModelLayout:
+    # Building a layer notes it in the plan of this process, which is not to be changed by asking.
+    saved = dict(vars(PLAN))
+    PLAN.reset()
+    try:
+        model, quant_config = compat_model.build_on_meta(config, rank)
+        delegated = {e.name: e for e in PLAN.entries.values() if e.backend == DELEGATED}
+    except Exception as error:
+        raise _unavailable(error) from error
+    finally:
+        vars(PLAN).update(saved)
+    layout = ModelLayout(
+        headers=quant_config.headers or Headers({}),
+        dtype=str(config.model_config.dtype).removeprefix("torch."),
+        model_class=type(model).__name__,
+    )
+    for name, module in model.named_modules():
+        _add(layout, name, module, quant_config, delegated)
+    return layout
+
+
+def _add(
+    layout: ModelLayout,
+    name: str,
+    module: Any,
+    quant_config: CompressedLinearConfig,
+    delegated: dict[str, PlanEntry],
+) -> None:
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    from vllm.compressed_linear import linear
+
+    method = getattr(module, "quant_method", None)
+    if method is None:
+        return
+    if name in delegated:
+        entry = delegated[name]
+        layout.left.append(LeftToVllm(name, entry.kind, entry.variant, entry.note))
+    elif isinstance(method, linear.CompressedLinearMethod):
+        layout.layers.append(
+            LayerLayout(
+                method.prefix,
+                method.kind,
+                linear.layer_context(module, method.params_dtype),
+                tuple(method.sources),
+                reasons=_reasons(quant_config, method.prefix, method.kind),
+            )
+        )
+    elif isinstance(
+        method,
+        (linear.CompressedUnquantizedLinearMethod, linear.CompressedUnquantizedEmbeddingMethod),
+    ) and linear.is_plain_matrix(module):
+        head = isinstance(method, linear.CompressedUnquantizedEmbeddingMethod)
+        kind = LayerKind.HEAD if head else LayerKind.LINEAR
+        weight = module.weight.data
+        layout.layers.append(
+            LayerLayout(
+                method.prefix,
+                kind,
+                linear.layer_context(module, weight.dtype),
+                dense=linear.dense_shard(method.prefix, weight),
+                reasons=_reasons(quant_config, method.prefix, kind),
+            )
+        )
+    elif isinstance(module, (LinearBase, VocabParallelEmbedding)):
+        reason = "embedding tables are only looked up"
+        if isinstance(module, LinearBase):
+            reason = f"{type(module).__name__} is one of vLLM's special cases"
+        layout.left.append(LeftToVllm(name, type(module).__name__, type(method).__name__, reason))
+
+
+def _reasons(config: CompressedLinearConfig, prefix: str, kind: LayerKind) -> tuple[str, ...]:
+    names = shard_names(prefix, config.packed_modules_mapping)
+    found = [(name.rpartition(".")[2], config.resolve(name, kind)) for name in names]
+    plain = {name: r.reason for name, r in found if isinstance(r, Unquantized)}
+    if len(plain) == len(found):
+        return tuple(dict.fromkeys(plain.values()))
+    return tuple(f"{name}: {reason}" for name, reason in plain.items())
+
+
+def meta_dense_shard(name: str, shape: tuple[int, int], dtype: torch.dtype) -> LoadedShard:
+    """An unquantized weight [N, K] of which only shape and dtype are known."""
+    from vllm.compressed_linear.linear import dense_shard
+
+    return dense_shard(name, torch.empty(shape, dtype=dtype, device="meta"))
