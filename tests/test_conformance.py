@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from vllm.compressed_linear import registry
+from vllm.compressed_linear import native, registry
 from vllm.compressed_linear.backend import QuantLinearMethod, Verdict
 from vllm.compressed_linear.backends.reference import ReferenceBackend
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
@@ -27,6 +27,7 @@ from vllm.compressed_linear.testing import (
 )
 from vllm.compressed_linear.weights import CompressedWeights
 
+ISAS = native.supported_isas() if native.available() is None else []
 REGISTERED = {name: found.backend for name, found in registry.backends().items()}
 
 
@@ -55,6 +56,28 @@ def test_registered_backend_with_more_threads(name: str, threads: int) -> None:
     check_backend(
         REGISTERED[name], cases=conformance_cases()[::9], compiled=False
     ).raise_if_failed()
+
+
+@pytest.mark.parametrize("threads", [1], indirect=True)
+@pytest.mark.parametrize("isa", ISAS[1:])
+def test_other_instruction_sets(isa: str, threads: int) -> None:
+    """The cpu backend on every path this processor can run, not only on its best."""
+    before = native.isa()
+    torch.ops.compressed_linear.select_isa(isa)
+    try:
+        check_backend(
+            REGISTERED["cpu"], cases=conformance_cases()[1::3], compiled=False
+        ).raise_if_failed()
+    finally:
+        torch.ops.compressed_linear.select_isa(before)
+
+
+@pytest.mark.parametrize("threads", [2], indirect=True)
+@pytest.mark.parametrize("name", REGISTERED)
+def test_many_rows(name: str, threads: int) -> None:
+    case = Case(uint(4), 64, 96, zero="integer", bias_dtype="bfloat16")
+    rows = (4, 5, 7, 8, 15, 31, 32, 33, 65, 127, 128, 129, 255, 511, 1024, 1025, 4096)
+    check_case(REGISTERED[name], case, rows=rows).raise_if_failed()
 
 
 def test_cases_are_many_and_name_themselves() -> None:
@@ -270,6 +293,11 @@ WRONG: dict[str, tuple[type[QuantLinearMethod], str, str]] = {
     "keeps tensors": (_Keeps, "M=1", "RuntimeError"),
     "keeps state": (_NeedsItsInstance, "M=0", "AttributeError"),
     "changes its mind": (_Stateful, "can_implement", "gave two answers"),
+    "size": (
+        _wrong(prepared_bytes=classmethod(lambda cls, d: 7)),
+        "prepared_bytes",
+        "says 7, the tensors have",
+    ),
     "cost": (
         _wrong(cost=classmethod(lambda cls, d, p: float("nan"))),
         "cost",
@@ -304,6 +332,7 @@ def test_rounding_weights_to_bf16_is_outside_the_contract() -> None:
 
     class Rounds(ReferenceBackend):
         name = "rounds"
+        prepared_bytes = QuantLinearMethod.prepared_bytes
 
         def prep_weights_for_execution(self, weights: CompressedWeights) -> dict[str, torch.Tensor]:
             return {"weight": weights.dequantize(0, weights.n).bfloat16()}
