@@ -11,7 +11,11 @@ import json
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from vllm.compressed_linear.weights import CheckpointError
 
@@ -30,6 +34,11 @@ _DTYPES = {
     "U8": "uint8",
     "BOOL": "bool",
 }
+
+_BYTES = {code: getattr(torch, name).itemsize for code, name in _DTYPES.items()}
+
+INDEX = "model.safetensors.index.json"
+"""Tensor name → file, for checkpoints of several files."""
 
 
 @dataclass(frozen=True)
@@ -72,18 +81,36 @@ class Headers(Mapping[str, TensorHeader]):
 
 
 def read_headers(directory: str | Path) -> Headers | None:
-    """Headers of every ``*.safetensors`` file of a local directory; None where there is none.
+    """Headers of a local directory's safetensors files; None where there is none.
 
-    Raises ``CheckpointError`` naming the file when one is truncated or damaged.
+    An index names the files that count, as it does for vLLM. Raises ``CheckpointError`` naming the
+    file, and the tensor where one is at fault, when a file is missing, truncated or damaged.
     """
     path = Path(directory)
     if not path.is_dir():
         return None
-    files = sorted(path.glob("*.safetensors"))
     tensors: dict[str, TensorHeader] = {}
+    files = _files(path)
     for file in files:
         tensors.update(_read_file(file))
     return Headers(tensors) if files else None
+
+
+def _files(directory: Path) -> list[Path]:
+    index = directory / INDEX
+    if not index.is_file():
+        return sorted(directory.glob("*.safetensors"))
+    try:
+        weight_map = dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{index}: no index of tensors: {error!r}") from None
+    first_tensor = {file: name for name, file in reversed(weight_map.items())}
+    for file, name in first_tensor.items():
+        if not (directory / file).is_file():
+            raise CheckpointError(
+                f"{directory / file} is missing; {INDEX} says that it holds {name}"
+            )
+    return sorted(directory / file for file in first_tensor)
 
 
 def _read_file(file: Path) -> dict[str, TensorHeader]:
@@ -102,22 +129,35 @@ def _read_file(file: Path) -> dict[str, TensorHeader]:
             header = json.loads(stream.read(length))
         except ValueError as error:
             raise CheckpointError(f"{file}: header is no JSON: {error}") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file}: header is a {type(header).__name__}, expected a map")
     header.pop("__metadata__", None)
-    tensors = {}
-    end = 0
-    for name, entry in header.items():
-        first, last = entry["data_offsets"]
-        end = max(end, last)
-        tensors[name] = TensorHeader(
-            _DTYPES.get(entry["dtype"], entry["dtype"].lower()),
-            tuple(entry["shape"]),
-            last - first,
-            str(file),
-        )
-    if 8 + length + end > size:
-        cut = [n for n, e in header.items() if 8 + length + e["data_offsets"][1] > size]
+    tensors = {name: _read_entry(file, name, entry) for name, entry in header.items()}
+    ends = {name: 8 + length + entry["data_offsets"][1] for name, entry in header.items()}
+    cut = [name for name, end in ends.items() if end > size]
+    if cut:
         raise CheckpointError(
-            f"{file}: {size} bytes, but its tensors need {8 + length + end}; the file is truncated "
-            f"(first tensor cut off: {min(cut, key=lambda n: header[n]['data_offsets'][1])})"
+            f"{file}: {size} bytes, but its tensors need {max(ends.values())}; the file is "
+            f"truncated (first tensor cut off: {min(cut, key=ends.__getitem__)})"
         )
     return tensors
+
+
+def _read_entry(file: Path, name: str, entry: Any) -> TensorHeader:
+    try:
+        first, last = (int(offset) for offset in entry["data_offsets"])
+        shape = tuple(int(length) for length in entry["shape"])
+        code = str(entry["dtype"])
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(
+            f"{file}: tensor {name} is described as {entry!r}, expected dtype, shape and two "
+            "data_offsets"
+        ) from None
+    dtype = _DTYPES.get(code, code.lower())
+    needed = prod(shape) * _BYTES[code] if code in _BYTES else last - first
+    if last - first != needed:
+        raise CheckpointError(
+            f"{file}: tensor {name} has {last - first} bytes, expected {needed} for {dtype} "
+            f"{list(shape)}"
+        )
+    return TensorHeader(dtype, shape, last - first, str(file))

@@ -83,21 +83,22 @@ class Settings:
             )
         return cls(
             BackendRules.parse(os.environ.get(BACKEND) or given.get("backend") or ""),
-            _flag(os.environ.get(STRICT), bool(given.get("strict", False))),
+            _flag(STRICT, bool(given.get("strict", False))),
             os.environ.get(PLAN_FILE) or given.get("plan_file") or "",
         )
 
 
 def enabled() -> bool:
     """Whether the plugin should register (``VLLM_COMPRESSED_LINEAR`` is not 0)."""
-    return _flag(os.environ.get(ENABLE), True)
+    return _flag(ENABLE, True)
 
 
-def _flag(text: str | None, default: bool) -> bool:
-    if text is None or not text.strip():
+def _flag(variable: str, default: bool) -> bool:
+    text = os.environ.get(variable, "").strip().lower()
+    if not text:
         return default
-    if text.strip().lower() in ("1", "true", "yes", "on"):
+    if text in ("1", "true", "yes", "on"):
         return True
-    if text.strip().lower() in ("0", "false", "no", "off"):
+    if text in ("0", "false", "no", "off"):
         return False
-    raise ValueError(f"{text!r} is no yes or no (use 1 or 0)")
+    raise ValueError(f"{variable} is {text!r}, expected 1 or 0")

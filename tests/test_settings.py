@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What users can ask for by environment variable and by ``--additional-config``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from vllm.compressed_linear import settings
+from vllm.compressed_linear.settings import BackendRules, Settings, enabled
+
+QKV = "model.layers.0.self_attn.qkv_proj"
+DOWN = "model.layers.0.mlp.down_proj"
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (settings.ENABLE, settings.BACKEND, settings.STRICT, settings.PLAN_FILE):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "qkv", "down", "unquantized"),
+    [
+        ("", None, None, None),
+        ("reference", "reference", "reference", None),
+        ("*.down_proj=reference", None, "reference", "reference"),
+        ("*.down_proj=a,b", "b", "a", "a"),
+        ("b,*.down_proj=a", "b", "b", "a"),  # the first match wins
+        ("unquantized=a", None, None, "a"),
+        ("unquantized=a,b", "b", "b", "a"),
+        ("*=a", "a", "a", None),
+        (" *.qkv_proj = a , , b ", "a", "b", None),
+        ("model.layers.[1-9].*=a", None, None, None),
+        ("model.layers.?.mlp.*=a", None, "a", "a"),
+        ("*.mlp.*=a,unquantized=b", None, "a", "a"),
+    ],
+)
+def test_backend_rules(text: str, qkv: str | None, down: str | None, unquantized: str) -> None:
+    rules = BackendRules.parse(text)
+    assert rules.backend_for(QKV, quantized=True) == qkv
+    assert rules.backend_for(DOWN, quantized=True) == down
+    assert rules.backend_for(DOWN, quantized=False) == unquantized
+
+
+@pytest.mark.parametrize("text", ["=cpu", "*.down_proj=", "a,=b", "="])
+def test_rules_that_are_none(text: str) -> None:
+    with pytest.raises(ValueError, match=f"{settings.BACKEND}: .* is neither NAME nor"):
+        BackendRules.parse(text)
+
+
+def test_nothing_asked_for() -> None:
+    assert Settings.read() == Settings.read({}) == Settings.read({"other": {"a": 1}}) == Settings()
+    assert enabled()
+
+
+def test_additional_config_is_read() -> None:
+    given = {"backend": "reference", "strict": True, "plan_file": "plan.json"}
+    found = Settings.read({"compressed_linear": given})
+    assert found == Settings(BackendRules.parse("reference"), True, "plan.json")
+
+
+def test_the_environment_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(settings.BACKEND, "cpu")
+    monkeypatch.setenv(settings.STRICT, "0")
+    monkeypatch.setenv(settings.PLAN_FILE, "b.json")
+    given = {"backend": "reference", "strict": True, "plan_file": "a.json"}
+    found = Settings.read({"compressed_linear": given})
+    assert found == Settings(BackendRules.parse("cpu"), False, "b.json")
+
+
+@pytest.mark.parametrize("given", [{"backends": "cpu"}, {"Strict": True, "backend": "cpu"}])
+def test_unknown_keys_are_refused(given: dict[str, Any]) -> None:
+    unknown = next(key for key in given if key != "backend")
+    with pytest.raises(ValueError, match=f"unknown keys .*{unknown}.*known: backend, plan_file"):
+        Settings.read({"compressed_linear": given})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("0", False), ("1", True), ("off", False), ("TRUE", True), ("", True), (" ", True)],
+)
+def test_the_switch(text: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(settings.ENABLE, text)
+    assert enabled() is expected
+
+
+def test_a_switch_that_is_neither_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(settings.STRICT, "maybe")
+    with pytest.raises(ValueError, match=f"{settings.STRICT} is 'maybe', expected 1 or 0"):
+        Settings.read()
