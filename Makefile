@@ -82,9 +82,10 @@ test-e2e: setup
 demo: setup
 	@$(BIN)/python examples/gemma/demo.py $(ARGS)
 
+# With a time to shut down, vLLM ends its workers on Ctrl-C instead of killing them.
 serve: setup
 	@test -n '$(MODEL)' || { echo 'usage: make serve MODEL=<path or name> [ARGS=...]'; exit 2; }
-	@exec $(BIN)/vllm serve '$(MODEL)' --host 127.0.0.1 $(ARGS)
+	@exec $(BIN)/vllm serve '$(MODEL)' --host 127.0.0.1 --shutdown-timeout 10 $(ARGS)
 
 bench: setup
 	$(BIN)/python benchmarks/linear.py $(ARGS)
