@@ -4,13 +4,12 @@ backends that are wrong on purpose fail it, each where it is wrong."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import pytest
 import torch
+import typer
 
 from vllm.compressed_linear import native, registry
 from vllm.compressed_linear.backend import QuantLinearMethod, Verdict
@@ -25,6 +24,7 @@ from vllm.compressed_linear.testing import (
     check_case,
     conformance_cases,
 )
+from vllm.compressed_linear.testing.__main__ import find_backend
 from vllm.compressed_linear.weights import CompressedWeights
 
 ISAS = native.supported_isas() if native.available() is None else []
@@ -293,6 +293,20 @@ WRONG: dict[str, tuple[type[QuantLinearMethod], str, str]] = {
     "keeps tensors": (_Keeps, "M=1", "RuntimeError"),
     "keeps state": (_NeedsItsInstance, "M=0", "AttributeError"),
     "changes its mind": (_Stateful, "can_implement", "gave two answers"),
+    "no verdict": (
+        _wrong(can_implement=classmethod(lambda cls, d, p: True)),
+        "can_implement",
+        "gave True, expected a Verdict",
+    ),
+    "fails elsewhere": (
+        _wrong(
+            can_implement=classmethod(
+                lambda cls, d, p: Verdict(() if p.features else (str(1 / 0),))
+            )
+        ),
+        "can_implement on cuda:90",
+        "ZeroDivisionError",
+    ),
     "size": (
         _wrong(prepared_bytes=classmethod(lambda cls, d: 7)),
         "prepared_bytes",
@@ -412,8 +426,14 @@ def test_report_shows_where_a_backend_is_wrong() -> None:
         report.raise_if_failed()
 
 
-def test_command_line() -> None:
-    command = [sys.executable, "-m", "vllm.compressed_linear.testing"]
-    unknown = subprocess.run([*command, "no_such"], capture_output=True, text=True, check=False)
-    assert unknown.returncode == 2
-    assert "no backend 'no_such'" in " ".join(unknown.stderr.split())
+def test_command_line_finds_backends_by_name_and_by_path() -> None:
+    assert find_backend("reference") is ReferenceBackend
+    assert find_backend(f"{ReferenceBackend.__module__}:ReferenceBackend") is ReferenceBackend
+    for name, message in (
+        ("no_such", r"no backend 'no_such' \(registered: .*reference.*\)"),
+        ("no_such_module:Backend", "No module named 'no_such_module'"),
+        ("math:pi", "math:pi is no subclass of QuantLinearMethod"),
+        ("math:no_such", "no_such"),
+    ):
+        with pytest.raises(typer.BadParameter, match=message):
+            find_backend(name)

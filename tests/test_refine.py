@@ -227,6 +227,17 @@ def test_a_zero_scale_is_damage_over_codes_and_none_over_a_dead_group(zero: int 
         refine([shard("model.k", scale=scale, codes=codes, zero=zero)], CONTEXT)
 
 
+def test_many_zero_scales_are_looked_through_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm.compressed_linear.refine.CHUNK_BYTES", 16 * K * 5)
+    codes = torch.full((64, K), 8, dtype=torch.uint8)
+    scale = torch.zeros(64, 4).half()
+    scale[10:15] = 1
+    refine([shard(n=64, scale=scale, codes=codes)], CONTEXT)
+    codes[12], codes[33, 127] = 3, 3
+    with pytest.raises(CheckpointError, match="scale 0 at output channel 33, group 3,"):
+        refine([shard(n=64, scale=scale, codes=codes)], CONTEXT)
+
+
 def test_a_zero_scale_follows_the_group_index() -> None:
     index = shuffled(4)
     scale = torch.rand(16, 4).half() + 1

@@ -24,6 +24,7 @@ from vllm.compressed_linear.descriptor import (
 from vllm.compressed_linear.layout import Role
 from vllm.compressed_linear.numerics import dtype_name, uint
 from vllm.compressed_linear.weights import (
+    CHUNK_BYTES,
     CheckpointError,
     CompressedWeights,
     LoadedShard,
@@ -138,22 +139,31 @@ def _check_values(shard: LoadedShard) -> None:
     points = shard.stored(Role.ZERO)
     if points is not None and shard.packing(points) is None:
         _check_finite(shard, f"{shard.source.name}.{points.name}", "zero points", shard.zero())
-    rows = (scale == 0).any(dim=1).nonzero().flatten().tolist()
-    if not rows:
-        return
-    # A zero scale over codes that all mean zero is a dead group; over others it lost its weights.
+    if bool((scale == 0).any()):
+        _check_dead_groups(shard, name, scale)
+
+
+def _check_dead_groups(shard: LoadedShard, name: str, scale: torch.Tensor) -> None:
+    """A zero scale over codes that all mean zero is a dead group; over others it lost weights."""
     index, zero = shard.group_index().to(scale.device), shard.zero_in_codes()
     element = shard.source.scheme.weight.element
-    for row in rows:
-        values = element.decode(shard.codes(row, row + 1)[0])
+    # Values, zero points and scales are spread over all channels, as fp32.
+    step = max(CHUNK_BYTES // (16 * shard.source.k), 1)
+    for start in range(0, shard.source.n, step):
+        rows = slice(start, min(start + step, shard.source.n))
+        dead = scale[rows] == 0
+        if not bool(dead.any()):
+            continue
+        values = element.decode(shard.codes(rows.start, rows.stop))
         if zero is not None:
-            values = values - zero[row, index].to(torch.float32)
-        lost = (values != 0) & (scale[row, index] == 0)
+            values = values - zero[rows].to(torch.float32)[:, index]
+        lost = (values != 0) & dead[:, index]
         if bool(lost.any()):
-            group = int(index[int(lost.nonzero()[0])])
+            row, channel = (int(i) for i in lost.nonzero()[0])
             raise CheckpointError(
-                f"{name}: scale 0 at output channel {shard.source.n_start + row}, group {group}, "
-                "although its codes are not all zero; expected a scale other than 0"
+                f"{name}: scale 0 at output channel {shard.source.n_start + start + row}, group "
+                f"{int(index[channel])}, although its codes are not all zero; expected a scale "
+                "other than 0"
             )
 
 

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import torch
 
-from vllm.compressed_linear.backend import QuantLinearMethod
+from vllm.compressed_linear.backend import QuantLinearMethod, Verdict
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
 from vllm.compressed_linear.numerics import torch_dtype
 from vllm.compressed_linear.platform import Platform
@@ -73,8 +73,10 @@ def check_case(
     descriptor = problem.descriptor
     run = _Run(backend, problem)
     verdict = run.attempt("can_implement", lambda: backend.can_implement(descriptor, platform))
-    if verdict is None:
+    if not isinstance(verdict, Verdict):
+        run.fail("can_implement", f"gave {verdict!r}, expected a Verdict")
         return run.result()
+    run.elsewhere()
     if not verdict:
         if not all(isinstance(r, str) and r.strip() for r in verdict.reasons):
             run.fail("can_implement", f"declined without saying why: {verdict.reasons!r}")
@@ -130,6 +132,18 @@ class _Run:
             where = f"{frames[-1].filename}:{frames[-1].lineno}"
             self.fail(check, f"{type(error).__name__}: {error} (at {where})")
             return None
+
+    def elsewhere(self) -> None:
+        """Plans are made for machines that are not there, so every platform gets an answer."""
+        descriptor = self.problem.descriptor
+        for name in ("cpu:generic", "cpu:amx", "cuda:75", "cuda:90"):
+            platform = Platform.parse(name)
+            verdict = self.attempt(
+                f"can_implement on {name}",
+                functools.partial(self.backend.can_implement, descriptor, platform),
+            )
+            if verdict:
+                self.cost(platform)
 
     def cost(self, platform: Platform) -> None:
         cost = self.attempt("cost", lambda: self.backend.cost(self.problem.descriptor, platform))
