@@ -24,7 +24,7 @@ from vllm.compressed_linear.platform import Platform
 from vllm.compressed_linear.refine import LayerContext, Part, refine
 from vllm.compressed_linear.registry import Selection, select
 from vllm.compressed_linear.settings import Settings
-from vllm.compressed_linear.weights import CompressedWeights, LoadedShard
+from vllm.compressed_linear.weights import CheckpointError, CompressedWeights, LoadedShard
 
 CHECK_ROWS = 6
 CHECK_TOKENS = 2
@@ -64,7 +64,10 @@ def prepare(
     part, ``SelfCheckError`` when one computes wrong numbers, and ``ValueError`` when reloaded
     weights need another plan than the pinned one.
     """
-    parts = refine(shards, context)
+    try:
+        parts = refine(shards, context)
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: tensor {error}") from None
     if pinned:
         _check_pinned(name, parts, pinned)
     executors = []

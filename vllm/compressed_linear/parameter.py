@@ -169,7 +169,9 @@ def _copy(
     try:
         packing = stored.packing_of(shape, source.extents)
     except ValueError as error:
-        raise CheckpointError(f"{param.layer_name}: tensor {name} {error}") from None
+        raise CheckpointError(
+            f"{param.layer_name}: tensor {name} {error} for {source.scheme}"
+        ) from None
     if not _dtype_fits(stored, region.dtype, loaded.dtype):
         raise CheckpointError(
             f"{param.layer_name}: tensor {name} has dtype {loaded.dtype}, expected "
@@ -226,7 +228,7 @@ def collect_shards(
                 actual = arrival.source if "N" in stored.axes else actual
             tensors[stored.name] = _view(param, region, arrival)
             packings[stored.name] = arrival.packing
-        _check_shape_tensor(source, actual, tensors)
+        _check_shape_tensor(params, source, actual, tensors)
         _settle_packings(actual, packings)
         shards.append(LoadedShard(actual, tensors, packings))
     for param in params.values():
@@ -281,13 +283,16 @@ def _never_arrived(
 
 
 def _check_shape_tensor(
-    source: ShardSource, actual: ShardSource, tensors: Mapping[str, torch.Tensor]
+    params: Mapping[str, CheckpointParameter],
+    source: ShardSource,
+    actual: ShardSource,
+    tensors: Mapping[str, torch.Tensor],
 ) -> None:
     for stored in source.scheme.tensors:
         if stored.role is Role.SHAPE and stored.name in tensors:
             found = tensors[stored.name].tolist()
             if found not in ([source.full_n, source.full_k], [actual.full_n, actual.full_k]):
                 raise CheckpointError(
-                    f"{source.name}.{stored.name} says {found}, but the model needs "
-                    f"{[source.full_n, source.full_k]}"
+                    f"{params[stored.name].layer_name}: tensor {source.name}.{stored.name} says "
+                    f"{found}, but the model needs {[source.full_n, source.full_k]}"
                 )
