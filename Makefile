@@ -42,7 +42,8 @@ setup: $(INSTALLED)
 
 # Why in steps: csrc is built against the very torch it will run with (--no-build-isolation), and
 # pip would bring UNWANTED back if it ever resolved vLLM's requirements again (--no-deps).
-$(ENVIRONMENT): Makefile pyproject.toml scripts/requirements.py
+$(ENVIRONMENT): Makefile pyproject.toml scripts/requirements.py scripts/system.sh
+	@bash scripts/system.sh $(PYTHON)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) --upgrade pip
 	@$(PIP_INSTALL) '$(TORCH)' '$(VLLM)' || { echo 'error: $(TORCH) or $(VLLM) cannot be' \
