@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rewrites the parts of the documentation that are made from the code itself.
+
+    python docs/generate.py
+
+Such a part stands between ``<!-- generated: NAME ARGUMENT... -->`` and ``<!-- end -->`` in README.md
+or a page of ``docs/``; NAME is a key of ``PARTS``. ``tests/test_documentation.py`` fails when a page
+and the code disagree.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+FIXTURES = Path("tests") / "fixtures"
+RESULTS = ROOT / "benchmarks" / "results"
+PART = re.compile(r"(<!-- generated: (?P<call>.+?) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
+WIDTH = "96"
+
+
+def pages() -> list[Path]:
+    """README.md and every page of the documentation."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def render(text: str, only: Callable[[str], bool] = lambda name: True) -> str:
+    """``text`` of a page with its generated parts made anew, as far as ``only`` wants them."""
+
+    def replace(match: re.Match[str]) -> str:
+        name, *arguments = shlex.split(match["call"])
+        if not only(name):
+            return match[0]
+        return f"{match[1]}{PARTS[name](*arguments).strip()}\n{match[4]}"
+
+    return PART.sub(replace, text)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: int = 0) -> str:
+    """A Markdown table; the last ``right`` columns hold numbers."""
+    rules = ["---"] * (len(head) - right) + ["---:"] * right
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rules, *rows))
+
+
+@contextmanager
+def environment(**variables: str) -> Iterator[None]:
+    """Inside, the process has these variables and no other settings of this package."""
+    before = dict(os.environ)
+    for name in before:
+        if name.startswith("VLLM_COMPRESSED_LINEAR"):
+            del os.environ[name]
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def command(*arguments: str) -> str:
+    """The command line ``vllm-compressed-linear ARGUMENTS`` and what it writes."""
+    from typer.testing import CliRunner
+
+    from vllm.compressed_linear.cli import app
+
+    here = Path.cwd()
+    os.chdir(ROOT)
+    try:
+        with environment(COLUMNS=WIDTH):
+            found = CliRunner().invoke(app, list(arguments))
+    finally:
+        os.chdir(here)
+    if found.exception is not None and not isinstance(found.exception, SystemExit):
+        raise found.exception
+    lines = [line.rstrip() for line in found.output.splitlines() if not _is_vllms(line)]
+    text = "\n".join(lines).strip("\n")
+    return f"```console\n$ vllm-compressed-linear {shlex.join(arguments)}\n{text}\n```"
+
+
+def _is_vllms(line: str) -> bool:
+    """vLLM prints a note of its own on machines without a GPU."""
+    return line.startswith("Triton is installed")
+
+
+def settings_table() -> str:
+    """The table of ``settings.py``."""
+    from vllm.compressed_linear import settings
+
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (settings.__doc__ or "").splitlines()
+        if line.startswith("|")
+    ]
+    code = [[_code(row[0]), _code(row[1]), row[2].replace("``", "`")] for row in rows[2:]]
+    return table(rows[0], code)
+
+
+def _code(text: str) -> str:
+    return text if text == "–" else f"`{text.strip(chr(34))}`"
+
+
+def own_backends() -> dict[str, Any]:
+    """The backends of this package by name, in the order they are listed in."""
+    from vllm.compressed_linear import registry
+    from vllm.compressed_linear.backends import register_all
+
+    register_all()
+    package = "vllm.compressed_linear.backends."
+    return {
+        name: found
+        for name, found in registry.backends().items()
+        if found.backend.__module__.startswith(package)
+    }
+
+
+def capability_matrix() -> str:
+    """What each backend declares, one row for each axis."""
+    found = own_backends()
+    rows: list[list[str]] = []
+
+    def row(what: str, cell: Callable[[Any], str]) -> None:
+        rows.append([what, *(cell(entry.backend) for entry in found.values())])
+
+    def names(values: Any) -> str:
+        return ", ".join(str(v) for v in sorted(values)) or "–"
+
+    def yes(value: bool) -> str:
+        return "yes" if value else "–"
+
+    row("devices", lambda b: names(b.capabilities.devices))
+    row("integer codes, bits", lambda b: _ranges(b.capabilities.integer_bits))
+    row("other elements", lambda b: names(b.capabilities.other_elements))
+    row("codebooks of scalars", lambda b: yes(b.capabilities.codebooks))
+    row("scales per", lambda b: names(b.capabilities.granularities))
+    row("dtypes of scales", lambda b: names(b.capabilities.scale_dtypes))
+    row("zero points", lambda b: names(b.capabilities.zero_kinds))
+    row("dtypes of activations", lambda b: names(b.capabilities.input_dtypes))
+    row("channel order", lambda b: yes(b.capabilities.channel_order))
+    row("channel order with filled groups", lambda b: yes(b.capabilities.padded_order))
+    row("second-level scales", lambda b: yes(b.capabilities.row_scale))
+    row("quantized activations", lambda b: yes(b.capabilities.activations))
+    row("per-channel scale of activations", lambda b: yes(b.capabilities.prescale))
+    row("transforms", lambda b: yes(b.capabilities.transforms))
+    row("needs", lambda b: names(b.capabilities.required_ops))
+    row("weights rounded before multiplying", lambda b: _rounding(b))
+    row("batch invariant", lambda b: yes(b.batch_invariant))
+    return table(["", *(f"`{name}`" for name in found)], rows)
+
+
+def _rounding(backend: Any) -> str:
+    from vllm.compressed_linear.numerics import uint
+    from vllm.compressed_linear.testing import Case
+
+    value = backend.weight_rounding(Case(uint(4, 8)).build().descriptor)
+    return "–" if value == 0 else "to 16 bits"
+
+
+def _ranges(numbers: Any) -> str:
+    found = sorted(numbers)
+    if len(found) > 2 and found == list(range(found[0], found[-1] + 1)):
+        return f"{found[0]}–{found[-1]}"
+    return ", ".join(map(str, found)) or "–"
+
+
+def coverage(summary: str = "") -> str:
+    """Which fixtures vLLM by itself and this package load; with ``count`` only how many."""
+    names = sorted(path.name for path in (ROOT / FIXTURES).iterdir() if path.is_dir())
+    stock = _stock(names)
+    ours = {name: _runs_on(name) for name in names}
+    if summary == "count":
+        loads = sum(not reason for reason in stock.values())
+        return (
+            f"vLLM by itself loads {loads} of the {len(names)}. With this package all "
+            f"{sum(bool(found) for found in ours.values())} load."
+        )
+    rows = [[f"`{name}`", stock[name] or "loads", ours[name]] for name in names]
+    return table(["checkpoint", "vLLM 0.32 by itself", "with this package, runs on"], rows)
+
+
+def _stock(names: Sequence[str]) -> dict[str, str]:
+    """Why vLLM by itself, on this machine's CPU, does not load a fixture; empty if it does."""
+    import torch
+
+    with tempfile.TemporaryDirectory() as directory:
+        out = Path(directory) / "logits.pt"
+        paths = [str(ROOT / FIXTURES / name) for name in names]
+        worker = str(ROOT / "tests" / "stock_worker.py")
+        with environment(VLLM_COMPRESSED_LINEAR="0"):
+            subprocess.run(
+                [sys.executable, worker, str(out), "bfloat16", *paths],
+                check=True,
+                capture_output=True,
+                timeout=300,
+            )
+        found: dict[str, torch.Tensor | str] = torch.load(out)
+    return {name: _short(v) if isinstance(v, str) else "" for name, v in found.items()}
+
+
+def _short(error: str) -> str:
+    """The first sentence of an error of vLLM's, as code."""
+    text = re.sub(r"^\w+: (\d+ validation error for \w+\s+Value error, )?", "", error.strip())
+    text = re.split(r"\. | \[type=|Reasons:|, but | for \[|, currently ", text.split("\n")[0])[0]
+    return f"`{text.strip().rstrip('.')}`"
+
+
+def _runs_on(name: str) -> str:
+    sys.path.insert(0, str(ROOT / "tests"))
+    try:
+        from model_loading import loaded
+    finally:
+        sys.path.pop(0)
+    from vllm.compressed_linear.plan import DELEGATED, PLAN
+
+    with environment(), loaded(ROOT / FIXTURES / name, "bfloat16"):
+        found = sorted({entry.backend for entry in PLAN.entries.values()})
+    return ", ".join("vLLM’s own code" if b == DELEGATED else f"`{b}`" for b in found)
+
+
+def benchmark(file: str) -> str:
+    """A result of ``benchmarks/linear.py``: milliseconds, and times as fast as stock vLLM."""
+    report = json.loads((RESULTS / file).read_text())
+    about, limits = report["machine"], report["limits"]
+    tokens = [row["m"] for row in report["results"][0]["rows"]]
+    rows = []
+    for result in report["results"]:
+        cells = []
+        for row in result["rows"]:
+            faster = "" if row["speedup"] is None else f" (×{row['speedup']:.1f})"
+            cells.append(f"{row['median_ms']:.2f}{faster}")
+        rows.append([result["name"], f"{result['weight_bytes'] / 1e6:.1f}", *cells])
+    threads = f"{report['threads']} thread" + ("s" if report["threads"] > 1 else "")
+    caption = (
+        f"N={report['n']}, K={report['k']}, groups of {report['group']}, bf16 activations, {threads} "
+        f"of {about['cpu']} ({about['isa']}), torch {about['torch']}, vLLM {about['vllm']}, "
+        f"{about['date']}. The same process reads memory at {limits['read_gb_per_s']:.1f} GB/s and "
+        f"multiplies large bf16 matrices at {limits['bf16_gemm_gflop_per_s']:.0f} GFLOP/s."
+    )
+    head = ["kernel", "MB", *(f"M={m}" for m in tokens)]
+    return f"{table(head, rows, right=len(head) - 1)}\n\n{caption}"
+
+
+PARTS: dict[str, Callable[..., str]] = {
+    "benchmark": benchmark,
+    "capabilities": capability_matrix,
+    "command": command,
+    "coverage": coverage,
+    "settings": settings_table,
+}
+
+
+def main() -> None:
+    for page in pages():
+        before = page.read_text()
+        after = render(before)
+        if after != before:
+            page.write_text(after)
+            print(f"rewritten: {page.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
