@@ -71,6 +71,10 @@ class CheckpointParameter(Parameter):
         self.record = LoadRecord()
         self.layer_name = layer_name
         self.tensor_name = tensor_name
+        axes = self.regions[0].stored.axes
+        if "N" in axes:
+            # Models that reorder a fused tensor's rows before they load it (Falcon) ask for this.
+            self.output_dim = axes.index("N")
         # Kept in the instance: vLLM's reload wraps and restores this very attribute, and copies
         # the instance dictionary to meta tensors. A plain function holds no reference to a layer.
         self.weight_loader = load_checkpoint_tensor
@@ -213,7 +217,7 @@ def collect_shards(
     for index, source in enumerate(sources):
         tensors: dict[str, torch.Tensor] = {}
         packings: dict[str, Packing | None] = {}
-        actual = source
+        actual, tells = source, ""
         for stored in source.scheme.tensors:
             param = params[stored.name]
             region = next(r for r in param.regions if r.shard == index)
@@ -224,8 +228,13 @@ def collect_shards(
                 if loaded:
                     raise _never_arrived(param, source, stored)
                 arrival = Arrival(source, stored.packing, region.dtype)
-            if stored.role is not Role.SHAPE and any(isinstance(a, str) for a in stored.axes):
-                actual = arrival.source if "N" in stored.axes else actual
+            if "N" in stored.axes:
+                if tells and arrival.source != actual:
+                    raise CheckpointError(
+                        f"{param.layer_name}: tensor {source.name}.{stored.name} came "
+                        f"{'alone' if arrival.source == source else 'fused'}, but {tells} did not"
+                    )
+                actual, tells = arrival.source, stored.name
             tensors[stored.name] = _view(param, region, arrival)
             packings[stored.name] = arrival.packing
         _check_shape_tensor(params, source, actual, tensors)
