@@ -19,6 +19,7 @@ from vllm.compressed_linear.numerics import BF16, uint
 from vllm.compressed_linear.refine import LayerContext, refine
 from vllm.compressed_linear.testing.cases import load_shard
 from vllm.compressed_linear.weights import (
+    CHUNK_BYTES,
     CheckpointError,
     LoadedShard,
     ShardSource,
@@ -237,7 +238,6 @@ def test_rows_take_memory_for_a_chunk_only(
     bits: int, axes: tuple[str, str], packed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A chunk may take a few times its own size, whatever the size of the matrix."""
-    assert module.CHUNK_BYTES == 16 << 20
     chunk, n, k = 1 << 20, 8192, 2048
     monkeypatch.setattr(module, "CHUNK_BYTES", chunk)
     spec = WeightSpec(uint(bits, 1 << (bits - 1)), ScaleSpec("float16", "group", 128))
@@ -260,5 +260,6 @@ def test_rows_take_memory_for_a_chunk_only(
         for start, stop in part.weights.chunks(16):
             total += part.weights.rows(start, stop).codes.numel()
     assert total == n * k == 16 * chunk
-    # The promise is 64 MiB beside the result, and a chunk is 16 MiB.
+    # The promise is at most 64 MiB beside the result.
+    assert 4 * CHUNK_BYTES <= 64 << 20
     assert chunk < peak_bytes(profile) < 4 * chunk
