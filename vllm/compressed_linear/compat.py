@@ -103,6 +103,13 @@ def knows_how_to_load(layer: torch.nn.Module) -> bool:
     )
 
 
+def holds_experts(layer: torch.nn.Module) -> bool:
+    """Whether ``layer`` is the one that holds the experts of a mixture."""
+    from vllm.model_executor.layers import fused_moe
+
+    return isinstance(layer, getattr(fused_moe, "RoutedExperts", ()))
+
+
 def current_device() -> str:
     """``"cpu"``, ``"cuda"``, ``"rocm"`` or ``"xpu"``: where this process runs its model."""
     from vllm.platforms import current_platform

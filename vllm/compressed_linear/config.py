@@ -37,11 +37,18 @@ from vllm.compressed_linear.settings import Settings
 
 NAME = "compressed_linear"
 
+EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
+"""What a format is asked about where no file tells whether a layer's experts are quantized."""
+
 logger = compat.logger(__name__)
 
 
 class ConfigError(ValueError):
     """A checkpoint's quantization configuration is incomplete, unknown or contradictory."""
+
+
+class RefusedByVllmError(RuntimeError):
+    """A layer that is left to vLLM's own code, which does not run it here."""
 
 
 _FORMATS: dict[str, type[CompressedLinearConfig]] = {}
@@ -260,6 +267,7 @@ class CompressedLinearConfig(QuantizationConfig):
         return WeightsMapper(orig_to_new_regex={regex.compile(r"\.experts\..*\.g_idx$"): None})
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        prefix = prefix.strip(".")  # some models prepend the dot of an empty prefix
         ready = self.create_quant_method(layer, prefix)
         if ready is not None:
             return ready
@@ -269,12 +277,14 @@ class CompressedLinearConfig(QuantizationConfig):
             kind = LayerKind.EMBEDDING
         elif isinstance(layer, LinearBase):
             kind = LayerKind.LINEAR
-        elif isinstance(layer, AttentionLayerBase) and not self.has_attention_scales():
+        elif self._is_vllms_own(layer, prefix):
             return None
         else:
             return self.delegate(layer, prefix, f"{type(layer).__name__} is not a linear layer")
         names = shard_names(prefix, self.packed_modules_mapping)
         resolved = [(name, self.resolve(name, kind)) for name in names]
+        if kind is LayerKind.HEAD and not self._has_head_on_disk(prefix):
+            resolved = [(name, Unquantized("tied to the embedding table")) for name in names]
         for name, resolution in resolved:
             self.check_against_file(prefix, name, resolution)
         handed_over = [r.reason for _, r in resolved if isinstance(r, Delegated)]
@@ -295,6 +305,30 @@ class CompressedLinearConfig(QuantizationConfig):
         if kind is LayerKind.HEAD:
             return CompressedUnquantizedEmbeddingMethod(prefix, self.settings)
         return CompressedUnquantizedLinearMethod(prefix, self.settings)
+
+    def _is_vllms_own(self, layer: torch.nn.Module, prefix: str) -> bool:
+        """Whether vLLM runs this layer, which is no linear one, without any quantization."""
+        if isinstance(layer, AttentionLayerBase):
+            return not self.has_attention_scales()
+        return compat.holds_experts(layer) and self._experts_unquantized(prefix)
+
+    def _has_head_on_disk(self, prefix: str) -> bool:
+        """Whether the file has a head of its own, under whichever parent, or is not known."""
+        last = prefix.rpartition(".")[2]
+        modules = () if self.headers is None else self.headers.modules
+        return not modules or any(m.rpartition(".")[2] == last for m in modules)
+
+    def _experts_unquantized(self, prefix: str) -> bool:
+        """Whether the checkpoint leaves the experts of the layer ``prefix`` as they are."""
+        if self.headers is not None:
+            for parent in (prefix, prefix.rpartition(".")[0]):  # some fuse them beside the layer
+                inside = [m for m in self.headers.modules if f"{m}.".startswith(f"{parent}.")]
+                if inside and not any(self.quantized_on_disk(module) for module in inside):
+                    return True
+                if inside and parent == prefix:
+                    return False
+        names = [f"{prefix}.0.{part}" for part in EXPERT_PARTS]
+        return all(isinstance(self.resolve(n, LayerKind.LINEAR), Unquantized) for n in names)
 
     def _vllm_unquantized(self, kind: LayerKind) -> QuantizeMethodBase | None:
         from vllm.model_executor.layers.linear import UnquantizedLinearMethod
@@ -319,7 +353,13 @@ class CompressedLinearConfig(QuantizationConfig):
                 self._delegate.apply_vllm_mapper(mapper)
         # By reference: some models update the mapping while they are built.
         self._delegate.packed_modules_mapping = self.packed_modules_mapping
-        method = self._delegate.get_quant_method(layer, prefix)
+        try:
+            method = self._delegate.get_quant_method(layer, prefix)
+        except Exception as error:
+            raise RefusedByVllmError(
+                f"{prefix}: {reason}, so it is left to vLLM's {self.vllm_name}, which cannot run "
+                f"it: {error}"
+            ) from error
         if method is not None:
             PLAN.add(
                 PlanEntry(
