@@ -444,6 +444,30 @@ def test_rules_hold_for_a_model_that_renames_its_weights(
     assert resolution[0] == 8
 
 
+def test_headers_of_a_checkpoint_on_the_hub_settle_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def metadata(model: str, *, revision: str | None = None) -> dict[str, Any]:
+        asked.append((model, revision))
+        return {f"{Q}.weight": {"dtype": "BF16", "shape": [2, 2], "data_offsets": [0, 8]}}
+
+    monkeypatch.setattr("vllm.transformers_utils.config.get_safetensors_params_metadata", metadata)
+    config = parse(GPTQ)
+    config.maybe_update_config("organisation/model", revision="main")
+    assert asked == [("organisation/model", "main")]
+    assert bits_and_group(config.resolve(Q, LayerKind.LINEAR)) is None
+
+
+def test_a_hub_that_does_not_answer_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def metadata(model: str, **other: Any) -> dict[str, Any]:
+        raise OSError("no network")
+
+    monkeypatch.setattr("vllm.transformers_utils.config.get_safetensors_params_metadata", metadata)
+    config = parse(GPTQ)
+    config.maybe_update_config("organisation/model")
+    assert config.headers is None
+
+
 # A configuration in a file of its own.
 
 

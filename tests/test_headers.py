@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from conftest import checkpoint, checkpoint_tensors, checkpoints
-from vllm.compressed_linear.headers import Headers, read_headers
+from vllm.compressed_linear.headers import Headers, headers_of, read_headers
 from vllm.compressed_linear.weights import CheckpointError
 
 TENSORS = {
@@ -75,6 +75,15 @@ def test_checkpoints_of_real_tools(name: str) -> None:
     assert {k: (h.dtype, h.shape) for k, h in headers.items()} == {
         k: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for k, t in tensors.items()
     }
+
+
+def test_entries_that_somebody_else_read() -> None:
+    entry = {"dtype": "I32", "shape": [2, 4], "data_offsets": [8, 40], "parameter_count": 8}
+    headers = headers_of({"a.qweight": entry}, "organisation/model")
+    assert (headers["a.qweight"].dtype, headers["a.qweight"].nbytes) == ("int32", 32)
+    assert headers["a.qweight"].file == "organisation/model"
+    with pytest.raises(CheckpointError, match=r"organisation/model: tensor b is described as"):
+        headers_of({"b": {}}, "organisation/model")
 
 
 def test_nothing_to_read(tmp_path: Path) -> None:

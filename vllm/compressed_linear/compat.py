@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,6 +66,20 @@ def additional_config() -> Mapping[str, Any]:
     config = get_current_vllm_config_or_none()
     given = getattr(config, "additional_config", None)
     return given if isinstance(given, Mapping) else {}
+
+
+def hub_tensors(model: str, revision: str | None) -> Mapping[str, Mapping[str, Any]]:
+    """Header entries of a checkpoint on the hub, by tensor name; empty for a local directory and
+    where they cannot be had (vLLM then says so itself)."""
+    from vllm.transformers_utils import config
+
+    ask = getattr(config, "get_safetensors_params_metadata", None)
+    if ask is None or Path(model).exists():
+        return {}
+    try:
+        return ask(model, revision=revision)
+    except Exception:  # whatever the network, the hub or a name that is no repository's raises
+        return {}
 
 
 def loads_dummy_weights() -> bool:

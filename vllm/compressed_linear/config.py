@@ -24,7 +24,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 
 from vllm.compressed_linear import compat
 from vllm.compressed_linear.descriptor import CheckpointScheme
-from vllm.compressed_linear.headers import Headers, read_headers
+from vllm.compressed_linear.headers import Headers, headers_of, read_headers
 from vllm.compressed_linear.linear import (
     CompressedLinearMethod,
     CompressedUnquantizedEmbeddingMethod,
@@ -245,8 +245,11 @@ class CompressedLinearConfig(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
-        """Read the headers of a local checkpoint: the file knows what it holds."""
+        """Read the headers of a local checkpoint, or of one on the hub: the file knows what it
+        holds."""
         self.headers = read_headers(model_name)
+        if self.headers is None and (listed := compat.hub_tensors(model_name, revision)):
+            self.headers = headers_of(listed, model_name)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self._mappers.append(hf_to_vllm_mapper)

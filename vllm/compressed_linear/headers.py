@@ -96,6 +96,11 @@ def read_headers(directory: str | Path) -> Headers | None:
     return Headers(tensors) if files else None
 
 
+def headers_of(entries: Mapping[str, Mapping[str, Any]], origin: str) -> Headers:
+    """Headers from entries as they stand in safetensors files; ``origin`` is for messages."""
+    return Headers({name: _read_entry(origin, name, entry) for name, entry in entries.items()})
+
+
 def _files(directory: Path) -> list[Path]:
     index = directory / INDEX
     if not index.is_file():
@@ -143,7 +148,7 @@ def _read_file(file: Path) -> dict[str, TensorHeader]:
     return tensors
 
 
-def _read_entry(file: Path, name: str, entry: Any) -> TensorHeader:
+def _read_entry(file: Path | str, name: str, entry: Any) -> TensorHeader:
     try:
         first, last = (int(offset) for offset in entry["data_offsets"])
         shape = tuple(int(length) for length in entry["shape"])

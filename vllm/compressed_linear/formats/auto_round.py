@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from typing import Any
 
 from vllm.compressed_linear.config import CompressedLinearConfig, ConfigError, register_format
@@ -43,6 +44,7 @@ class AutoRoundConfig(CompressedLinearConfig):
     group_size: int
     packing: str
     extra: dict[str, dict[str, Any]]
+    _compiled: list[tuple[str, re.Pattern[str]]] | None = None
     blocks: list[str]
 
     @classmethod
@@ -107,14 +109,26 @@ class AutoRoundConfig(CompressedLinearConfig):
         for name in names:
             if name in self.extra:
                 return name, self.extra[name]
-        for entry, override in self.extra.items():
-            if any(name.endswith(f".{entry}") for name in names):
-                return entry, override
-        others = self.headers.modules if self.headers is not None else {}
-        for entry, override in self.extra.items():
-            if entry not in others and any(_search(entry, name) for name in names):
-                return entry, override
+        for name in names:
+            while name:
+                name = name.partition(".")[2]
+                if name in self.extra:
+                    return name, self.extra[name]
+        for entry, pattern in self._expressions():
+            if any(pattern.search(name) for name in names):
+                return entry, self.extra[entry]
         return "", {}
+
+    def _expressions(self) -> list[tuple[str, re.Pattern[str]]]:
+        """Entries that name no module of the file, compiled; the tool skips what does not."""
+        if self._compiled is None:
+            modules = self.headers.modules if self.headers is not None else {}
+            self._compiled = []
+            for entry in self.extra:
+                with suppress(re.error):
+                    if entry not in modules:
+                        self._compiled.append((entry, re.compile(entry)))
+        return self._compiled
 
     @staticmethod
     def _number(entry: str, override: dict[str, Any], key: str, default: int) -> int:
@@ -125,14 +139,6 @@ class AutoRoundConfig(CompressedLinearConfig):
             return int(value)
         except (TypeError, ValueError):
             raise ConfigError(f"extra_config {entry}: {key} is {value!r}, expected int") from None
-
-
-def _search(pattern: str, name: str) -> bool:
-    """Like the tool, which skips what is no regular expression."""
-    try:
-        return re.search(pattern, name) is not None
-    except re.error:
-        return False
 
 
 def _block_names(blocks: Any) -> list[str]:
