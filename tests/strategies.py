@@ -89,13 +89,20 @@ def weights(draw: st.DrawFn) -> Weight:
             draw(packings(bits, draw(st.sampled_from("NK")))),
         ),
         StoredTensor(
-            "scale", Role.SCALE, scale_dtype, draw(st.sampled_from([("N", "G"), ("G", "N")]))
+            "scale",
+            Role.SCALE,
+            scale_dtype,
+            draw(st.sampled_from([("N", "G"), ("G", "N")])),
+            group_multiple=draw(st.sampled_from([1, 4])),
         ),
     ]
     if zero is not None:
         packing = draw(packings(bits, draw(st.sampled_from("NG")))) if zero == "integer" else None
         axes = draw(st.sampled_from([("N", "G"), ("G", "N")]))
-        tensors.append(StoredTensor("zero", Role.ZERO, scale_dtype, axes, packing))
+        multiple = draw(st.sampled_from([1, 8]))
+        tensors.append(
+            StoredTensor("zero", Role.ZERO, scale_dtype, axes, packing, group_multiple=multiple)
+        )
     index = None
     if reordered:
         tensors.append(StoredTensor("g_idx", Role.GROUP_INDEX, "int32", ("K",)))

@@ -415,6 +415,12 @@ def test_declining_is_no_failure_but_silence_is() -> None:
         check_backend(silent, cases=[case]).raise_if_failed()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_platform_that_is_not_there_is_an_error() -> None:
+    with pytest.raises(ValueError, match="cuda:90 cannot be tried here: no cuda device"):
+        check_case(ReferenceBackend, CASE, Platform.parse("cuda:90"))
+
+
 def test_report_shows_where_a_backend_is_wrong() -> None:
     backend = WRONG["bias"][0]
     report = check_backend(backend, cases=[CASE, Case(BF16)], rows=(1,), compiled=False)

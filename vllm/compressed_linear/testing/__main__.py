@@ -44,11 +44,11 @@ def run(
     ] = "cpu",
 ) -> None:
     """Run a backend over the conformance cases and show what it declined, passed and failed."""
+    found = find_backend(backend)
     try:
-        machine = Platform.parse(platform)
+        report = check_backend(found, Platform.parse(platform))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    report = check_backend(find_backend(backend), machine)
     Console().print(*report.tables(), sep="\n")
     sys.exit(1 if report.of("failed") else 0)
 

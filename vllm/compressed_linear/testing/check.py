@@ -43,7 +43,8 @@ def check_backend(
 
     ``platform`` is what ``can_implement`` is asked about (default: this machine); the tensors lie
     on its device. ``rows``: the batch sizes M. ``compiled``: also run one case of each kind of
-    element under torch.compile. Nothing is raised: see ``Report.raise_if_failed``.
+    element under torch.compile. What fails is in the report (``Report.raise_if_failed``); only a
+    platform whose device is not there is a ``ValueError``.
     """
     platform = platform or Platform.detect()
     rows, results = tuple(rows), []
@@ -69,7 +70,7 @@ def check_case(
 ) -> CaseResult:
     """Run ``backend`` over one case; see ``check_backend``."""
     platform = platform or Platform.detect()
-    problem = case.build(platform.device)
+    problem = case.build(_device(platform))
     descriptor = problem.descriptor
     run = _Run(backend, problem)
     verdict = run.attempt("can_implement", lambda: backend.can_implement(descriptor, platform))
@@ -318,6 +319,14 @@ class _Run:
             with torch.compiler.set_stance(stance):
                 out = self.attempt(check, functools.partial(traced, x))
             self.compare(check, out, x, bias)
+
+
+def _device(platform: Platform) -> str:
+    """The torch device of ``platform``; ``ValueError`` if this machine has none."""
+    name = "cuda" if platform.device == "rocm" else platform.device
+    if name != "cpu" and not getattr(torch, name).is_available():
+        raise ValueError(f"platform {platform.name} cannot be tried here: no {name} device")
+    return name
 
 
 @contextlib.contextmanager

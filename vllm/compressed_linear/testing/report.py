@@ -130,7 +130,7 @@ def _kind(case: Case) -> str:
         name = f"{element.bits}-bit integers"
     if element.kind == "codebook":
         name = "codebooks"
-    return name + (", reordered channels" if case.order in ("act", "ragged") else "")
+    return name + (", reordered" if case.order in ("act", "ragged") else "")
 
 
 def _counts(results: Iterable[CaseResult]) -> tuple[str, ...]:
