@@ -145,6 +145,23 @@ void parallel_tiles(int64_t begin, int64_t end, const Body& body) {
   torch::stable::parallel_for(begin, end, 1, body);
 }
 
+// ---- counting -----------------------------------------------------------------------------------
+
+// The counter of one path of `linear`, found by name the first time a thread asks for it.
+std::atomic<int64_t>& linear_counter(const cpu::Engine& engine, Element element,
+                                     const std::string& element_name) {
+  struct Known {
+    const cpu::Engine* engine = nullptr;
+    std::atomic<int64_t>* counter = nullptr;
+  };
+  thread_local std::array<Known, 36> known;  // by kind, and bits of integers
+  Known& entry = known[static_cast<size_t>(element.kind) * 9 +
+                       static_cast<size_t>(element.kind == Kind::integer ? element.bits : 0)];
+  if (entry.engine != &engine)
+    entry = {&engine, &counter("linear/" + std::string(engine.isa) + "/" + element_name)};
+  return *entry.counter;
+}
+
 // ---- ops ----------------------------------------------------------------------------------------
 
 int64_t packed_tile_bytes(int64_t k, int64_t group_size, std::string element) {
@@ -283,7 +300,7 @@ Tensor linear(Tensor x, Tensor packed, std::optional<Tensor> scale, std::optiona
 
   const cpu::Engine& engine = cpu::engine();
   engine.linear(p, {&run_parallel, static_cast<int64_t>(torch::stable::get_num_threads())});
-  counter("linear/" + std::string(engine.isa) + "/" + element_name) += 1;
+  linear_counter(engine, element, element_name) += 1;
   return out;
 }
 

@@ -9,7 +9,9 @@
 //   zero, load, broadcast, mac, scale_into
 //   parts(type), split(row, ...)       how a row of x becomes words
 //   needs_decode(problem), decode(...) weights of one chunk and tile into steps of 64 bytes
-//   row_kernel(problem, tiles)         a path for one row that decodes in registers, or null
+//   copy_row(problem, m, ...)          the same for a row of x that needs no conversion, or false
+//   few_rows_tiles(call)               tiles per unit of few_rows, 0 if it does not apply
+//   few_rows(call, begin, end)         units of a path for few rows that decodes in registers
 //
 // Rows of x are interleaved in panels of at most kRows; a unit of work is a run of panels times a
 // run of tiles. Per output the order of additions is: steps of a segment in order into one
@@ -140,8 +142,10 @@ struct Call {
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
       const int64_t rows = panels.rows(panel), begin = panels.begin(panel);
       for (int64_t r = 0; r < rows; ++r) {
+        uint32_t* words = x + begin * row_words + r;
+        if (!offset && Core::copy_row(p, row0 + begin + r, words, rows)) continue;
         widen_row(p, row0 + begin + r, row);
-        Core::split(row, g.padded_k, parts, x + begin * row_words + r, rows);
+        Core::split(row, g.padded_k, parts, words, rows);
         if (!offset) continue;
         float* sums = row_sums + begin * segment_count + r;
         for (int64_t c = 0; c < chunk_count(g); ++c)
@@ -276,10 +280,10 @@ void run_linear(const Problem& p, const Parallel& parallel) {
     } else {
       parallel.run(call.panels.count, prepare, &call);
     }
-    if (rows == 1 && Core::has_row_kernel(call)) {
-      parallel.run((g.tiles + Core::kRowTiles - 1) / Core::kRowTiles,
+    if (const int64_t tiles = Core::few_rows_tiles(call); tiles > 0) {
+      parallel.run((g.tiles + tiles - 1) / tiles,
                    [](void* context, int64_t begin, int64_t end) {
-                     Core::row_kernel(*static_cast<Context*>(context), begin, end);
+                     Core::few_rows(*static_cast<Context*>(context), begin, end);
                    },
                    &call);
     } else {

@@ -80,7 +80,7 @@ struct FmaCore {
   };
   using Weights = Acc;
   using Activation = __m256;
-  static constexpr int kStep = 1, kMaxParts = 1, kRows = 6, kTiles = 1, kRowTiles = 1;
+  static constexpr int kStep = 1, kMaxParts = 1, kRows = 6, kTiles = 1;
 
   static Acc zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   static Weights load(const uint8_t* at) {
@@ -158,8 +158,9 @@ struct FmaCore {
       out += kBlock * kTile;
     }
   }
-  static bool has_row_kernel(const Call<FmaCore>&) { return false; }
-  static void row_kernel(const Call<FmaCore>&, int64_t, int64_t) {}
+  static bool copy_row(const Problem&, int64_t, uint32_t*, int64_t) { return false; }
+  static int64_t few_rows_tiles(const Call<FmaCore>&) { return 0; }
+  static void few_rows(const Call<FmaCore>&, int64_t, int64_t) {}
 };
 
 void linear(const Problem& p, const Parallel& parallel) { run_linear<FmaCore>(p, parallel); }

@@ -11,6 +11,9 @@
 namespace compressed_linear::cpu {
 namespace {
 
+// 24 of the 32 registers hold sums.
+constexpr int kRegisterRows = 6, kRegisterTiles = 4;
+
 // ---- decoding: one block of one tile to its sixteen bf16 pairs
 // -----------------------------------
 
@@ -96,11 +99,9 @@ template <>
 struct Integer<8> {
   template <int P>
   static __m512i pair(const uint8_t* block, const Table&) {
-    const __m256i bytes =
-        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + 2 * kTile * P));
-    const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
-    const __m512 high =
-        _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
+    const auto* bytes = reinterpret_cast<const __m128i*>(block + 2 * kTile * P);
+    const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes)));
+    const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes + 1)));
     return (__m512i)_mm512_cvtne2ps_pbh(high, low);
   }
 };
@@ -130,108 +131,124 @@ void decode_chunk(const Problem& p, const uint8_t* packed, int64_t width, uint8_
   }
 }
 
-// ---- one row: decode in registers, touch every weight once --------------------------------------
+// ---- few rows: decode in registers, touch every weight once
+// --------------------------------------
 
 constexpr int64_t kPrefetchBytes = 2048;
-
-template <class Code, int Tiles, int Parts, int P>
-inline void row_step(const uint8_t* const* blocks, const Table& table, const uint32_t* x,
-                     __m512* acc) {
-  __m512i weights[Tiles];
-  for (int t = 0; t < Tiles; ++t) weights[t] = Code::template pair<P>(blocks[t], table);
-  for (int q = 0; q < Parts; ++q) {
-    const __m512bh activation = (__m512bh)_mm512_set1_epi32(static_cast<int>(x[P * Parts + q]));
-    for (int t = 0; t < Tiles; ++t)
-      acc[t] = _mm512_dpbf16_ps(acc[t], (__m512bh)weights[t], activation);
-  }
+// Up to this many panels decode anew for each; beyond, decoding once for all rows is cheaper.
+constexpr int64_t few_panels(Element element) {
+  return element.bits == 7 ? 1 : element.bits == 8 ? 2 : 3;
 }
 
-template <class Code, int Tiles, int Parts, int... P>
-inline void row_block(const uint8_t* const* blocks, const Table& table, const uint32_t* x,
-                      __m512* acc, std::integer_sequence<int, P...>) {
-  (row_step<Code, Tiles, Parts, P>(blocks, table, x, acc), ...);
-}
-
-struct RowArgs {
+struct FewRowsArgs {
   const Problem& p;
   const Segment* segments;
-  const int32_t* chunk_first;
-  const uint32_t* x;
-  const float* row_sums;  // null without offset
-  int64_t row;
-  int64_t tile;
+  int64_t segment_count;
+  const uint32_t* x;      // [step][part][row]
+  const float* row_sums;  // [segment][row], null without offset
+  int64_t row, tile;      // first of each
 };
 
-template <class Code, int Bits, int Tiles, int Parts>
-void row_kernel(const RowArgs& a) {
+template <class Code, int Rows, int Tiles, int Parts, int P>
+inline void few_rows_step(const uint8_t* const* blocks, const Table& table, const uint32_t* x,
+                          __m512 (*acc)[Tiles]) {
+  __m512i weights[Tiles];
+  for (int t = 0; t < Tiles; ++t) weights[t] = Code::template pair<P>(blocks[t], table);
+  for (int q = 0; q < Parts; ++q)
+    for (int r = 0; r < Rows; ++r) {
+      const __m512bh activation =
+          (__m512bh)_mm512_set1_epi32(static_cast<int>(x[(P * Parts + q) * Rows + r]));
+      for (int t = 0; t < Tiles; ++t)
+        acc[r][t] = _mm512_dpbf16_ps(acc[r][t], (__m512bh)weights[t], activation);
+    }
+}
+
+template <class Code, int Rows, int Tiles, int Parts, int... P>
+inline void few_rows_block(const uint8_t* const* blocks, const Table& table, const uint32_t* x,
+                           __m512 (*acc)[Tiles], std::integer_sequence<int, P...>) {
+  (few_rows_step<Code, Rows, Tiles, Parts, P>(blocks, table, x, acc), ...);
+}
+
+template <class Code, int Bits, int Rows, int Tiles, int Parts>
+void few_rows_kernel(const FewRowsArgs& a) {
   const Problem& p = a.p;
   const Geometry& g = p.geometry;
   const Table table(p);
-  constexpr int64_t kBlockBytes = kRowBytes * Bits;
   const uint8_t* blocks[Tiles];
   for (int t = 0; t < Tiles; ++t) blocks[t] = p.packed + (a.tile + t) * g.tile_bytes();
-  __m512 totals[Tiles];
-  for (int t = 0; t < Tiles; ++t) totals[t] = _mm512_setzero_ps();
   const uint32_t* x = a.x;
+  alignas(64) float totals[Rows][Tiles * kTile] = {};
   alignas(64) float lanes[kTile];
-  const int64_t count = a.chunk_first[chunk_count(g)];
-  for (int64_t s = 0; s < count; ++s) {
-    __m512 acc[Tiles];
-    for (int t = 0; t < Tiles; ++t) acc[t] = _mm512_setzero_ps();
+  for (int64_t s = 0; s < a.segment_count; ++s) {
+    __m512 acc[Rows][Tiles];
+    for (int r = 0; r < Rows; ++r)
+      for (int t = 0; t < Tiles; ++t) acc[r][t] = _mm512_setzero_ps();
     for (int64_t k = a.segments[s].begin; k < a.segments[s].end; k += kBlock) {
       for (int t = 0; t < Tiles; ++t)
         for (int line = 0; line < Bits; ++line)
           _mm_prefetch(blocks[t] + kPrefetchBytes + line * kRowBytes, _MM_HINT_T0);
-      row_block<Code, Tiles, Parts>(blocks, table, x, acc,
-                                    std::make_integer_sequence<int, kPairs>());
-      for (int t = 0; t < Tiles; ++t) blocks[t] += kBlockBytes;
-      x += kPairs * Parts;
+      few_rows_block<Code, Rows, Tiles, Parts>(blocks, table, x, acc,
+                                               std::make_integer_sequence<int, kPairs>());
+      for (int t = 0; t < Tiles; ++t) blocks[t] += kRowBytes * Bits;
+      x += kPairs * Parts * Rows;
     }
     const int64_t group = a.segments[s].group;
+#pragma GCC unroll 8
     for (int t = 0; t < Tiles; ++t) {
       if (a.row_sums != nullptr) {
         load_negated_offset(p, a.tile + t, group, lanes);
-        acc[t] = _mm512_fmadd_ps(_mm512_set1_ps(a.row_sums[s]), _mm512_load_ps(lanes), acc[t]);
+        const __m512 offset = _mm512_load_ps(lanes);
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r)
+          acc[r][t] = _mm512_fmadd_ps(_mm512_set1_ps(a.row_sums[s * Rows + r]), offset, acc[r][t]);
       }
       load_scale(p, a.tile + t, group, lanes);
-      totals[t] = _mm512_fmadd_ps(_mm512_load_ps(lanes), acc[t], totals[t]);
+      const __m512 scale = _mm512_load_ps(lanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) {
+        float* total = &totals[r][t * kTile];
+        _mm512_store_ps(total, _mm512_fmadd_ps(scale, acc[r][t], _mm512_load_ps(total)));
+      }
     }
   }
-  alignas(64) float out[Tiles * kTile];
-  for (int t = 0; t < Tiles; ++t) _mm512_store_ps(out + t * kTile, totals[t]);
-  store_row(p, a.row, a.tile * kTile, Tiles * kTile, out);
+  for (int r = 0; r < Rows; ++r) store_row(p, a.row + r, a.tile * kTile, Tiles * kTile, totals[r]);
 }
 
-using RowKernel = void (*)(const RowArgs&);
+using FewRowsKernel = void (*)(const FewRowsArgs&);
 
-constexpr int kRowTiles = 8;
+// More tiles for one row: it takes that many independent sums to hide the latency.
+constexpr int64_t few_rows_tiles(int64_t rows) { return rows == 1 ? 8 : kRegisterTiles; }
 
-template <class Code, int Bits>
-RowKernel row_kernel_for(int64_t parts) {
-  if (parts == 3) return &row_kernel<Code, Bits, kRowTiles, 3>;
-  if (parts == 2) return &row_kernel<Code, Bits, kRowTiles, 2>;
-  return &row_kernel<Code, Bits, kRowTiles, 1>;
+template <class Code, int Bits, int64_t Rows = kRegisterRows>
+FewRowsKernel few_rows_kernel_for(int64_t rows, int64_t parts) {
+  if constexpr (Rows == 1) {
+    if (parts == 3) return &few_rows_kernel<Code, Bits, 1, few_rows_tiles(1), 3>;
+    if (parts == 2) return &few_rows_kernel<Code, Bits, 1, few_rows_tiles(1), 2>;
+  } else if (rows < Rows) {
+    return few_rows_kernel_for<Code, Bits, Rows - 1>(rows, parts);
+  }
+  return &few_rows_kernel<Code, Bits, Rows, few_rows_tiles(Rows), 1>;
 }
 
-RowKernel row_kernel_for(Element element, int64_t parts) {
-  if (element.kind == Kind::bfloat16) return row_kernel_for<BFloat16, 16>(parts);
+FewRowsKernel few_rows_kernel_for(Element element, int64_t rows, int64_t parts) {
+  if (element.kind == Kind::bfloat16) return few_rows_kernel_for<BFloat16, 16>(rows, parts);
   switch (element.bits) {
     case 1:
-      return row_kernel_for<Integer<1>, 1>(parts);
+      return few_rows_kernel_for<Integer<1>, 1>(rows, parts);
     case 2:
-      return row_kernel_for<Integer<2>, 2>(parts);
+      return few_rows_kernel_for<Integer<2>, 2>(rows, parts);
     case 3:
-      return row_kernel_for<Integer<3>, 3>(parts);
+      return few_rows_kernel_for<Integer<3>, 3>(rows, parts);
     case 4:
-      return row_kernel_for<Integer<4>, 4>(parts);
+      return few_rows_kernel_for<Integer<4>, 4>(rows, parts);
     case 5:
-      return row_kernel_for<Integer<5>, 5>(parts);
+      return few_rows_kernel_for<Integer<5>, 5>(rows, parts);
     case 6:
-      return row_kernel_for<Integer<6>, 6>(parts);
+      return few_rows_kernel_for<Integer<6>, 6>(rows, parts);
     case 7:
-      return row_kernel_for<Integer<7>, 7>(parts);
+      return few_rows_kernel_for<Integer<7>, 7>(rows, parts);
     default:
-      return row_kernel_for<Integer<8>, 8>(parts);
+      return few_rows_kernel_for<Integer<8>, 8>(rows, parts);
   }
 }
 
@@ -239,7 +256,7 @@ RowKernel row_kernel_for(Element element, int64_t parts) {
 
 struct Lanes {
   using Acc = __m512;
-  static constexpr int kRows = 6, kTiles = 4;
+  static constexpr int kRows = kRegisterRows, kTiles = kRegisterTiles;
   static Acc zero() { return _mm512_setzero_ps(); }
   static Acc add_offset(Acc acc, float row_sum, const float* negated_offset) {
     return _mm512_fmadd_ps(_mm512_set1_ps(row_sum), _mm512_loadu_ps(negated_offset), acc);
@@ -253,7 +270,7 @@ struct Lanes {
 struct DotCore : Lanes {
   using Weights = __m512bh;
   using Activation = __m512bh;
-  static constexpr int kStep = 2, kMaxParts = 3, kRowTiles = compressed_linear::cpu::kRowTiles;
+  static constexpr int kStep = 2, kMaxParts = 3;
   static Weights load(const uint8_t* at) { return (__m512bh)_mm512_loadu_si512(at); }
   static Activation broadcast(const uint32_t* word) {
     return (__m512bh)_mm512_set1_epi32(static_cast<int>(*word));
@@ -313,25 +330,36 @@ struct DotCore : Lanes {
     }
   }
 
-  static bool has_row_kernel(const Call<DotCore>& call) {
-    return call.g.padded_group % kBlock == 0;
+  static bool copy_row(const Problem& p, int64_t m, uint32_t* words, int64_t stride) {
+    const Geometry& g = p.geometry;
+    if (p.x_type != Scalar::bfloat16 || !in_order(p) || g.k % 2 != 0) return false;
+    const char* row = static_cast<const char*>(p.x) + 2 * m * p.x_row_stride;
+    for (int64_t i = 0; i < g.k / 2; ++i) std::memcpy(words + i * stride, row + 4 * i, 4);
+    for (int64_t i = g.k / 2; i < g.padded_k / 2; ++i) words[i * stride] = 0;
+    return true;
   }
-  static void row_kernel(const Call<DotCore>& call, int64_t begin, int64_t end) {
-    const Geometry& g = call.g;
-    RowArgs args{call.p,
-                 call.segments,
-                 call.chunk_first,
-                 call.x,
-                 call.offset ? call.row_sums : nullptr,
-                 call.row0,
-                 0};
-    const RowKernel kernel = row_kernel_for(g.element, call.parts);
+
+  // Segments must be whole blocks; several rows of several parts would need too many registers.
+  static int64_t few_rows_tiles(const Call<DotCore>& call) {
+    const int64_t rows = call.panels.rows(0);
+    const bool few =
+        call.panels.count <= few_panels(call.g.element) && (rows == 1 || call.parts == 1);
+    return few && call.g.padded_group % kBlock == 0 ? cpu::few_rows_tiles(rows) : 0;
+  }
+  static void few_rows(const Call<DotCore>& call, int64_t begin, int64_t end) {
+    const int64_t tiles = cpu::few_rows_tiles(call.panels.rows(0));
     for (int64_t unit = begin; unit < end; ++unit) {
-      args.tile = unit * kRowTiles;
-      if (args.tile + kRowTiles <= g.tiles) {
-        kernel(args);
-      } else {
-        call.multiply(0, 1, args.tile, g.tiles);
+      const int64_t tile = unit * tiles;
+      if (tile + tiles > call.g.tiles) {
+        call.multiply(0, call.panels.count, tile, call.g.tiles);
+        continue;
+      }
+      for (int64_t panel = 0; panel < call.panels.count; ++panel) {
+        const int64_t row = call.panels.begin(panel), rows = call.panels.rows(panel);
+        few_rows_kernel_for(call.g.element, rows, call.parts)(
+            {call.p, call.segments, call.segment_count, call.x + row * call.row_words,
+             call.offset ? call.row_sums + row * call.segment_count : nullptr, call.row0 + row,
+             tile});
       }
     }
   }
@@ -341,7 +369,7 @@ struct DotCore : Lanes {
 struct FmaCore : Lanes {
   using Weights = __m512;
   using Activation = __m512;
-  static constexpr int kStep = 1, kMaxParts = 1, kRowTiles = 1;
+  static constexpr int kStep = 1, kMaxParts = 1;
   static Weights load(const uint8_t* at) { return _mm512_loadu_ps(at); }
   static Activation broadcast(const uint32_t* word) { return _mm512_set1_ps(float_of(*word)); }
   static Acc mac(Acc acc, Weights weights, Activation activation) {
@@ -360,8 +388,9 @@ struct FmaCore : Lanes {
                       _mm512_cvtph_ps(_mm256_loadu_si256(
                           reinterpret_cast<const __m256i*>(packed + i * kTile * 2))));
   }
-  static bool has_row_kernel(const Call<FmaCore>&) { return false; }
-  static void row_kernel(const Call<FmaCore>&, int64_t, int64_t) {}
+  static bool copy_row(const Problem&, int64_t, uint32_t*, int64_t) { return false; }
+  static int64_t few_rows_tiles(const Call<FmaCore>&) { return 0; }
+  static void few_rows(const Call<FmaCore>&, int64_t, int64_t) {}
 };
 
 void linear(const Problem& p, const Parallel& parallel) {

@@ -47,11 +47,16 @@ inline int64_t make_segments(const Geometry& g, Segment* segments, int32_t* firs
   return count;
 }
 
+// Whether a row of x lies in memory as the packed weights want it, but for padding at its end.
+inline bool in_order(const Problem& p) {
+  return p.geometry.identity() && p.perm == nullptr && p.x_column_stride == 1;
+}
+
 // Row m of x in fp32 and in the order of the packed weights: row[padded_k].
 inline void widen_row(const Problem& p, int64_t m, float* row) {
   const Geometry& g = p.geometry;
   const int64_t base = m * p.x_row_stride;
-  if (g.identity() && p.perm == nullptr && p.x_column_stride == 1) {
+  if (in_order(p)) {
     load_scalars(p.x, p.x_type, base, g.k, row);
     std::memset(row + g.k, 0, static_cast<size_t>(g.padded_k - g.k) * sizeof(float));
     return;
