@@ -428,6 +428,7 @@ RENAMES = WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."})
     [
         {**GPTQ, "dynamic": {r"^model\.layers\.1\.": {"bits": 8}}},
         {**AUTO_ROUND, "extra_config": {Q: {"bits": 8}}, "block_name_to_quantize": "model.layers"},
+        {**AUTO_ROUND, "extra_config": {r"^model\.layers\.1\.": {"bits": 8}}},
         groups(([r"re:^model\.layers.*"], INT8), ignore=[r"re:^model\.layers.*k_proj"]),
         groups(([Q], INT8), (["Linear"], INT4)),
     ],
@@ -438,6 +439,8 @@ def test_rules_hold_for_a_model_that_renames_its_weights(
     found = parse(config)
     codes = found.codes_tensors[0]
     with_file(found, tmp_path, f"{Q}.{codes}", f"{Q}.scales")
+    found.apply_vllm_mapper(WeightsMapper(orig_to_new_substr={"layers.": "model.layers."}))
+    found.apply_vllm_mapper(WeightsMapper(orig_to_new_substr={"model.model.": "model."}))
     found.apply_vllm_mapper(RENAMES)
     resolution = bits_and_group(found.resolve(f"language_model.{Q}", LayerKind.LINEAR))
     assert resolution is not None

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -284,3 +285,49 @@ def compressed(
     if bits in (3, 5, 6, 7):
         assert packed["weight_packed"].shape[1] == -(-k // (32 // bits)), "packs densely by now"
     return scheme, {f"a.q_proj.{key}": value for key, value in packed.items()}, expected
+
+
+@pytest.mark.parametrize("group", [32, 64, 128, -1])
+@pytest.mark.parametrize("version", ["gemv", "gemv_fast"])
+def test_gemv_files_of_every_group_size(version: str, group: int) -> None:
+    """A packer written number by number from the description of the two layouts."""
+    n, k = 8, 384
+    size = k if group == -1 else group
+    codes, scale, zero = quantized(4, n, k, k // size, seed=group)
+    words = -(-(k // size) // 8)
+    words += -words % {64: 2, 32: 4}.get(group, 1)
+    qweight = torch.zeros((n, k // 8) if version == "gemv" else (n // 4, k), dtype=torch.int64)
+    for row, channel in itertools.product(range(n), range(k)):
+        code = int(codes[row, channel])
+        if version == "gemv":
+            qweight[row, channel // 8] |= code << (channel % 8 * 4)
+            continue
+        # Of 32 channels a·8 + b·2 + c goes to b·8 + c·4 + a; then four rows of 64 in a line.
+        a, b, c = channel % 32 // 8, channel % 8 // 2, channel % 2
+        place = channel // 32 * 32 + b * 8 + c * 4 + a
+        nibble = row % 4 * 64 + place % 64
+        qweight[row // 4, place // 64 * 64 + nibble // 4] |= code << (nibble % 4 * 4)
+    scales = torch.zeros(n, words * 8, dtype=torch.float16)
+    scales[:, : k // size] = scale
+    tensors = {"a.q_proj.qweight": qweight.to(torch.int32)}
+    if version == "gemv":
+        qzeros = torch.zeros(n, words, dtype=torch.int64)
+        for row, index in itertools.product(range(n), range(k // size)):
+            qzeros[row, index // 8] |= int(zero[row, index]) << (index % 8 * 4)
+        tensors |= {"a.q_proj.qzeros": qzeros.to(torch.int32), "a.q_proj.scales": scales}
+        expected = (
+            codes.float() - zero.repeat_interleave(size, 1)
+        ) * scale.float().repeat_interleave(size, 1)
+    else:
+        tensors["a.q_proj.qweight"] = qweight.to(torch.int16)
+        addend = torch.zeros_like(scales)
+        addend[:, : k // size] = -(scale.float() * zero).to(torch.float16)
+        tensors |= {"a.q_proj.qzeros": addend.t(), "a.q_proj.scales": scales.t()}
+        wide = scale.float().repeat_interleave(size, 1)
+        expected = codes.float() * wide + addend[:, : k // size].float().repeat_interleave(size, 1)
+    config = {"quant_method": "awq", "bits": 4, "group_size": group, "version": version}
+    scheme = CompressedLinearConfig.from_config(config).resolve("a.q_proj", LayerKind.LINEAR)
+    assert isinstance(scheme, CheckpointScheme)
+    for axis in ("n", "k"):
+        halves = in_two("a.q_proj", scheme, n, k, axis, tensors)
+        torch.testing.assert_close(halves, expected, rtol=0, atol=0)

@@ -257,10 +257,16 @@ class CompressedLinearConfig(QuantizationConfig):
         if self.headers is not None:
             names = {name: hf_to_vllm_mapper.map_name(name) for name in self.headers}
             self.headers = self.headers.renamed({k: v for k, v in names.items() if v})
-            for name, mapped in names.items():
-                before, after = name.rpartition(".")[0], (mapped or "").rpartition(".")[0]
-                if mapped and before != after:
-                    self.disk_names[after] = self.disk_names.pop(before, before)
+            modules = {
+                name.rpartition(".")[0]: mapped.rpartition(".")[0]
+                for name, mapped in names.items()
+                if mapped
+            }
+            self.disk_names |= {
+                after: self.disk_names.get(before, before)
+                for before, after in modules.items()
+                if before != after
+            }
 
     def get_checkpoint_weight_mapper(self) -> Any:
         """vLLM's base class drops ``g_idx``; only layers that are delegated must not get one."""

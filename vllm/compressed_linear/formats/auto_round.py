@@ -74,8 +74,9 @@ class AutoRoundConfig(CompressedLinearConfig):
         return None
 
     def map_names(self, rename: Any) -> None:
-        self.extra = rename.apply_dict(self.extra)
-        self.blocks = rename.apply_list(self.blocks)
+        # Entries under the checkpoint's names stay: renaming may break an expression.
+        self.extra = {**rename.apply_dict(self.extra), **self.extra}
+        self.blocks = [*rename.apply_list(self.blocks), *self.blocks]
 
     def resolve(self, module: str, kind: LayerKind) -> Resolution:
         if kind is LayerKind.EMBEDDING:

@@ -107,9 +107,9 @@ class CompressedTensorsConfig(CompressedLinearConfig):
         return "; ".join(reasons) or "compressed-tensors without config_groups"
 
     def map_names(self, rename: Any) -> None:
-        self.ignore = rename.apply_list(self.ignore)
+        self.ignore = _renamed(self.ignore, rename)
         for group in self.groups:
-            group.targets = rename.apply_list(group.targets)
+            group.targets = _renamed(group.targets, rename)
 
     def has_attention_scales(self) -> bool:
         return bool(self.config.get("kv_cache_scheme"))
@@ -139,6 +139,13 @@ class CompressedTensorsConfig(CompressedLinearConfig):
             if _matches(target, names):
                 return by_target[target]
         return by_target.get(module_class)
+
+
+def _renamed(entries: list[str], rename: Any) -> list[str]:
+    """Entries under vLLM's names. Regexes are kept as they were too: renaming a text may break the
+    expression, which modules' names in the checkpoint still match."""
+    renamed = rename.apply_list(entries)
+    return [*renamed, *(e for e in entries if e.startswith("re:") and e not in renamed)]
 
 
 def _matches(target: str, names: Sequence[str]) -> bool:
