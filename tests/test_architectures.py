@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantized checkpoints of many model families: the numbers of their dequantised twins."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+
+from architectures import (
+    FAMILIES,
+    SEEING,
+    VOCABULARY,
+    WITHOUT_LOGITS,
+    Checkpoint,
+    Family,
+    layer_outputs,
+    write,
+)
+from model_loading import loaded, logits
+from synthetic import Quant
+from vllm.compressed_linear.plan import PLAN
+
+QUANTS = {
+    "gptq": Quant("gptq"),
+    "gptq-3bit-asymmetric": Quant("gptq", bits=3, symmetric=False),
+    "awq": Quant("awq", symmetric=False),
+    "compressed-tensors": Quant("ct"),
+    "compressed-tensors-asymmetric": Quant("ct", bits=8, symmetric=False),
+}
+FUSED_ON_DISK = ("phi3-fused-on-disk", "falcon-kv-groups", "gpt-neox-fused-by-heads")
+"""Families that also try every kind of layout: their tensors are cut or reordered as they load."""
+ALL = FAMILIES | WITHOUT_LOGITS | SEEING
+
+
+@pytest.fixture(autouse=True)
+def inspect_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM inspects each model class in a process of its own, which takes seconds."""
+    from vllm.model_executor.models import registry
+
+    def inspect(self: Any) -> Any:
+        return registry._ModelInfo.from_model_cls(self.load_model_cls())
+
+    monkeypatch.setattr(registry._LazyRegisteredModel, "inspect_model_cls", inspect)
+
+
+class _NoTorchvision(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Stands in for torchvision, whose names vLLM imports where it defines models that see."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name.partition(".")[0] == "torchvision":
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
+
+    def create_module(self, spec: Any) -> Any:
+        return _AnyName(spec.name)
+
+    def exec_module(self, module: Any) -> None:
+        pass
+
+
+class _AnyName(types.ModuleType):
+    __path__: list[str] = []  # noqa: RUF012
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return MagicMock(name=name)
+
+
+@pytest.fixture(scope="module")
+def torchvision() -> Iterator[None]:
+    """Text needs none of it, and builds of it for CPUs are not on every index."""
+    if importlib.util.find_spec("torchvision") is not None:
+        yield
+        return
+    finder = _NoTorchvision()
+    sys.meta_path.insert(0, finder)
+    yield
+    sys.meta_path.remove(finder)
+
+
+def forms(name: str) -> list[str]:
+    return list(QUANTS) if name in FUSED_ON_DISK else ["gptq", "awq", "compressed-tensors"]
+
+
+def cases(families: dict[str, Family]) -> list[Any]:
+    return [
+        pytest.param(name, form, id=f"{name}-{form}") for name in families for form in forms(name)
+    ]
+
+
+@pytest.fixture(scope="module")
+def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Checkpoint]:
+    """All of a family's checkpoints are written before the first is loaded: where vLLM has no model
+    of its own it wraps the class of the transformers library, for good."""
+    written: dict[str, dict[str, Checkpoint]] = {}
+
+    def get(name: str, form: str) -> Checkpoint:
+        if name not in written:
+            family = ALL[name]
+            written[name] = {
+                form: write(
+                    family,
+                    QUANTS[form],
+                    tmp_path_factory.mktemp(name),
+                    reference=name not in WITHOUT_LOGITS,
+                )
+                for form in forms(name)
+            }
+        return written[name][form]
+
+    return get
+
+
+def assert_same_logits(checkpoint: Checkpoint, **options: Any) -> None:
+    with loaded(checkpoint.quantized, skip_tokenizer_init=True, **options) as model:
+        ours = logits(model, checkpoint.input_ids)[..., :VOCABULARY]
+    assert checkpoint.logits is not None
+    error = torch.log_softmax(ours, -1) - torch.log_softmax(checkpoint.logits, -1)
+    assert float(error.abs().max()) <= 1e-4
+
+
+def assert_same_layers(checkpoint: Checkpoint) -> None:
+    """Every linear of vLLM's model does what stock vLLM's does with the dequantised weights."""
+    ours = layer_outputs(checkpoint.quantized)
+    assert PLAN.prepared == PLAN.expected > 0
+    stock = layer_outputs(checkpoint.ideal)
+    assert ours.keys() == stock.keys()
+    for name, expected in stock.items():
+        torch.testing.assert_close(ours[name], expected, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(("name", "form"), cases(FAMILIES))
+def test_logits_equal_those_of_transformers(
+    name: str, form: str, checkpoint_of: Callable[[str, str], Checkpoint]
+) -> None:
+    checkpoint = checkpoint_of(name, form)
+    assert_same_logits(checkpoint)
+    assert {entry.backend for entry in PLAN.entries.values()} == {"cpu"}
+    quantized = [e for e in PLAN.entries.values() if "uint" in e.descriptor]
+    assert len(quantized) >= len(checkpoint.modules) // 4
+    assert PLAN.prepared == PLAN.expected
+
+
+@pytest.mark.parametrize(("name", "form"), cases(WITHOUT_LOGITS))
+def test_layers_equal_those_of_vllm(
+    name: str, form: str, checkpoint_of: Callable[[str, str], Checkpoint]
+) -> None:
+    assert_same_layers(checkpoint_of(name, form))
+
+
+@pytest.mark.usefixtures("torchvision")
+@pytest.mark.parametrize(("name", "form"), cases(SEEING))
+def test_models_that_see(
+    name: str, form: str, checkpoint_of: Callable[[str, str], Checkpoint]
+) -> None:
+    checkpoint = checkpoint_of(name, form)
+    assert_same_layers(checkpoint)
+    assert_same_logits(checkpoint)
