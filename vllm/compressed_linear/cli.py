@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -52,18 +51,6 @@ def root(
     ] = False,
 ) -> None:
     """Options of the command itself."""
-
-
-def _quiet() -> None:
-    """Keep vLLM's log lines out of the answer: errors only unless the user chose a level, and never
-    on stdout. vLLM reads both variables again whenever it makes a config."""
-    level = os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    log = logging.getLogger("vllm")
-    log.setLevel(level.upper())
-    for handler in log.handlers:
-        if isinstance(handler, logging.StreamHandler):
-            handler.setStream(sys.stderr)
 
 
 def _fail(message: object) -> NoReturn:
@@ -118,7 +105,6 @@ def explain(
     from vllm.compressed_linear.settings import Settings
     from vllm.compressed_linear.weights import CheckpointError
 
-    _quiet()
     machine = _platform(platform)
     try:
         found = explaining.explain(
@@ -149,7 +135,14 @@ def explain(
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Entry point of the console script.
+
+    vLLM's log lines stay out of the answer: errors only unless the user chose a level, and not on
+    stdout. vLLM reads both variables again whenever it makes a config.
+    """
+    level = os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    logging.getLogger("vllm").setLevel(level.upper())
     app()
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +33,17 @@ class PretendGroup:
     @property
     def ranks(self) -> list[int]:
         return list(range(self.world_size))
+
+    @property
+    def device_group(self) -> PretendGroup:
+        return self
+
+    @property
+    def cpu_group(self) -> PretendGroup:
+        return self
+
+    def size(self) -> int:
+        return self.world_size
 
     @property
     def first_rank(self) -> int:
@@ -117,16 +128,20 @@ def check_tensor_parallel(config: Any) -> None:
     config.model_config.verify_with_parallel_config(config.parallel_config)
 
 
-def build_on_meta(config: Any, rank: int) -> tuple[torch.nn.Module, Any]:
+def build_on_meta(
+    config: Any, rank: int, change: Callable[[Any], None]
+) -> tuple[torch.nn.Module, Any]:
     """The model of ``config`` on rank ``rank`` with meta tensors, and its quantization config.
 
-    ``config`` can be used again: names in the quantization config are mapped on a copy.
+    ``config`` can be used again: names in the quantization config are mapped on a copy, to which
+    ``change`` is applied first.
     """
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.utils import initialize_model
 
     pristine = config.quant_config
     config.quant_config = copy.deepcopy(pristine)
+    change(config.quant_config)
     layers = config.compilation_config.static_forward_context
     before = dict(layers)
     layers.clear()

@@ -8,7 +8,7 @@ code as at load. What only values decide is listed as alternatives (``late_facts
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,10 +25,12 @@ from vllm.compressed_linear.late_facts import (
     Hints,
     PartShape,
     ReadTensor,
+    assumed_headers,
     cases,
     read_case,
     shards_from_headers,
 )
+from vllm.compressed_linear.linear import detect_platform
 from vllm.compressed_linear.model_layout import (
     LayerLayout,
     LeftToVllm,
@@ -104,6 +106,7 @@ class Explanation:
     quant_method: str
     platform: str
     tp_size: int
+    this_machine: bool = True
     dtype: str = ""
     model_class: str = ""
     weights_read: bool = False
@@ -118,7 +121,13 @@ class Explanation:
         ranks = [case_list[0] for layer in self.layers for _, case_list in layer.other_ranks] + [
             layer.likely for layer in self.layers
         ]
-        return list(dict.fromkeys(p.error for case in ranks for p in case.parts if p.error))
+        errors = [p.error for case in ranks for p in case.parts if p.error]
+        if self.this_machine:
+            first: dict[str, str] = {}
+            for left in self.left:
+                first.setdefault(left.refusal, left.name)
+            errors += [f"{name} and its like: {why}" for why, name in first.items() if why]
+        return list(dict.fromkeys(errors))
 
     def bytes_checkpoint(self) -> int:
         """Of the layers that would run here, on rank 0."""
@@ -201,8 +210,9 @@ class Checkpoint:
         except CheckpointError as error:
             raise ExplainError(str(error)) from error
         if headers is None:
-            raise ExplainError(f"{path} has no *.safetensors file")
-        _check_index(path, headers)
+            others = sorted(f.name for f in path.iterdir() if f.suffix in (".gguf", ".bin", ".pt"))
+            found = f" (it has {', '.join(others[:3])})" if others else ""
+            raise ExplainError(f"{path} has no *.safetensors file{found}")
         return cls(path, config, headers)
 
 
@@ -224,24 +234,6 @@ def _local_directory(model: str) -> Path:
             f"{model} is no directory and not in the local cache of huggingface_hub; explain does "
             "not download, so fetch it first (hf download …) or give a directory"
         ) from error
-
-
-def _check_index(path: Path, headers: Headers) -> None:
-    """Every tensor that the index promises is in a file."""
-    file = path / "model.safetensors.index.json"
-    if not file.is_file():
-        return
-    try:
-        promised: Mapping[str, str] = json.loads(file.read_text())["weight_map"]
-    except (ValueError, KeyError) as error:
-        raise ExplainError(f"{file} is no index of safetensors files: {error}") from None
-    missing = [name for name in promised if name not in headers]
-    if missing:
-        name = missing[0]
-        raise ExplainError(
-            f"{path / promised[name]}: tensor {name} and {len(missing) - 1} others are listed in "
-            f"{file.name}, but no file has them (is one missing?)"
-        )
 
 
 def explain(
@@ -291,6 +283,7 @@ def _explain(
         quant_method=str(quantization.get("quant_method") or "none"),
         platform=platform.name,
         tp_size=tp_size,
+        this_machine=platform == detect_platform(),
         weights_read=read_weights,
         file_bytes=sum(header.nbytes for header in checkpoint.headers.values()),
     )
@@ -332,6 +325,12 @@ def _explain(
         read_weights,
     )
     by_rank = [[explainer.layer(layout, layer) for layer in layout.layers] for layout in layouts]
+    if explainer.not_found:
+        first, count = explainer.not_found[0], len(set(explainer.not_found))
+        found.notes.append(
+            f"no tensors are called {first}.* in the files ({count} such layers): either they are "
+            "missing, or the model class renames them while it loads; shown as configured"
+        )
     found.layers = [_over_ranks(same) for same in zip(*by_rank, strict=True)]
     found.left = layouts[0].left
     found.dtype, found.model_class = layouts[0].dtype, layouts[0].model_class
@@ -393,6 +392,7 @@ class _Explainer:
         self.hints = hints
         self.file_headers = file_headers
         self.read_weights = read_weights
+        self.not_found: list[str] = []
         self._cases: dict[Any, tuple[Case, ...]] = {}
         self._parts: dict[Any, PartPlan] = {}
 
@@ -412,7 +412,10 @@ class _Explainer:
 
     def _layer_cases(self, layout: ModelLayout, layer: LayerLayout) -> tuple[Case, ...]:
         headers = layout.headers
-        if layer.dense is None and self.read_weights:
+        if layer.sources and not _on_disk(layer.sources, headers):
+            self.not_found.append(layer.name)
+            headers = assumed_headers(layer.sources)
+        elif layer.sources and self.read_weights:
             read = _reader(headers, self.file_headers)
             return (read_case(layer.name, layer.sources, layer.context, headers, read),)
         dense = [] if layer.dense is None else [layer.dense]
@@ -441,6 +444,10 @@ class _Explainer:
                 rejected=rejections(selection),
             )
         return self._parts[key]
+
+
+def _on_disk(sources: Sequence[ShardSource], headers: Headers) -> bool:
+    return any(source.name in headers.modules for source in sources)
 
 
 def _signature(source: ShardSource, headers: Headers) -> Any:

@@ -299,11 +299,13 @@ def _print_left(e: Explanation, console: Console) -> None:
     _print_title("Left to vLLM", console)
     same: dict[Any, list[str]] = {}
     for layer in e.left:
-        key = (_NUMBER.sub("#", layer.name), layer.method, layer.reason)
+        key = (_NUMBER.sub("#", layer.name), layer.method, layer.reason, layer.refusal)
         same.setdefault(key, []).append(layer.name)
-    for (_, method, reason), names in same.items():
+    for (_, method, reason, refusal), names in same.items():
         by = f" ({method})" if method else ""
         console.print(Text(f"{compress_names(names)}{by}: {reason}"))
+        if refusal:
+            _print_line(Text(f"which refuses it here: {refusal}", style="red"), console)
 
 
 def _totals(e: Explanation) -> str:

@@ -44,7 +44,9 @@ def layout_from_headers(
         bias = "bias" in tensors
         context = LayerContext(layout.dtype, layout.dtype, layout.dtype if bias else None)
         found = config.resolve(module, kind)
-        if isinstance(found, Delegated):
+        if ".experts." in f".{module}.":
+            layout.left.append(LeftToVllm(module, str(kind), "", "an expert of a mixture"))
+        elif isinstance(found, Delegated):
             layout.left.append(LeftToVllm(module, str(kind), "", found.reason))
         elif isinstance(found, CheckpointScheme) and (shape := _shape(found, tensors)):
             n, k = shape

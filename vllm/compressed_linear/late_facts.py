@@ -11,13 +11,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
 from vllm.compressed_linear.execution import checkpoint_bytes
-from vllm.compressed_linear.headers import Headers
+from vllm.compressed_linear.headers import Headers, TensorHeader
 from vllm.compressed_linear.layout import Role
+from vllm.compressed_linear.numerics import torch_dtype
 from vllm.compressed_linear.parameter import (
     CheckpointParameter,
     collect_shards,
@@ -114,6 +116,22 @@ def shards_from_headers(
                 tensor = torch.empty(header.shape, dtype=dtype, device="meta")
             load_checkpoint_tensor(parameter, tensor, shard)
     return collect_shards(parameters, sources)
+
+
+def assumed_headers(sources: Sequence[ShardSource]) -> Headers:
+    """Headers as the configuration describes them, every optional tensor included."""
+    found = {}
+    for source in sources:
+        scale = source.scheme.weight.scale
+        for stored in source.scheme.tensors:
+            dtype = stored.dtype
+            if stored.role is Role.SCALE and scale is not None:
+                dtype = scale.dtype
+            shape = stored.shape(source.extents)
+            found[f"{source.name}.{stored.name}"] = TensorHeader(
+                dtype, shape, prod(shape) * torch_dtype(dtype).itemsize, ""
+            )
+    return Headers(found)
 
 
 def read_case(
@@ -279,7 +297,7 @@ class _Supposed(LoadedShard):
 
     def __init__(self, shard: LoadedShard) -> None:
         super().__init__(shard.source, shard.tensors, shard.packings)
-        scale, zero = shard.scale(), shard.zero_in_codes()
+        scale, zero = shard.scale(), shard.zero()
         self._scale = None if scale is None else torch.ones(1, 1, dtype=scale.dtype)
         self._zero_dtype = None if zero is None else zero.dtype
         self._orders: dict[int, torch.Tensor] = {}
@@ -289,12 +307,15 @@ class _Supposed(LoadedShard):
     def scale(self) -> torch.Tensor | None:
         return self._scale
 
-    def zero_in_codes(self) -> torch.Tensor | None:
-        if self._zero_dtype is None:
+    def zero(self) -> torch.Tensor | None:
+        spec = self.source.scheme.weight.zero
+        if self._zero_dtype is None or spec is None:
             return None
         middle = 1 << (self.source.scheme.weight.element.bits - 1)
         value = middle if self.middle else middle - 1
-        return torch.full((1, 1), value, dtype=self._zero_dtype)
+        # With scales of 1 a stored minimum is the negated zero point.
+        sign = -1 if spec.kind == "minimum" and spec.negated else 1
+        return torch.full((1, 1), sign * value, dtype=self._zero_dtype)
 
     def group_index(self) -> torch.Tensor:
         if self.stored(Role.GROUP_INDEX) is None:

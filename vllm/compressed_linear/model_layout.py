@@ -23,6 +23,9 @@ from vllm.compressed_linear.refine import LayerContext
 from vllm.compressed_linear.resolution import LayerKind, Unquantized
 from vllm.compressed_linear.weights import LoadedShard, ShardSource
 
+LONGEST_REASON = 160
+"""Characters of another library's error that are worth repeating."""
+
 
 class ModelUnavailableError(RuntimeError):
     """vLLM's class for a model cannot be built here; the message says why."""
@@ -51,12 +54,14 @@ class LayerLayout:
 
 @dataclass(frozen=True)
 class LeftToVllm:
-    """A layer with weights that vLLM's own code runs, and why."""
+    """A layer with weights that vLLM's own code runs, and why. ``refusal``: what that code says if
+    it will not run it on this machine."""
 
     name: str
     kind: str
     method: str
     reason: str
+    refusal: str = ""
 
 
 @dataclass
@@ -104,8 +109,9 @@ def _unavailable(error: Exception) -> Exception:
         if isinstance(cause, ConfigError):
             return cause
         cause = cause.__cause__ or cause.__context__
-    lines = str(error).strip().splitlines() or [""]
-    return ModelUnavailableError(f"{type(error).__name__}: {' '.join(lines[:3])}")
+    # pydantic's messages list every architecture there is.
+    text = " ".join(str(error).split())
+    return ModelUnavailableError(f"{type(error).__name__}: {text[:LONGEST_REASON]}")
 
 
 def _layout(config: Any, rank: int) -> ModelLayout:
@@ -113,7 +119,10 @@ def _layout(config: Any, rank: int) -> ModelLayout:
     saved = dict(vars(PLAN))
     PLAN.reset()
     try:
-        model, quant_config = compat_model.build_on_meta(config, rank)
+        refused: dict[str, LeftToVllm] = {}
+        model, quant_config = compat_model.build_on_meta(
+            config, rank, lambda copied: _survive_refusals(copied, refused)
+        )
         delegated = {e.name: e for e in PLAN.entries.values() if e.backend == DELEGATED}
     except Exception as error:
         raise _unavailable(error) from error
@@ -125,8 +134,30 @@ def _layout(config: Any, rank: int) -> ModelLayout:
         model_class=type(model).__name__,
     )
     for name, module in model.named_modules():
-        _add(layout, name, module, quant_config, delegated)
+        if name in refused:
+            layout.left.append(refused[name])
+        else:
+            _add(layout, name, module, quant_config, delegated)
     return layout
+
+
+def _survive_refusals(config: CompressedLinearConfig, refused: dict[str, LeftToVllm]) -> None:
+    """Where vLLM's code will not run a layer that is left to it, note that and go on building."""
+    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+    delegate = config.delegate
+
+    def survive(layer: Any, prefix: str, reason: str) -> Any:
+        try:
+            return delegate(layer, prefix, reason)
+        except ConfigError:
+            raise
+        except Exception as error:
+            refusal = f"{type(error).__name__}: {' '.join(str(error).split())[:LONGEST_REASON]}"
+            refused[prefix] = LeftToVllm(prefix, type(layer).__name__, "", reason, refusal)
+            return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+
+    config.delegate = survive  # type: ignore[method-assign]
 
 
 def _add(
