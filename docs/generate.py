@@ -17,6 +17,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -214,16 +215,22 @@ def _short(error: str) -> str:
 
 
 def _runs_on(name: str) -> str:
+    from vllm.compressed_linear.plan import DELEGATED, PLAN
+
+    _load(ROOT / FIXTURES / name)
+    found = sorted({entry.backend for entry in PLAN.entries.values()})
+    return ", ".join("vLLM’s own code" if b == DELEGATED else f"`{b}`" for b in found)
+
+
+def _load(path: Path, **variables: str) -> None:
+    """Load a checkpoint into vLLM's model class in this process; the plan is that of the load."""
     sys.path.insert(0, str(ROOT / "tests"))
     try:
         from model_loading import loaded
     finally:
         sys.path.pop(0)
-    from vllm.compressed_linear.plan import DELEGATED, PLAN
-
-    with environment(), loaded(ROOT / FIXTURES / name, "bfloat16"):
-        found = sorted({entry.backend for entry in PLAN.entries.values()})
-    return ", ".join("vLLM’s own code" if b == DELEGATED else f"`{b}`" for b in found)
+    with environment(**variables), loaded(path, "bfloat16"):
+        pass
 
 
 def benchmark(file: str) -> str:
@@ -249,12 +256,48 @@ def benchmark(file: str) -> str:
     return f"{table(head, rows, right=len(head) - 1)}\n\n{caption}"
 
 
+def message(name: str) -> str:
+    """An error, provoked by ``messages.py``; lines that go on are indented."""
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        import messages
+    finally:
+        sys.path.pop(0)
+    with environment():
+        lines = messages.message(name).splitlines()
+    wrapped = [
+        textwrap.fill(line, int(WIDTH), subsequent_indent=" " * (len(line) - len(line.lstrip()) + 4),
+                      break_long_words=False, break_on_hyphens=False)
+        for line in lines
+    ]
+    return "```text\n" + "\n".join(wrapped) + "\n```"
+
+
+def plan_file(name: str) -> str:
+    """The beginning of a plan file: everything but the layers, and the first of these."""
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "plan.json"
+        _load(ROOT / FIXTURES / name, VLLM_COMPRESSED_LINEAR_PLAN_FILE=str(file))
+        lines = file.read_text().splitlines()
+    end = lines.index("  },")
+    return "```json\n" + "\n".join(lines[: end + 1]) + "\n```"
+
+
+def source(file: str) -> str:
+    """A file of the repository, without its licence line."""
+    text = (ROOT / file).read_text().removeprefix("# SPDX-License-Identifier: Apache-2.0\n")
+    return f"```{'toml' if file.endswith('.toml') else 'py'}\n{text.strip()}\n```"
+
+
 PARTS: dict[str, Callable[..., str]] = {
     "benchmark": benchmark,
     "capabilities": capability_matrix,
     "command": command,
     "coverage": coverage,
+    "message": message,
+    "plan-file": plan_file,
     "settings": settings_table,
+    "source": source,
 }
 
 
