@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 
 HOST = "127.0.0.1"
-START_SECONDS = 300
+START_SECONDS = 600
 STOP_SECONDS = 30
 
 
