@@ -62,10 +62,8 @@ class LoadedModel:
 def engine_args(path: Path, dtype: str = "float32", **options: Any) -> Any:
     from vllm.engine.arg_utils import EngineArgs
 
-    options.setdefault("max_model_len", 64)
-    return EngineArgs(
-        model=str(path), dtype=dtype, enforce_eager=True, load_format="safetensors", **options
-    )
+    options = {"max_model_len": 64, "load_format": "safetensors"} | options
+    return EngineArgs(model=str(path), dtype=dtype, enforce_eager=True, **options)
 
 
 @contextmanager

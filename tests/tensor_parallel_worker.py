@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 import torch
-from model_loading import init_distributed, loaded, logits
 
+from model_loading import init_distributed, loaded, logits
 from vllm.compressed_linear.plan import PLAN
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``LLM()`` with vLLM's defaults: what ran is what the plan says, compiled graphs are never stale."""
+"""``LLM()`` with vLLM's defaults: what ran is what the plan says, no compiled graph is stale."""
 
 from __future__ import annotations
 

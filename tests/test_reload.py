@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from model_loading import LoadedModel, loaded, logits
 from synthetic import Model, Quant, write
 

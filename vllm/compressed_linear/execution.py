@@ -18,6 +18,7 @@ from vllm.compressed_linear.backend import (
     weight_magnitude,
 )
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
+from vllm.compressed_linear.heap import large_blocks_apart
 from vllm.compressed_linear.numerics import torch_dtype
 from vllm.compressed_linear.plan import PLAN, PlanEntry, rejections
 from vllm.compressed_linear.platform import Platform
@@ -73,13 +74,12 @@ def prepare(
     executors = []
     for index, part in enumerate(parts):
         selection = (
-            pinned[index].selection
-            if pinned
-            else choose(name, part.descriptor, platform, settings)
+            pinned[index].selection if pinned else choose(name, part.descriptor, platform, settings)
         )
         begin = time.perf_counter()
         method = selection.chosen(part.descriptor)
-        tensors = method.prep_weights_for_execution(part.weights)
+        with large_blocks_apart():
+            tensors = method.prep_weights_for_execution(part.weights)
         seconds = time.perf_counter() - begin
         self_check(name, method, tensors, part.weights)
         stop = part.start + part.descriptor.n

@@ -28,7 +28,7 @@ from vllm.compressed_linear.layout import (
 )
 from vllm.compressed_linear.numerics import torch_dtype
 
-CHUNK_BYTES = 16 << 20
+CHUNK_BYTES = 4 << 20
 """Standard-layout bytes that one chunk of rows may take."""
 
 

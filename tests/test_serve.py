@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A live ``vllm serve`` on loopback, asked by two streams at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from conftest import checkpoint
+from model_loading import free_port
+from vllm.compressed_linear import settings
+
+pytestmark = pytest.mark.e2e
+
+START_SECONDS = 240
+
+
+@contextmanager
+def server(model: Path, log: Path, plan: Path) -> Iterator[str]:
+    """A server that has answered /health; Ctrl-C must end it with no process left."""
+    port = free_port()
+    command = [
+        str(Path(sys.executable).parent / "vllm"),
+        "serve",
+        str(model),
+        *("--host", "127.0.0.1", "--port", str(port), "--served-model-name", "tiny"),
+        *("--max-model-len", "512", "--enforce-eager", "--gpu-memory-utilization", "0.3"),
+    ]
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            command,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {settings.PLAN_FILE: str(plan)},
+            start_new_session=True,
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                urllib.request.urlopen(f"{url}/health", timeout=5).close()
+                break
+            except (urllib.error.URLError, OSError):
+                assert process.poll() is None, log.read_text()[-4000:]
+                assert time.monotonic() < deadline, log.read_text()[-4000:]
+                time.sleep(0.5)
+        yield url
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def stream(url: str, prompt: list[int], events: list[tuple[float, str]]) -> None:
+    """Ask for a streamed completion and note when each piece came."""
+    body = {
+        "model": "tiny",
+        "prompt": prompt,
+        "max_tokens": 400,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    request = urllib.request.Request(
+        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        for line in answer:
+            text = line.decode().strip().removeprefix("data: ")
+            if text and text != "[DONE]":
+                events.append((time.monotonic(), json.loads(text)["choices"][0]["text"]))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gptqmodel-gptq-w4-g32-asym-descact",
+        "autoawq-awq-gemm-g64-asym-skip-v",
+        "llmcompressor-w4a16-sym-g128-lmhead",
+    ],
+)
+def test_two_streams_at_once(name: str, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    with server(checkpoint(name), tmp_path / "server.log", plan) as url:
+        prompts = [[5, 6, 7, 8, 9], [40, 41, 42]]
+        alone: list[list[tuple[float, str]]] = [[], []]
+        for prompt, events in zip(prompts, alone, strict=True):
+            stream(url, prompt, events)
+        together: list[list[tuple[float, str]]] = [[], []]
+        threads = [
+            threading.Thread(target=stream, args=(url, prompt, events))
+            for prompt, events in zip(prompts, together, strict=True)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    first, second = together
+    assert max(first[0][0], second[0][0]) < min(first[-1][0], second[-1][0]), "not concurrent"
+    for one, two in zip(alone, together, strict=True):
+        assert len(one) >= 200
+        assert _text(one)[:200] == _text(two)[:200]
+    layers = json.loads(plan.read_text())["layers"]
+    assert {layer["backend"] for layer in layers} == {"cpu"}
+    log = (tmp_path / "server.log").read_text()
+    assert log.count("compressed_linear: ") == 1
+    assert "Traceback" not in log
+
+
+def _text(events: list[tuple[float, str]]) -> str:
+    return "".join(text for _, text in events)
