@@ -182,6 +182,35 @@ def test_marlin_files_are_read_as_vllms_packer_writes_them(
         torch.testing.assert_close(halves, weight, rtol=0, atol=0)
 
 
+def test_marlin_tiles_may_hold_a_part_of_a_fused_weight() -> None:
+    """q|k|v in one tensor on disk, each of them no whole number of tiles; two ranks."""
+    from vllm.model_executor.layers.quantization.utils.marlin_utils import marlin_permute_scales
+    from vllm.model_executor.layers.quantization.utils.marlin_utils_test import (
+        get_weight_perm,
+        marlin_weights,
+    )
+
+    widths, k = (160, 48, 48), 256
+    codes, scale, _ = quantized(4, sum(widths), k, 2)
+    packed = marlin_weights(codes.t().to(torch.int32), k, sum(widths), 4, get_weight_perm(4))
+    permuted = marlin_permute_scales(scale.t().contiguous(), k, sum(widths), 128)
+    weight = (codes.float() - 8) * scale.float().repeat_interleave(128, 1)
+    config = {"quant_method": "marlin", "bits": 4, "group_size": 128}
+    scheme = CompressedLinearConfig.from_config(config).resolve("a.qkv_proj", LayerKind.LINEAR)
+    assert isinstance(scheme, CheckpointScheme)
+    for rank in (0, 1):
+        sources = [
+            source_of("a.qkv_proj", scheme, n, k, {"n_start": rank * n // 2, "n": n // 2})
+            for n in widths
+        ]
+        parameters = create_parameters(sources, "a.qkv_proj")
+        for name, tensor in (("B", packed), ("s", permuted)):
+            parameters[name].weight_loader(parameters[name], tensor)
+        expected = [part.chunk(2)[rank] for part in weight.split(widths)]
+        for shard, part in zip(collect_shards(parameters, sources), expected, strict=True):
+            torch.testing.assert_close(shard.dequantize(0, len(part)), part, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("n", "k", "complaint"),
     [(200, 384, "needs N a multiple of 64, but N is 200"), (256, 380, "needs K a multiple of 16")],

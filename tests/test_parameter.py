@@ -260,10 +260,8 @@ def test_scales_keep_the_dtype_of_the_file() -> None:
     parts = weight.standard
     assert parts.scale is not None
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        scale = weight.standard.scale.to(dtype)
-        changed = Disk(
-            "q", GPTQ, StandardWeights(weight.standard.codes, scale, weight.standard.zero)
-        )
+        scale = parts.scale.to(dtype)
+        changed = Disk("q", GPTQ, StandardWeights(parts.codes, scale, parts.zero))
         (shard,) = loaded([changed.source()], [changed], [None])
         assert shard.scale() is not None
         assert torch.equal(shard.scale(), scale)  # type: ignore[arg-type]

@@ -124,11 +124,20 @@ def _fused(sources: Sequence[ShardSource], shard: int) -> ShardSource:
 
 
 def _capacity(sources: Sequence[ShardSource], shard: int, stored: StoredTensor) -> int:
-    """Elements that any way of storing this tensor can need."""
-    ways = [sources[shard]]
-    if len(sources) > 1:
-        ways.append(_fused(sources, shard))
-    return max(prod(w.kept_shape(stored, p)) for w in ways for p in stored.packings)
+    """Elements that any way of storing this tensor can need; ``ValueError`` if there is none.
+
+    A layout in tiles may hold a fused tensor, but not each of its shards alone.
+    """
+    alone = [sources[shard]]
+    fused = [_fused(sources, shard)] if len(sources) > 1 else []
+    sizes = []
+    for way in (*fused, *alone):
+        try:
+            sizes += [prod(way.kept_shape(stored, packing)) for packing in stored.packings]
+        except ValueError:
+            if not sizes and way in alone:
+                raise
+    return max(sizes)
 
 
 def load_checkpoint_tensor(
