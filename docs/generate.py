@@ -3,9 +3,9 @@
 
     python docs/generate.py
 
-Such a part stands between ``<!-- generated: NAME ARGUMENT... -->`` and ``<!-- end -->`` in README.md
-or a page of ``docs/``; NAME is a key of ``PARTS``. ``tests/test_documentation.py`` fails when a page
-and the code disagree.
+Such a part stands between ``<!-- generated: NAME ARGUMENT... -->`` and ``<!-- end -->`` in
+README.md or a page of ``docs/``; NAME is a key of ``PARTS``. ``tests/test_documentation.py`` fails
+when a page and the code disagree.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import tempfile
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,7 @@ def _ranges(numbers: Any) -> str:
 
 def coverage(summary: str = "") -> str:
     """Which fixtures vLLM by itself and this package load; with ``count`` only how many."""
-    names = sorted(path.name for path in (ROOT / FIXTURES).iterdir() if path.is_dir())
+    names = tuple(sorted(path.name for path in (ROOT / FIXTURES).iterdir() if path.is_dir()))
     stock = _stock(names)
     ours = {name: _runs_on(name) for name in names}
     if summary == "count":
@@ -188,7 +189,8 @@ def coverage(summary: str = "") -> str:
     return table(["checkpoint", "vLLM 0.32 by itself", "with this package, runs on"], rows)
 
 
-def _stock(names: Sequence[str]) -> dict[str, str]:
+@cache
+def _stock(names: tuple[str, ...]) -> dict[str, str]:
     """Why vLLM by itself, on this machine's CPU, does not load a fixture; empty if it does."""
     import torch
 
@@ -247,10 +249,10 @@ def benchmark(file: str) -> str:
         rows.append([result["name"], f"{result['weight_bytes'] / 1e6:.1f}", *cells])
     threads = f"{report['threads']} thread" + ("s" if report["threads"] > 1 else "")
     caption = (
-        f"N={report['n']}, K={report['k']}, groups of {report['group']}, bf16 activations, {threads} "
-        f"of {about['cpu']} ({about['isa']}), torch {about['torch']}, vLLM {about['vllm']}, "
-        f"{about['date']}. The same process reads memory at {limits['read_gb_per_s']:.1f} GB/s and "
-        f"multiplies large bf16 matrices at {limits['bf16_gemm_gflop_per_s']:.0f} GFLOP/s."
+        f"N={report['n']}, K={report['k']}, groups of {report['group']}, bf16 activations, "
+        f"{threads} of {about['cpu']} ({about['isa']}), torch {about['torch']}, "
+        f"vLLM {about['vllm']}, {about['date']}. The same process reads memory at "
+        f"{limits['read_gb_per_s']:.1f} GB/s and multiplies large bf16 matrices at {limits['bf16_gemm_gflop_per_s']:.0f} GFLOP/s."
     )
     head = ["kernel", "MB", *(f"M={m}" for m in tokens)]
     return f"{table(head, rows, right=len(head) - 1)}\n\n{caption}"
@@ -266,8 +268,13 @@ def message(name: str) -> str:
     with environment():
         lines = messages.message(name).splitlines()
     wrapped = [
-        textwrap.fill(line, int(WIDTH), subsequent_indent=" " * (len(line) - len(line.lstrip()) + 4),
-                      break_long_words=False, break_on_hyphens=False)
+        textwrap.fill(
+            line,
+            int(WIDTH),
+            subsequent_indent=" " * (len(line) - len(line.lstrip()) + 4),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
         for line in lines
     ]
     return "```text\n" + "\n".join(wrapped) + "\n```"

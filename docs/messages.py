@@ -215,9 +215,7 @@ ERRORS: dict[str, Callable[[], str]] = {
     "wrong-numbers": wrong_numbers,
     "missing-key": from_changed(config=lambda c: c.pop("bits")),
     "bits": from_changed(config=lambda c: c.update(bits=5)),
-    "contradiction": from_changed(
-        config=lambda c: c.update(dynamic={"-:.*q_proj": {}})
-    ),
+    "contradiction": from_changed(config=lambda c: c.update(dynamic={"-:.*q_proj": {}})),
     "truncated": truncated,
     "missing-tensor": from_changed(tensors=lambda t: t.pop(f"{Q_PROJ}.scales")),
     "shape": from_changed(tensors=cut("scales")),
