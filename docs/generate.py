@@ -252,7 +252,9 @@ def benchmark(file: str) -> str:
         f"N={report['n']}, K={report['k']}, groups of {report['group']}, bf16 activations, "
         f"{threads} of {about['cpu']} ({about['isa']}), torch {about['torch']}, "
         f"vLLM {about['vllm']}, {about['date']}. The same process reads memory at "
-        f"{limits['read_gb_per_s']:.1f} GB/s and multiplies large bf16 matrices at {limits['bf16_gemm_gflop_per_s']:.0f} GFLOP/s."
+        f"{limits['read_gb_per_s']:.1f} GB/s and multiplies large bf16 matrices at "
+        f"{limits['bf16_gemm_gflop_per_s']:.0f} GFLOP/s. Load of the machine before: "
+        f"{about['load_average_before']:.1f}."
     )
     head = ["kernel", "MB", *(f"M={m}" for m in tokens)]
     return f"{table(head, rows, right=len(head) - 1)}\n\n{caption}"
