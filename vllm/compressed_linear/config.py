@@ -138,6 +138,11 @@ class CompressedLinearConfig(QuantizationConfig):
         """Whether the checkpoint quantizes the KV cache, which vLLM's own config sees to."""
         return False
 
+    @property
+    def kv_cache_scheme(self) -> dict[str, Any] | None:
+        """vLLM's attention layers ask for it, to quantize the cache as the checkpoint says."""
+        return self.config.get("kv_cache_scheme") if self.has_attention_scales() else None
+
     def create_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The legacy path: a ready method for a layer, or None for the ordinary way."""
         return None
