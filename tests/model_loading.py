@@ -70,10 +70,13 @@ def engine_args(path: Path, dtype: str = "float32", **options: Any) -> Any:
 def loaded(path: Path, dtype: str = "float32", **options: Any) -> Iterator[LoadedModel]:
     """Build and load the model at ``path`` as a vLLM worker does."""
     from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers import rotary_embedding
     from vllm.model_executor.model_loader import get_model
 
     from vllm.compressed_linear.plan import PLAN
 
+    # Models share rotary embeddings; a reload that was refused leaves them without data.
+    rotary_embedding._ROPE_DICT.clear()
     # vLLM collects garbage for every model; what is imported by now need not be looked at again.
     gc.freeze()
     if not torch.accelerator.is_available():
