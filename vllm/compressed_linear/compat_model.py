@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -87,6 +88,11 @@ def inspect_models_here(architectures: list[str]) -> None:
     from vllm.model_executor.models import registry
 
     known = registry.ModelRegistry.models
+    if not any(name in known for name in architectures):
+        # vLLM wraps the class of the transformers library then.
+        architectures = [
+            name for name in known if re.fullmatch(r"Transformers\w*ForCausalLM", name)
+        ]
     for name in architectures:
         model = known.get(name)
         if type(model).__name__ == "_LazyRegisteredModel":
@@ -158,3 +164,21 @@ def build_on_meta(
         config.quant_config = pristine
         layers.clear()
         layers.update(before)
+
+
+def stacked_names(
+    model: torch.nn.Module, names: Mapping[str, str]
+) -> dict[str, list[tuple[str, Any]]]:
+    """What the model's own mapper says of tensors that it puts together as they load: name of the
+    fused tensor → (name of a part, its shard). ``names``: name in the files → name of the part."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    ask = getattr(mapper, "_map_name_with_shard", None)
+    found: dict[str, list[tuple[str, Any]]] = {}
+    if ask is None:
+        return found
+    for on_disk, part in names.items():
+        fused, shard = ask(on_disk) or ("", None)
+        if shard is not None:
+            for one in shard if isinstance(shard, list) else [shard]:
+                found.setdefault(fused, []).append((part, one))
+    return found

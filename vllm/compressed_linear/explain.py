@@ -8,7 +8,7 @@ code as at load. What only values decide is listed as alternatives (``late_facts
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,16 +20,7 @@ from vllm.compressed_linear.config import CompressedLinearConfig, format_of, for
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
 from vllm.compressed_linear.execution import choose
 from vllm.compressed_linear.headers import Headers, read_headers
-from vllm.compressed_linear.late_facts import (
-    Case,
-    Hints,
-    PartShape,
-    ReadTensor,
-    assumed_headers,
-    cases,
-    read_case,
-    shards_from_headers,
-)
+from vllm.compressed_linear.late_facts import Case, Hints, PartShape, cases, read_case
 from vllm.compressed_linear.linear import detect_platform
 from vllm.compressed_linear.model_layout import (
     LayerLayout,
@@ -38,11 +29,12 @@ from vllm.compressed_linear.model_layout import (
     ModelUnavailableError,
     model_layouts,
 )
+from vllm.compressed_linear.on_disk import ReadTensor, assumed, load_shards, locate
 from vllm.compressed_linear.plan import Rejection, rejections
 from vllm.compressed_linear.platform import Platform
 from vllm.compressed_linear.registry import NoBackendError
 from vllm.compressed_linear.settings import Settings
-from vllm.compressed_linear.weights import CheckpointError, ShardSource
+from vllm.compressed_linear.weights import CheckpointError
 
 
 class ExplainError(ValueError):
@@ -411,18 +403,23 @@ class _Explainer:
         return LayerPlan(layer.name, layer.kind, found, layer.reasons)
 
     def _layer_cases(self, layout: ModelLayout, layer: LayerLayout) -> tuple[Case, ...]:
-        headers = layout.headers
-        if layer.sources and not _on_disk(layer.sources, headers):
-            self.not_found.append(layer.name)
-            headers = assumed_headers(layer.sources)
-        elif layer.sources and self.read_weights:
-            read = _reader(headers, self.file_headers)
-            return (read_case(layer.name, layer.sources, layer.context, headers, read),)
-        dense = [] if layer.dense is None else [layer.dense]
-        sources = [shard.source for shard in dense] or layer.sources
-        key = (layer.context, tuple(_signature(source, headers) for source in sources))
+        if layer.dense is not None:
+            return cases([layer.dense], layer.context, self.hints)
+        name, sources = layer.name, layer.sources
+        tensors = locate(name, sources, layout.headers, layout.stacked)
+        if tensors and self.read_weights:
+            read = _reader(layout.headers, self.file_headers)
+            return (read_case(name, sources, layer.context, tensors, read),)
+        if not tensors:
+            self.not_found.append(name)
+            tensors = assumed(sources)
+        key = (
+            layer.context,
+            tuple(replace(source, name=source.name.rpartition(".")[2]) for source in sources),
+            tuple((name, *(part.signature for part in found)) for name, found in tensors.items()),
+        )
         if key not in self._cases:
-            shards = dense or shards_from_headers(layer.name, layer.sources, headers)
+            shards = load_shards(name, sources, tensors)
             self._cases[key] = cases(shards, layer.context, self.hints)
         return self._cases[key]
 
@@ -444,19 +441,6 @@ class _Explainer:
                 rejected=rejections(selection),
             )
         return self._parts[key]
-
-
-def _on_disk(sources: Sequence[ShardSource], headers: Headers) -> bool:
-    return any(source.name in headers.modules for source in sources)
-
-
-def _signature(source: ShardSource, headers: Headers) -> Any:
-    """Equal for shards that can only turn out alike."""
-    stored = []
-    for tensor in source.scheme.tensors:
-        header = headers.get(f"{source.name}.{tensor.name}")
-        stored.append(None if header is None else (header.dtype, header.shape))
-    return replace(source, name=source.name.rpartition(".")[2]), tuple(stored)
 
 
 def _reader(headers: Headers, file_headers: Headers) -> ReadTensor:

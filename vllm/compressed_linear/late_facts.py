@@ -9,31 +9,20 @@ combination is supposed in turn and given to the same ``refine`` that sees the l
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 
 import torch
 
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
 from vllm.compressed_linear.execution import checkpoint_bytes
-from vllm.compressed_linear.headers import Headers, TensorHeader
 from vllm.compressed_linear.layout import Role
-from vllm.compressed_linear.numerics import torch_dtype
-from vllm.compressed_linear.parameter import (
-    CheckpointParameter,
-    collect_shards,
-    create_parameters,
-    load_checkpoint_tensor,
-)
+from vllm.compressed_linear.on_disk import LayerTensors, ReadTensor, load_shards
 from vllm.compressed_linear.refine import LayerContext, refine
-from vllm.compressed_linear.weights import CheckpointError, LoadedShard, ShardSource
+from vllm.compressed_linear.weights import LoadedShard, ShardSource
 
 MIXED_SHARDS = 3
 """Up to this many shards with open facts, shards that differ among themselves are supposed too."""
-
-ReadTensor = Callable[[str], torch.Tensor]
-"""A tensor of the checkpoint by vLLM's name for it."""
 
 
 @dataclass(frozen=True)
@@ -69,84 +58,19 @@ class Case:
     from_sample: bool = False
 
 
-def shards_from_headers(
-    layer: str,
-    sources: Sequence[ShardSource],
-    headers: Headers,
-    read: ReadTensor | None = None,
-    *,
-    codes: bool = False,
-) -> list[LoadedShard]:
-    """The shards as loading would leave them: meta tensors, and real ones for what ``read`` is
-    asked for (everything but codes, unless ``codes``).
-
-    Raises ``CheckpointError`` as loading would: a tensor is missing, or has another shape or dtype.
-    """
-    with torch.device("meta"):
-        parameters = create_parameters(sources, layer)
-    fused_on_disk = len(sources) > 1 and len({source.name for source in sources}) == 1
-    for name, parameter in parameters.items():
-        role = parameter.regions[0].stored.role
-        real = read is not None and (codes or role is not Role.CODES)
-        if real or role is Role.SHAPE:
-            parameters[name] = parameter = CheckpointParameter(
-                data=torch.zeros(parameter.shape, dtype=parameter.dtype),
-                regions=parameter.regions,
-                layer_name=layer,
-                tensor_name=name,
-            )
-        wanted: dict[int | None, list[ShardSource]] = (
-            {None: list(sources)}
-            if fused_on_disk
-            else {region.shard: [region.source] for region in parameter.regions}
-        )
-        for shard, held in wanted.items():
-            full_name = f"{held[0].name}.{name}"
-            header = headers.get(full_name)
-            if header is None:
-                continue
-            if real and read is not None:
-                tensor = read(full_name)
-            elif role is Role.SHAPE:
-                tensor = torch.tensor([sum(s.full_n for s in held), held[0].full_k])
-            else:
-                dtype = getattr(torch, header.dtype, None)
-                if not isinstance(dtype, torch.dtype):
-                    raise CheckpointError(f"{full_name} has an unknown dtype {header.dtype!r}")
-                tensor = torch.empty(header.shape, dtype=dtype, device="meta")
-            load_checkpoint_tensor(parameter, tensor, shard)
-    return collect_shards(parameters, sources)
-
-
-def assumed_headers(sources: Sequence[ShardSource]) -> Headers:
-    """Headers as the configuration describes them, every optional tensor included."""
-    found = {}
-    for source in sources:
-        scale = source.scheme.weight.scale
-        for stored in source.scheme.tensors:
-            dtype = stored.dtype
-            if stored.role is Role.SCALE and scale is not None:
-                dtype = scale.dtype
-            shape = stored.shape(source.extents)
-            found[f"{source.name}.{stored.name}"] = TensorHeader(
-                dtype, shape, prod(shape) * torch_dtype(dtype).itemsize, ""
-            )
-    return Headers(found)
-
-
 def read_case(
     layer: str,
     sources: Sequence[ShardSource],
     context: LayerContext,
-    headers: Headers,
+    tensors: LayerTensors,
     read: ReadTensor,
 ) -> Case:
     """The one case that the data leaves. Codes are read only where a scale is 0, to see whether
     weights were lost. Raises ``CheckpointError`` on damaged data."""
-    shards = shards_from_headers(layer, sources, headers, read)
+    shards = load_shards(layer, sources, tensors, read)
     scales = [shard.scale() for shard in shards]
     if any(scale is not None and bool((scale == 0).any()) for scale in scales):
-        shards = shards_from_headers(layer, sources, headers, read, codes=True)
+        shards = load_shards(layer, sources, tensors, read, codes=True)
     return Case((), True, _parts(shards, context))
 
 

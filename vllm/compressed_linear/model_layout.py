@@ -18,6 +18,7 @@ from vllm.compressed_linear import compat_model
 from vllm.compressed_linear.config import NAME, CompressedLinearConfig, ConfigError
 from vllm.compressed_linear.headers import Headers
 from vllm.compressed_linear.names import shard_names
+from vllm.compressed_linear.on_disk import Stacked
 from vllm.compressed_linear.plan import DELEGATED, PLAN, PlanEntry
 from vllm.compressed_linear.refine import LayerContext
 from vllm.compressed_linear.resolution import LayerKind, Unquantized
@@ -66,11 +67,13 @@ class LeftToVllm:
 
 @dataclass
 class ModelLayout:
-    """All linear layers of one rank, in the model's order. ``headers`` have vLLM's names."""
+    """All linear layers of one rank, in the model's order. ``headers`` have vLLM's names;
+    ``stacked``: parts of fused tensors that only the model class's mapper knows."""
 
     layers: list[LayerLayout] = field(default_factory=list)
     left: list[LeftToVllm] = field(default_factory=list)
     headers: Headers = field(default_factory=lambda: Headers({}))
+    stacked: Stacked = field(default_factory=dict)
     dtype: str = ""
     model_class: str = ""
 
@@ -130,8 +133,16 @@ def _layout(config: Any, rank: int) -> ModelLayout:
         vars(PLAN).update(saved)
     layout = ModelLayout(
         headers=quant_config.headers or Headers({}),
+        stacked=compat_model.stacked_names(
+            model,
+            dict(zip(config.quant_config.headers or (), quant_config.headers or (), strict=True)),
+        ),
         dtype=str(config.model_config.dtype).removeprefix("torch."),
         model_class=type(model).__name__,
+    )
+    on_disk = config.quant_config.headers or ()
+    layout.stacked = compat_model.stacked_names(
+        model, dict(zip(on_disk, layout.headers, strict=True))
     )
     for name, module in model.named_modules():
         if name in refused:

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tensors of the files make up a layer, and loading them without reading more than is asked.
+
+A fused layer's tensors may lie in the files shard by shard, fused, or under names of which only the
+model class's own mapper knows what they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from vllm.compressed_linear.headers import Headers, TensorHeader
+from vllm.compressed_linear.layout import Role, StoredTensor
+from vllm.compressed_linear.numerics import torch_dtype
+from vllm.compressed_linear.parameter import (
+    QKV_SHARDS,
+    CheckpointParameter,
+    collect_shards,
+    create_parameters,
+    load_checkpoint_tensor,
+)
+from vllm.compressed_linear.weights import CheckpointError, LoadedShard, ShardSource
+
+ReadTensor = Callable[[str], torch.Tensor]
+"""A tensor of the checkpoint by vLLM's name for it."""
+
+Stacked = Mapping[str, Sequence[tuple[str, Any]]]
+"""Name of a fused tensor → (name of a part, its shard), for models that have a mapper for them."""
+
+
+@dataclass(frozen=True)
+class Located:
+    """One tensor in the files. ``shard``: as vLLM gives it to the loader, None for all of the
+    layer; ``sources`` are what it holds."""
+
+    name: str
+    header: TensorHeader
+    shard: Any
+    sources: tuple[ShardSource, ...]
+
+    @property
+    def signature(self) -> Any:
+        """Equal for tensors that are described alike."""
+        return self.shard, self.header.dtype, self.header.shape
+
+
+LayerTensors = Mapping[str, tuple[Located, ...]]
+"""Last part of a tensor's name (``"qweight"``) → where it is."""
+
+
+def locate(
+    layer: str, sources: Sequence[ShardSource], headers: Headers, stacked: Stacked
+) -> LayerTensors:
+    """The tensors of ``layer``; empty when the files have nothing under its names."""
+    found: dict[str, tuple[Located, ...]] = {}
+    separate = len({source.name for source in sources}) == len(sources)
+    for name in dict.fromkeys(t.name for source in sources for t in source.scheme.tensors):
+        fused = f"{layer}.{name}"
+        parts = []
+        if separate:
+            for shard, source in enumerate(sources):
+                own = f"{source.name}.{name}"
+                if own in headers and any(t.name == name for t in source.scheme.tensors):
+                    parts.append(Located(own, headers[own], shard, (source,)))
+        if not parts and fused in headers:
+            parts.append(Located(fused, headers[fused], None, tuple(sources)))
+        if not parts:
+            for part, shard in stacked.get(fused, ()):
+                held = tuple(sources[i] for i in _indices(shard))
+                parts.append(Located(part, headers[part], shard, held))
+        if parts:
+            found[name] = tuple(parts)
+    return found
+
+
+def _indices(shard: Any) -> tuple[int, ...]:
+    if isinstance(shard, tuple):
+        return shard
+    return (QKV_SHARDS[shard] if isinstance(shard, str) else int(shard),)
+
+
+def assumed(sources: Sequence[ShardSource]) -> LayerTensors:
+    """Tensors as the configuration describes them, every optional one included."""
+    found: dict[str, tuple[Located, ...]] = {}
+    for shard, source in enumerate(sources):
+        for stored in source.scheme.tensors:
+            dtype = _described_dtype(source, stored)
+            shape = stored.shape(source.extents)
+            header = TensorHeader(dtype, shape, prod(shape) * torch_dtype(dtype).itemsize, "")
+            part = Located(f"{source.name}.{stored.name}", header, shard, (source,))
+            found[stored.name] = (*found.get(stored.name, ()), part)
+    return found
+
+
+def _described_dtype(source: ShardSource, stored: StoredTensor) -> str:
+    scale = source.scheme.weight.scale
+    return scale.dtype if stored.role is Role.SCALE and scale is not None else stored.dtype
+
+
+def load_shards(
+    layer: str,
+    sources: Sequence[ShardSource],
+    tensors: LayerTensors,
+    read: ReadTensor | None = None,
+    *,
+    codes: bool = False,
+) -> list[LoadedShard]:
+    """The shards as loading would leave them: meta tensors, and real ones for what ``read`` is
+    asked for (everything but codes, unless ``codes``).
+
+    Raises ``CheckpointError`` as loading would: a tensor is missing, or has another shape or dtype.
+    """
+    with torch.device("meta"):
+        parameters = create_parameters(sources, layer)
+    for name, parameter in parameters.items():
+        role = parameter.regions[0].stored.role
+        if role is Role.SHAPE or (read is not None and (codes or role is not Role.CODES)):
+            parameters[name] = CheckpointParameter(
+                data=torch.zeros(parameter.shape, dtype=parameter.dtype),
+                regions=parameter.regions,
+                layer_name=layer,
+                tensor_name=name,
+            )
+        for part in tensors.get(name, ()):
+            real = not parameters[name].is_meta
+            tensor = read(part.name) if real and read is not None else _placeholder(part, role)
+            load_checkpoint_tensor(parameters[name], tensor, part.shard)
+    return collect_shards(parameters, sources)
+
+
+def _placeholder(part: Located, role: Role) -> torch.Tensor:
+    """What the header says; of a tensor that states the weight's shape, what it should say."""
+    if role is Role.SHAPE:
+        return torch.tensor([sum(s.full_n for s in part.sources), part.sources[0].full_k])
+    dtype = getattr(torch, part.header.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise CheckpointError(f"{part.name} has an unknown dtype {part.header.dtype!r}")
+    return torch.empty(part.header.shape, dtype=dtype, device="meta")
