@@ -9,8 +9,10 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib.util
+import json
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +20,12 @@ from types import ModuleType
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, checkpoint
+from model_loading import loaded
 from vllm.compressed_linear import config as config_module
 from vllm.compressed_linear.linear import detect_platform
-from vllm.compressed_linear.plan import PlanEntry
+from vllm.compressed_linear.plan import PLAN, PlanEntry
+from vllm.compressed_linear.weights import CheckpointError
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 IDS = [page.stem for page in PAGES]
@@ -92,11 +96,6 @@ STOCK = ("coverage",)
 MADE_ON = "cpu:avx512bf16"
 
 
-def comparable(text: str) -> str:
-    """Without what is measured anew each time."""
-    return re.sub(r'("prepare_seconds"|"pid"): [\d.e-]+', r"\1: …", text)
-
-
 def parts(page: Path) -> set[str]:
     return {match["call"].split()[0] for match in generate.PART.finditer(page.read_text())}
 
@@ -104,7 +103,7 @@ def parts(page: Path) -> set[str]:
 def check_parts(page: Path, names: tuple[str, ...]) -> None:
     text = page.read_text()
     made = generate.render(text, lambda name: name in names)
-    assert comparable(made) == comparable(text), (
+    assert generate.comparable(made) == generate.comparable(text), (
         f"{page.name} is not what the code says: run `python docs/generate.py`"
     )
 
@@ -218,6 +217,19 @@ def test_options_of_vllm_exist(page: Path) -> None:
             arguments = shlex.split(line.partition("vllm serve MODEL")[2], comments=True)
             _, unknown = parser.parse_known_args(arguments)
             assert not unknown, line
+
+
+def test_hf_overrides_replace_the_quantization_config(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint("gptqmodel-gptq-w4-g128-sym"), path)
+    config = json.loads((path / "config.json").read_text())
+    right = dict(config["quantization_config"])
+    config["quantization_config"]["group_size"] = 64
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="group 64"), loaded(path):
+        pass
+    with loaded(path, hf_overrides={"quantization_config": right}):
+        assert {entry.backend for entry in PLAN.entries.values()} == {"cpu"}
 
 
 def test_the_table_of_modules_is_the_order_of_imports() -> None:
