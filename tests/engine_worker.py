@@ -57,7 +57,7 @@ def main(out: Path, model: Path, options: dict[str, object]) -> None:
             "tokens": [list(tokens) for tokens in first],
             "tokens_again": [list(tokens) for tokens in again],
             "counts": counts,
-            "plan": PLAN.to_json(),
+            "plan": json.loads(json.dumps(PLAN.to_json())),
         },
         out,
     )

@@ -67,7 +67,7 @@ def server(model: Path, log: Path, plan: Path) -> Iterator[str]:
 
 
 def stream(url: str, prompt: list[int], events: list[tuple[float, str]]) -> None:
-    """Ask for a streamed completion; note when it was sent (as an empty piece) and each piece came."""
+    """Ask for a streamed completion; note when it was sent (no text) and when pieces came."""
     body = {
         "model": "tiny",
         "prompt": prompt,
