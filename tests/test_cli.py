@@ -197,3 +197,14 @@ def test_colours_go_to_terminals_only() -> None:
     with console.capture() as captured:
         print_explanation(found, console)
     assert "\x1b[" in captured.get()
+
+
+def test_backends_are_listed_with_what_they_declare() -> None:
+    rows = {row["name"]: row for row in json.loads(call("backends", "--json").stdout)}
+    assert {"cpu", "reference", "vllm_native"} <= rows.keys()
+    assert rows["cpu"]["weights"][0] == "integers of 1 to 8 bits"
+    assert "reordered channels" in rows["cpu"]["further"]
+    assert rows["cpu"]["reasons"] == []
+    gpu = call("backends", "--platform", "cuda:90", columns=200)
+    assert "device cuda (supported: cpu)" in gpu.stdout
+    assert max(map(len, call("backends", columns=80).stdout.splitlines())) <= 80

@@ -58,17 +58,7 @@ class Capabilities:
 
     def reasons(self, d: CompressedLinearDescriptor, platform: Platform) -> Iterable[str]:
         """Every declared limit that ``d`` on ``platform`` exceeds, both sides named."""
-        if platform.device not in self.devices:
-            yield f"device {platform.device} (supported: {_names(self.devices)})"
-        elif platform.device == "cuda":
-            yield from self._capability_reasons(platform)
-        if platform.device in self.devices:
-            for op in self.required_ops:
-                if op not in platform.ops:
-                    yield platform.why_missing(op)
-            if platform.device == "cpu" and not self.cpu_features <= platform.features:
-                lacking = _names(self.cpu_features - platform.features)
-                yield f"CPU without {lacking} (this is {platform.name})"
+        yield from self.platform_reasons(platform)
         yield from self._weight_reasons(d)
         if d.input_dtype not in self.input_dtypes:
             yield f"input dtype {d.input_dtype} (supported: {_names(self.input_dtypes)})"
@@ -84,6 +74,20 @@ class Capabilities:
         ):
             if present is not None and not supported:
                 yield f"{what} ({present}) not supported"
+
+    def platform_reasons(self, platform: Platform) -> Iterable[str]:
+        """Why nothing at all can run on ``platform``, as far as it is declared."""
+        if platform.device not in self.devices:
+            yield f"device {platform.device} (supported: {_names(self.devices)})"
+            return
+        if platform.device == "cuda":
+            yield from self._capability_reasons(platform)
+        for op in self.required_ops:
+            if op not in platform.ops:
+                yield platform.why_missing(op)
+        if platform.device == "cpu" and not self.cpu_features <= platform.features:
+            lacking = _names(self.cpu_features - platform.features)
+            yield f"CPU without {lacking} (this is {platform.name})"
 
     def _weight_reasons(self, d: CompressedLinearDescriptor) -> Iterable[str]:
         element, scale, zero = d.weight.element, d.weight.scale, d.weight.zero

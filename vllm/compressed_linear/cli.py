@@ -134,6 +134,20 @@ def explain(
         raise typer.Exit(1)
 
 
+@app.command()
+def backends(platform: PlatformOption = "", as_json: JsonOption = False) -> None:
+    """List every registered backend with what it declares to run, and whether it can here."""
+    from rich.console import Console
+
+    from vllm.compressed_linear.capability_table import declared, print_declared
+
+    rows = declared(_platform(platform))
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+    else:
+        print_declared(rows, Console())
+
+
 def main() -> None:
     """Entry point of the console script.
 
