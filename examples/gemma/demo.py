@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -96,6 +97,7 @@ def main() -> int:
     parser.add_argument("--prompt", default="The capital of France is")
     prompt = parser.parse_args().prompt
     os.environ.setdefault("TQDM_DISABLE", "1")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped, too
     console = Console()
     try:
         model = checkpoint(console)

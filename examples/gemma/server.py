@@ -34,6 +34,7 @@ def serving(model: Path, name: str, log: Path, environment: dict[str, str]) -> I
         *(str(Path(sys.executable).parent / "vllm"), "serve", str(model)),
         *("--host", HOST, "--port", str(port), "--served-model-name", name),
         *("--max-model-len", "2048", "--max-num-seqs", "4", "--shutdown-timeout", "10"),
+        "--enforce-eager",  # compiling takes longer than answering all that a demo asks
     ]
     with log.open("w") as output:
         # A session of its own, so that Ctrl-C reaches this process alone, which then stops it.
