@@ -243,6 +243,34 @@ FAMILIES = {
     "granite": Family("granite", "GraniteForCausalLM"),
     "nemotron": Family("nemotron", "NemotronForCausalLM", {"head_dim": 32}),
     "persimmon": Family("persimmon", "PersimmonForCausalLM", {"num_key_value_heads": 4}),
+    "minicpm3": Family("minicpm3", "MiniCPM3ForCausalLM", LATENT_ATTENTION | {"q_lora_rank": 64}),
+    "gemma4": Family(
+        "gemma4_text",
+        "Gemma4ForCausalLM",
+        TIED
+        | {
+            "head_dim": 32,
+            "global_head_dim": 32,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "vocab_size_per_layer_input": VOCABULARY,
+            "hidden_size_per_layer_input": 32,
+            "sliding_window": 64,
+            "num_kv_shared_layers": 0,
+        },
+    ),
+    "glm4-moe": Family(
+        "glm4_moe",
+        "Glm4MoeForCausalLM",
+        MIXTURE
+        | {
+            "head_dim": 32,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+    ),
     "mixtral": Family("mixtral", "MixtralForCausalLM", MIXTURE),
     "qwen2-moe-shared-expert": Family("qwen2_moe", "Qwen2MoeForCausalLM", MIXTURE | SHARED),
     "qwen3-moe": Family("qwen3_moe", "Qwen3MoeForCausalLM", MIXTURE | {"head_dim": 32}),
@@ -275,6 +303,50 @@ WITHOUT_LOGITS = {
             "layer_types": ["linear_attention", "full_attention"],
         },
     ),
+    "qwen3.5-hybrid": Family(
+        "qwen3_5_text",
+        "Qwen3_5ForCausalLM",
+        {
+            "head_dim": 32,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 32,
+            "linear_value_head_dim": 32,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+    ),
+    "falcon-h1-hybrid": Family(
+        "falcon_h1",
+        "FalconH1ForCausalLM",
+        {
+            "head_dim": 32,
+            "mamba_d_ssm": 256,
+            "mamba_n_heads": 8,
+            "mamba_d_head": 32,
+            "mamba_n_groups": 1,
+            "mamba_d_state": 16,
+        },
+    ),
+    "gemma3n-renamed-modules": Family(
+        "gemma3n_text",
+        "Gemma3nForCausalLM",
+        TIED
+        | {
+            "head_dim": 32,
+            "num_hidden_layers": 4,
+            "num_kv_shared_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "hidden_size_per_layer_input": 32,
+            "laurel_rank": 16,
+            "altup_num_inputs": 2,
+            "sliding_window": 64,
+            "activation_sparsity_pattern": [0.0] * 4,
+        },
+    ),
+    "gpt-oss-sinks": Family(
+        "gpt_oss", "GptOssForCausalLM", MIXTURE | {"head_dim": 32, "sliding_window": 64}
+    ),
     "mamba2": Family(
         "mamba2",
         "Mamba2ForCausalLM",
@@ -304,6 +376,21 @@ WITHOUT_LOGITS = {
     "gpt-bigcode-one-kv-head": Family("gpt_bigcode", "GPTBigCodeForCausalLM", GPT),
 }
 """Families that a CPU, or attention without a cache, cannot run: compared layer by layer."""
+
+LLAMA4 = Family(
+    "llama4_text",
+    "Llama4ForCausalLM",
+    {
+        "head_dim": 32,
+        "num_local_experts": 2,
+        "interleave_moe_layer_step": 3,
+        "intermediate_size_mlp": 256,
+        "num_experts_per_tok": 1,
+        "attn_temperature_tuning": False,
+        "attention_chunk_size": 64,
+    },
+)
+"""vLLM reorders its q and k, but only tensors of some names."""
 
 SEEING = {
     "llava": Family(

@@ -9,6 +9,7 @@ import importlib.util
 import sys
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -17,6 +18,7 @@ import torch
 
 from architectures import (
     FAMILIES,
+    LLAMA4,
     SEEING,
     VOCABULARY,
     WITHOUT_LOGITS,
@@ -27,6 +29,7 @@ from architectures import (
 )
 from model_loading import loaded, logits
 from synthetic import Quant
+from vllm.compressed_linear.config import ConfigError
 from vllm.compressed_linear.plan import PLAN
 
 QUANTS = {
@@ -151,11 +154,29 @@ def test_logits_equal_those_of_transformers(
     assert PLAN.prepared == PLAN.expected
 
 
+@pytest.mark.usefixtures("torchvision")
 @pytest.mark.parametrize(("name", "form"), cases(WITHOUT_LOGITS))
 def test_layers_equal_those_of_vllm(
     name: str, form: str, checkpoint_of: Callable[[str, str], Checkpoint]
 ) -> None:
     assert_same_layers(checkpoint_of(name, form))
+
+
+def test_llama4_is_right_or_refused(tmp_path: Path) -> None:
+    """vLLM's model reorders q and k by the names of tensors, which leaves out GPTQ, AWQ and zero
+    points; stock vLLM computes garbage there."""
+    assert_same_logits(write(LLAMA4, Quant("ct"), tmp_path / "symmetric"))
+    for form, tensors in (
+        ("gptq", "qweight, qzeros, scales"),
+        ("awq", "qweight, qzeros, scales"),
+        ("compressed-tensors-asymmetric", "weight_zero_point"),
+    ):
+        checkpoint = write(LLAMA4, QUANTS[form], tmp_path / form, reference=False)
+        with (
+            pytest.raises(ConfigError, match=rf"reorders the rows of \S+q_proj .*{tensors}, so"),
+            loaded(checkpoint.quantized, skip_tokenizer_init=True),
+        ):
+            pass
 
 
 @pytest.mark.usefixtures("torchvision")

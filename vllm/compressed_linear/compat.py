@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,26 @@ def knows_how_to_load(layer: torch.nn.Module) -> bool:
     return isinstance(layer, known) and any(
         type(layer).weight_loader is cls.weight_loader for cls in known
     )
+
+
+@dataclass(frozen=True)
+class RowReordering:
+    """A vLLM model that reorders rows of some modules' weights before it loads them, and the names
+    of the tensors that it knows to be such weights."""
+
+    model: str
+    modules: tuple[str, ...]
+    tensors: tuple[str, ...]
+
+
+def row_reordering(hf_config: Any) -> RowReordering | None:
+    """Llama 4's rotary embedding (``permute_qk_weight_for_rotary``); of all models the only one
+    that goes by the tensors' names. Others take a parameter's ``output_dim``."""
+    if str(getattr(hf_config, "model_type", "")).startswith("llama4"):
+        return RowReordering(
+            "Llama 4", ("q_proj", "k_proj"), ("weight", "weight_packed", "weight_scale")
+        )
+    return None
 
 
 def holds_experts(layer: torch.nn.Module) -> bool:

@@ -30,7 +30,7 @@ from vllm.compressed_linear.linear import (
     CompressedUnquantizedEmbeddingMethod,
     CompressedUnquantizedLinearMethod,
 )
-from vllm.compressed_linear.names import shard_names
+from vllm.compressed_linear.names import last_word, shard_names
 from vllm.compressed_linear.plan import DELEGATED, PLAN, PlanEntry
 from vllm.compressed_linear.resolution import Delegated, LayerKind, Resolution, Unquantized
 from vllm.compressed_linear.settings import Settings
@@ -107,6 +107,7 @@ class CompressedLinearConfig(QuantizationConfig):
         self._settings: Settings | None = None
         self._delegate: QuantizationConfig | None = None
         self._mappers: list[Any] = []
+        self._reorders_rows: compat.RowReordering | None = None
 
     @property
     def settings(self) -> Settings:
@@ -179,11 +180,19 @@ class CompressedLinearConfig(QuantizationConfig):
         return bool((self.tensors_on_disk(module) or set()) & set(self.codes_tensors))
 
     def unquantized_on_disk(self, module: str) -> Unquantized | None:
-        """``Unquantized`` when the file has a float ``weight`` for ``module`` and no codes."""
-        found = self.tensors_on_disk(module)
-        if found is None or "weight" not in found or self.quantized_on_disk(module):
+        """``Unquantized`` when the file has a float ``weight`` for ``module`` and no codes, or has
+        its name under other parents only (models rename while they load), never with codes."""
+        if self.headers is None:
             return None
-        assert self.headers is not None
+        found = self.tensors_on_disk(module)
+        if found is None:
+            name = last_word(module)
+            alike = [m for m in self.headers.modules if last_word(m) == name]
+            if alike and not any(self.quantized_on_disk(m) for m in alike):
+                return Unquantized(f"no {name} of the checkpoint is quantized")
+            return None
+        if "weight" not in found or self.quantized_on_disk(module):
+            return None
         if self.headers[f"{module}.weight"].dtype not in ("bfloat16", "float16", "float32"):
             return None
         return Unquantized(f"the checkpoint holds a plain {module}.weight")
@@ -255,6 +264,7 @@ class CompressedLinearConfig(QuantizationConfig):
         self.headers = read_headers(model_name)
         if self.headers is None and (listed := compat.hub_tensors(model_name, revision)):
             self.headers = headers_of(listed, model_name)
+        self._reorders_rows = compat.row_reordering(hf_config)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self._mappers.append(hf_to_vllm_mapper)
@@ -301,6 +311,7 @@ class CompressedLinearConfig(QuantizationConfig):
             resolved = [(name, Unquantized("tied to the embedding table")) for name in names]
         for name, resolution in resolved:
             self.check_against_file(prefix, name, resolution)
+            self._check_row_order(prefix, name, resolution)
         handed_over = [r.reason for _, r in resolved if isinstance(r, Delegated)]
         if handed_over:
             return self.delegate(layer, prefix, "; ".join(dict.fromkeys(handed_over)))
@@ -319,6 +330,24 @@ class CompressedLinearConfig(QuantizationConfig):
         if kind is LayerKind.HEAD:
             return CompressedUnquantizedEmbeddingMethod(prefix, self.settings)
         return CompressedUnquantizedLinearMethod(prefix, self.settings)
+
+    def _check_row_order(self, layer: str, module: str, resolution: Resolution) -> None:
+        """``ConfigError`` where vLLM's model reorders some tensors of a weight and not others."""
+        reorders = self._reorders_rows
+        if (
+            reorders is None
+            or not isinstance(resolution, CheckpointScheme)
+            or last_word(module) not in reorders.modules
+        ):
+            return
+        with_rows = [t.name for t in resolution.tensors if "N" in t.axes]
+        missed = [name for name in with_rows if name not in reorders.tensors]
+        if missed:
+            raise ConfigError(
+                f"{layer}: vLLM's {reorders.model} model reorders the rows of {module} while it "
+                f"loads them, but not those of {', '.join(missed)}, so {resolution} would compute "
+                f"wrong numbers (only {', '.join(reorders.tensors)} are reordered)"
+            )
 
     def _is_vllms_own(self, layer: torch.nn.Module, prefix: str) -> bool:
         """Whether vLLM runs this layer, which is no linear one, without any quantization."""

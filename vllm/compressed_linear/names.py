@@ -14,3 +14,8 @@ def shard_names(prefix: str, packed_modules: Mapping[str, Sequence[str]]) -> lis
     """
     parent, dot, last = prefix.rpartition(".")
     return [f"{parent}{dot}{member}" for member in packed_modules.get(last, (last,))]
+
+
+def last_word(module: str) -> str:
+    """The last part of a module's name that is no number."""
+    return next((part for part in reversed(module.split(".")) if not part.isdigit()), "")
