@@ -3,7 +3,8 @@
 
 All contenders compute the same layer and are checked against it before they are timed. Each keeps
 enough copies of its weights that a call never finds them in the cache; calls of all contenders
-alternate, so that what disturbs one disturbs all; medians are reported.
+alternate, so that what disturbs one disturbs all; medians are reported. With one thread the clock
+is that thread's CPU time, so that being scheduled away does not count; wall time is recorded too.
 
     python benchmarks/linear.py --json build/benchmarks/linear.json
 """
@@ -16,9 +17,11 @@ import math
 import os
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,22 +82,22 @@ def cache_bytes() -> int:
     return max(sizes, default=32 << 20)
 
 
-def copies_of(*tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
-    """Clones that together exceed the cache ``CACHE_MULTIPLE`` times."""
+def contender(
+    name: str,
+    call: Callable[..., torch.Tensor],
+    tensors: tuple[torch.Tensor, ...],
+    *,
+    copy: Callable[[], tuple[torch.Tensor, ...]] | None = None,
+    tolerance: float = 0.02,
+) -> Contender:
+    """``call(x, *tensors)`` on copies of ``tensors`` that exceed the cache by ``CACHE_MULTIPLE``.
+
+    ``copy`` makes one where cloning would not give what preparation gives.
+    """
     size = sum(t.numel() * t.element_size() for t in tensors)
     count = math.ceil(CACHE_MULTIPLE * cache_bytes() / size) + 1
-    return [tuple(t.clone() for t in tensors) for _ in range(count)]
-
-
-def contender(
-    name: str, call: Callable[..., torch.Tensor], *tensors: torch.Tensor, tolerance: float = 0.02
-) -> Contender:
-    """``call(x, *tensors)`` with rotating copies of ``tensors``."""
-    copies = copies_of(*tensors)
-    size = sum(t.numel() * t.element_size() for t in tensors)
-    return Contender(
-        name, size, len(copies), lambda x, i: call(x, *copies[i % len(copies)]), tolerance
-    )
+    copies = [copy() if copy else tuple(t.clone() for t in tensors) for _ in range(count)]
+    return Contender(name, size, count, lambda x, i: call(x, *copies[i % count]), tolerance)
 
 
 def ours(layer: Layer, element: str) -> Contender:
@@ -104,9 +107,13 @@ def ours(layer: Layer, element: str) -> Contender:
     n, k = layer.n, layer.k
     group, bias = (k, 0) if element == "bf16" else (layer.group, 8)
     rows = layer.dequantize().bfloat16() if element == "bf16" else layer.codes
-    packed = torch.empty(n // native.TILE, ops.packed_tile_bytes(k, group, element)).byte()
-    ops.pack_rows(packed, rows, 0, n, group, element)
+    tile_bytes = ops.packed_tile_bytes(k, group, element)
     scale = layer.scale.unflatten(0, (-1, native.TILE)).transpose(1, 2).contiguous()
+
+    def prepare() -> tuple[torch.Tensor, ...]:
+        packed = torch.empty(n // native.TILE, tile_bytes, dtype=torch.uint8)
+        ops.pack_rows(packed, rows, 0, n, group, element)
+        return (packed,) if element == "bf16" else (packed, scale.clone())
 
     def call(
         x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor | None = None
@@ -115,9 +122,8 @@ def ours(layer: Layer, element: str) -> Contender:
             x, packed, scale, None, None, None, None, n, k, group, element, bias, x.dtype
         )
 
-    tensors = (packed,) if element == "bf16" else (packed, scale)
     label = {"uint4": "4-bit", "uint8": "8-bit", "bf16": "bf16"}[element]
-    return contender(f"ours, {label}", call, *tensors)
+    return contender(f"ours, {label}", call, prepare(), copy=prepare)
 
 
 def vllm_int4(layer: Layer) -> Contender:
@@ -137,7 +143,7 @@ def vllm_int4(layer: Layer) -> Contender:
     def call(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return vllm_ops.cpu_gemm_wna16(x, weight, scale, None, None, 8, "vec")
 
-    return contender("vLLM cpu_gemm_wna16, 4-bit", call, tiled, layer.scale.t().contiguous())
+    return contender("vLLM cpu_gemm_wna16, 4-bit", call, (tiled, layer.scale.t().contiguous()))
 
 
 def aten_int4(layer: Layer) -> Contender:
@@ -149,7 +155,7 @@ def aten_int4(layer: Layer) -> Contender:
     def call(x: torch.Tensor, weight: torch.Tensor, scale_zero: torch.Tensor) -> torch.Tensor:
         return ops._weight_int4pack_mm_for_cpu(x, weight, layer.group, scale_zero)
 
-    return contender("ATen int4pack, 4-bit", call, packed, scale_zero)
+    return contender("ATen int4pack, 4-bit", call, (packed, scale_zero))
 
 
 def aten_int8(layer: Layer) -> Contender:
@@ -160,14 +166,13 @@ def aten_int8(layer: Layer) -> Contender:
     return contender(
         "ATen int8pack, 8-bit",
         torch.ops.aten._weight_int8pack_mm,
-        weight,
-        scale.bfloat16(),
+        (weight, scale.bfloat16()),
         tolerance=0.05,
     )
 
 
 def plain_bf16(layer: Layer) -> Contender:
-    return contender("F.linear, bf16", F.linear, layer.dequantize().bfloat16())
+    return contender("F.linear, bf16", F.linear, (layer.dequantize().bfloat16(),))
 
 
 CONTENDERS: dict[str, Callable[[Layer], Contender]] = {
@@ -193,13 +198,30 @@ def check(contestant: Contender, layer: Layer) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Elapsed:
+    """Seconds of one call: on the wall clock, and of CPU time of the calling thread."""
+
+    wall: float
+    cpu: float
+
+    @property
+    def counted(self) -> float:
+        return self.cpu if torch.get_num_threads() == 1 else self.wall
+
+
+def timed(action: Callable[[], object]) -> Elapsed:
+    wall, cpu = time.perf_counter(), time.thread_time()
+    action()
+    cpu = time.thread_time() - cpu
+    return Elapsed(time.perf_counter() - wall, cpu)
+
+
 def best_seconds(action: Callable[[], object], seconds: float) -> float:
     """Shortest of as many runs as fit into ``seconds``."""
     best, end = math.inf, time.perf_counter() + seconds
     while time.perf_counter() < end:
-        start = time.perf_counter()
-        action()
-        best = min(best, time.perf_counter() - start)
+        best = min(best, timed(action).counted)
     return best
 
 
@@ -218,21 +240,19 @@ def machine_limits() -> dict[str, float]:
 
 def measure(
     contenders: Sequence[Contender], layer: Layer, m: int, seconds: float
-) -> Iterator[list[float]]:
-    """Seconds of each call of each contender, one list for each."""
+) -> list[list[Elapsed]]:
+    """Times of each call of each contender, one list for each."""
     x = torch.randn(m, layer.k).bfloat16()
     for contestant in contenders:
         contestant.call(x, 0)
-    times: list[list[float]] = [[] for _ in contenders]
+    times: list[list[Elapsed]] = [[] for _ in contenders]
     end = time.perf_counter() + seconds
     rounds = 0
     while rounds < 5 or time.perf_counter() < end:
         rounds += 1
         for contestant, seen in zip(contenders, times, strict=True):
-            start = time.perf_counter()
-            contestant.call(x, rounds)
-            seen.append(time.perf_counter() - start)
-    yield from times
+            seen.append(timed(partial(contestant.call, x, rounds)))
+    return times
 
 
 def machine() -> dict[str, Any]:
@@ -262,7 +282,8 @@ def show(report: dict[str, Any]) -> None:
     table = Table(
         title=f"N={report['n']} K={report['k']} group={report['group']}, {report['threads']} "
         f"thread(s), {about['cpu']} ({about['isa']})",
-        caption="ms per call (median), and how many times as fast as stock vLLM",
+        caption=f"ms per call (median of {report['clock']} time), and how many times as fast as "
+        "stock vLLM",
     )
     table.add_column("kernel")
     table.add_column("MB", justify="right")
@@ -282,7 +303,7 @@ def show(report: dict[str, Any]) -> None:
         limit.append(f"{max(best, work):.3f}")
     table.add_section()
     table.add_row("limit of 4-bit weights on this machine", "", *limit)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
     console.print(
         f"read bandwidth {limits['read_gb_per_s']:.1f} GB/s, bf16 GEMM "
@@ -309,15 +330,16 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         for name, c in zip(names, contenders, strict=True)
     ]
     for m in arguments.m:
-        times = list(measure(contenders, layer, m, arguments.seconds))
-        medians = [statistics.median(seen) for seen in times]
+        times = measure(contenders, layer, m, arguments.seconds)
+        medians = [statistics.median(t.counted for t in seen) for seen in times]
         base = medians[names.index(BASELINE)] if BASELINE in names else None
         for result, seen, median in zip(results, times, medians, strict=True):
             result["rows"].append(
                 {
                     "m": m,
                     "median_ms": median * 1e3,
-                    "best_ms": min(seen) * 1e3,
+                    "best_ms": min(t.counted for t in seen) * 1e3,
+                    "median_wall_ms": statistics.median(t.wall for t in seen) * 1e3,
                     "calls": len(seen),
                     "gflop_per_s": 2 * m * n * k / median / 1e9,
                     "weight_gb_per_s": result["weight_bytes"] / median / 1e9,
@@ -329,6 +351,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "k": k,
         "group": arguments.group,
         "threads": arguments.threads,
+        "clock": "CPU" if arguments.threads == 1 else "wall",
         "machine": about | {"load_average_after": os.getloadavg()[0]},
         "limits": limits,
         "results": results,

@@ -191,6 +191,7 @@ void pack_rows(Tensor packed, Tensor rows, int64_t row_start, int64_t n, int64_t
   }
   const void* from = rows.const_data_ptr();
   uint8_t* to = static_cast<uint8_t*>(packed.mutable_data_ptr());
+  if (row_start == 0) cpu::advise_huge_pages(to, packed.numel());
   const int64_t tile_begin = row_start / cpu::kTile;
   const int64_t tile_end = (row_end + cpu::kTile - 1) / cpu::kTile;
   parallel_tiles(tile_begin, tile_end, [&](int64_t begin, int64_t end) {

@@ -216,18 +216,15 @@ void few_rows_kernel(const FewRowsArgs& a) {
 
 using FewRowsKernel = void (*)(const FewRowsArgs&);
 
-// More tiles for one row: it takes that many independent sums to hide the latency.
-constexpr int64_t few_rows_tiles(int64_t rows) { return rows == 1 ? 8 : kRegisterTiles; }
-
 template <class Code, int Bits, int64_t Rows = kRegisterRows>
 FewRowsKernel few_rows_kernel_for(int64_t rows, int64_t parts) {
   if constexpr (Rows == 1) {
-    if (parts == 3) return &few_rows_kernel<Code, Bits, 1, few_rows_tiles(1), 3>;
-    if (parts == 2) return &few_rows_kernel<Code, Bits, 1, few_rows_tiles(1), 2>;
+    if (parts == 3) return &few_rows_kernel<Code, Bits, 1, kRegisterTiles, 3>;
+    if (parts == 2) return &few_rows_kernel<Code, Bits, 1, kRegisterTiles, 2>;
   } else if (rows < Rows) {
     return few_rows_kernel_for<Code, Bits, Rows - 1>(rows, parts);
   }
-  return &few_rows_kernel<Code, Bits, Rows, few_rows_tiles(Rows), 1>;
+  return &few_rows_kernel<Code, Bits, Rows, kRegisterTiles, 1>;
 }
 
 FewRowsKernel few_rows_kernel_for(Element element, int64_t rows, int64_t parts) {
@@ -344,13 +341,12 @@ struct DotCore : Lanes {
     const int64_t rows = call.panels.rows(0);
     const bool few =
         call.panels.count <= few_panels(call.g.element) && (rows == 1 || call.parts == 1);
-    return few && call.g.padded_group % kBlock == 0 ? cpu::few_rows_tiles(rows) : 0;
+    return few && call.g.padded_group % kBlock == 0 ? kRegisterTiles : 0;
   }
   static void few_rows(const Call<DotCore>& call, int64_t begin, int64_t end) {
-    const int64_t tiles = cpu::few_rows_tiles(call.panels.rows(0));
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t tile = unit * tiles;
-      if (tile + tiles > call.g.tiles) {
+      const int64_t tile = unit * kRegisterTiles;
+      if (tile + kRegisterTiles > call.g.tiles) {
         call.multiply(0, call.panels.count, tile, call.g.tiles);
         continue;
       }

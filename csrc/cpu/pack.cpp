@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "pack.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -88,6 +92,18 @@ uint32_t code_at(const uint8_t* block, int bits, int64_t channel, int64_t k) {
     shift += width;
   }
   return code;
+}
+
+void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
+  const uintptr_t from = reinterpret_cast<uintptr_t>(data),
+                  to = from + static_cast<uintptr_t>(bytes);
+  const uintptr_t begin = (from + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = to / kHugePage * kHugePage;
+  // A kernel without huge pages refuses, and nothing is lost.
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
 }
 
 void pack_tiles(const Geometry& g, const void* rows, int64_t row_begin, int64_t row_end,

@@ -12,6 +12,10 @@ namespace compressed_linear::cpu {
 void pack_tiles(const Geometry& geometry, const void* rows, int64_t row_begin, int64_t row_end,
                 int64_t tile_begin, int64_t tile_end, uint8_t* packed);
 
+// Asks for huge pages for memory that is about to be written for the first time. Reading weights
+// once per token misses the TLB on every small page.
+void advise_huge_pages(void* data, int64_t bytes);
+
 // The inverse: rows of tiles [tile_begin, tile_end), channels beyond n left out.
 void unpack_tiles(const Geometry& geometry, const uint8_t* packed, int64_t tile_begin,
                   int64_t tile_end, void* rows);
