@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from conftest import checkpoint
 
+from conftest import checkpoint
 from model_loading import loaded
 from vllm.compressed_linear import settings
 from vllm.compressed_linear.backends.reference import ReferenceBackend
