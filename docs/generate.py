@@ -252,17 +252,27 @@ def benchmark(file: str) -> str:
             faster = "" if row["speedup"] is None else f" (×{row['speedup']:.1f})"
             cells.append(f"{row['median_ms']:.2f}{faster}")
         rows.append([result["name"], f"{result['weight_bytes'] / 1e6:.1f}", *cells])
+    rows.append(["limit of 4-bit weights", "", *_limits(report, tokens)])
     threads = f"{report['threads']} thread" + ("s" if report["threads"] > 1 else "")
     caption = (
-        f"N={report['n']}, K={report['k']}, groups of {report['group']}, bf16 activations, "
+        f"Milliseconds a call, median of {report['clock']} time, and how many times as fast as "
+        f"vLLM. N={report['n']}, K={report['k']}, groups of {report['group']}, bf16 activations, "
         f"{threads} of {about['cpu']} ({about['isa']}), torch {about['torch']}, "
-        f"vLLM {about['vllm']}, {about['date']}. The same process reads memory at "
-        f"{limits['read_gb_per_s']:.1f} GB/s and multiplies large bf16 matrices at "
-        f"{limits['bf16_gemm_gflop_per_s']:.0f} GFLOP/s. Load of the machine before: "
-        f"{about['load_average_before']:.1f}."
+        f"vLLM {about['vllm']}, {about['date']}. The limit is what this process reached in reading "
+        f"memory ({limits['read_gb_per_s']:.1f} GB/s) or in multiplying large bf16 matrices "
+        f"({limits['bf16_gemm_gflop_per_s']:.0f} GFLOP/s), whichever is slower. The machine was "
+        f"shared: its load before was {about['load_average_before']:.1f} on {about['cores']} cores."
     )
     head = ["kernel", "MB", *(f"M={m}" for m in tokens)]
-    return f"{table(head, rows, right=len(head) - 1)}\n\n{caption}"
+    text = textwrap.fill(caption, 100, break_on_hyphens=False)
+    return f"{table(head, rows, right=len(head) - 1)}\n\n{text}"
+
+
+def _limits(report: dict[str, Any], tokens: Sequence[int]) -> list[str]:
+    limits, nbytes = report["limits"], report["results"][0]["weight_bytes"]
+    read = nbytes / limits["read_gb_per_s"] / 1e6
+    multiply = 2 * report["n"] * report["k"] / limits["bf16_gemm_gflop_per_s"] / 1e6
+    return [f"{max(read, m * multiply):.2f}" for m in tokens]
 
 
 def message(name: str) -> str:
