@@ -108,3 +108,14 @@ def clean_registry() -> Iterator[None]:
     registry._REGISTERED.update(known)
     registry._LOADED.clear()
     registry._LOADED.update(points)
+
+
+@pytest.fixture
+def inspect_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM inspects each model class in a process of its own, which takes seconds."""
+    from vllm.model_executor.models import registry
+
+    def inspect(self: Any) -> Any:
+        return registry._ModelInfo.from_model_cls(self.load_model_cls())
+
+    monkeypatch.setattr(registry._LazyRegisteredModel, "inspect_model_cls", inspect)

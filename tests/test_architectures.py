@@ -32,6 +32,8 @@ from synthetic import Quant
 from vllm.compressed_linear.config import ConfigError
 from vllm.compressed_linear.plan import PLAN
 
+pytestmark = pytest.mark.usefixtures("inspect_in_process")
+
 QUANTS = {
     "gptq": Quant("gptq"),
     "gptq-3bit-asymmetric": Quant("gptq", bits=3, symmetric=False),
@@ -42,17 +44,6 @@ QUANTS = {
 FUSED_ON_DISK = ("phi3-fused-on-disk", "falcon-kv-groups", "gpt-neox-fused-by-heads")
 """Families that also try every kind of layout: their tensors are cut or reordered as they load."""
 ALL = FAMILIES | WITHOUT_LOGITS | SEEING
-
-
-@pytest.fixture(autouse=True)
-def inspect_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM inspects each model class in a process of its own, which takes seconds."""
-    from vllm.model_executor.models import registry
-
-    def inspect(self: Any) -> Any:
-        return registry._ModelInfo.from_model_cls(self.load_model_cls())
-
-    monkeypatch.setattr(registry._LazyRegisteredModel, "inspect_model_cls", inspect)
 
 
 class _NoTorchvision(importlib.abc.MetaPathFinder, importlib.abc.Loader):

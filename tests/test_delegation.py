@@ -27,6 +27,8 @@ from vllm.compressed_linear.formats.gptq import GPTQConfig
 from vllm.compressed_linear.formats.unquantized import UnquantizedConfig
 from vllm.compressed_linear.plan import DELEGATED, PLAN
 
+pytestmark = pytest.mark.usefixtures("inspect_in_process")
+
 LLAMA = Family("llama", "LlamaForCausalLM")
 QUANTS = {
     "gptq": Quant("gptq"),
@@ -41,17 +43,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoin
         form: write(LLAMA, quant, tmp_path_factory.mktemp(form)) for form, quant in QUANTS.items()
     }
     return written.__getitem__
-
-
-@pytest.fixture(autouse=True)
-def inspect_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM inspects each model class in a process of its own, which takes seconds."""
-    from vllm.model_executor.models import registry
-
-    def inspect(self: Any) -> Any:
-        return registry._ModelInfo.from_model_cls(self.load_model_cls())
-
-    monkeypatch.setattr(registry._LazyRegisteredModel, "inspect_model_cls", inspect)
 
 
 def quant_config(path: Path, **options: Any) -> Any:
