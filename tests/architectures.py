@@ -392,6 +392,27 @@ LLAMA4 = Family(
 )
 """vLLM reorders its q and k, but only tensors of some names."""
 
+BLOOM = Family("bloom", "BloomForCausalLM", TIED | {"n_head": 4, "n_layer": 2, "hidden_size": 384})
+"""vLLM reorders the first axis of its fused q, k and v, whatever that is."""
+
+POOLING = {
+    "qwen3": FAMILIES["qwen3-qk-norm"],
+    "bert": Family(
+        "bert",
+        "BertModel",
+        auto="AutoModel",
+        quantized=r"encoder\.layer\.\d+\..*(query|key|value|dense)\.weight$",
+    ),
+    "modernbert": Family(
+        "modernbert",
+        "ModernBertModel",
+        {"layer_types": ["sliding_attention", "full_attention"]},
+        auto="AutoModel",
+        quantized=r"layers\.\d+\..*(Wqkv|Wo|Wi)\.weight$",
+    ),
+}
+"""Models that embed text, without a head."""
+
 SEEING = {
     "llava": Family(
         "llava",

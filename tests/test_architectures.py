@@ -17,8 +17,10 @@ import pytest
 import torch
 
 from architectures import (
+    BLOOM,
     FAMILIES,
     LLAMA4,
+    POOLING,
     SEEING,
     VOCABULARY,
     WITHOUT_LOGITS,
@@ -123,11 +125,11 @@ def assert_same_logits(checkpoint: Checkpoint, **options: Any) -> None:
     assert float(error.abs().max()) <= 1e-4
 
 
-def assert_same_layers(checkpoint: Checkpoint) -> None:
+def assert_same_layers(checkpoint: Checkpoint, **options: Any) -> None:
     """Every linear of vLLM's model does what stock vLLM's does with the dequantised weights."""
-    ours = layer_outputs(checkpoint.quantized)
+    ours = layer_outputs(checkpoint.quantized, **options)
     assert PLAN.prepared == PLAN.expected > 0
-    stock = layer_outputs(checkpoint.ideal)
+    stock = layer_outputs(checkpoint.ideal, **options)
     assert ours.keys() == stock.keys()
     for name, expected in stock.items():
         torch.testing.assert_close(ours[name], expected, rtol=1e-4, atol=1e-4, msg=name)
@@ -151,6 +153,23 @@ def test_layers_equal_those_of_vllm(
     name: str, form: str, checkpoint_of: Callable[[str, str], Checkpoint]
 ) -> None:
     assert_same_layers(checkpoint_of(name, form))
+
+
+@pytest.mark.parametrize("form", ["gptq", "compressed-tensors"])
+@pytest.mark.parametrize("name", POOLING)
+def test_models_that_embed(name: str, form: str, tmp_path: Path) -> None:
+    checkpoint = write(POOLING[name], QUANTS[form], tmp_path, reference=False)
+    assert_same_layers(checkpoint, runner="pooling")
+
+
+@pytest.mark.parametrize("form", ["gptq", "awq"])
+def test_bloom_is_refused_where_vllm_would_shuffle_channels(form: str, tmp_path: Path) -> None:
+    checkpoint = write(BLOOM, QUANTS[form], tmp_path, reference=False)
+    with (
+        pytest.raises(ConfigError, match=r"reorders the rows of \S+query_key_value .*qweight"),
+        loaded(checkpoint.quantized, skip_tokenizer_init=True),
+    ):
+        pass
 
 
 def test_llama4_is_right_or_refused(tmp_path: Path) -> None:

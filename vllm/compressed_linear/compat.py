@@ -129,14 +129,19 @@ class RowReordering:
     tensors: tuple[str, ...]
 
 
+_N_MAJOR = ("weight", "weight_packed", "weight_scale")
+_REORDERING = {
+    "llama4": RowReordering("Llama 4", ("q_proj", "k_proj"), _N_MAJOR),
+    "llama4_text": RowReordering("Llama 4", ("q_proj", "k_proj"), _N_MAJOR),
+    "bloom": RowReordering("BLOOM", ("query_key_value",), _N_MAJOR),
+}
+"""By model type: ``permute_qk_weight_for_rotary`` goes by the tensors' names, ``_repack_qkv`` takes
+the first axis of any tensor. Other models ask a parameter for its ``output_dim``."""
+
+
 def row_reordering(hf_config: Any) -> RowReordering | None:
-    """Llama 4's rotary embedding (``permute_qk_weight_for_rotary``); of all models the only one
-    that goes by the tensors' names. Others take a parameter's ``output_dim``."""
-    if str(getattr(hf_config, "model_type", "")).startswith("llama4"):
-        return RowReordering(
-            "Llama 4", ("q_proj", "k_proj"), ("weight", "weight_packed", "weight_scale")
-        )
-    return None
+    """What the model of this configuration reorders in a way that quantized tensors may not fit."""
+    return _REORDERING.get(str(getattr(hf_config, "model_type", "")))
 
 
 def holds_experts(layer: torch.nn.Module) -> bool:
