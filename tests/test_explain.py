@@ -216,6 +216,26 @@ def test_a_backend_that_was_asked_for_is_taken(monkeypatch: pytest.MonkeyPatch) 
     }
 
 
+def test_the_switch_turns_all_of_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(settings.ENABLE, "0")
+    found = explained("gptqmodel-gptq-w4-g128-sym")
+    assert not found.layers
+    assert "switches this package off" in found.notes[0]
+
+
+def test_a_model_id_means_the_local_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    cached = tmp_path / "models--some--model"
+    shutil.copytree(checkpoint("gptqmodel-gptq-w4-g128-sym"), cached / "snapshots" / "abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    found = explain("some/model", platform=detect_platform())
+    assert found.model == "some/model"
+    assert len(found.layers) == 9
+
+
 # Checkpoints that are made for a test: headers are written, data is a hole in the file.
 
 _BYTES = {"I32": 4, "F16": 2}
@@ -352,6 +372,43 @@ def test_weights_that_are_fused_on_disk(tmp_path: Path) -> None:
     assert found.layers[0].name == "model.layers.0.self_attn.qkv_proj"
     descriptor = found.layers[0].likely.parts[0].descriptor
     assert (descriptor.n, descriptor.k, descriptor.shards) == (256, 256, (128, 64, 64))
+
+
+def test_what_vllm_refuses_is_an_error_on_this_machine_only(tmp_path: Path) -> None:
+    tensors: dict[str, Any] = {"lm_head.weight": ("F16", [512, 256])}
+    for index in range(2):
+        prefix = f"model.layers.{index}"
+        for name, n in (("q", 256), ("k", 128), ("v", 128), ("o", 256)):
+            tensors |= gptq(f"{prefix}.self_attn.{name}_proj", n, 256)
+        tensors[f"{prefix}.block_sparse_moe.gate.weight"] = ("F16", [4, 256])
+        for expert in range(4):
+            for name, n, k in (("w1", 512, 256), ("w3", 512, 256), ("w2", 256, 512)):
+                tensors |= gptq(f"{prefix}.block_sparse_moe.experts.{expert}.{name}", n, k)
+    config = llama_config(
+        architectures=["MixtralForCausalLM"],
+        model_type="mixtral",
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=512,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=None,
+        quantization_config={**GPTQ, "desc_act": False},
+    )
+    write_sparse(tmp_path, config, tensors, 1)
+    here = explained(tmp_path)
+    refused = [left for left in here.left if left.refusal]
+    assert [left.name for left in refused] == [
+        f"model.layers.{index}.block_sparse_moe.experts" for index in range(2)
+    ]
+    assert len(here.errors) == 1
+    assert "No WNA16 MoE backend" in here.errors[0]
+    assert {p.backend for layer in here.layers for p in layer.likely.parts} == {"cpu"}
+    elsewhere = explain(str(tmp_path), platform=Platform.parse("cuda:90"))
+    assert not elsewhere.errors
 
 
 def test_a_model_vllm_does_not_know_is_explained_from_headers(tmp_path: Path) -> None:

@@ -8,23 +8,27 @@ from typing import Any
 
 import pytest
 
-from architectures import FAMILIES, WITHOUT_LOGITS, write
+from architectures import FAMILIES, SEEING, WITHOUT_LOGITS, write
 from model_loading import loaded
 from synthetic import Quant
+from test_architectures import torchvision
 from test_explain import explained, loaded_parts, planned_parts
 
+ALL = FAMILIES | WITHOUT_LOGITS | SEEING
+__all__ = ["torchvision"]  # a fixture
 
-@pytest.mark.parametrize("family", FAMILIES | WITHOUT_LOGITS)
+
+@pytest.mark.usefixtures("torchvision")
+@pytest.mark.parametrize("family", ALL)
 def test_the_loaded_model_is_one_that_was_named(family: str, tmp_path: Path) -> None:
-    known = (FAMILIES | WITHOUT_LOGITS)[family]
-    path = write(known, Quant("gptq"), tmp_path, reference=False).quantized
+    path = write(ALL[family], Quant("gptq"), tmp_path, reference=False).quantized
     named = explained(path, dtype="float32")
     read = explained(path, dtype="float32", read_weights=True)
     options: dict[str, Any] = {"skip_tokenizer_init": True}
     with loaded(path, **options):
         actual = loaded_parts()
     assert not named.notes
-    assert [layer.name for layer in named.layers] == list(actual)
+    assert list(dict.fromkeys(layer.name for layer in named.layers)) == list(actual)
     for layer in named.layers:
         assert actual[layer.name] in [planned_parts(layer, case) for case in layer.cases]
     for layer in read.layers:

@@ -169,16 +169,22 @@ def build_on_meta(
 def stacked_names(
     model: torch.nn.Module, names: Mapping[str, str]
 ) -> dict[str, list[tuple[str, Any]]]:
-    """What the model's own mapper says of tensors that it puts together as they load: name of the
-    fused tensor → (name of a part, its shard). ``names``: name in the files → name of the part."""
-    mapper = getattr(model, "hf_to_vllm_mapper", None)
-    ask = getattr(mapper, "_map_name_with_shard", None)
+    """What the mappers of the model and its parts say of tensors that are put together as they
+    load: name of the fused tensor → (name of a part, its shard). ``names``: name in the files →
+    vLLM's name of the part."""
     found: dict[str, list[tuple[str, Any]]] = {}
-    if ask is None:
-        return found
-    for on_disk, part in names.items():
-        fused, shard = ask(on_disk) or ("", None)
-        if shard is not None:
-            for one in shard if isinstance(shard, list) else [shard]:
-                found.setdefault(fused, []).append((part, one))
+    for path, module in model.named_modules():
+        mapper: Any = getattr(module, "hf_to_vllm_mapper", None)
+        if not getattr(mapper, "orig_to_new_stacked", None):
+            continue
+        prefix = f"{path}." if path else ""
+        for on_disk, part in names.items():
+            if not part.startswith(prefix):
+                continue
+            # The outermost mapper is given names as they are in the files, inner ones renamed.
+            own = part.removeprefix(prefix) if path else on_disk
+            fused, shard = mapper._map_name_with_shard(own) or ("", None)
+            if shard is not None:
+                for one in shard if isinstance(shard, list) else [shard]:
+                    found.setdefault(prefix + fused, []).append((part, one))
     return found

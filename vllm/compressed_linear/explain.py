@@ -33,7 +33,7 @@ from vllm.compressed_linear.on_disk import ReadTensor, assumed, load_shards, loc
 from vllm.compressed_linear.plan import Rejection, rejections
 from vllm.compressed_linear.platform import Platform
 from vllm.compressed_linear.registry import NoBackendError
-from vllm.compressed_linear.settings import Settings
+from vllm.compressed_linear.settings import ENABLE, Settings, enabled
 from vllm.compressed_linear.weights import CheckpointError
 
 
@@ -279,6 +279,9 @@ def _explain(
         weights_read=read_weights,
         file_bytes=sum(header.nbytes for header in checkpoint.headers.values()),
     )
+    if not enabled():
+        found.notes.append(f"{ENABLE}=0 switches this package off: vLLM runs all of it")
+        return found
     if format_of(quantization) is None:
         found.notes.append(_not_ours(quantization))
         return found
@@ -406,7 +409,7 @@ class _Explainer:
         if layer.dense is not None:
             return cases([layer.dense], layer.context, self.hints)
         name, sources = layer.name, layer.sources
-        tensors = locate(name, sources, layout.headers, layout.stacked)
+        tensors = locate(name, layer.path, sources, layout.headers, layout.stacked)
         if tensors and self.read_weights:
             read = _reader(layout.headers, self.file_headers)
             return (read_case(name, sources, layer.context, tensors, read),)

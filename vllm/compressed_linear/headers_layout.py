@@ -51,12 +51,12 @@ def layout_from_headers(
         elif isinstance(found, CheckpointScheme) and (shape := _shape(found, tensors)):
             n, k = shape
             source = ShardSource(module, found, n, k, 0, n, 0, k)
-            layout.layers.append(LayerLayout(module, kind, context, (source,)))
+            layout.layers.append(LayerLayout(module, module, kind, context, (source,)))
         elif isinstance(found, Unquantized) and _is_linear(module, tensors):
             n, k = tensors["weight"].shape
             shard = meta_dense_shard(module, (n, k), activations)
             layout.layers.append(
-                LayerLayout(module, kind, context, dense=shard, reasons=(found.reason,))
+                LayerLayout(module, module, kind, context, dense=shard, reasons=(found.reason,))
             )
     return layout
 

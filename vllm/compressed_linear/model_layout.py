@@ -40,12 +40,14 @@ class TensorParallelError(ValueError):
 class LayerLayout:
     """One layer that this package will run.
 
+    ``name``: what the model class calls it, and the plan. ``path``: where it is in the model.
     ``sources``: the shards of a layer of which at least one is quantized. ``dense``: this rank's
     weight (a meta tensor) of an unquantized one. ``reasons``: which rule left which shard
     unquantized.
     """
 
     name: str
+    path: str
     kind: LayerKind
     context: LayerContext
     sources: tuple[ShardSource, ...] = ()
@@ -164,7 +166,7 @@ def _survive_refusals(config: CompressedLinearConfig, refused: dict[str, LeftToV
         except ConfigError:
             raise
         except Exception as error:
-            refusal = f"{type(error).__name__}: {' '.join(str(error).split())[:LONGEST_REASON]}"
+            refusal = " ".join(str(error.__cause__ or error).split())[:LONGEST_REASON]
             refused[prefix] = LeftToVllm(prefix, type(layer).__name__, "", reason, refusal)
             return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
 
@@ -193,6 +195,7 @@ def _add(
         layout.layers.append(
             LayerLayout(
                 method.prefix,
+                name,
                 method.kind,
                 linear.layer_context(module, method.params_dtype),
                 tuple(method.sources),
@@ -209,6 +212,7 @@ def _add(
         layout.layers.append(
             LayerLayout(
                 method.prefix,
+                name,
                 kind,
                 linear.layer_context(module, weight.dtype),
                 dense=linear.dense_shard(method.prefix, weight),

@@ -54,28 +54,46 @@ LayerTensors = Mapping[str, tuple[Located, ...]]
 
 
 def locate(
-    layer: str, sources: Sequence[ShardSource], headers: Headers, stacked: Stacked
+    layer: str, path: str, sources: Sequence[ShardSource], headers: Headers, stacked: Stacked
 ) -> LayerTensors:
-    """The tensors of ``layer``; empty when the files have nothing under its names."""
+    """The tensors of ``layer``; empty when the files have nothing under its names.
+
+    ``path``: where the layer is in the model, which is how loaders find it. Some model classes give
+    their layers other names, or none.
+    """
     found: dict[str, tuple[Located, ...]] = {}
-    separate = len({source.name for source in sources}) == len(sources)
     for name in dict.fromkeys(t.name for source in sources for t in source.scheme.tensors):
-        fused = f"{layer}.{name}"
-        parts = []
-        if separate:
-            for shard, source in enumerate(sources):
-                own = f"{source.name}.{name}"
-                if own in headers and any(t.name == name for t in source.scheme.tensors):
-                    parts.append(Located(own, headers[own], shard, (source,)))
-        if not parts and fused in headers:
-            parts.append(Located(fused, headers[fused], None, tuple(sources)))
-        if not parts:
+        parts = _separate(name, path, sources, headers)
+        for fused in () if parts else dict.fromkeys((f"{layer}.{name}", f"{path}.{name}")):
+            if fused in headers:
+                parts = [Located(fused, headers[fused], None, tuple(sources))]
+                break
             for part, shard in stacked.get(fused, ()):
                 held = tuple(sources[i] for i in _indices(shard))
                 parts.append(Located(part, headers[part], shard, held))
         if parts:
             found[name] = tuple(parts)
     return found
+
+
+def _separate(
+    name: str, path: str, sources: Sequence[ShardSource], headers: Headers
+) -> list[Located]:
+    """The tensor ``name`` of each source that has one."""
+    if len({source.name for source in sources}) != len(sources):
+        return []
+    parent = path.rpartition(".")[0]
+    parts = []
+    for shard, source in enumerate(sources):
+        if not any(tensor.name == name for tensor in source.scheme.tensors):
+            continue
+        last = source.name.rpartition(".")[2]
+        for module in (source.name, f"{parent}.{last}" if parent else last):
+            if f"{module}.{name}" in headers:
+                own = f"{module}.{name}"
+                parts.append(Located(own, headers[own], shard, (source,)))
+                break
+    return parts
 
 
 def _indices(shard: Any) -> tuple[int, ...]:
