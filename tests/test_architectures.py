@@ -31,7 +31,7 @@ from architectures import (
 )
 from model_loading import loaded, logits
 from synthetic import Quant
-from vllm.compressed_linear.config import ConfigError
+from vllm.compressed_linear.config import NAME, ConfigError
 from vllm.compressed_linear.plan import PLAN
 
 pytestmark = pytest.mark.usefixtures("inspect_in_process")
@@ -45,6 +45,7 @@ QUANTS = {
 }
 FUSED_ON_DISK = ("phi3-fused-on-disk", "falcon-kv-groups", "gpt-neox-fused-by-heads")
 """Families that also try every kind of layout: their tensors are cut or reordered as they load."""
+UNQUANTIZED_TOO = ("opt", "gpt2-input-major", "gemma-tied", "falcon-kv-groups", "mixtral")
 ALL = FAMILIES | WITHOUT_LOGITS | SEEING
 
 
@@ -153,6 +154,20 @@ def test_layers_equal_those_of_vllm(
     name: str, form: str, checkpoint_of: Callable[[str, str], Checkpoint]
 ) -> None:
     assert_same_layers(checkpoint_of(name, form))
+
+
+@pytest.mark.usefixtures("torchvision")
+@pytest.mark.parametrize("name", [*WITHOUT_LOGITS, *UNQUANTIZED_TOO])
+def test_unquantized_models_that_opt_in(
+    name: str, checkpoint_of: Callable[[str, str], Checkpoint]
+) -> None:
+    ideal = checkpoint_of(name, "gptq").ideal
+    ours = layer_outputs(ideal, quantization=NAME)
+    assert PLAN.prepared == PLAN.expected > 0
+    stock = layer_outputs(ideal)
+    assert ours.keys() == stock.keys()
+    for layer, expected in stock.items():
+        torch.testing.assert_close(ours[layer], expected, rtol=1e-4, atol=1e-4, msg=layer)
 
 
 @pytest.mark.parametrize("form", ["gptq", "compressed-tensors"])
