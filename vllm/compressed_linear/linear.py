@@ -226,14 +226,6 @@ def dense_shard(name: str, weight: torch.Tensor) -> LoadedShard:
     return LoadedShard(source, {"weight": weight})
 
 
-def _run_dense(method: Any, layer: Any, kind: LayerKind, weight: torch.Tensor) -> _Prepared:
-    """Prepare ``weight`` [N, K] as one unquantized shard."""
-    shard = dense_shard(method.prefix, weight)
-    return _prepare(
-        layer, method.prefix, kind, [shard], weight.dtype, method.settings, method.prepared
-    )
-
-
 def is_plain_matrix(layer: Any) -> bool:
     """Whether ``layer.weight`` is a plain matrix of a dtype we know, in a layer that vLLM has no
     other plans for."""
@@ -245,71 +237,75 @@ def is_plain_matrix(layer: Any) -> bool:
     )
 
 
-def _is_ours(layer: Any) -> bool:
-    return is_plain_matrix(layer) and not layer.weight.is_meta
+class _DenseMethod:
+    """What our two methods for unquantized weights add to vLLM's, which stay their base classes.
+
+    ``takes`` says whether a layer is for our kernel; all others are vLLM's as before.
+    """
+
+    kind: LayerKind
+    keeps_weight: bool
+
+    def __init__(self, prefix: str, settings: Settings) -> None:
+        super().__init__()
+        self.prefix = prefix
+        self.settings = settings
+        self.prepared: _Prepared | None = None
+
+    def takes(self, layer: Any) -> bool:
+        return is_plain_matrix(layer) and not layer.weight.is_meta
+
+    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
+        super().create_weights(layer, *args, **kwargs)  # type: ignore[misc]
+        PLAN.expect(layer.weight.numel() * layer.weight.element_size())
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        if self.prepared is not None and layer.weight.numel() == 0:
+            return
+        if not self.takes(layer):
+            if PLAN.layer_finished():
+                PLAN.write()
+            super().process_weights_after_loading(layer)  # type: ignore[misc]
+            return
+        weight = layer.weight.data
+        self.prepared = _prepare(
+            layer,
+            self.prefix,
+            self.kind,
+            [dense_shard(self.prefix, weight)],
+            weight.dtype,
+            self.settings,
+            self.prepared,
+        )
+        if not self.keeps_weight:
+            layer.weight = Parameter(weight.new_empty(0), requires_grad=False)
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if self.prepared is None:
+            return super().apply(layer, x, bias)  # type: ignore[misc]
+        return self.prepared.apply(layer, x, bias)
 
 
-class CompressedUnquantizedLinearMethod(UnquantizedLinearMethod):
+class CompressedUnquantizedLinearMethod(_DenseMethod, UnquantizedLinearMethod):
     """Linear layer that the checkpoint leaves unquantized, on our dense kernel.
 
     A subclass of vLLM's method because routers, MLA and online quantization ask for that type.
     What vLLM treats apart (convolutions, ``_cpu_skip_gemm_dispatch``) stays with vLLM.
     """
 
-    def __init__(self, prefix: str, settings: Settings) -> None:
-        super().__init__()
-        self.prefix = prefix
-        self.settings = settings
-        self.prepared: _Prepared | None = None
-
-    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
-        super().create_weights(layer, *args, **kwargs)
-        PLAN.expect(layer.weight.numel() * layer.weight.element_size())
-
-    def process_weights_after_loading(self, layer: Any) -> None:
-        if self.prepared is not None and layer.weight.numel() == 0:
-            return
-        if not _is_ours(layer):
-            if PLAN.layer_finished():
-                PLAN.write()
-            super().process_weights_after_loading(layer)
-            return
-        weight = layer.weight
-        self.prepared = _run_dense(self, layer, LayerKind.LINEAR, weight.data)
-        layer.weight = Parameter(weight.data.new_empty(0), requires_grad=False)
-
-    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        if self.prepared is None:
-            return super().apply(layer, x, bias)
-        return self.prepared.apply(layer, x, bias)
+    kind = LayerKind.LINEAR
+    keeps_weight = False
 
 
-class CompressedUnquantizedEmbeddingMethod(UnquantizedEmbeddingMethod):
+class CompressedUnquantizedEmbeddingMethod(_DenseMethod, UnquantizedEmbeddingMethod):
     """lm_head that the checkpoint leaves unquantized.
 
     ``layer.weight`` stays as it is: it may be the embedding table too, and speculative decoding
     and LoRA read it.
     """
 
-    def __init__(self, prefix: str, settings: Settings) -> None:
-        super().__init__()
-        self.prefix = prefix
-        self.settings = settings
-        self.prepared: _Prepared | None = None
+    kind = LayerKind.HEAD
+    keeps_weight = True
 
-    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
-        super().create_weights(layer, *args, **kwargs)
-        PLAN.expect(layer.weight.numel() * layer.weight.element_size())
-
-    def process_weights_after_loading(self, layer: Any) -> None:
-        if not (isinstance(layer, ParallelLMHead) and _is_ours(layer)):
-            if PLAN.layer_finished():
-                PLAN.write()
-            super().process_weights_after_loading(layer)
-            return
-        self.prepared = _run_dense(self, layer, LayerKind.HEAD, layer.weight.data)
-
-    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        if self.prepared is None:
-            return super().apply(layer, x, bias)
-        return self.prepared.apply(layer, x, bias)
+    def takes(self, layer: Any) -> bool:
+        return isinstance(layer, ParallelLMHead) and super().takes(layer)
