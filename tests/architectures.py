@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -120,6 +123,23 @@ class Checkpoint:
     logits: torch.Tensor | None
 
 
+@contextmanager
+def wrapped_classes_uncompiled(hf_config: Any) -> Iterator[None]:
+    """Where vLLM has no model of its own it wraps the library's classes, for good, in ones that ask
+    for vLLM's configuration and compile themselves; with this one they do as the library does."""
+    from vllm.config import (
+        CompilationConfig,
+        CompilationMode,
+        VllmConfig,
+        set_current_vllm_config,
+    )
+
+    config = VllmConfig(compilation_config=CompilationConfig(mode=CompilationMode.NONE))
+    object.__setattr__(config, "model_config", SimpleNamespace(hf_config=hf_config))
+    with set_current_vllm_config(config):
+        yield
+
+
 def write(family: Family, quant: Quant, path: Path, *, reference: bool = True) -> Checkpoint:
     """Write both checkpoints below ``path``. ``reference``: compute transformers' fp32 logits of
     ``input_ids`` [2, 12]."""
@@ -128,7 +148,8 @@ def write(family: Family, quant: Quant, path: Path, *, reference: bool = True) -
     generator = torch.Generator().manual_seed(len(family.model_type))
     auto = getattr(transformers, family.auto)
     torch.manual_seed(0)
-    model = auto.from_config(family.hf_config(), dtype=torch.float32)
+    with wrapped_classes_uncompiled(family.hf_config()):
+        model = auto.from_config(family.hf_config(), dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             # No tensor may be what it would be if it were never loaded.
@@ -160,7 +181,7 @@ def write(family: Family, quant: Quant, path: Path, *, reference: bool = True) -
     input_ids = torch.randint(3, VOCABULARY, (2, 12), generator=generator)
     logits = None
     if reference:
-        with torch.no_grad():
+        with torch.no_grad(), wrapped_classes_uncompiled(family.hf_config()):
             twin = auto.from_pretrained(ideal, dtype=torch.float32).eval()
             logits = twin(input_ids).logits.float()
     return Checkpoint(quantized, ideal, frozenset(modules), input_ids, logits)
