@@ -4,12 +4,16 @@ library gives."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from conftest import checkpoint, checkpoint_reference, checkpoints
 from model_loading import loaded, logits
 from vllm.compressed_linear import settings
+from vllm.compressed_linear.config import NAME, CompressedLinearConfig
 from vllm.compressed_linear.plan import DELEGATED, PLAN
 from vllm.compressed_linear.registry import NoBackendError
 
@@ -18,6 +22,17 @@ WEIGHT_ONLY = [
     for name in checkpoints("gptqmodel-gptq", "autoawq-", "autoround-", "llmcompressor-w")
     if "a8" not in name and "mxfp4" not in name
 ] + checkpoints("llmcompressor-mixed-int8attn-int4mlp")
+
+
+@pytest.fixture
+def caplog_vllm(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """vLLM's loggers do not propagate; this listens to them directly."""
+    logger = logging.getLogger("vllm")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
 WITH_FP8_LAYERS = checkpoints("llmcompressor-mixed-qv-differ")
 
 
@@ -111,3 +126,27 @@ def test_additional_config_chooses_a_backend_and_the_environment_wins(
     monkeypatch.setenv(settings.BACKEND, "cpu")
     with loaded(path, **options):
         assert {e.backend for e in PLAN.entries.values()} == {"cpu"}
+
+
+def test_a_fall_to_reference_is_loud(
+    monkeypatch: pytest.MonkeyPatch, caplog_vllm: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("vllm.compressed_linear.native.available", lambda: "it was not built")
+    monkeypatch.setattr("vllm.compressed_linear.linear._PLATFORM", [])
+    with loaded(checkpoint("gptqmodel-gptq-w3-g128-asym")):
+        pass
+    assert "run on the reference backend" in caplog_vllm.text
+    assert "it was not built" in caplog_vllm.text
+
+
+@pytest.mark.parametrize("device", ["cuda", "rocm", "xpu"])
+def test_devices_without_a_fast_backend_are_left_to_vllm_unless_asked(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    claim = CompressedLinearConfig.override_quantization_method
+    assert claim(config, None) == NAME
+    monkeypatch.setattr("vllm.compressed_linear.compat.current_device", lambda: device)
+    assert claim(config, None) is None
+    assert claim(config, "gptq") is None
+    assert claim(config, NAME) == NAME

@@ -250,11 +250,19 @@ class CompressedLinearConfig(QuantizationConfig):
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """Claim what our formats support, whichever of its names the user passed."""
+        """Claim what our formats support, whichever of its names the user passed.
+
+        Where only the slow reference backend could run them (our fast ones are for CPUs so far),
+        the user has to ask for it by ``--quantization compressed_linear``.
+        """
         found = format_of(hf_quant_cfg)
         if found is None:
             return None
-        return NAME if user_quant in (None, NAME, *found.aliases) else None
+        if user_quant == NAME:
+            return NAME
+        if compat.current_device() != "cpu":
+            return None
+        return NAME if user_quant in (None, *found.aliases) else None
 
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None

@@ -111,6 +111,15 @@ def _prepare(
     prepared = _Prepared(layer, executors)
     if earlier is None and PLAN.layer_finished():
         logger.info("compressed_linear: %s", PLAN.summary())
+        if slow := PLAN.slow_layers():
+            logger.warning(
+                "%d of them run on the reference backend, which dequantises the whole weight to "
+                "fp32 for every call and is slow, because no other can: %s: %s. "
+                "VLLM_COMPRESSED_LINEAR_STRICT=1 refuses to start like this.",
+                len(slow),
+                slow[0].name,
+                "; ".join(f"{r.backend}: {', '.join(r.reasons)}" for r in slow[0].rejected),
+            )
         PLAN.write()
     return prepared
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from vllm.compressed_linear.registry import Selection
+from vllm.compressed_linear.registry import REFERENCE, Selection
 
 DELEGATED = "vllm"
 """Backend name in the plan for layers that vLLM's own quantization code runs."""
@@ -119,6 +119,10 @@ class Plan:
             f"{len(self.entries)} layers: {parts}; {before / 2**20:.1f} MiB of weights became "
             f"{after / 2**20:.1f} MiB in {seconds:.2f} s"
         )
+
+    def slow_layers(self) -> list[PlanEntry]:
+        """Layers that fell to the reference backend without anybody asking for it."""
+        return [e for e in self.entries.values() if e.backend == REFERENCE and not e.overridden]
 
     def to_json(self) -> dict[str, Any]:
         """Everything, for ``VLLM_COMPRESSED_LINEAR_PLAN_FILE``."""
