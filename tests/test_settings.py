@@ -90,3 +90,29 @@ def test_a_switch_that_is_neither_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv(settings.STRICT, "maybe")
     with pytest.raises(ValueError, match=f"{settings.STRICT} is 'maybe', expected 1 or 0"):
         Settings.read()
+
+
+def test_vllm_knows_our_variables_after_the_plugin_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.platforms import current_platform
+
+    from vllm.compressed_linear.plugin import register
+
+    register()
+    for name in settings.VARIABLES:
+        monkeypatch.setenv(name, "1")
+    # Raises for a VLLM_ variable that nobody announced.
+    current_platform.validate_environ(hard_fail=True)
+
+
+def test_values_of_our_variables_are_no_part_of_the_compile_key(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import vllm.envs as envs
+
+    from vllm.compressed_linear.plugin import register
+
+    register()
+    before = envs.compile_factors()
+    monkeypatch.setenv(settings.PLAN_FILE, "elsewhere.json")
+    assert envs.compile_factors() == before
+    assert "VLLM_COMPRESSED_LINEAR_PLAN" in before

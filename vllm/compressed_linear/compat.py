@@ -7,12 +7,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from vllm.compressed_linear import settings
 
 SUPPORTED = ((0, 32), (0, 34))
 """vLLM versions [first, beyond) that this package is tested with."""
@@ -29,13 +31,11 @@ def check_vllm() -> None:
     if getattr(vllm, "__file__", None) is None or version is None:
         raise ImportError(f"vllm.compressed_linear needs vLLM, found an empty package: {hint}")
     numbers = tuple(int(n) for n in str(version).split("+")[0].split(".")[:2] if n.isdigit())
-    if not SUPPORTED[0] <= numbers < SUPPORTED[1] and not os.environ.get(
-        "VLLM_COMPRESSED_LINEAR_ANY_VLLM"
-    ):
+    if not SUPPORTED[0] <= numbers < SUPPORTED[1] and not os.environ.get(settings.ANY_VLLM):
         first, beyond = (".".join(map(str, v)) for v in SUPPORTED)
         raise ImportError(
             f"vllm.compressed_linear supports vLLM {first} up to but not including {beyond}, found "
-            f"{version}; {hint}, or set VLLM_COMPRESSED_LINEAR_ANY_VLLM=1 to try anyway"
+            f"{version}; {hint}, or set {settings.ANY_VLLM}=1 to try anyway"
         )
 
 
@@ -58,6 +58,17 @@ def publish_compile_factor(name: str, getter: Callable[[], str]) -> None:
     import vllm.envs as envs
 
     envs.environment_variables[name] = getter
+
+
+def announce_variables(names: Iterable[str]) -> None:
+    """Make environment variables known to vLLM, which warns of unknown ones (or refuses them).
+
+    Their values do not enter compile keys: what they change is in the plan's fingerprint.
+    """
+    import vllm.envs as envs
+
+    for name in names:
+        envs.environment_variables.setdefault(name, lambda: None)
 
 
 def additional_config() -> Mapping[str, Any]:

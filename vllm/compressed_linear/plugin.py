@@ -20,4 +20,5 @@ def register() -> None:
     # vLLM calls it without arguments where config.json has no quantization_config; otherwise it
     # calls from_config, which dispatches to the format.
     compat.register_config(NAME, UnquantizedConfig)
+    compat.announce_variables(settings.VARIABLES)
     compat.publish_compile_factor("VLLM_COMPRESSED_LINEAR_PLAN", PLAN.fingerprint)

@@ -17,9 +17,9 @@ from vllm.compressed_linear.backend import Capabilities, QuantLinearMethod
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
 from vllm.compressed_linear.numerics import ElementType, torch_dtype
 from vllm.compressed_linear.platform import NATIVE_LIBRARY, Platform
+from vllm.compressed_linear.settings import CPU_ISA
 from vllm.compressed_linear.weights import CompressedWeights
 
-ISA_VARIABLE = "VLLM_COMPRESSED_LINEAR_CPU_ISA"
 """Forces an instruction set: avx512bf16, avx2 or generic."""
 
 # How far from the memory limit a single row runs, measured with benchmarks/linear.py.
@@ -75,7 +75,7 @@ class CpuBackend(QuantLinearMethod):
 
     @classmethod
     def variant(cls, descriptor: CompressedLinearDescriptor, platform: Platform) -> str:
-        forced = os.environ.get(ISA_VARIABLE)
+        forced = os.environ.get(CPU_ISA)
         if forced:
             return forced
         if {"avx512", "avx512_bf16"} <= platform.features:
