@@ -3,8 +3,9 @@
 
 All contenders compute the same layer and are checked against it before they are timed. Each keeps
 enough copies of its weights that a call never finds them in the cache; calls of all contenders
-alternate, so that what disturbs one disturbs all; medians are reported. With one thread the clock
-is that thread's CPU time, so that being scheduled away does not count; wall time is recorded too.
+alternate in random order, so that what disturbs one disturbs all; medians are reported. With one
+thread the clock is that thread's CPU time, so that being scheduled away does not count; wall time
+is recorded too.
 
     python benchmarks/linear.py --json build/benchmarks/linear.json
 """
@@ -250,8 +251,9 @@ def measure(
     rounds = 0
     while rounds < 5 or time.perf_counter() < end:
         rounds += 1
-        for contestant, seen in zip(contenders, times, strict=True):
-            seen.append(timed(partial(contestant.call, x, rounds)))
+        # In another order each time: who ran before decides what the caches and the core hold.
+        for index in torch.randperm(len(contenders)).tolist():
+            times[index].append(timed(partial(contenders[index].call, x, rounds)))
     return times
 
 

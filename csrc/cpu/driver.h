@@ -8,7 +8,7 @@
 //   kMaxParts              words of x per step: fp32 activations are 3 exact bf16 parts, fp16 are 2
 //   zero, load, broadcast, mac, scale_into
 //   parts(type), split(row, ...)       how a row of x becomes words
-//   needs_decode(problem), decode(...) weights of one chunk and tile into steps of 64 bytes
+//   decode(...)                        weights of one chunk and tile into steps of 64 bytes
 //   copy_row(problem, m, ...)          the same for a row of x that needs no conversion, or false
 //   few_rows_tiles(call)               tiles per unit of few_rows, 0 if it does not apply
 //   few_rows(call, begin, end)         units of a path for few rows that decodes in registers
@@ -185,15 +185,10 @@ struct Call {
       for (int64_t tile = tile0; tile < tile1; tile += Core::kTiles) {
         const int64_t tiles = tile1 - tile < Core::kTiles ? tile1 - tile : Core::kTiles;
         MicroArgs args;
-        if (Core::needs_decode(p)) {
-          args.weights = slab;
-          args.tile_stride = kSlabBytes / Core::kTiles;
-          for (int64_t t = 0; t < tiles; ++t)
-            Core::decode(p, tile + t, k0, width, slab + t * args.tile_stride);
-        } else {
-          args.weights = p.packed + tile * g.tile_bytes() + k0 / kBlock * g.block_bytes();
-          args.tile_stride = g.tile_bytes();
-        }
+        args.weights = slab;
+        args.tile_stride = kSlabBytes / Core::kTiles;
+        for (int64_t t = 0; t < tiles; ++t)
+          Core::decode(p, tile + t, k0, width, slab + t * args.tile_stride);
         for (int64_t s = 0; s < count; ++s)
           for (int64_t t = 0; t < tiles; ++t) {
             const int64_t group = segments[first + s].group;

@@ -15,7 +15,7 @@ namespace compressed_linear::cpu {
 struct Problem {
   Geometry geometry;
   int64_t m;
-  const uint8_t* packed;  // [tiles][tile_bytes]
+  const uint8_t* packed;  // tiles * tile_bytes, see layout.h
   const void* scale;      // [tiles][groups][16] or null
   Scalar scale_type;
   const void* zero;  // [tiles][groups][16] or null

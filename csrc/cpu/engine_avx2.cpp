@@ -74,6 +74,30 @@ void decode_bf16(const uint8_t* block, float* out) {
     }
 }
 
+void decode_integers_or_bf16(int bits, const uint8_t* block, const float* table, __m256i middle,
+                             float* out) {
+  switch (bits) {
+    case 1:
+      return decode_block<1>(block, table, middle, out);
+    case 2:
+      return decode_block<2>(block, table, middle, out);
+    case 3:
+      return decode_block<3>(block, table, middle, out);
+    case 4:
+      return decode_block<4>(block, table, middle, out);
+    case 5:
+      return decode_block<5>(block, table, middle, out);
+    case 6:
+      return decode_block<6>(block, table, middle, out);
+    case 7:
+      return decode_block<7>(block, table, middle, out);
+    case 8:
+      return decode_bytes(block, out);
+    default:
+      return decode_bf16(block, out);
+  }
+}
+
 struct FmaCore {
   struct Acc {
     __m256 low, high;
@@ -108,15 +132,8 @@ struct FmaCore {
   static void split(const float* row, int64_t padded_k, int64_t, uint32_t* out, int64_t stride) {
     for (int64_t i = 0; i < padded_k; ++i) out[i * stride] = bits_of(row[i]);
   }
-  static bool needs_decode(const Problem& p) { return p.geometry.element.kind != Kind::float32; }
   static void decode(const Problem& p, int64_t tile, int64_t k0, int64_t width, uint8_t* slab) {
     const Geometry& g = p.geometry;
-    const uint8_t* packed = p.packed + tile * g.tile_bytes() + k0 / kBlock * g.block_bytes();
-    float* out = reinterpret_cast<float*>(slab);
-    if (g.element.kind == Kind::float16) {
-      load_scalars(packed, Scalar::float16, 0, width * kTile, out);
-      return;
-    }
     float values[128];
     const float* table = nullptr;
     if (p.table != nullptr) {
@@ -124,38 +141,16 @@ struct FmaCore {
       table = values;
     }
     const __m256i middle = _mm256_set1_epi32(static_cast<int>(p.middle));
-    for (int64_t k = 0; k < width; k += kBlock) {
-      switch (g.element.bits) {
-        case 1:
-          decode_block<1>(packed, table, middle, out);
-          break;
-        case 2:
-          decode_block<2>(packed, table, middle, out);
-          break;
-        case 3:
-          decode_block<3>(packed, table, middle, out);
-          break;
-        case 4:
-          decode_block<4>(packed, table, middle, out);
-          break;
-        case 5:
-          decode_block<5>(packed, table, middle, out);
-          break;
-        case 6:
-          decode_block<6>(packed, table, middle, out);
-          break;
-        case 7:
-          decode_block<7>(packed, table, middle, out);
-          break;
-        case 8:
-          decode_bytes(packed, out);
-          break;
-        default:
-          decode_bf16(packed, out);
-          break;
+    float* out = reinterpret_cast<float*>(slab);
+    for (int64_t k = 0; k < width; k += kBlock, out += kBlock * kTile) {
+      const uint8_t* block = p.packed + g.block_at(tile, k0 + k);
+      if (g.element.kind == Kind::float32) {
+        load_scalars(block, Scalar::float32, 0, kBlock * kTile, out);
+      } else if (g.element.kind == Kind::float16) {
+        load_scalars(block, Scalar::float16, 0, kBlock * kTile, out);
+      } else {
+        decode_integers_or_bf16(g.element.bits, block, table, middle, out);
       }
-      packed += g.block_bytes();
-      out += kBlock * kTile;
     }
   }
   static bool copy_row(const Problem&, int64_t, uint32_t*, int64_t) { return false; }

@@ -13,6 +13,7 @@ namespace {
 
 // 24 of the 32 registers hold sums.
 constexpr int kRegisterRows = 6, kRegisterTiles = 4;
+static_assert(kRegisterTiles == kStrip, "the blocks of a register block follow each other");
 
 // ---- decoding: one block of one tile to its sixteen bf16 pairs
 // -----------------------------------
@@ -119,22 +120,22 @@ inline void decode_block(const uint8_t* block, const Table& table, uint8_t* out,
   (_mm512_store_si512(out + kRowBytes * P, Code::template pair<P>(block, table)), ...);
 }
 
-template <int Bits>
-void decode_chunk(const Problem& p, const uint8_t* packed, int64_t width, uint8_t* out) {
+template <class Code, int Bits>
+void decode_chunk(const Problem& p, const uint8_t* packed, int64_t stride, int64_t width,
+                  uint8_t* out) {
   const Table table(p);
   for (int64_t k = 0; k < width; k += kBlock) {
     for (int64_t line = 0; line < Bits; ++line)  // the next chunk of this tile
-      _mm_prefetch(packed + kChunk / kBlock * kRowBytes * Bits + line * kRowBytes, _MM_HINT_T0);
-    decode_block<Integer<Bits>>(packed, table, out, std::make_integer_sequence<int, kPairs>());
-    packed += kRowBytes * Bits;
+      _mm_prefetch(packed + kChunk / kBlock * stride + line * kRowBytes, _MM_HINT_T0);
+    decode_block<Code>(packed, table, out, std::make_integer_sequence<int, kPairs>());
+    packed += stride;
     out += kRowBytes * kPairs;
   }
 }
 
-// ---- few rows: decode in registers, touch every weight once
-// --------------------------------------
+// ---- few rows: decode in registers, touch every weight once -----------------------------------
 
-constexpr int64_t kPrefetchBytes = 2048;
+constexpr int64_t kPrefetchBytes = 8192;  // ahead in the strip; measured
 // Up to this many panels decode anew for each; beyond, decoding once for all rows is cheaper.
 constexpr int64_t few_panels(Element element) {
   return element.bits == 7 ? 1 : element.bits == 8 ? 2 : 3;
@@ -149,11 +150,12 @@ struct FewRowsArgs {
   int64_t row, tile;      // first of each
 };
 
-template <class Code, int Rows, int Tiles, int Parts, int P>
-inline void few_rows_step(const uint8_t* const* blocks, const Table& table, const uint32_t* x,
+template <class Code, int Bits, int Rows, int Tiles, int Parts, int P>
+inline void few_rows_step(const uint8_t* blocks, const Table& table, const uint32_t* x,
                           __m512 (*acc)[Tiles]) {
   __m512i weights[Tiles];
-  for (int t = 0; t < Tiles; ++t) weights[t] = Code::template pair<P>(blocks[t], table);
+  for (int t = 0; t < Tiles; ++t)
+    weights[t] = Code::template pair<P>(blocks + t * kRowBytes * Bits, table);
   for (int q = 0; q < Parts; ++q)
     for (int r = 0; r < Rows; ++r) {
       const __m512bh activation =
@@ -163,19 +165,18 @@ inline void few_rows_step(const uint8_t* const* blocks, const Table& table, cons
     }
 }
 
-template <class Code, int Rows, int Tiles, int Parts, int... P>
-inline void few_rows_block(const uint8_t* const* blocks, const Table& table, const uint32_t* x,
+template <class Code, int Bits, int Rows, int Tiles, int Parts, int... P>
+inline void few_rows_block(const uint8_t* blocks, const Table& table, const uint32_t* x,
                            __m512 (*acc)[Tiles], std::integer_sequence<int, P...>) {
-  (few_rows_step<Code, Rows, Tiles, Parts, P>(blocks, table, x, acc), ...);
+  (few_rows_step<Code, Bits, Rows, Tiles, Parts, P>(blocks, table, x, acc), ...);
 }
 
 template <class Code, int Bits, int Rows, int Tiles, int Parts>
 void few_rows_kernel(const FewRowsArgs& a) {
   const Problem& p = a.p;
-  const Geometry& g = p.geometry;
   const Table table(p);
-  const uint8_t* blocks[Tiles];
-  for (int t = 0; t < Tiles; ++t) blocks[t] = p.packed + (a.tile + t) * g.tile_bytes();
+  constexpr int64_t kStripBlockBytes = Tiles * kRowBytes * Bits;
+  const uint8_t* blocks = p.packed + p.geometry.block_at(a.tile, 0);
   const uint32_t* x = a.x;
   alignas(64) float totals[Rows][Tiles * kTile] = {};
   alignas(64) float lanes[kTile];
@@ -184,12 +185,11 @@ void few_rows_kernel(const FewRowsArgs& a) {
     for (int r = 0; r < Rows; ++r)
       for (int t = 0; t < Tiles; ++t) acc[r][t] = _mm512_setzero_ps();
     for (int64_t k = a.segments[s].begin; k < a.segments[s].end; k += kBlock) {
-      for (int t = 0; t < Tiles; ++t)
-        for (int line = 0; line < Bits; ++line)
-          _mm_prefetch(blocks[t] + kPrefetchBytes + line * kRowBytes, _MM_HINT_T0);
-      few_rows_block<Code, Rows, Tiles, Parts>(blocks, table, x, acc,
-                                               std::make_integer_sequence<int, kPairs>());
-      for (int t = 0; t < Tiles; ++t) blocks[t] += kRowBytes * Bits;
+      for (int64_t at = 0; at < kStripBlockBytes; at += kRowBytes)
+        _mm_prefetch(blocks + kPrefetchBytes + at, _MM_HINT_T0);
+      few_rows_block<Code, Bits, Rows, Tiles, Parts>(blocks, table, x, acc,
+                                                     std::make_integer_sequence<int, kPairs>());
+      blocks += kStripBlockBytes;
       x += kPairs * Parts * Rows;
     }
     const int64_t group = a.segments[s].group;
@@ -303,27 +303,29 @@ struct DotCore : Lanes {
     }
   }
 
-  static bool needs_decode(const Problem& p) { return p.geometry.element.kind != Kind::bfloat16; }
   static void decode(const Problem& p, int64_t tile, int64_t k0, int64_t width, uint8_t* out) {
     const Geometry& g = p.geometry;
-    const uint8_t* packed = p.packed + tile * g.tile_bytes() + k0 / kBlock * g.block_bytes();
+    const uint8_t* packed = p.packed + g.block_at(tile, k0);
+    const int64_t stride = g.block_stride(tile);
     switch (g.element.bits) {
       case 1:
-        return decode_chunk<1>(p, packed, width, out);
+        return decode_chunk<Integer<1>, 1>(p, packed, stride, width, out);
       case 2:
-        return decode_chunk<2>(p, packed, width, out);
+        return decode_chunk<Integer<2>, 2>(p, packed, stride, width, out);
       case 3:
-        return decode_chunk<3>(p, packed, width, out);
+        return decode_chunk<Integer<3>, 3>(p, packed, stride, width, out);
       case 4:
-        return decode_chunk<4>(p, packed, width, out);
+        return decode_chunk<Integer<4>, 4>(p, packed, stride, width, out);
       case 5:
-        return decode_chunk<5>(p, packed, width, out);
+        return decode_chunk<Integer<5>, 5>(p, packed, stride, width, out);
       case 6:
-        return decode_chunk<6>(p, packed, width, out);
+        return decode_chunk<Integer<6>, 6>(p, packed, stride, width, out);
       case 7:
-        return decode_chunk<7>(p, packed, width, out);
+        return decode_chunk<Integer<7>, 7>(p, packed, stride, width, out);
+      case 8:
+        return decode_chunk<Integer<8>, 8>(p, packed, stride, width, out);
       default:
-        return decode_chunk<8>(p, packed, width, out);
+        return decode_chunk<BFloat16, 16>(p, packed, stride, width, out);
     }
   }
 
@@ -375,14 +377,12 @@ struct FmaCore : Lanes {
   static void split(const float* row, int64_t padded_k, int64_t, uint32_t* out, int64_t stride) {
     for (int64_t i = 0; i < padded_k; ++i) out[i * stride] = bits_of(row[i]);
   }
-  static bool needs_decode(const Problem& p) { return p.geometry.element.kind != Kind::float32; }
   static void decode(const Problem& p, int64_t tile, int64_t k0, int64_t width, uint8_t* out) {
     const Geometry& g = p.geometry;
-    const uint8_t* packed = p.packed + tile * g.tile_bytes() + k0 / kBlock * g.block_bytes();
-    for (int64_t i = 0; i < width; ++i)
-      _mm512_store_ps(reinterpret_cast<float*>(out) + i * kTile,
-                      _mm512_cvtph_ps(_mm256_loadu_si256(
-                          reinterpret_cast<const __m256i*>(packed + i * kTile * 2))));
+    float* lanes = reinterpret_cast<float*>(out);
+    const Scalar type = g.element.kind == Kind::float32 ? Scalar::float32 : Scalar::float16;
+    for (int64_t k = 0; k < width; k += kBlock, lanes += kBlock * kTile)
+      load_scalars(p.packed + g.block_at(tile, k0 + k), type, 0, kBlock * kTile, lanes);
   }
   static bool copy_row(const Problem&, int64_t, uint32_t*, int64_t) { return false; }
   static int64_t few_rows_tiles(const Call<FmaCore>&) { return 0; }

@@ -2,38 +2,65 @@
 // The plain twin of the vector engines: the same equation and the same cutting of K, one row and
 // one tile at a time. It runs where nothing better does and is what the others are tested against.
 #include "arena.h"
-#include "pack.h"
 #include "rows.h"
 
 namespace compressed_linear::cpu {
 namespace {
 
+// weights[32][16] of one block. Loops over channels are innermost for the vectoriser.
+void decode_integers(const Problem& p, const uint8_t* block, float* weights) {
+  const int bits = p.geometry.element.bits;
+  uint32_t codes[kBlock * kTile] = {};
+  if (bits == 8) {
+    for (int64_t i = 0; i < kBlock * kTile; ++i) {
+      const int64_t pair = i / (2 * kTile), channel = i / 2 % kTile;
+      codes[(2 * pair + i % 2) * kTile + channel] = block[i] ^ 0x80u;
+    }
+  } else {
+    int shift = 0;
+    for (const int width : {4, 2, 1}) {
+      if ((bits & width) == 0) continue;
+      const int64_t per_half = 16 / width;
+      for (int64_t k = 0; k < kBlock; ++k) {
+        uint32_t lanes[kTile];
+        std::memcpy(lanes, block + k / 2 / per_half * kRowBytes, sizeof(lanes));
+        const auto at = static_cast<uint32_t>(16 * (k % 2) + width * (k / 2 % per_half));
+        for (int64_t i = 0; i < kTile; ++i)
+          codes[k * kTile + i] |= ((lanes[i] >> at) & ((1u << width) - 1)) << shift;
+      }
+      block += width * kRowBytes;
+      shift += width;
+    }
+  }
+  if (p.table != nullptr) {
+    for (int64_t i = 0; i < kBlock * kTile; ++i) weights[i] = from_bf16(p.table[codes[i]]);
+  } else {
+    for (int64_t i = 0; i < kBlock * kTile; ++i)
+      weights[i] = static_cast<float>(static_cast<int32_t>(codes[i])) - p.middle;
+  }
+}
+
 // weights[width][16] of one chunk of one tile.
 void decode(const Problem& p, int64_t tile, int64_t k0, int64_t width, float* weights) {
   const Geometry& g = p.geometry;
-  const uint8_t* chunk = p.packed + tile * g.tile_bytes() + k0 / kBlock * g.block_bytes();
-  for (int64_t k = 0; k < width; ++k) {
-    const uint8_t* block = chunk + k / kBlock * g.block_bytes();
-    const int64_t i = k % kBlock;
-    for (int64_t channel = 0; channel < kTile; ++channel) {
-      float& weight = weights[k * kTile + channel];
-      switch (g.element.kind) {
-        case Kind::integer: {
-          const uint32_t code = code_at(block, g.element.bits, channel, i);
-          weight =
-              p.table != nullptr ? from_bf16(p.table[code]) : static_cast<float>(code) - p.middle;
-          break;
-        }
-        case Kind::bfloat16:
-          weight = load_scalar(block, Scalar::bfloat16, (i / 2 * kTile + channel) * 2 + i % 2);
-          break;
-        case Kind::float16:
-          weight = load_scalar(block, Scalar::float16, i * kTile + channel);
-          break;
-        case Kind::float32:
-          weight = load_scalar(block, Scalar::float32, i * kTile + channel);
-          break;
-      }
+  for (int64_t k = 0; k < width; k += kBlock, weights += kBlock * kTile) {
+    const uint8_t* block = p.packed + g.block_at(tile, k0 + k);
+    switch (g.element.kind) {
+      case Kind::integer:
+        decode_integers(p, block, weights);
+        break;
+      case Kind::bfloat16:
+        for (int64_t i = 0; i < kBlock; ++i)
+          for (int64_t channel = 0; channel < kTile; ++channel)
+            weights[i * kTile + channel] =
+                load_scalar(block, Scalar::bfloat16, (i / 2 * kTile + channel) * 2 + i % 2);
+        break;
+      case Kind::float16:
+        load_scalars(block, Scalar::float16, 0, kBlock * kTile, weights);
+        break;
+      case Kind::float32:
+        load_scalars(block, Scalar::float32, 0, kBlock * kTile, weights);
+        break;
     }
   }
 }

@@ -91,14 +91,24 @@ inline void load_scalars(const void* data, Scalar type, int64_t index, int64_t c
   } else if (type == Scalar::bfloat16) {
     for (int64_t i = 0; i < count; ++i) out[i] = from_bf16(half_at(from, i));
   } else {
-    int64_t i = 0;
 #if defined(__F16C__)
+    int64_t i = 0;
     for (; i + 8 <= count; i += 8)
       _mm256_storeu_ps(
           out + i,
           _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 2 * i))));
+    if (i < count) {
+      const size_t left = static_cast<size_t>(count - i);
+      alignas(16) uint16_t halves[8] = {};
+      alignas(32) float wide[8];
+      std::memcpy(halves, from + 2 * i, 2 * left);
+      _mm256_store_ps(wide,
+                      _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(halves))));
+      std::memcpy(out + i, wide, 4 * left);
+    }
+#else
+    for (int64_t i = 0; i < count; ++i) out[i] = from_fp16(half_at(from, i));
 #endif
-    for (; i < count; ++i) out[i] = from_fp16(half_at(from, i));
   }
 }
 

@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // The packed weight layout, shared by every instruction set and by the packer.
 //
-//   tile   16 output channels; tiles follow each other, each holding all of K
+//   tile   16 output channels
 //   block  32 input channels of one tile: 64 * bits bytes, whatever the element
+//   strip  4 tiles (fewer at the end) whose blocks alternate: block 0 of each tile, block 1 of
+//   each,
+//          ... A kernel that works on four tiles at once so reads memory front to back
 //   chunk  128 input channels: the unit that is decoded at once; no partial sum crosses its end
 //
 // Inside a block of integers the code is cut into bit planes of 4, 2 and 1 bits (3 = 2+1, 5 = 4+1,
@@ -22,9 +25,10 @@
 
 namespace compressed_linear::cpu {
 
-inline constexpr const char* kLayoutId = "tile16-block32-planes421-v1";
+inline constexpr const char* kLayoutId = "tile16-block32-strip4-planes421-v1";
 inline constexpr int64_t kTile = 16;
 inline constexpr int64_t kBlock = 32;
+inline constexpr int64_t kStrip = 4;
 inline constexpr int64_t kChunk = 128;
 inline constexpr int64_t kRowBytes = 64;
 inline constexpr int64_t kPairs = kBlock / 2;
@@ -49,6 +53,16 @@ struct Geometry {
   [[gnu::always_inline]] constexpr int64_t block_bytes() const { return kRowBytes * element.bits; }
   [[gnu::always_inline]] constexpr int64_t tile_bytes() const {
     return padded_k / kBlock * block_bytes();
+  }
+  // Bytes from a block of a tile to the tile's next one.
+  [[gnu::always_inline]] constexpr int64_t block_stride(int64_t tile) const {
+    const int64_t left = tiles - tile / kStrip * kStrip;
+    return (left < kStrip ? left : kStrip) * block_bytes();
+  }
+  // Where the block that holds stored channel `k` of a tile begins.
+  [[gnu::always_inline]] constexpr int64_t block_at(int64_t tile, int64_t k) const {
+    return tile / kStrip * kStrip * tile_bytes() + k / kBlock * block_stride(tile) +
+           tile % kStrip * block_bytes();
   }
   [[gnu::always_inline]] constexpr int64_t used_k() const { return groups * padded_group; }
   // Where input channel `channel` is stored.
@@ -97,6 +111,8 @@ constexpr Geometry make_geometry(int64_t n, int64_t k, int64_t group, Element el
 }
 
 static_assert(make_geometry(17, 96, 32, {Kind::integer, 4}).tile_bytes() == 3 * 256, "");
+static_assert(make_geometry(96, 64, 32, {Kind::integer, 4}).block_at(5, 32) == 2048 + 512 + 256,
+              "");
 static_assert(make_geometry(17, 6, 1, {Kind::integer, 4}).padded_k == 32, "");
 
 }  // namespace

@@ -75,8 +75,7 @@ int64_t row_element_bytes(Element element) {
   return element.kind == Kind::integer ? 1 : element.bits / 8;
 }
 
-}  // namespace
-
+// The code of one weight.
 uint32_t code_at(const uint8_t* block, int bits, int64_t channel, int64_t k) {
   if (bits == 8) return block[(k / 2 * kTile + channel) * 2 + k % 2] ^ 0x80u;
   uint32_t code = 0;
@@ -93,6 +92,8 @@ uint32_t code_at(const uint8_t* block, int bits, int64_t channel, int64_t k) {
   }
   return code;
 }
+
+}  // namespace
 
 void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__)
@@ -124,8 +125,8 @@ void pack_tiles(const Geometry& g, const void* rows, int64_t row_begin, int64_t 
         std::memcpy(to + group * g.padded_group * unit, from + group * g.group * unit,
                     static_cast<size_t>(g.group * unit));
     }
-    uint8_t* block = packed + tile * g.tile_bytes();
-    for (int64_t k = 0; k < g.padded_k; k += kBlock, block += g.block_bytes())
+    uint8_t* block = packed + g.block_at(tile, 0);
+    for (int64_t k = 0; k < g.padded_k; k += kBlock, block += g.block_stride(tile))
       for (int64_t channel = 0; channel < kTile; ++channel) {
         const uint8_t* values = lines.data() + channel * line_bytes + k * unit;
         if (integer) {
@@ -147,7 +148,7 @@ void unpack_tiles(const Geometry& g, const uint8_t* packed, int64_t tile_begin, 
       uint8_t* to = static_cast<uint8_t*>(rows) + row * g.k * unit;
       for (int64_t channel = 0; channel < g.k; ++channel) {
         const int64_t at = g.position(channel);
-        const uint8_t* block = packed + tile * g.tile_bytes() + at / kBlock * g.block_bytes();
+        const uint8_t* block = packed + g.block_at(tile, at);
         if (g.element.kind == Kind::integer) {
           to[channel] =
               static_cast<uint8_t>(code_at(block, g.element.bits, row % kTile, at % kBlock));

@@ -20,7 +20,4 @@ void advise_huge_pages(void* data, int64_t bytes);
 void unpack_tiles(const Geometry& geometry, const uint8_t* packed, int64_t tile_begin,
                   int64_t tile_end, void* rows);
 
-// The code of one weight: the plain reading of the layout that engine_generic.cpp uses too.
-uint32_t code_at(const uint8_t* block, int bits, int64_t channel, int64_t k);
-
 }  // namespace compressed_linear::cpu
