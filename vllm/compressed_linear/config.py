@@ -242,7 +242,7 @@ class CompressedLinearConfig(QuantizationConfig):
         quant_method = quant_method_of(config)
         found = formats().get(quant_method)
         if found is None:
-            known = ", ".join(name for name in formats() if name)
+            known = ", ".join(sorted(name for name in formats() if name))
             raise ConfigError(f"quant_method {quant_method!r} is not known (known: {known})")
         return found.parse(config)
 
