@@ -150,3 +150,33 @@ def test_devices_without_a_fast_backend_are_left_to_vllm_unless_asked(
     assert claim(config, None) is None
     assert claim(config, "gptq") is None
     assert claim(config, NAME) == NAME
+
+
+ONE_OF_EACH_FORMAT = [
+    "gptqmodel-gptq-w4-g128-sym-descact",
+    "gptqmodel-gptqv2-w4-g64-asym",
+    "autoawq-awq-gemm-g128-asym",
+    "autoround-native-mixed",
+    "llmcompressor-w4a16-asym-g32",
+    "llmcompressor-w4a16-sym-channel",
+]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference", "vllm_native"])
+@pytest.mark.parametrize("name", ONE_OF_EACH_FORMAT)
+def test_every_format_runs_on_every_backend_that_can(
+    name: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers that the backend can do run on it; the kernels know nothing of the format."""
+    with loaded(checkpoint(name), "bfloat16"):
+        entries = list(PLAN.entries.values())
+    # A declined one has reasons; one that could and ranks lower has none.
+    unable = {e.name for e in entries for r in e.rejected if r.backend == backend and r.reasons}
+    able = {e.name for e in entries} - unable
+    assert able
+    monkeypatch.setenv(settings.BACKEND, ",".join(f"{layer}={backend}" for layer in sorted(able)))
+    ours, reference = log_probabilities(name, "bfloat16")
+    assert {e.name for e in PLAN.entries.values() if e.backend == backend} >= able
+    # vLLM's kernel rounds every dequantised weight to bf16, so it may be further away than ours.
+    assert float((ours - reference).abs().max()) <= 0.2
+    assert float((ours - reference).abs().mean()) <= 0.03
