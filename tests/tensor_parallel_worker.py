@@ -2,12 +2,13 @@
 """One rank of a tensor-parallel group: loads models one after another and saves their logits.
 
 Run by ``test_tensor_parallel.py`` as ``python tensor_parallel_worker.py RANK SIZE PORT JOBS``, JOBS
-a JSON file: list of {"model": directory, "input_ids": list, "out": file, "options": {…}}.
+a JSON file: list of {"model": directory, "input_ids": list, "out": file, "environment": [one a rank]}.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -20,6 +21,9 @@ from vllm.compressed_linear.plan import PLAN
 def main(rank: int, size: int, port: int, jobs: Path) -> None:
     init_distributed(rank, size, port)
     for job in json.loads(jobs.read_text()):
+        # One rank may be told to choose otherwise, as two unlike machines would.
+        for name, value in job["environment"][rank].items():
+            os.environ[name] = value
         options = {"tensor_parallel_size": size, "skip_tokenizer_init": True}
         with loaded(Path(job["model"]), **options) as model:
             result = logits(model, torch.tensor(job["input_ids"]), gathered_on_rank_0=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vllm.compressed_linear import plan as plan_module
-from vllm.compressed_linear.plan import Plan, PlanEntry, Rejection
+from vllm.compressed_linear.plan import Plan, PlanEntry, Rejection, disagreements
 
 ENTRY = PlanEntry(
     name="model.layers.0.mlp.down_proj",
@@ -77,3 +77,13 @@ def test_a_progress_bar_for_large_models_only(
         done.append(plan.layer_finished())
     assert done == [False, False, True]
     assert ("Preparing weights" in capsys.readouterr().err) == large
+
+
+def test_ranks_that_choose_differently_are_named_by_layer() -> None:
+    one, two = Plan(), Plan()
+    one.add(ENTRY)
+    two.add(replace(ENTRY, backend="reference", variant=""))
+    assert disagreements([one.choices(), one.choices()]) == []
+    assert disagreements([one.choices(), two.choices()]) == [
+        "model.layers.0.mlp.down_proj: rank 0 runs ['cpu (avx2)'], rank 1 ['reference']"
+    ]

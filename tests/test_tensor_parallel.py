@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from conftest import checkpoint, checkpoint_reference
 from model_loading import free_port
 from synthetic import Model, Quant, write
+from vllm.compressed_linear import settings
 
 HERE = Path(__file__).parent
 
@@ -56,9 +58,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             "model": str(paths[name]),
             "input_ids": reference["input_ids"].tolist(),
             "out": str(root / f"{name}.pt"),
+            "environment": [{}, {}],
         }
         for name, reference in references.items()
     ]
+    unlike = {settings.BACKEND: "*.down_proj=reference"}
+    jobs.append(jobs[0] | {"environment": [{}, unlike], "out": str(root / "unlike.pt")})
     (root / "jobs.json").write_text(json.dumps(jobs))
     port = str(free_port())
     worker = [sys.executable, str(HERE / "tensor_parallel_worker.py")]
@@ -78,10 +83,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             process.kill()
     if codes != [0, 0]:
         pytest.fail("\n".join(Path(log.name).read_text()[-6000:] for log in logs))
-    return {
+    found = {
         name: (torch.load(root / f"{name}.pt"), reference["logits"])
         for name, reference in references.items()
     }
+    return found | {"log": (root / "rank0.log").read_text()}
 
 
 @pytest.mark.parametrize("name", [*MODELS, *ZOO])
@@ -90,3 +96,9 @@ def test_two_ranks_give_the_logits_of_one(name: str, results: dict[str, Any]) ->
     vocab = reference.shape[-1]
     error = torch.log_softmax(ours["logits"][..., :vocab], -1) - torch.log_softmax(reference, -1)
     assert float(error.abs().max()) <= 1e-4
+
+
+def test_ranks_that_choose_differently_say_so(results: dict[str, Any]) -> None:
+    log = results["log"]
+    assert log.count("Ranks run a layer on different backends") == 1
+    assert re.search(r"mlp\.down_proj: rank 0 runs \['cpu .*'\], rank 1 \['reference'\]", log)

@@ -172,6 +172,27 @@ def current_device() -> str:
     return "cuda"
 
 
+def tensor_parallel_rank() -> tuple[int, int]:
+    """This process's rank in its tensor-parallel group, and the group's size."""
+    from vllm.distributed import (
+        get_tensor_model_parallel_rank,
+        get_tensor_model_parallel_world_size,
+    )
+
+    return get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+
+
+def gather_from_ranks(value: Any) -> list[Any]:
+    """``value`` of every rank of this process's tensor-parallel group, by rank."""
+    import torch.distributed as dist
+    from vllm.distributed import get_tp_group
+
+    group = get_tp_group()
+    values: list[Any] = [None] * group.world_size
+    dist.all_gather_object(values, value, group=group.cpu_group)
+    return values
+
+
 def logger(name: str) -> Any:
     """vLLM's logger, so that our lines look like its own."""
     from vllm.logger import init_logger

@@ -27,7 +27,7 @@ from vllm.compressed_linear.parameter import (
     collect_shards,
     create_parameters,
 )
-from vllm.compressed_linear.plan import PLAN
+from vllm.compressed_linear.plan import PLAN, disagreements
 from vllm.compressed_linear.platform import Platform
 from vllm.compressed_linear.refine import LayerContext
 from vllm.compressed_linear.resolution import LayerKind, Unquantized
@@ -97,7 +97,7 @@ def _prepare(
     earlier: _Prepared | None,
 ) -> _Prepared:
     if earlier is None:
-        PLAN.plan_file, PLAN.rank = settings.plan_file, int(layer.tp_rank)
+        PLAN.plan_file = settings.plan_file
         PLAN.layer_started()
     executors = prepare(
         name,
@@ -109,19 +109,31 @@ def _prepare(
         earlier.executors if earlier is not None else (),
     )
     prepared = _Prepared(layer, executors)
-    if earlier is None and PLAN.layer_finished():
-        logger.info("compressed_linear: %s", PLAN.summary())
-        if slow := PLAN.slow_layers():
-            logger.warning(
-                "%d of them run on the reference backend, which dequantises the whole weight to "
-                "fp32 for every call and is slow, because no other can: %s: %s. "
-                "VLLM_COMPRESSED_LINEAR_STRICT=1 refuses to start like this.",
-                len(slow),
-                slow[0].name,
-                "; ".join(f"{r.backend}: {', '.join(r.reasons)}" for r in slow[0].rejected),
-            )
-        PLAN.write()
+    if earlier is None:
+        _finished()
     return prepared
+
+
+def _finished() -> None:
+    """One layer is done; after the last one say what was chosen, once for each process."""
+    if not PLAN.layer_finished():
+        return
+    PLAN.rank, size = compat.tensor_parallel_rank()
+    where = f"rank {PLAN.rank}: " if size > 1 else ""
+    logger.info("compressed_linear: %s%s", where, PLAN.summary())
+    if size > 1:
+        for line in disagreements(compat.gather_from_ranks(PLAN.choices())):
+            logger.warning("Ranks run a layer on different backends: %s", line)
+    if slow := PLAN.slow_layers():
+        logger.warning(
+            "%d of them run on the reference backend, which dequantises the whole weight to "
+            "fp32 for every call and is slow, because no other can: %s: %s. "
+            "VLLM_COMPRESSED_LINEAR_STRICT=1 refuses to start like this.",
+            len(slow),
+            slow[0].name,
+            "; ".join(f"{r.backend}: {', '.join(r.reasons)}" for r in slow[0].rejected),
+        )
+    PLAN.write()
 
 
 _PLATFORM: list[Platform] = []
@@ -272,9 +284,8 @@ class _DenseMethod:
         if self.prepared is not None and layer.weight.numel() == 0:
             return
         if not self.takes(layer):
-            if PLAN.layer_finished():
-                PLAN.write()
             super().process_weights_after_loading(layer)  # type: ignore[misc]
+            _finished()
             return
         weight = layer.weight.data
         self.prepared = _prepare(

@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,13 @@ class Plan:
         """Layers that fell to the reference backend without anybody asking for it."""
         return [e for e in self.entries.values() if e.backend == REFERENCE and not e.overridden]
 
+    def choices(self) -> dict[str, list[str]]:
+        """Layer → what runs its parts, to be compared with other ranks."""
+        out: dict[str, list[str]] = {}
+        for entry in self.entries.values():
+            out.setdefault(entry.name, []).append(entry.runs)
+        return out
+
     def to_json(self) -> dict[str, Any]:
         """Everything, for ``VLLM_COMPRESSED_LINEAR_PLAN_FILE``."""
         return {
@@ -152,6 +159,17 @@ class Plan:
     def reset(self) -> None:
         """Forget everything: another model is loaded into this process."""
         self.__init__()  # type: ignore[misc]
+
+
+def disagreements(choices: Sequence[Mapping[str, list[str]]]) -> list[str]:
+    """Lines that name the layers which ranks run differently; ``choices`` of each rank."""
+    first = choices[0]
+    return [
+        f"{name}: rank 0 runs {first.get(name)}, rank {rank} {other.get(name)}"
+        for rank, other in enumerate(choices)
+        for name in sorted(first.keys() | other.keys())
+        if first.get(name) != other.get(name)
+    ]
 
 
 PLAN = Plan()
