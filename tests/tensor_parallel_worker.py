@@ -2,7 +2,7 @@
 """One rank of a tensor-parallel group: loads models one after another and saves their logits.
 
 Run by ``test_tensor_parallel.py`` as ``python tensor_parallel_worker.py RANK SIZE PORT JOBS``, JOBS
-a JSON file: list of {"model": directory, "input_ids": list, "out": file, "environment": [per rank]}.
+a JSON file: list of {"model": directory, "input_ids": list, "out": file, "environment": [2 maps]}.
 """
 
 from __future__ import annotations
