@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
@@ -29,7 +30,7 @@ START_SECONDS = 240
 
 @contextmanager
 def server(model: Path, log: Path, plan: Path) -> Iterator[str]:
-    """A server that has answered /health; Ctrl-C must end it with no process left."""
+    """Address of a server that has answered /health; Ctrl-C must end it."""
     port = free_port()
     command = [
         str(Path(sys.executable).parent / "vllm"),
@@ -57,7 +58,7 @@ def server(model: Path, log: Path, plan: Path) -> Iterator[str]:
                 assert process.poll() is None, log.read_text()[-4000:]
                 assert time.monotonic() < deadline, log.read_text()[-4000:]
                 time.sleep(0.5)
-        yield url
+        yield f"127.0.0.1:{port}"
         process.send_signal(signal.SIGINT)
         process.wait(timeout=60)
     finally:
@@ -66,8 +67,12 @@ def server(model: Path, log: Path, plan: Path) -> Iterator[str]:
             process.wait()
 
 
-def stream(url: str, prompt: list[int], events: list[tuple[float, str]]) -> None:
-    """Ask for a streamed completion; note when it was sent (no text) and when pieces came."""
+Events = list[tuple[float, str]]
+"""When the request was sent (without text), then when each piece of text came."""
+
+
+def send(address: str, prompt: list[int], events: Events) -> http.client.HTTPConnection:
+    """Ask for a streamed completion; the answer is read by ``receive``."""
     body = {
         "model": "tiny",
         "prompt": prompt,
@@ -76,15 +81,19 @@ def stream(url: str, prompt: list[int], events: list[tuple[float, str]]) -> None
         "ignore_eos": True,
         "stream": True,
     }
-    request = urllib.request.Request(
-        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
+    connection = http.client.HTTPConnection(address, timeout=120)
+    headers = {"Content-Type": "application/json"}
+    connection.request("POST", "/v1/completions", json.dumps(body), headers)
     events.append((time.monotonic(), ""))
-    with urllib.request.urlopen(request, timeout=120) as answer:
-        for line in answer:
-            text = line.decode().strip().removeprefix("data: ")
-            if text and text != "[DONE]":
-                events.append((time.monotonic(), json.loads(text)["choices"][0]["text"]))
+    return connection
+
+
+def receive(connection: http.client.HTTPConnection, events: Events) -> None:
+    for line in connection.getresponse():
+        text = line.decode().strip().removeprefix("data: ")
+        if text and text != "[DONE]":
+            events.append((time.monotonic(), json.loads(text)["choices"][0]["text"]))
+    connection.close()
 
 
 @pytest.mark.parametrize(
@@ -97,15 +106,19 @@ def stream(url: str, prompt: list[int], events: list[tuple[float, str]]) -> None
 )
 def test_two_streams_at_once(name: str, tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
-    with server(checkpoint(name), tmp_path / "server.log", plan) as url:
+    with server(checkpoint(name), tmp_path / "server.log", plan) as address:
         prompts = [[5, 6, 7, 8, 9], [40, 41, 42]]
-        alone: list[list[tuple[float, str]]] = [[], []]
+        alone: list[Events] = [[], []]
         for prompt, events in zip(prompts, alone, strict=True):
-            stream(url, prompt, events)
-        together: list[list[tuple[float, str]]] = [[], []]
+            receive(send(address, prompt, events), events)
+        together: list[Events] = [[], []]
+        # Both are sent before either is read: the server keeps every core busy from then on.
+        connections = [
+            send(address, prompt, events) for prompt, events in zip(prompts, together, strict=True)
+        ]
         threads = [
-            threading.Thread(target=stream, args=(url, prompt, events))
-            for prompt, events in zip(prompts, together, strict=True)
+            threading.Thread(target=receive, args=pair)
+            for pair in zip(connections, together, strict=True)
         ]
         for thread in threads:
             thread.start()
@@ -125,5 +138,5 @@ def test_two_streams_at_once(name: str, tmp_path: Path) -> None:
     assert "Traceback" not in log
 
 
-def _text(events: list[tuple[float, str]]) -> str:
+def _text(events: Events) -> str:
     return "".join(text for _, text in events)
