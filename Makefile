@@ -26,12 +26,13 @@ CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.hpp
 export VLLM_CPU_KVCACHE_SPACE ?= 2
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: help setup test lint test-unit test-native test-e2e demo serve bench docs clean
+.PHONY: help setup test lint test-unit test-native test-e2e test-slow demo serve bench docs clean
 
 help:
 	@echo 'make setup        make .venv, install vLLM and this project, build csrc'
 	@echo 'make test         lint, types, unit, native and end-to-end tests'
 	@echo 'make lint | test-unit | test-native | test-e2e   one part of it'
+	@echo 'make test-slow    what make test leaves out: every architecture of vLLM, minutes'
 	@echo 'make demo         quantize Gemma 3 270M, serve it, ask it, show the plan'
 	@echo 'make serve MODEL=<path or name> [ARGS=...]       serve any checkpoint on loopback'
 	@echo 'make bench [ARGS=...]   linear kernels against vLLM, ATen and the machine'
@@ -79,6 +80,9 @@ test-native: setup
 
 test-e2e: setup
 	$(PYTEST) -m 'e2e and not slow'
+
+test-slow: setup
+	$(PYTEST) -m slow
 
 demo: setup
 	@$(BIN)/python examples/gemma/demo.py $(ARGS)
