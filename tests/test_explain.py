@@ -12,13 +12,14 @@ from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from conftest import checkpoint, checkpoints
 from model_loading import init_distributed, loaded
-from vllm.compressed_linear import compat_model, settings
+from vllm.compressed_linear import compat, compat_model, settings
 from vllm.compressed_linear.config import ConfigError
 from vllm.compressed_linear.explain import CasePlan, ExplainError, Explanation, LayerPlan, explain
 from vllm.compressed_linear.linear import detect_platform
@@ -131,7 +132,8 @@ def test_an_explanation_leaves_the_plan_of_this_process_alone() -> None:
 
 @contextmanager
 def rank_loaded(path: Path, rank: int, size: int) -> Iterator[None]:
-    """Load one rank's part in this process; nothing is sent while weights are loaded."""
+    """Load one rank's part in this process. All that ranks send each other meanwhile is what each
+    has chosen, in the end; here each hears only itself."""
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader import get_model
 
@@ -140,7 +142,11 @@ def rank_loaded(path: Path, rank: int, size: int) -> Iterator[None]:
     init_distributed()
     config = compat_model.engine_config(str(path), dtype="float32", tp_size=size, quantization=None)
     PLAN.reset()
-    with compat_model.pretend_parallel(rank, size), set_current_vllm_config(config):
+    with (
+        compat_model.pretend_parallel(rank, size),
+        set_current_vllm_config(config),
+        mock.patch.object(compat, "gather_from_ranks", lambda value: [value]),
+    ):
         get_model(vllm_config=config)
         yield
 
