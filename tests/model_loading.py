@@ -87,6 +87,8 @@ def loaded(path: Path, dtype: str = "float32", **options: Any) -> Iterator[Loade
     PLAN.reset()
     with set_current_vllm_config(config):
         model = get_model(vllm_config=config)
+        # Else the plan is never written, and nothing says what was chosen.
+        assert PLAN.prepared == PLAN.expected, "a layer was announced and never prepared"
         yield LoadedModel(model, config)
 
 
