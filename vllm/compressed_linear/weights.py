@@ -225,15 +225,17 @@ class LoadedShard:
         """
         weight = self.source.scheme.weight
         values = weight.element.decode(self.codes(start, stop))
-        scale, zero = self.scale(), self.zero()
+        # Only these rows of them: self-checks ask row by row.
+        scale = self._matrix(Role.SCALE, "G", start, stop)
+        zero = self._matrix(Role.ZERO, "G", start, stop)
         if scale is None:
             return values
         group = self.group_index().to(values.device)
+        wide = scale.to(torch.float32)[:, group]
         spec = weight.zero
         if zero is None or spec is None:
-            return values * scale[start:stop].to(torch.float32)[:, group]
-        subtract = zero[start:stop].to(torch.float32)[:, group] * (-1 if spec.negated else 1)
-        wide = scale[start:stop].to(torch.float32)[:, group]
+            return values * wide
+        subtract = zero.to(torch.float32)[:, group] * (-1 if spec.negated else 1)
         if spec.kind == "minimum":
             return values * wide - subtract
         return (values - subtract) * wide
