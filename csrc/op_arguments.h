@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: Apache-2.0
+// What every op checks of its arguments, each failure with the op's name, what was found and what
+// was expected, and the ways to run a loop over the thread pool. Included by the op_*.cpp files
+// only.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/engine.h"
+
+namespace compressed_linear {
+
+using cpu::Element;
+using cpu::Geometry;
+using cpu::Kind;
+using cpu::Scalar;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class... Parts>
+[[noreturn]] void fail(const char* op, const Parts&... parts) {
+  std::ostringstream message;
+  message << "compressed_linear::" << op << ": ";
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
+
+inline Element parse_element(const char* op, const std::string& name) {
+  if (name == "bf16") return {Kind::bfloat16, 16};
+  if (name == "fp16") return {Kind::float16, 16};
+  if (name == "fp32") return {Kind::float32, 32};
+  if (name.size() == 5 && name.compare(0, 4, "uint") == 0 && name[4] >= '1' && name[4] <= '8')
+    return {Kind::integer, name[4] - '0'};
+  fail(op, "element is '", name, "', expected uint1 to uint8, bf16, fp16 or fp32");
+}
+
+inline const char* type_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Double:
+      return "float64";
+    default:
+      return "another dtype";
+  }
+}
+
+inline Scalar float_type(const char* op, const char* what, ScalarType type) {
+  if (type == ScalarType::Float) return Scalar::float32;
+  if (type == ScalarType::Half) return Scalar::float16;
+  if (type == ScalarType::BFloat16) return Scalar::bfloat16;
+  fail(op, what, " is ", type_name(type), ", expected bfloat16, float16 or float32");
+}
+
+inline ScalarType row_type(Element element) {
+  switch (element.kind) {
+    case Kind::bfloat16:
+      return ScalarType::BFloat16;
+    case Kind::float16:
+      return ScalarType::Half;
+    case Kind::float32:
+      return ScalarType::Float;
+    default:
+      return ScalarType::Byte;
+  }
+}
+
+inline std::string shape_text(const Tensor& tensor) {
+  std::ostringstream text;
+  text << "[";
+  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
+  text << "]";
+  return text.str();
+}
+
+template <size_t Rank>
+inline void check_shape(const char* op, const char* what, const Tensor& tensor,
+                        const std::array<int64_t, Rank>& shape) {
+  bool equal = tensor.dim() == static_cast<int64_t>(Rank);
+  std::ostringstream expected;
+  for (size_t i = 0; i < Rank; ++i) {
+    expected << (i ? ", " : "") << shape[i];
+    equal = equal && tensor.size(static_cast<int64_t>(i)) == shape[i];
+  }
+  if (!equal)
+    fail(op, what, " has shape ", shape_text(tensor), ", expected [", expected.str(), "]");
+}
+
+inline void check_plain(const char* op, const char* what, const Tensor& tensor) {
+  if (!tensor.is_cpu()) fail(op, what, " is not on the CPU");
+  if (!tensor.is_contiguous()) fail(op, what, " is not contiguous");
+}
+
+inline void check_type(const char* op, const char* what, const Tensor& tensor, ScalarType type) {
+  if (tensor.scalar_type() != type)
+    fail(op, what, " is ", type_name(tensor.scalar_type()), ", expected ", type_name(type));
+}
+
+inline Geometry geometry_of(const char* op, int64_t n, int64_t k, int64_t group_size,
+                            Element element) {
+  constexpr int64_t kLimit = int64_t{1} << 31;  // keeps every product below inside 64 bits
+  if (n < 0 || n >= kLimit) fail(op, "n is ", n, ", expected 0 to 2^31 - 1");
+  if (k < 1 || k >= kLimit) fail(op, "k is ", k, ", expected 1 to 2^31 - 1");
+  if (group_size < 1 || k % group_size != 0)
+    fail(op, "group_size is ", group_size, ", expected a divisor of k = ", k);
+  return cpu::make_geometry(n, k, group_size, element);
+}
+
+inline void check_packed(const char* op, const Tensor& packed, const Geometry& g) {
+  check_plain(op, "packed", packed);
+  check_type(op, "packed", packed, ScalarType::Byte);
+  check_shape<2>(op, "packed", packed, {g.tiles, g.tile_bytes()});
+}
+
+// For cpu::Parallel: runs body(context, begin, end) over [0, count) in torch's thread pool.
+inline void run_parallel(int64_t count, void (*body)(void*, int64_t, int64_t), void* context) {
+  torch::stable::parallel_for(
+      0, count, 1, [body, context](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+
+template <class Body>
+void parallel_tiles(int64_t begin, int64_t end, const Body& body) {
+  torch::stable::parallel_for(begin, end, 1, body);
+}
+
+}  // namespace compressed_linear

@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "counters.h"
+#include "op_arguments.h"
+#include "ops.h"
+
+namespace compressed_linear {
+namespace {
+
+// The counter of one path of `linear`, found by name the first time a thread asks for it.
+std::atomic<int64_t>& linear_counter(const cpu::Engine& engine, Element element,
+                                     const std::string& element_name) {
+  struct Known {
+    const cpu::Engine* engine = nullptr;
+    std::atomic<int64_t>* counter = nullptr;
+  };
+  thread_local std::array<Known, 36> known;  // by kind, and bits of integers
+  Known& entry = known[static_cast<size_t>(element.kind) * 9 +
+                       static_cast<size_t>(element.kind == Kind::integer ? element.bits : 0)];
+  if (entry.engine != &engine)
+    entry = {&engine, &counter("linear/" + std::string(engine.isa) + "/" + element_name)};
+  return *entry.counter;
+}
+
+void check_perm(const char* op, const int32_t* perm, int64_t k, int64_t columns) {
+  int32_t lowest = 0, highest = -1;
+  for (int64_t i = 0; i < k; ++i) {
+    lowest = perm[i] < lowest ? perm[i] : lowest;
+    highest = perm[i] > highest ? perm[i] : highest;
+  }
+  if (lowest < -1 || highest >= columns)
+    fail(op, "perm runs from ", lowest, " to ", highest, ", expected -1 to ", columns - 1);
+}
+
+}  // namespace
+
+Tensor linear(Tensor x, Tensor packed, std::optional<Tensor> scale, std::optional<Tensor> zero,
+              std::optional<Tensor> bias, std::optional<Tensor> perm, std::optional<Tensor> table,
+              int64_t n, int64_t k, int64_t group_size, std::string element_name,
+              int64_t element_bias, ScalarType out_dtype) {
+  constexpr const char* op = "linear";
+  const Element element = parse_element(op, element_name);
+  cpu::Problem p{};
+  p.geometry = geometry_of(op, n, k, group_size, element);
+  const Geometry& g = p.geometry;
+  check_packed(op, packed, g);
+  p.packed = static_cast<const uint8_t*>(packed.const_data_ptr());
+
+  if (!x.is_cpu()) fail(op, "x is not on the CPU");
+  if (x.dim() != 2) fail(op, "x has shape ", shape_text(x), ", expected [m, k]");
+  p.m = x.size(0);
+  p.x = x.const_data_ptr();
+  p.x_type = float_type(op, "x", x.scalar_type());
+  p.x_row_stride = x.stride(0);
+  p.x_column_stride = x.stride(1);
+  if (perm.has_value()) {
+    check_plain(op, "perm", *perm);
+    check_type(op, "perm", *perm, ScalarType::Int);
+    check_shape<1>(op, "perm", *perm, {k});
+    p.perm = static_cast<const int32_t*>(perm->const_data_ptr());
+    check_perm(op, p.perm, k, x.size(1));
+  } else if (x.size(1) != k) {
+    fail(op, "x has shape ", shape_text(x), ", expected [m, ", k, "]");
+  }
+
+  const std::array<int64_t, 3> tiled = {g.tiles, g.groups, cpu::kTile};
+  if (scale.has_value()) {
+    check_plain(op, "scale", *scale);
+    check_shape<3>(op, "scale", *scale, tiled);
+    p.scale = scale->const_data_ptr();
+    p.scale_type = float_type(op, "scale", scale->scalar_type());
+  }
+  if (zero.has_value()) {
+    check_plain(op, "zero", *zero);
+    check_shape<3>(op, "zero", *zero, tiled);
+    p.zero = zero->const_data_ptr();
+    p.zero_type = float_type(op, "zero", zero->scalar_type());
+  }
+  if (bias.has_value()) {
+    check_plain(op, "bias", *bias);
+    check_shape<1>(op, "bias", *bias, {n});
+    p.bias = bias->const_data_ptr();
+    p.bias_type = float_type(op, "bias", bias->scalar_type());
+  }
+  const bool coded = element.kind == Kind::integer;
+  if (table.has_value()) {
+    if (!coded || element.bits == 8)
+      fail(op, "table is given for ", element_name, ", expected uint1 to uint7");
+    check_plain(op, "table", *table);
+    check_type(op, "table", *table, ScalarType::BFloat16);
+    check_shape<1>(op, "table", *table, {int64_t{1} << element.bits});
+    p.table = static_cast<const uint16_t*>(table->const_data_ptr());
+  }
+  if (coded) {
+    const int64_t largest = int64_t{1} << element.bits;
+    if (element_bias < 0 || element_bias > largest)
+      fail(op, "element_bias is ", element_bias, ", expected 0 to ", largest);
+    // Without zero points the bias goes into the decoded values, which saves the group sums; with
+    // them, decoding about the middle keeps what is added and taken away small.
+    const bool centred = p.zero != nullptr || element.bits == 8;
+    p.middle = static_cast<float>(centred ? largest / 2 : element_bias);
+    p.offset = p.table != nullptr ? 0.0f : static_cast<float>(element_bias) - p.middle;
+  }
+
+  p.out_type = float_type(op, "out_dtype", out_dtype);
+  const std::array<int64_t, 2> shape = {p.m, n};
+  Tensor out = torch::stable::new_empty(x, {shape.data(), 2}, out_dtype);
+  p.out = out.mutable_data_ptr();
+
+  const cpu::Engine& engine = cpu::engine();
+  engine.linear(p, {&run_parallel, static_cast<int64_t>(torch::stable::get_num_threads())});
+  linear_counter(engine, element, element_name) += 1;
+  return out;
+}
+
+}  // namespace compressed_linear

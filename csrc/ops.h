@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0
+// The ops, each with its argument checks in the op_*.cpp file of its name. What they compute is
+// said in vllm/compressed_linear/native.py, where their fake kernels are; they are registered in
+// ops.cpp.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+namespace compressed_linear {
+
+using torch::stable::Tensor;
+
+int64_t packed_tile_bytes(int64_t k, int64_t group_size, std::string element);
+void pack_rows(Tensor packed, Tensor rows, int64_t row_start, int64_t n, int64_t group_size,
+               std::string element);
+Tensor unpack_rows(Tensor packed, int64_t n, int64_t k, int64_t group_size, std::string element);
+Tensor linear(Tensor x, Tensor packed, std::optional<Tensor> scale, std::optional<Tensor> zero,
+              std::optional<Tensor> bias, std::optional<Tensor> perm, std::optional<Tensor> table,
+              int64_t n, int64_t k, int64_t group_size, std::string element, int64_t element_bias,
+              torch::headeronly::ScalarType out_dtype);
+
+}  // namespace compressed_linear
