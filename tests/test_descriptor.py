@@ -21,13 +21,22 @@ from vllm.compressed_linear.descriptor import (
     WeightSpec,
     ZeroSpec,
 )
-from vllm.compressed_linear.numerics import ElementType, uint
+from vllm.compressed_linear.numerics import E2M1, INT8, ElementType, uint
 from vllm.compressed_linear.testing import conformance_cases
 
 DTYPES = st.sampled_from(["bfloat16", "float16", "float32"])
 ELEMENTS = st.sampled_from(
     [uint(4, 8), uint(3), numerics.E4M3, numerics.E2M1, ElementType("c", 1, codebook=(-1.0, 2.5))]
 )
+
+
+ACTIVATIONS = [
+    ActivationSpec(INT8, True, "token"),
+    ActivationSpec(INT8, False, "tensor", symmetric=False, maximum=127.5),
+    ActivationSpec(numerics.E4M3, True, "group", group_size=128, maximum=448),
+    ActivationSpec(E2M1, True, "group", group_size=16, scale_dtype="float8_e4m3fn", maximum=6),
+    ActivationSpec(E2M1, True, "group", group_size=32, scale_dtype="e8m0", maximum=3.5),
+]
 
 
 @st.composite
@@ -37,9 +46,7 @@ def descriptors(draw: st.DrawFn) -> CompressedLinearDescriptor:
     k = group * groups if group > 0 else draw(st.integers(1, 500))
     order = draw(st.sampled_from([None, ChannelOrder(k), ChannelOrder(k, padded=True)]))
     shards = tuple(draw(st.lists(st.integers(0, 99), min_size=1, max_size=3)))
-    activation = ActivationSpec(
-        draw(ELEMENTS), draw(st.booleans()), draw(st.sampled_from(["tensor", "token", "group"]))
-    )
+    activation = draw(st.sampled_from(ACTIVATIONS))
     return CompressedLinearDescriptor(
         in_features=k - 1 if order and order.padded else k,
         out_features=sum(shards),
@@ -104,6 +111,10 @@ def test_every_field_counts_for_equality() -> None:
         replace(d, tp_size=2),
         replace(d, channel_order=ChannelOrder(256)),
         replace(d, prescale="float32"),
+        replace(d, transform=TransformSpec("hadamard", "input", 64)),
+        replace(d, weight=replace(weight, row_scale="float32")),
+        *(replace(d, activation=activation) for activation in ACTIVATIONS),
+        replace(d, activation=replace(ACTIVATIONS[0], maximum=127.5)),
     ]
     assert len({d, *changed}) == len(changed) + 1
 
@@ -136,8 +147,65 @@ def test_parts_refuse_what_they_do_not_know() -> None:
         ScaleSpec("float16", "row")
     with pytest.raises(ValueError, match="group size 0"):
         ScaleSpec("float16", "group", 0)
+    with pytest.raises(ValueError, match="blocks of 128 rows with scales per group"):
+        ScaleSpec("float16", "group", 128, 128)
     with pytest.raises(ValueError, match="zero point kind 'fuzzy'"):
         ZeroSpec("fuzzy", "float16")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"element": uint(8)}, "activation uint8: expected an integer whose middle code is 0"),
+        ({"element": numerics.BF16}, "activation bf16: expected an integer"),
+        ({"granularity": "row"}, "granularity 'row'"),
+        ({"granularity": "group"}, "group size -1 per group"),
+        ({"group_size": 32}, "group size 32 per token"),
+        ({"dynamic": False}, "static scales per token"),
+        ({"element": numerics.E4M3, "symmetric": False}, "zero points are for integers"),
+        ({"scale_dtype": "float16"}, "scale dtype float16 .expected float32, e8m0 or"),
+        ({"scale_dtype": "e8m0"}, "e8m0 scales .expected for symmetric groups only"),
+        ({"maximum": 0.0}, "maximum 0.0 .expected a positive number"),
+    ],
+)
+def test_contradicting_activations_are_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(ActivationSpec(INT8, True, "token"), **change)  # type: ignore[arg-type]
+
+
+def test_activations_say_what_they_are_and_need() -> None:
+    told = {
+        str(a): (a.kind, a.needs_scale, a.needs_zero)
+        for a in (*ACTIVATIONS, ActivationSpec(INT8, False, "tensor"))
+    }
+    assert told == {
+        "int8 dynamic per token, maximum 127": ("int8 dynamic per token", False, False),
+        "int8 static per tensor, asymmetric, maximum 127.5": (
+            "int8 static per tensor, asymmetric",
+            True,
+            True,
+        ),
+        "e4m3 dynamic per group of 128, maximum 448": ("e4m3 dynamic per group", False, False),
+        "e2m1 dynamic per group of 16 with e4m3 scales, maximum 6": (
+            "e2m1 dynamic per group with e4m3 scales",
+            True,
+            False,
+        ),
+        "e2m1 dynamic per group of 32 with e8m0 scales, maximum 3.5": (
+            "e2m1 dynamic per group with e8m0 scales",
+            False,
+            False,
+        ),
+        "int8 static per tensor, maximum 127": ("int8 static per tensor", True, False),
+    }
+
+
+@pytest.mark.parametrize(
+    "change", [{"kind": "rotation"}, {"side": "output"}, {"block": 0}, {"block": 96}], ids=str
+)
+def test_unknown_transforms_are_refused(change: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"known: hadamard, input|expected a power of two"):
+        replace(TransformSpec("hadamard", "input", 64), **change)  # type: ignore[arg-type]
 
 
 def test_descriptors_of_real_weights_go_through_json() -> None:

@@ -123,3 +123,15 @@ def test_what_is_no_element_type_is_refused() -> None:
         _ = uint(4).dense_dtype
     with pytest.raises(ValueError, match="unknown dtype 'quad'"):
         torch_dtype("quad")
+
+
+def test_scales_widen_to_what_they_mean() -> None:
+    stored = torch.tensor([0, 1, 127, 130, 254], dtype=torch.uint8)
+    expected = [2.0**-127, 2.0**-126, 1.0, 8.0, 2.0**127]
+    assert numerics.widen_scale(stored).tolist() == expected
+    assert numerics.widen_scale(torch.tensor([255], dtype=torch.uint8)).isnan().all()
+    for dtype in (torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float32):
+        assert numerics.widen_scale(torch.tensor([0.25]).to(dtype)).tolist() == [0.25]
+        assert numerics.scale_dtype_name(dtype) == dtype_name(dtype)
+    assert numerics.scale_dtype_name(torch.uint8) == "e8m0"
+    assert torch_dtype("e8m0") == torch.uint8

@@ -252,7 +252,7 @@ def test_everything_undeclared_is_declined_each_with_both_sides() -> None:
         "float zero points (supported: none)",
         "input dtype float64 (supported: bfloat16)",
         "reordered input channels",
-        "quantised activations",
+        "activations as e4m3 dynamic per token (supported: none)",
         "a per-channel scale of the activations",
         "Hadamard or rotation transforms",
         "second-level scales",

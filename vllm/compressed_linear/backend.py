@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
-from vllm.compressed_linear.numerics import torch_dtype
+from vllm.compressed_linear.numerics import torch_dtype, widen_scale
 from vllm.compressed_linear.platform import Platform
 from vllm.compressed_linear.weights import CompressedWeights
 
@@ -48,7 +48,8 @@ class Capabilities:
     channel_order: bool = False
     padded_order: bool = False
     row_scale: bool = False
-    activations: bool = False
+    activations: frozenset[str] = frozenset()
+    """Kinds of quantised activations, as ``ActivationSpec.kind`` names them."""
     prescale: bool = False
     transforms: bool = False
     required_ops: tuple[str, ...] = ()
@@ -66,13 +67,15 @@ class Capabilities:
             yield "reordered input channels (activation order) are not supported"
         elif d.channel_order is not None and d.channel_order.padded and not self.padded_order:
             yield "input channels filled up to equal groups are not supported"
-        for present, supported, what in (
-            (d.activation, self.activations, "quantised activations"),
+        if d.activation is not None and d.activation.kind not in self.activations:
+            supported = _names(self.activations)
+            yield f"activations as {d.activation.kind} (supported: {supported})"
+        for present, able, what in (
             (d.prescale, self.prescale, "a per-channel scale of the activations"),
             (d.transform, self.transforms, "Hadamard or rotation transforms"),
             (d.weight.row_scale, self.row_scale, "second-level scales"),
         ):
-            if present is not None and not supported:
+            if present is not None and not able:
                 yield f"{what} ({present}) not supported"
 
     def platform_reasons(self, platform: Platform) -> Iterable[str]:
@@ -206,9 +209,9 @@ def contract_bound(
 
     (c · sqrt(K) · 2⁻²⁴ + ``weight_rounding``) · Σ_k |x| · magnitude, plus one rounding of the
     output to ``output_dtype``.
-    x: [M, K]; ``magnitude``: [N, K], bound of what a kernel adds up for each weight (``|ŵ|``, or
-    |s|·(|decode(q)| + |z|) where zero points are subtracted apart, see ``weight_magnitude``);
-    ``expected``: [M, N], the exact result.
+    x: [M, K], quantised where the descriptor says so; ``magnitude``: [N, K], bound of what a kernel
+    adds up for each weight (``|ŵ|``, or |s|·(|decode(q)| + |z|) where zero points are subtracted
+    apart, see ``weight_magnitude``); ``expected``: [M, N], the exact result.
     """
     total = x.abs().to(torch.float64) @ magnitude.to(torch.float64).t()
     accumulate = (constant * max(x.shape[-1], 1) ** 0.5 * 2.0**-24 + weight_rounding) * total
@@ -223,17 +226,20 @@ def weight_magnitude(
     codes: torch.Tensor,
     scale: torch.Tensor | None,
     zero: torch.Tensor | None,
+    row_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """fp32 [n, k]: |s|·(|q − c| + |z − c|) with c = 2^(b−1) where zero points exist, else |ŵ|.
+    """fp32 [n, k]: |s₂·s|·(|q − c| + |z − c|) with c = 2^(b−1) where zero points exist, else |ŵ|.
+    ``row_scale``: fp32 [n], s₂.
 
     Kernels subtract zero points as group sums, so the error follows both terms, not their
     difference.
     """
     element = descriptor.weight.element
+    second = 1 if row_scale is None else row_scale.abs().unsqueeze(1)
     if scale is None:
-        return element.decode(codes).abs()
+        return element.decode(codes).abs() * second
     size = max(codes.shape[1] // max(scale.shape[1], 1), 1)
-    wide = scale.to(torch.float32).abs().repeat_interleave(size, 1)
+    wide = (widen_scale(scale).abs() * second).repeat_interleave(size, 1)
     if zero is None:
         return element.decode(codes).abs() * wide
     centre = 1 << (element.bits - 1) if element.kind == "integer" else 0

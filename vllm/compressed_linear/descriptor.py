@@ -14,17 +14,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from vllm.compressed_linear.layout import StoredTensor
-from vllm.compressed_linear.numerics import ElementType
+from vllm.compressed_linear.numerics import E8M0, ElementType
+
+
+def _element(data: dict[str, Any]) -> ElementType:
+    return ElementType(**{**data, "codebook": tuple(data["codebook"])})
 
 
 @dataclass(frozen=True)
 class ScaleSpec:
     """Scales of the weight. ``granularity``: "tensor", "channel", "group" (along K) or "block"
-    (``block_rows`` × ``group_size``). ``group_size`` counts input channels; −1 is all of K."""
+    (``block_rows`` × ``group_size``). ``group_size`` counts input channels; −1 is all of K.
+    ``dtype`` may also be "float8_e4m3fn" (NVFP4) and "e8m0" (MX: powers of two).
+
+    Backends see blocks as groups: their scales come repeated for each row."""
 
     dtype: str
     granularity: str
@@ -36,6 +44,11 @@ class ScaleSpec:
             raise ValueError(f"scale granularity {self.granularity!r}")
         if self.group_size != -1 and self.group_size < 1:
             raise ValueError(f"group size {self.group_size} (expected −1 or a positive number)")
+        if self.block_rows < 1 or (self.block_rows > 1 and self.granularity != "block"):
+            raise ValueError(
+                f"blocks of {self.block_rows} rows with scales per {self.granularity} (expected a "
+                "positive number, and 1 unless scales are per block)"
+            )
 
 
 @dataclass(frozen=True)
@@ -88,22 +101,95 @@ class ChannelOrder:
 
 @dataclass(frozen=True)
 class ActivationSpec:
-    """Quantisation of x. ``granularity``: "tensor", "token" or "group"."""
+    """How x is quantised before it is multiplied; ``activation.py`` says what exactly that does.
+
+    ``element``: an integer whose middle code is 0 (``INT8``), or a float of 4 to 8 bits.
+    ``dynamic``: the scale follows from x; otherwise it comes with the weights, one for the tensor.
+    ``granularity``: what shares a scale, "tensor" (all of x), "token", or "group"
+    (``group_size`` consecutive channels of a token). ``symmetric``: without a zero point.
+    ``scale_dtype``: "float32"; "e8m0", powers of two for groups (MX); or "float8_e4m3fn", groups
+    under a static scale of the tensor (NVFP4). ``maximum``: the |q| on which the largest |x| falls
+    (with e8m0: between it and its double); where two frameworks differ, it differs.
+    """
 
     element: ElementType
     dynamic: bool
     granularity: str
     symmetric: bool = True
     group_size: int = -1
+    scale_dtype: str = "float32"
+    maximum: float = 127.0
+
+    def __post_init__(self) -> None:
+        for problem in self._problems():
+            raise ValueError(f"activation {self.element}: {problem}")
+
+    def _problems(self) -> Iterator[str]:
+        element, grouped = self.element, self.granularity == "group"
+        centred = element.kind == "integer" and element.bias == 1 << (element.bits - 1)
+        if not centred and (element.kind != "float" or element == E8M0):
+            yield "expected an integer whose middle code is 0, or a float of 4 to 8 bits"
+        if self.granularity not in ("tensor", "token", "group"):
+            yield f"granularity {self.granularity!r} (expected tensor, token or group)"
+        if self.group_size < 1 if grouped else self.group_size != -1:
+            yield f"group size {self.group_size} per {self.granularity}"
+        if not self.dynamic and self.granularity != "tensor":
+            yield f"static scales per {self.granularity} (expected one for the tensor)"
+        if not self.symmetric and element.kind != "integer":
+            yield "zero points are for integers"
+        if self.scale_dtype not in ("float32", "e8m0", "float8_e4m3fn"):
+            yield f"scale dtype {self.scale_dtype} (expected float32, e8m0 or float8_e4m3fn)"
+        if self.scale_dtype != "float32" and not (grouped and self.symmetric):
+            yield f"{self.scale_dtype} scales (expected for symmetric groups only)"
+        if not 0 < self.maximum < float("inf"):
+            yield f"maximum {self.maximum} (expected a positive number)"
+
+    @property
+    def kind(self) -> str:
+        """What a backend declares to support, in words: everything but sizes and ``maximum``."""
+        integer = self.element.kind == "integer"
+        name = f"int{self.element.bits}" if integer else self.element.name
+        scales = {"e8m0": " with e8m0 scales", "float8_e4m3fn": " with e4m3 scales"}
+        return (
+            f"{name} {'dynamic' if self.dynamic else 'static'} per {self.granularity}"
+            + scales.get(self.scale_dtype, "")
+            + ("" if self.symmetric else ", asymmetric")
+        )
+
+    @property
+    def needs_scale(self) -> bool:
+        """Whether an ``input_scale`` comes with the weights."""
+        return not self.dynamic or self.scale_dtype == "float8_e4m3fn"
+
+    @property
+    def needs_zero(self) -> bool:
+        """Whether an ``input_zero`` comes with the weights."""
+        return not self.dynamic and not self.symmetric
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> ActivationSpec:
+        """The inverse of ``dataclasses.asdict``, also after JSON."""
+        return cls(**{**data, "element": _element(data["element"])})
+
+    def __str__(self) -> str:
+        group = f" of {self.group_size}" if self.granularity == "group" else ""
+        return self.kind.replace("per group", f"per group{group}") + f", maximum {self.maximum:g}"
 
 
 @dataclass(frozen=True)
 class TransformSpec:
-    """A Hadamard or rotation transform of blocks of ``block`` channels, before reordering."""
+    """A transform of x in blocks of ``block`` channels, before reordering. ``kind``: "hadamard"
+    (``activation.hadamard``); ``side``: "input"."""
 
     kind: str
     side: str
     block: int
+
+    def __post_init__(self) -> None:
+        if self.kind != "hadamard" or self.side != "input":
+            raise ValueError(f"transform {self.kind} of the {self.side} (known: hadamard, input)")
+        if self.block < 1 or self.block & (self.block - 1):
+            raise ValueError(f"Hadamard block {self.block} (expected a power of two)")
 
 
 @dataclass(frozen=True)
@@ -164,24 +250,19 @@ class CompressedLinearDescriptor:
         data = dict(data)
         weight = dict(data.pop("weight"))
 
-        def element(value: dict[str, Any]) -> ElementType:
-            return ElementType(**{**value, "codebook": tuple(value["codebook"])})
-
         def maybe(kind: type, value: dict[str, Any] | None) -> Any:
             return None if value is None else kind(**value)
 
         activation = data.pop("activation")
-        if activation is not None:
-            activation = ActivationSpec(**{**activation, "element": element(activation["element"])})
         return cls(
             weight=WeightSpec(
-                element(weight["element"]),
+                _element(weight["element"]),
                 maybe(ScaleSpec, weight["scale"]),
                 maybe(ZeroSpec, weight["zero"]),
                 weight["row_scale"],
             ),
             channel_order=maybe(ChannelOrder, data.pop("channel_order")),
-            activation=activation,
+            activation=None if activation is None else ActivationSpec.from_json(activation),
             transform=maybe(TransformSpec, data.pop("transform")),
             shards=tuple(data.pop("shards")),
             **data,
@@ -200,13 +281,14 @@ class CompressedLinearDescriptor:
             parts.append(f"{w.scale.dtype} scale")
         if w.zero is not None:
             parts.append(f"{w.zero.kind} zero")
+        if w.row_scale is not None:
+            parts.append(f"{w.row_scale} row scale")
         if self.channel_order is not None:
             parts.append("reordered K" + (" (padded)" if self.channel_order.padded else ""))
-        if self.activation is not None:
-            a = self.activation
-            parts.append(
-                f"x as {a.element} {'dynamic' if a.dynamic else 'static'} per {a.granularity}"
-            )
+        if self.prescale is not None:
+            parts.append(f"x times {self.prescale} per channel")
+        if (a := self.activation) is not None:
+            parts.append(f"x as {a}")
         if self.transform is not None:
             parts.append(f"{self.transform.kind} {self.transform.side}")
         parts.append(f"{self.input_dtype} → {self.output_dtype}")
@@ -215,13 +297,19 @@ class CompressedLinearDescriptor:
 
 @dataclass(frozen=True)
 class CheckpointScheme:
-    """What a format says of one weight: its meaning and how the checkpoint holds it."""
+    """What a format says of one weight: its meaning, how the checkpoint holds it, and what is done
+    to the layer's input before."""
 
     weight: WeightSpec
     tensors: tuple[StoredTensor, ...]
+    activation: ActivationSpec | None = None
+    transform: TransformSpec | None = None
 
     def __str__(self) -> str:
         zero = ", zero points" if self.weight.zero else ""
         scale = self.weight.scale
         group = "" if scale is None else f", group {scale.group_size}"
-        return f"{self.weight.element}{group}{zero}"
+        if scale is not None and scale.granularity == "block":
+            group = f", block {scale.block_rows}x{scale.group_size}"
+        activation = "" if self.activation is None else f", x as {self.activation}"
+        return f"{self.weight.element}{group}{zero}{activation}"

@@ -241,6 +241,14 @@ class _Supposed(LoadedShard):
         sign = -1 if spec.kind == "minimum" and spec.negated else 1
         return torch.full((1, 1), sign * value, dtype=self._zero_dtype)
 
+    def _numbers(self, role: Role, length: int) -> torch.Tensor | None:
+        # Shards that differ here become parts only once they are loaded.
+        return None if self.stored(role) is None else torch.ones(length)
+
+    def input_zero(self) -> torch.Tensor | None:
+        stored = self.stored(Role.INPUT_ZERO)
+        return None if stored is None else torch.zeros(1, dtype=torch.int32)
+
     def group_index(self) -> torch.Tensor:
         if self.stored(Role.GROUP_INDEX) is None:
             return super().group_index()

@@ -5,7 +5,8 @@
 one tensor of a checkpoint: its role, the order of its logical axes, and its packing.
 ``StandardWeights`` is the one layout every backend can ask for.
 
-Logical axes: ``"N"`` output channels, ``"K"`` input channels, ``"G"`` groups along K.
+Logical axes: ``"N"`` output channels, ``"K"`` input channels, ``"G"`` groups along K, ``"B"``
+blocks of output channels that share scales.
 """
 
 from __future__ import annotations
@@ -33,6 +34,14 @@ class Role(StrEnum):
     ZERO = "zero"
     GROUP_INDEX = "group_index"
     SHAPE = "shape"
+    ROW_SCALE = "row_scale"
+    """Second-level scale of the weight: one number, or one for each output channel."""
+    INPUT_SCALE = "input_scale"
+    """Static scale of x, one number."""
+    INPUT_ZERO = "input_zero"
+    """Static zero point of x, one number."""
+    PRESCALE = "prescale"
+    """What x is multiplied with, one number for each input channel."""
 
 
 class ZeroBump(StrEnum):
@@ -325,7 +334,8 @@ class StoredTensor:
     told apart by the stored shape. ``dtype`` is the container for packed tensors; for scales and
     float zero points it is the widest dtype that is accepted. ``group_multiple``: the G axis is
     stored rounded up to a multiple of this (AWQ gemv). ``interleave``: name of a permutation of the
-    whole matrix, see ``interleave.py``; its shape on disk is then its own.
+    whole matrix, see ``interleave.py``; its shape on disk is then its own. ``reciprocal``: scales
+    are stored as what to divide by (compressed-tensors' NVFP4); they mean 1 / stored, in fp32.
     """
 
     name: str
@@ -337,6 +347,7 @@ class StoredTensor:
     optional: bool = False
     group_multiple: int = 1
     interleave: str = ""
+    reciprocal: bool = False
 
     @property
     def packings(self) -> tuple[Packing | None, ...]:
@@ -373,8 +384,8 @@ class StandardWeights:
     """Some rows of a weight in standard layout.
 
     codes: uint8 [n, K], or the float tensor itself for 16- and 32-bit element types.
-    scale: [n, G] in the checkpoint's dtype, or None. zero: [n, G], uint8 for integer zero points
-    and float otherwise, or None. Group of channel k is ``k // (K / G)``.
+    scale: [n, G] in the checkpoint's dtype (uint8 for e8m0), or None. zero: [n, G], uint8 for
+    integer zero points and float otherwise, or None. Group of channel k is ``k // (K / G)``.
     """
 
     codes: torch.Tensor

@@ -39,7 +39,12 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The inverse of ``dtype_name``; ``ValueError`` for a name no descriptor uses."""
+    """The dtype of a tensor that a descriptor names so (``"e8m0"`` lies in uint8 tensors).
+
+    ``ValueError`` for a name no descriptor uses.
+    """
+    if name == E8M0.name:
+        return torch.uint8
     try:
         return DTYPE_NAMES[name]
     except KeyError:
@@ -98,13 +103,21 @@ class ElementType:
         """fp32 [2^bits]: the value of every code (coded types only)."""
         return _table(self).clone()
 
+    @property
+    def largest(self) -> float:
+        """The largest finite value."""
+        if self.kind == "dense":
+            return torch.finfo(self.dense_dtype).max
+        table = _table(self)
+        return float(table[torch.isfinite(table)].max())
+
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes (any integer dtype, any shape) or dense values → fp32 of the same shape."""
         if self.kind == "dense":
             return codes.to(torch.float32)
         if self.kind == "integer":
             return codes.to(torch.float32) - self.bias
-        return _table(self)[codes.to(torch.int64)]
+        return _table(self).to(codes.device)[codes.to(torch.int64)]
 
     def __str__(self) -> str:
         return self.name
@@ -163,6 +176,17 @@ E3M2 = ElementType("e3m2", 6, exponent=3, mantissa=2)
 E2M3 = ElementType("e2m3", 6, exponent=2, mantissa=3)
 E2M1 = ElementType("e2m1", 4, exponent=2, mantissa=1)
 E8M0 = ElementType("e8m0", 8, exponent=8, unsigned=True)
+INT8 = uint(8, 128)
+
+
+def scale_dtype_name(dtype: torch.dtype) -> str:
+    """The name of the dtype of stored scales: uint8 ones are exponents of two."""
+    return "e8m0" if dtype in (torch.uint8, torch.float8_e8m0fnu) else dtype_name(dtype)
+
+
+def widen_scale(scale: torch.Tensor) -> torch.Tensor:
+    """Stored scales of any shape → fp32 values; uint8 ones are 2^(code − 127), 255 is NaN."""
+    return E8M0.decode(scale) if scale.dtype == torch.uint8 else scale.to(torch.float32)
 
 
 def dense(dtype: torch.dtype) -> ElementType:

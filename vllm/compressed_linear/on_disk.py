@@ -16,7 +16,7 @@ import torch
 
 from vllm.compressed_linear.headers import Headers, TensorHeader
 from vllm.compressed_linear.layout import Role, StoredTensor
-from vllm.compressed_linear.numerics import torch_dtype
+from vllm.compressed_linear.numerics import dtype_name, torch_dtype
 from vllm.compressed_linear.parameter import (
     QKV_SHARDS,
     CheckpointParameter,
@@ -117,7 +117,8 @@ def assumed(sources: Sequence[ShardSource]) -> LayerTensors:
 
 def _described_dtype(source: ShardSource, stored: StoredTensor) -> str:
     scale = source.scheme.weight.scale
-    return scale.dtype if stored.role is Role.SCALE and scale is not None else stored.dtype
+    name = scale.dtype if stored.role is Role.SCALE and scale is not None else stored.dtype
+    return dtype_name(torch_dtype(name))
 
 
 def load_shards(

@@ -160,7 +160,14 @@ def load_checkpoint_tensor(
     whole = [region.source for region in regions]
     for position, region in enumerate(regions):
         source = region.source if len(regions) == 1 else _fused(whole, position)
-        _copy(param, region, source, loaded_weight)
+        # A file that fuses shards may still hold one number for each of them.
+        each = _is_number(region.stored) and loaded_weight.numel() == len(regions)
+        loaded = loaded_weight.flatten()[position] if each else loaded_weight
+        _copy(param, region, source, loaded)
+
+
+def _is_number(stored: StoredTensor) -> bool:
+    return all(axis == 1 for axis in stored.axes)
 
 
 def _shard_indices(param: CheckpointParameter, shard_id: Any) -> tuple[int, ...]:
@@ -177,7 +184,9 @@ def _copy(
     stored = region.stored
     name = f"{source.name}.{stored.name}"
     shape = tuple(loaded.shape)
-    if prod(shape) == 1 and all(isinstance(axis, int) for axis in stored.axes):
+    if loaded.dtype == torch.float8_e8m0fnu and region.dtype == torch.uint8:
+        loaded = loaded.view(torch.uint8)
+    if prod(shape) == 1 and _is_number(stored):
         loaded, shape = loaded.reshape(stored.shape({})), stored.shape({})
     try:
         packing = stored.packing_of(shape, source.extents)
@@ -206,7 +215,8 @@ def _copy(
 def _dtype_fits(stored: StoredTensor, container: torch.dtype, found: torch.dtype) -> bool:
     if stored.role is Role.CODES and not found.is_floating_point:
         return found == container
-    if stored.packing is not None:
+    # Into eight bits no other dtype goes without loss.
+    if stored.packing is not None or container in (torch.float8_e4m3fn, torch.float8_e5m2):
         return found == container
     return found.is_floating_point == container.is_floating_point
 

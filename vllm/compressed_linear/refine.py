@@ -22,7 +22,7 @@ from vllm.compressed_linear.descriptor import (
     ZeroSpec,
 )
 from vllm.compressed_linear.layout import Role
-from vllm.compressed_linear.numerics import dtype_name, uint
+from vllm.compressed_linear.numerics import dtype_name, scale_dtype_name, uint, widen_scale
 from vllm.compressed_linear.weights import (
     CHUNK_BYTES,
     CheckpointError,
@@ -64,7 +64,11 @@ def refine(shards: Sequence[LoadedShard], context: LayerContext) -> list[Part]:
     parts: list[Part] = []
     begin = offset = 0
     for end in range(1, len(shards) + 1):
-        if end < len(shards) and _alike(specs, plans, begin, end):
+        if (
+            end < len(shards)
+            and _alike(specs, plans, begin, end)
+            and _same_input(shards[begin], shards[end])
+        ):
             continue
         weights = CompressedWeights(
             shards[begin:end], plans[begin], zero_points=specs[begin].zero is not None
@@ -83,6 +87,9 @@ def refine(shards: Sequence[LoadedShard], context: LayerContext) -> list[Part]:
             channel_order=(
                 None if plan is None or plan.order is None else ChannelOrder(plan.k, plan.padded)
             ),
+            activation=shards[begin].source.scheme.activation,
+            prescale=None if weights.prescale is None else "float32",
+            transform=shards[begin].source.scheme.transform,
         )
         parts.append(Part(offset, descriptor, weights))
         offset += weights.n
@@ -105,8 +112,29 @@ def _alike(
     return same_order and torch.equal(one.group_of, two.group_of)
 
 
+def _same_input(one: LoadedShard, two: LoadedShard) -> bool:
+    """Whether both want x treated alike, so that it is treated once for both."""
+    schemes = one.source.scheme, two.source.scheme
+    if (schemes[0].activation, schemes[0].transform) != (
+        schemes[1].activation,
+        schemes[1].transform,
+    ):
+        return False
+    return all(
+        _same(getattr(one, what)(), getattr(two, what)())
+        for what in ("input_scale", "input_zero", "prescale")
+    )
+
+
+def _same(one: torch.Tensor | None, two: torch.Tensor | None) -> bool:
+    if one is None or two is None:
+        return one is two
+    return torch.equal(one, two)
+
+
 def _refined_spec(shard: LoadedShard, plan: ChannelPlan | None) -> WeightSpec:
-    spec = shard.source.scheme.weight
+    second = None if shard.stored(Role.ROW_SCALE) is None else "float32"
+    spec = replace(shard.source.scheme.weight, row_scale=second)
     scale = shard.scale()
     if scale is None or spec.scale is None:
         return spec
@@ -114,7 +142,7 @@ def _refined_spec(shard: LoadedShard, plan: ChannelPlan | None) -> WeightSpec:
     if plan is not None:
         granularity = "group" if len(plan.group_of) > 1 else "channel"
     scale_spec = ScaleSpec(
-        dtype_name(scale.dtype),
+        scale_dtype_name(scale.dtype),
         granularity,
         plan.group_size if plan is not None and granularity == "group" else -1,
     )
@@ -130,17 +158,52 @@ def _refined_spec(shard: LoadedShard, plan: ChannelPlan | None) -> WeightSpec:
 
 def _check_values(shard: LoadedShard) -> None:
     """Scales are finite, and a zero scale only where nothing is lost by it."""
+    _check_numbers(shard)
     scale = shard.scale()
     stored = shard.stored(Role.SCALE)
     if scale is None or stored is None:
         return
     name = f"{shard.source.name}.{stored.name}"
+    # e4m3 scales may round to 0: what that loses, the quantiser chose to lose.
+    underflows = scale.dtype == torch.float8_e4m3fn
+    scale = widen_scale(scale)
     _check_finite(shard, name, "scales", scale)
     points = shard.stored(Role.ZERO)
     if points is not None and shard.packing(points) is None:
         _check_finite(shard, f"{shard.source.name}.{points.name}", "zero points", shard.zero())
-    if bool((scale == 0).any()):
+    if not underflows and bool((scale == 0).any()):
         _check_dead_groups(shard, name, scale)
+
+
+def _check_numbers(shard: LoadedShard) -> None:
+    """What the activation needs is there, and every number of few can be computed with."""
+    activation = shard.source.scheme.activation
+    for role, needed, numbers in (
+        (Role.ROW_SCALE, False, shard.row_scale()),
+        (Role.INPUT_SCALE, activation is not None and activation.needs_scale, shard.input_scale()),
+        (Role.INPUT_ZERO, activation is not None and activation.needs_zero, shard.input_zero()),
+        (Role.PRESCALE, False, shard.prescale()),
+    ):
+        stored = shard.stored(role)
+        if numbers is None or stored is None:
+            if needed:
+                raise CheckpointError(
+                    f"{shard.source.name}: x as {activation} needs a tensor of {role}, "
+                    "which the checkpoint does not have"
+                )
+            continue
+        name = f"{shard.source.name}.{stored.name}"
+        bad = ~torch.isfinite(numbers)
+        if role is Role.INPUT_SCALE:
+            bad |= numbers == 0
+        elif role is Role.INPUT_ZERO and activation is not None:
+            bad |= numbers.abs() > 1 << (activation.element.bits - 1)
+        if bool(bad.any()):
+            expected = "a finite number other than 0" if role is Role.INPUT_SCALE else "others"
+            raise CheckpointError(
+                f"{name}: {int(bad.sum())} of {numbers.numel()} values cannot be used, the first "
+                f"is {float(numbers[bad][0])}; expected {expected}"
+            )
 
 
 def _check_dead_groups(shard: LoadedShard, name: str, scale: torch.Tensor) -> None:

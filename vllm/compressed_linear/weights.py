@@ -14,7 +14,11 @@ from dataclasses import dataclass, field
 import torch
 
 from vllm.compressed_linear.channels import ChannelPlan, plan_channels
-from vllm.compressed_linear.descriptor import CheckpointScheme, CompressedLinearDescriptor
+from vllm.compressed_linear.descriptor import (
+    CheckpointScheme,
+    CompressedLinearDescriptor,
+    WeightSpec,
+)
 from vllm.compressed_linear.interleave import uninterleave
 from vllm.compressed_linear.layout import (
     AxisSlice,
@@ -26,7 +30,7 @@ from vllm.compressed_linear.layout import (
     slice_axis,
     unpack,
 )
-from vllm.compressed_linear.numerics import torch_dtype
+from vllm.compressed_linear.numerics import ElementType, torch_dtype, widen_scale
 
 CHUNK_BYTES = 4 << 20
 """Standard-layout bytes that one chunk of rows may take."""
@@ -62,7 +66,14 @@ class ShardSource:
             "N": self.full_n,
             "K": self.full_k,
             "G": self.scheme.weight.groups(self.full_k),
+            "B": -(-self.full_n // self.block_rows),
         }
+
+    @property
+    def block_rows(self) -> int:
+        """Output channels that share scales."""
+        scale = self.scheme.weight.scale
+        return 1 if scale is None else scale.block_rows
 
     @property
     def has_group_index(self) -> bool:
@@ -72,12 +83,16 @@ class ShardSource:
         """(start, length) of this rank's part of a logical axis.
 
         Scales stay whole along G where a group index may point anywhere; otherwise every group
-        that this rank's channels touch is kept, also one that a shard border cuts.
+        that this rank's channels touch is kept, also one that a shard border cuts. So are blocks
+        of rows.
         """
         if axis == "N":
             return self.n_start, self.n
         if axis == "K":
             return self.k_start, self.k
+        if axis == "B":
+            first = self.n_start // self.block_rows
+            return first, -(-(self.n_start + self.n) // self.block_rows) - first if self.n else 0
         if self.has_group_index or not self.k:
             return 0, self.extents["G"]
         size = self.scheme.weight.group_size(self.full_k)
@@ -152,9 +167,22 @@ class LoadedShard:
             first, count = self.source.span(second)
             begin = self.source.n_start
             return uninterleave(tensor, stored, begin + start, begin + stop).narrow(1, first, count)
-        if "N" not in stored.axes and second not in stored.axes:
+        axes = [axis for axis in stored.axes if isinstance(axis, str)]
+        if not axes:
             return tensor.reshape(1, 1).expand(stop - start, self.source.span(second)[1])
-        dims = {axis: dim for dim, axis in enumerate(stored.axes) if isinstance(axis, str)}
+        # Fixed lengths beside an axis are all 1: [N, 1], [N / 128, 1, K / 128, 1].
+        tensor = tensor.reshape(
+            [n for n, axis in zip(tensor.shape, stored.axes, strict=True) if axis in axes]
+        )
+        dims = {axis: dim for dim, axis in enumerate(axes)}
+        if "B" in dims:
+            first = self.source.n_start
+            rows = torch.arange(first + start, first + stop, device=tensor.device)
+            blocks = rows // self.source.block_rows - self.source.span("B")[0]
+            tensor = tensor.index_select(dims["B"], blocks)
+            if len(axes) == 1:
+                return tensor.reshape(-1, 1)
+            return tensor if dims["B"] == 0 else tensor.t()
         # Skips of the slice that was loaded, so that rows count from this rank's first one.
         loaded = dict(zip(stored.axes, self.source.slices(stored, packing), strict=True))
         n_part = loaded["N"]
@@ -167,7 +195,7 @@ class LoadedShard:
             dim = dims[packing.axis]
             tensor = unpack(tensor, packing, part.skip + part.length, dim)
             tensor = tensor.narrow(dim, part.skip, part.length)
-        if len(stored.axes) == 1:
+        if len(axes) == 1:
             return tensor.reshape(-1, 1)
         return tensor if dims["N"] == 0 else tensor.t()
 
@@ -175,11 +203,46 @@ class LoadedShard:
         """Codes uint8 [stop − start, K] (or dense values) in the checkpoint's channel order."""
         codes = self._matrix(Role.CODES, "K", start, stop)
         assert codes is not None
+        if self.source.scheme.weight.element.kind == "float" and codes.is_floating_point():
+            return codes.view(torch.uint8)
         return codes
 
     def scale(self) -> torch.Tensor | None:
-        """[n, groups kept] in the checkpoint's dtype, or None."""
-        return self._matrix(Role.SCALE, "G", 0, self.source.n)
+        """[n, groups kept] in the checkpoint's dtype (uint8 for e8m0), or None."""
+        return self._scale_rows(0, self.source.n)
+
+    def _scale_rows(self, start: int, stop: int) -> torch.Tensor | None:
+        scale, stored = self._matrix(Role.SCALE, "G", start, stop), self.stored(Role.SCALE)
+        if scale is None or stored is None:
+            return None
+        if scale.dtype == torch.float8_e8m0fnu:
+            scale = scale.view(torch.uint8)
+        return 1 / widen_scale(scale) if stored.reciprocal else scale
+
+    def row_scale(self) -> torch.Tensor | None:
+        """Second-level scale, fp32 [n], or None."""
+        return self._numbers(Role.ROW_SCALE, self.source.n)
+
+    def input_scale(self) -> torch.Tensor | None:
+        """Static scale of x, fp32 [1], or None."""
+        return self._numbers(Role.INPUT_SCALE, 1)
+
+    def prescale(self) -> torch.Tensor | None:
+        """What x is multiplied with, fp32 [K] in the checkpoint's channel order, or None."""
+        return self._numbers(Role.PRESCALE, self.source.k)
+
+    def input_zero(self) -> torch.Tensor | None:
+        """Static zero point of x, int32 [1], 0 for the middle of the range; or None."""
+        stored = self.stored(Role.INPUT_ZERO)
+        return None if stored is None else self.tensors[stored.name].reshape(1).to(torch.int32)
+
+    def _numbers(self, role: Role, length: int) -> torch.Tensor | None:
+        """A tensor of one number or of one for each channel, as fp32 [length]."""
+        stored = self.stored(role)
+        if stored is None:
+            return None
+        numbers = widen_scale(self.tensors[stored.name]).flatten().expand(length)
+        return 1 / numbers if stored.reciprocal else numbers
 
     def zero(self) -> torch.Tensor | None:
         """[n, groups kept], or None."""
@@ -193,7 +256,7 @@ class LoadedShard:
             return zero
         scale = self.scale()
         assert scale is not None
-        wide = scale.to(torch.float32)
+        wide = widen_scale(scale)
         points = zero.to(torch.float32) / torch.where(wide == 0, 1, wide)
         return torch.where(wide == 0, 0, -points if spec.negated else points)
 
@@ -226,19 +289,21 @@ class LoadedShard:
         weight = self.source.scheme.weight
         values = weight.element.decode(self.codes(start, stop))
         # Only these rows of them: self-checks ask row by row.
-        scale = self._matrix(Role.SCALE, "G", start, stop)
+        scale = self._scale_rows(start, stop)
         zero = self._matrix(Role.ZERO, "G", start, stop)
+        rows = self.row_scale()
+        second = 1 if rows is None else rows[start:stop].unsqueeze(1)
         if scale is None:
-            return values
+            return values * second
         group = self.group_index().to(values.device)
-        wide = scale.to(torch.float32)[:, group]
+        wide = widen_scale(scale)[:, group]
         spec = weight.zero
         if zero is None or spec is None:
-            return values * wide
+            return values * wide * second
         subtract = zero.to(torch.float32)[:, group] * (-1 if spec.negated else 1)
         if spec.kind == "minimum":
-            return values * wide - subtract
-        return (values - subtract) * wide
+            return (values * wide - subtract) * second
+        return (values - subtract) * wide * second
 
 
 class CompressedWeights:
@@ -246,6 +311,10 @@ class CompressedWeights:
 
     ``n``, ``k``: shape in standard layout (``k`` after the channel order). ``permutation``: int32
     [k], x̂ = x[:, permutation] with −1 meaning zero, or None. Rows come in chunks through ``rows``.
+
+    ``row_scale``: fp32 [n], the second-level scale, or None. For the input, in this order, where
+    the descriptor has them: ``prescale`` fp32 [k], ``input_scale`` fp32 [1], ``input_zero`` int32
+    [1].
     """
 
     def __init__(
@@ -260,7 +329,17 @@ class CompressedWeights:
         self.permutation = (
             None if plan is None or plan.order is None else plan.order.to(self.device)
         )
+        self.row_scale = _row_scale(shards)
+        self.prescale = self._ordered(shards[0].prescale())
+        self.input_scale = shards[0].input_scale()
+        self.input_zero = shards[0].input_zero()
         self._scales: dict[int, tuple[torch.Tensor | None, torch.Tensor | None]] = {}
+
+    def _ordered(self, prescale: torch.Tensor | None) -> torch.Tensor | None:
+        if prescale is None or self.permutation is None:
+            return prescale
+        order = self.permutation.to(torch.int64)
+        return prescale.index_select(0, order.clamp(min=0)).masked_fill(order < 0, 1)
 
     def chunks(self, multiple: int = 1) -> Iterator[tuple[int, int]]:
         """Row ranges [start, stop) of at most ``CHUNK_BYTES`` of codes, whose starts are multiples
@@ -301,8 +380,11 @@ class CompressedWeights:
         scale, zero = self._shard_scales(index)
         rows = slice(min(start, real), real)
         pad = (stop - start) - codes.shape[0]
+        # A scale of 0 makes any code mean zero, but e8m0 has no 0.
+        powers = scale is not None and scale.dtype == torch.uint8
+        blank = _zero_code(shard.source.scheme.weight.element) if powers and zero is None else 0
         return StandardWeights(
-            _pad_rows(codes, pad),
+            _pad_rows(codes, pad, blank),
             None if scale is None else _pad_rows(scale[rows], pad),
             None if zero is None else _pad_rows(zero[rows], pad),
         )
@@ -335,8 +417,27 @@ class CompressedWeights:
         return torch.cat(parts) if parts else torch.zeros(0, self.shards[0].source.k)
 
 
-def _pad_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
-    return torch.nn.functional.pad(tensor, (0, 0, 0, rows)) if rows else tensor
+def _pad_rows(tensor: torch.Tensor, rows: int, value: int = 0) -> torch.Tensor:
+    return torch.nn.functional.pad(tensor, (0, 0, 0, rows), value=value) if rows else tensor
+
+
+def _zero_code(element: ElementType) -> int:
+    """The code that means 0; 0 where none does."""
+    if element.kind == "dense":
+        return 0
+    zeros = (element.table() == 0).nonzero()
+    return int(zeros[0]) if len(zeros) else 0
+
+
+def _row_scale(shards: Sequence[LoadedShard]) -> torch.Tensor | None:
+    scales = []
+    for shard in shards:
+        scale = shard.row_scale()
+        if scale is None:
+            return None
+        # Rows of padding are zero whatever this is.
+        scales.append(torch.nn.functional.pad(scale, (0, shard.source.padding), value=1))
+    return torch.cat(scales)
 
 
 def _cat(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
@@ -371,18 +472,24 @@ def from_standard_layout(
     scheme: CheckpointScheme,
     standard: StandardWeights,
     group_index: torch.Tensor | None = None,
+    *,
+    row_scale: torch.Tensor | None = None,
+    input_scale: torch.Tensor | None = None,
+    input_zero: torch.Tensor | None = None,
+    prescale: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Write a weight as a checkpoint of ``scheme`` holds it: the inverse of ``LoadedShard``'s
     ``codes``, ``scale``, ``zero`` and ``group_index`` for a weight that is not sharded.
 
     ``standard``: codes [N, K] in the checkpoint's channel order, scale and zero [N, G].
-    ``group_index``: int [K], the group of each channel; None is ``k // group_size``. Returns the
-    tensors by name, each in the first of its packings. Raises ``ValueError`` where the scheme
-    cannot say what ``standard`` holds (an interleave, a shared scale that is not the same
-    everywhere, a group index without a tensor for it).
+    ``group_index``: int [K], the group of each channel; None is ``k // group_size``.
+    ``row_scale`` [N], ``input_scale`` [1], ``input_zero`` [1], ``prescale`` [K]: as ``LoadedShard``
+    gives them. Returns the tensors by name, each in the first of its packings. Raises
+    ``ValueError`` where the scheme cannot say what ``standard`` holds (an interleave, a shared
+    scale that is not the same everywhere, a group index without a tensor for it).
     """
     n, k = standard.codes.shape
-    extents = {"N": n, "K": k, "G": scheme.weight.groups(k)}
+    extents = ShardSource("", scheme, n, k, 0, n, 0, k).extents
     plain = torch.arange(k) // max(scheme.weight.group_size(k), 1)
     if group_index is None:
         group_index = plain
@@ -396,30 +503,41 @@ def from_standard_layout(
         Role.ZERO: standard.zero,
         Role.GROUP_INDEX: group_index,
         Role.SHAPE: torch.tensor([n, k]),
+        Role.ROW_SCALE: None if row_scale is None else row_scale.reshape(n, 1),
+        Role.INPUT_SCALE: None if input_scale is None else input_scale.reshape(1, 1),
+        Role.INPUT_ZERO: None if input_zero is None else input_zero.reshape(1, 1),
+        Role.PRESCALE: None if prescale is None else prescale.reshape(k, 1),
     }
     out = {}
     for stored in scheme.tensors:
         value = values[stored.role]
         if value is not None:
-            out[stored.name] = _store(stored, value, extents)
+            out[stored.name] = _store(stored, value, extents, scheme.weight)
         elif not stored.optional:
             raise ValueError(f"{scheme}: {stored.name} is needed, but there is no {stored.role}")
     return out
 
 
-def _store(stored: StoredTensor, value: torch.Tensor, extents: dict[str, int]) -> torch.Tensor:
+def _store(
+    stored: StoredTensor, value: torch.Tensor, extents: dict[str, int], weight: WeightSpec
+) -> torch.Tensor:
     if stored.role is Role.SHAPE or stored.role is Role.GROUP_INDEX:
         return value.to(torch_dtype(stored.dtype))
+    if stored.reciprocal:
+        value = 1 / widen_scale(value)
     dims = [axis for axis in stored.axes if isinstance(axis, str)]
-    if len(dims) < 2:
-        # Shared along the axes that the tensor lacks: one column, or one number.
-        kept = value[:, :1] if dims == ["N"] else value[:1, :] if dims else value[:1, :1]
-        if value.numel() and not bool((value == kept).all()):
+    if len(dims) < 2 or "B" in dims:
+        # Shared along the axes that the tensor lacks, or by blocks of rows.
+        block = 1 if weight.scale is None else weight.scale.block_rows
+        kept = value[::block] if "B" in dims else value if {"N", "K"} & set(dims) else value[:1]
+        kept = kept if "G" in dims else kept[:, :1]
+        whole = kept.repeat_interleave(block, 0)[: len(value)] if "B" in dims else kept
+        if value.numel() and not bool((value == whole).all()):
             raise ValueError(
                 f"{stored.name} has axes {stored.axes}, but its values differ along others"
             )
-        shape = stored.shape(extents)
-        return kept.reshape(shape).contiguous()
+        kept = kept.t() if dims and dims[-1] in ("N", "B") else kept
+        return kept.reshape(stored.shape(extents)).contiguous()
     if stored.interleave:
         raise ValueError(f"{stored.name}: cannot write interleave {stored.interleave!r}")
     if "G" in dims:
@@ -427,7 +545,8 @@ def _store(stored: StoredTensor, value: torch.Tensor, extents: dict[str, int]) -
     if dims[0] != "N":
         value = value.t()
     if stored.packing is None:
-        return value.contiguous()
+        raw = stored.role is Role.CODES and value.dtype == torch.uint8
+        return (value.view(torch_dtype(stored.dtype)) if raw else value).contiguous()
     return pack(value, stored.packing, dims.index(stored.packing.axis))
 
 
