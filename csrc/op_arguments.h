@@ -35,9 +35,11 @@ inline Element parse_element(const char* op, const std::string& name) {
   if (name == "bf16") return {Kind::bfloat16, 16};
   if (name == "fp16") return {Kind::float16, 16};
   if (name == "fp32") return {Kind::float32, 32};
+  if (name == "e4m3") return {Kind::e4m3, 8};
+  if (name == "e5m2") return {Kind::e5m2, 8};
   if (name.size() == 5 && name.compare(0, 4, "uint") == 0 && name[4] >= '1' && name[4] <= '8')
     return {Kind::integer, name[4] - '0'};
-  fail(op, "element is '", name, "', expected uint1 to uint8, bf16, fp16 or fp32");
+  fail(op, "element is '", name, "', expected uint1 to uint8, e4m3, e5m2, bf16, fp16 or fp32");
 }
 
 inline const char* type_name(ScalarType type) {
@@ -58,6 +60,8 @@ inline const char* type_name(ScalarType type) {
       return "bfloat16";
     case ScalarType::Double:
       return "float64";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
     default:
       return "another dtype";
   }
@@ -68,6 +72,16 @@ inline Scalar float_type(const char* op, const char* what, ScalarType type) {
   if (type == ScalarType::Half) return Scalar::float16;
   if (type == ScalarType::BFloat16) return Scalar::bfloat16;
   fail(op, what, " is ", type_name(type), ", expected bfloat16, float16 or float32");
+}
+
+// Scales may also be small: float8_e4m3fn (NVFP4), and uint8 exponents of two (MX).
+inline Scalar scale_type(const char* op, const char* what, ScalarType type) {
+  if (type == ScalarType::Float8_e4m3fn) return Scalar::e4m3;
+  if (type == ScalarType::Byte) return Scalar::e8m0;
+  if (type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16)
+    return float_type(op, what, type);
+  fail(op, what, " is ", type_name(type),
+       ", expected bfloat16, float16, float32, float8_e4m3fn or uint8 (e8m0)");
 }
 
 inline ScalarType row_type(Element element) {

@@ -13,7 +13,7 @@ std::atomic<int64_t>& linear_counter(const cpu::Engine& engine, Element element,
     const cpu::Engine* engine = nullptr;
     std::atomic<int64_t>* counter = nullptr;
   };
-  thread_local std::array<Known, 36> known;  // by kind, and bits of integers
+  thread_local std::array<Known, 54> known;  // by kind, and bits of integers
   Known& entry = known[static_cast<size_t>(element.kind) * 9 +
                        static_cast<size_t>(element.kind == Kind::integer ? element.bits : 0)];
   if (entry.engine != &engine)
@@ -36,7 +36,7 @@ void check_perm(const char* op, const int32_t* perm, int64_t k, int64_t columns)
 Tensor linear(Tensor x, Tensor packed, std::optional<Tensor> scale, std::optional<Tensor> zero,
               std::optional<Tensor> bias, std::optional<Tensor> perm, std::optional<Tensor> table,
               int64_t n, int64_t k, int64_t group_size, std::string element_name,
-              int64_t element_bias, ScalarType out_dtype) {
+              int64_t element_bias, ScalarType out_dtype, std::optional<Tensor> row_scale) {
   constexpr const char* op = "linear";
   const Element element = parse_element(op, element_name);
   cpu::Problem p{};
@@ -67,13 +67,19 @@ Tensor linear(Tensor x, Tensor packed, std::optional<Tensor> scale, std::optiona
     check_plain(op, "scale", *scale);
     check_shape<3>(op, "scale", *scale, tiled);
     p.scale = scale->const_data_ptr();
-    p.scale_type = float_type(op, "scale", scale->scalar_type());
+    p.scale_type = scale_type(op, "scale", scale->scalar_type());
   }
   if (zero.has_value()) {
     check_plain(op, "zero", *zero);
     check_shape<3>(op, "zero", *zero, tiled);
     p.zero = zero->const_data_ptr();
     p.zero_type = float_type(op, "zero", zero->scalar_type());
+  }
+  if (row_scale.has_value()) {
+    check_plain(op, "row_scale", *row_scale);
+    check_type(op, "row_scale", *row_scale, ScalarType::Float);
+    check_shape<1>(op, "row_scale", *row_scale, {n});
+    p.row_scale = static_cast<const float*>(row_scale->const_data_ptr());
   }
   if (bias.has_value()) {
     check_plain(op, "bias", *bias);
@@ -86,9 +92,13 @@ Tensor linear(Tensor x, Tensor packed, std::optional<Tensor> scale, std::optiona
     if (!coded || element.bits == 8)
       fail(op, "table is given for ", element_name, ", expected uint1 to uint7");
     check_plain(op, "table", *table);
-    check_type(op, "table", *table, ScalarType::BFloat16);
     check_shape<1>(op, "table", *table, {int64_t{1} << element.bits});
-    p.table = static_cast<const uint16_t*>(table->const_data_ptr());
+    if (table->scalar_type() == ScalarType::Float) {
+      p.wide_table = static_cast<const float*>(table->const_data_ptr());
+    } else {
+      check_type(op, "table", *table, ScalarType::BFloat16);
+      p.table = static_cast<const uint16_t*>(table->const_data_ptr());
+    }
   }
   if (coded) {
     const int64_t largest = int64_t{1} << element.bits;
@@ -98,7 +108,7 @@ Tensor linear(Tensor x, Tensor packed, std::optional<Tensor> scale, std::optiona
     // them, decoding about the middle keeps what is added and taken away small.
     const bool centred = p.zero != nullptr || element.bits == 8;
     p.middle = static_cast<float>(centred ? largest / 2 : element_bias);
-    p.offset = p.table != nullptr ? 0.0f : static_cast<float>(element_bias) - p.middle;
+    p.offset = table.has_value() ? 0.0f : static_cast<float>(element_bias) - p.middle;
   }
 
   p.out_type = float_type(op, "out_dtype", out_dtype);

@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+
 #include "counters.h"
 #include "cpu/pack.h"
 #include "op_arguments.h"
@@ -30,6 +32,16 @@ void pack_rows(Tensor packed, Tensor rows, int64_t row_start, int64_t n, int64_t
     uint8_t seen = 0;
     for (int64_t i = 0; i < rows.numel(); ++i) seen |= codes[i];
     if (seen >> element.bits) fail(op, "rows holds codes of more than ", element.bits, " bits");
+  }
+  if (element.kind == Kind::e4m3 || element.kind == Kind::e5m2) {
+    // The kernels know no infinities and no NaN among weights.
+    const uint8_t* codes = static_cast<const uint8_t*>(rows.const_data_ptr());
+    const uint8_t first = element.kind == Kind::e4m3 ? 0x7f : 0x7c;
+    uint8_t largest = 0;
+    for (int64_t i = 0; i < rows.numel(); ++i)
+      largest = std::max<uint8_t>(largest, codes[i] & 0x7fu);
+    if (largest >= first)
+      fail(op, "rows holds codes of infinity or NaN, expected finite ", element_name, " numbers");
   }
   const void* from = rows.const_data_ptr();
   uint8_t* to = static_cast<uint8_t*>(packed.mutable_data_ptr());

@@ -40,7 +40,7 @@ STABLE_TORCH_LIBRARY(compressed_linear, m) {
   m.def(
       "linear(Tensor x, Tensor packed, Tensor? scale, Tensor? zero, Tensor? bias, Tensor? perm, "
       "Tensor? table, int n, int k, int group_size, str element, int element_bias, "
-      "ScalarType out_dtype) -> Tensor");
+      "ScalarType out_dtype, Tensor? row_scale=None) -> Tensor");
   m.def("isa() -> str");
   m.def("supported_isas() -> str");
   m.def("select_isa(str name) -> ()");

@@ -21,6 +21,6 @@ Tensor unpack_rows(Tensor packed, int64_t n, int64_t k, int64_t group_size, std:
 Tensor linear(Tensor x, Tensor packed, std::optional<Tensor> scale, std::optional<Tensor> zero,
               std::optional<Tensor> bias, std::optional<Tensor> perm, std::optional<Tensor> table,
               int64_t n, int64_t k, int64_t group_size, std::string element, int64_t element_bias,
-              torch::headeronly::ScalarType out_dtype);
+              torch::headeronly::ScalarType out_dtype, std::optional<Tensor> row_scale);
 
 }  // namespace compressed_linear

@@ -10,8 +10,9 @@
 
 namespace compressed_linear::cpu {
 
-// y[m,n] = sum_k x^[m,k] w[n,k] + bias[n],  w[n,k] = scale[n,g] (value - offset - zero[n,g])
-// where value is table[code], code - middle (8-bit codes: middle is 128), or the float itself.
+// y[m,n] = row_scale[n] sum_k x^[m,k] w[n,k] + bias[n]
+// w[n,k] = scale[n,g] (value - offset - zero[n,g]), where value is (wide_)table[code], code -
+// middle (8-bit codes: middle is 128), or the float itself.
 struct Problem {
   Geometry geometry;
   int64_t m;
@@ -20,11 +21,13 @@ struct Problem {
   Scalar scale_type;
   const void* zero;  // [tiles][groups][16] or null
   Scalar zero_type;
-  float offset;  // added to `zero`
+  const float* row_scale;  // [n] or null
+  float offset;            // added to `zero`
   float middle;
-  const uint16_t* table;  // bf16 [2^bits] or null
-  const int32_t* perm;    // [k] or null; x^[:, i] = perm[i] < 0 ? 0 : x[:, perm[i]]
-  const void* x;          // [m, *]
+  const uint16_t* table;    // bf16 [2^bits] or null
+  const float* wide_table;  // fp32 [2^bits] or null, for values that bf16 cannot hold
+  const int32_t* perm;      // [k] or null; x^[:, i] = perm[i] < 0 ? 0 : x[:, perm[i]]
+  const void* x;            // [m, *]
   Scalar x_type;
   int64_t x_row_stride, x_column_stride;  // in elements
   const void* bias;                       // [n] or null

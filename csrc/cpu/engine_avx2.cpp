@@ -62,6 +62,26 @@ void decode_bytes(const uint8_t* block, float* out) {
     }
 }
 
+// Both are what fp16 makes of their bits, e4m3 with another bias: fp16 keeps all subnormals.
+void decode_float8(const uint8_t* block, Kind kind, float* out) {
+  const __m256 scale = _mm256_set1_ps(kind == Kind::e4m3 ? 256.0f : 1.0f);
+  for (int pair = 0; pair < kPairs; ++pair, out += 2 * kTile)
+    for (int half = 0; half < 2; ++half) {
+      const __m128i bytes = _mm_loadu_si128(
+          reinterpret_cast<const __m128i*>(block + 2 * kTile * pair + half * kTile));
+      const auto widen = [&](__m128i high_bytes, float* to) {
+        __m128i bits = high_bytes;
+        if (kind == Kind::e4m3)
+          bits = _mm_or_si128(_mm_and_si128(bits, _mm_set1_epi16(static_cast<int16_t>(0x8000))),
+                              _mm_srli_epi16(_mm_and_si128(bits, _mm_set1_epi16(0x7f00)), 1));
+        _mm256_storeu_ps(to, _mm256_mul_ps(_mm256_cvtph_ps(bits), scale));
+      };
+      widen(_mm_slli_epi16(bytes, 8), out + half * kTile / 2);
+      widen(_mm_and_si128(bytes, _mm_set1_epi16(static_cast<int16_t>(0xff00))),
+            out + kTile + half * kTile / 2);
+    }
+}
+
 void decode_bf16(const uint8_t* block, float* out) {
   for (int pair = 0; pair < kPairs; ++pair, out += 2 * kTile)
     for (int half = 0; half < 2; ++half) {
@@ -136,6 +156,7 @@ struct FmaCore {
     const Geometry& g = p.geometry;
     float values[128];
     const float* table = nullptr;
+    if (p.wide_table != nullptr) table = p.wide_table;
     if (p.table != nullptr) {
       for (int64_t i = 0; i < int64_t{1} << g.element.bits; ++i) values[i] = from_bf16(p.table[i]);
       table = values;
@@ -144,7 +165,9 @@ struct FmaCore {
     float* out = reinterpret_cast<float*>(slab);
     for (int64_t k = 0; k < width; k += kBlock, out += kBlock * kTile) {
       const uint8_t* block = p.packed + g.block_at(tile, k0 + k);
-      if (g.element.kind == Kind::float32) {
+      if (g.element.kind == Kind::e4m3 || g.element.kind == Kind::e5m2) {
+        decode_float8(block, g.element.kind, out);
+      } else if (g.element.kind == Kind::float32) {
         load_scalars(block, Scalar::float32, 0, kBlock * kTile, out);
       } else if (g.element.kind == Kind::float16) {
         load_scalars(block, Scalar::float16, 0, kBlock * kTile, out);

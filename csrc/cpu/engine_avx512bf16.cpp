@@ -6,6 +6,7 @@
 
 #include <utility>
 
+#include "decode_avx512bf16.h"
 #include "driver.h"
 
 namespace compressed_linear::cpu {
@@ -15,104 +16,8 @@ namespace {
 constexpr int kRegisterRows = 6, kRegisterTiles = 4;
 static_assert(kRegisterTiles == kStrip, "the blocks of a register block follow each other");
 
-// ---- decoding: one block of one tile to its sixteen bf16 pairs
-// -----------------------------------
-
-// The bf16 value of every code, repeated up to 128 entries, so that bits above a code of at most
-// five bits need no masking: vpermw looks at five.
-struct Table {
-  __m512i rows[4];
-
-  explicit Table(const Problem& p) {
-    const int bits = p.geometry.element.bits;
-    const int64_t size = int64_t{1} << bits;
-    alignas(64) uint16_t values[128];
-    for (int64_t i = 0; i < 128; ++i)
-      values[i] =
-          p.table != nullptr ? p.table[i % size] : to_bf16(static_cast<float>(i % size) - p.middle);
-    for (int i = 0; i < 4; ++i) rows[i] = _mm512_load_si512(values + 32 * i);
-  }
-};
-
-inline __m512i load_row(const uint8_t* at) { return _mm512_loadu_si512(at); }
-
-// Shifts so that bit From of each 16-bit half lands on bit To.
-template <int From, int To>
-inline __m512i place(__m512i row) {
-  if constexpr (From > To) return _mm512_srli_epi16(row, From - To);
-  if constexpr (From < To) return _mm512_slli_epi16(row, To - From);
-  return row;
-}
-
-// The low `Bits` bits of each half from `low`, the others from `high`.
-template <int Bits>
-inline __m512i join(__m512i low, __m512i high) {
-  return _mm512_ternarylogic_epi32(_mm512_set1_epi16((1 << Bits) - 1), low, high, 0xCA);
-}
-
-// Codes of pair P at the bottom of both halves of each lane; bits above are undefined.
-template <int Bits, int P>
-inline __m512i codes(const uint8_t* block) {
-  using Plane = Planes<Bits>;
-  constexpr int kWide = Plane::four ? 4 : Plane::two ? 2 : 0;
-  __m512i code = _mm512_setzero_si512();
-  if constexpr (Plane::four) {
-    code = place<4 * (P % 4), 0>(load_row(block + Plane::four_at + kRowBytes * (P / 4)));
-  }
-  if constexpr (Plane::two) {
-    const __m512i row = load_row(block + Plane::two_at + kRowBytes * (P / 8));
-    if constexpr (Plane::four) {
-      code = join<4>(code, place<2 * (P % 8), 4>(row));
-    } else {
-      code = place<2 * (P % 8), 0>(row);
-    }
-  }
-  if constexpr (Plane::one) {
-    constexpr int kAt = Plane::four && Plane::two ? 6 : kWide;
-    const __m512i row = load_row(block + Plane::one_at);
-    if constexpr (kAt == 0) {
-      code = place<P, 0>(row);
-    } else {
-      code = join<kAt>(code, place<P, kAt>(row));
-    }
-  }
-  return code;
-}
-
-template <int Bits>
-inline __m512i look_up(__m512i code, const Table& table) {
-  if constexpr (Bits <= 5) return _mm512_permutexvar_epi16(code, table.rows[0]);
-  const __m512i low = _mm512_permutex2var_epi16(table.rows[0], code, table.rows[1]);
-  if constexpr (Bits == 6) return low;
-  const __m512i high = _mm512_permutex2var_epi16(table.rows[2], code, table.rows[3]);
-  return _mm512_mask_blend_epi16(_mm512_test_epi16_mask(code, _mm512_set1_epi16(64)), low, high);
-}
-
-template <int Bits>
-struct Integer {
-  template <int P>
-  static __m512i pair(const uint8_t* block, const Table& table) {
-    return look_up<Bits>(codes<Bits, P>(block), table);
-  }
-};
-
-template <>
-struct Integer<8> {
-  template <int P>
-  static __m512i pair(const uint8_t* block, const Table&) {
-    const auto* bytes = reinterpret_cast<const __m128i*>(block + 2 * kTile * P);
-    const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes)));
-    const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes + 1)));
-    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
-  }
-};
-
-struct BFloat16 {
-  template <int P>
-  static __m512i pair(const uint8_t* block, const Table&) {
-    return load_row(block + kRowBytes * P);
-  }
-};
+// ---- decoding into memory
+// -------------------------------------------------------------------------
 
 template <class Code, int... P>
 inline void decode_block(const uint8_t* block, const Table& table, uint8_t* out,
@@ -120,12 +25,12 @@ inline void decode_block(const uint8_t* block, const Table& table, uint8_t* out,
   (_mm512_store_si512(out + kRowBytes * P, Code::template pair<P>(block, table)), ...);
 }
 
-template <class Code, int Bits>
+template <class Code>
 void decode_chunk(const Problem& p, const uint8_t* packed, int64_t stride, int64_t width,
                   uint8_t* out) {
   const Table table(p);
   for (int64_t k = 0; k < width; k += kBlock) {
-    for (int64_t line = 0; line < Bits; ++line)  // the next chunk of this tile
+    for (int64_t line = 0; line < Code::kBits; ++line)  // the next chunk of this tile
       _mm_prefetch(packed + kChunk / kBlock * stride + line * kRowBytes, _MM_HINT_T0);
     decode_block<Code>(packed, table, out, std::make_integer_sequence<int, kPairs>());
     packed += stride;
@@ -135,14 +40,28 @@ void decode_chunk(const Problem& p, const uint8_t* packed, int64_t stride, int64
 
 // ---- few rows: decode in registers, touch every weight once -----------------------------------
 
-constexpr int64_t kPrefetchBytes = 8192;  // ahead in the strip; measured
-// Up to this many panels decode anew for each; beyond, decoding once for all rows is cheaper.
+// Ahead in the strip, into the second-level cache: into the first, too few lines can be on their
+// way at once. Measured: 4 KB to 64 KB are alike.
+constexpr int64_t kPrefetchBytes = 8192;
+// Up to this many panels decode anew for each; beyond, decoding into memory once for all rows is
+// cheaper. Measured at N = K = 4096 on Zen 4.
 constexpr int64_t few_panels(Element element) {
-  return element.bits == 7 ? 1 : element.bits == 8 ? 2 : 3;
+  switch (element.kind) {
+    case Kind::bfloat16:
+      return 11;
+    case Kind::e4m3:
+    case Kind::e5m2:
+      return 3;
+    default:
+      break;
+  }
+  constexpr int64_t kByBits[] = {0, 43, 43, 6, 43, 6, 6, 3, 6};
+  return kByBits[element.bits];
 }
 
 struct FewRowsArgs {
   const Problem& p;
+  const Table& table;
   const Segment* segments;
   int64_t segment_count;
   const uint32_t* x;      // [step][part][row]
@@ -150,60 +69,113 @@ struct FewRowsArgs {
   int64_t row, tile;      // first of each
 };
 
-template <class Code, int Bits, int Rows, int Tiles, int Parts, int P>
-inline void few_rows_step(const uint8_t* blocks, const Table& table, const uint32_t* x,
-                          __m512 (*acc)[Tiles]) {
-  __m512i weights[Tiles];
-  for (int t = 0; t < Tiles; ++t)
-    weights[t] = Code::template pair<P>(blocks + t * kRowBytes * Bits, table);
-  for (int q = 0; q < Parts; ++q)
-    for (int r = 0; r < Rows; ++r) {
-      const __m512bh activation =
-          (__m512bh)_mm512_set1_epi32(static_cast<int>(x[(P * Parts + q) * Rows + r]));
-      for (int t = 0; t < Tiles; ++t)
-        acc[r][t] = _mm512_dpbf16_ps(acc[r][t], (__m512bh)weights[t], activation);
+template <class Code, int Rows, int Parts>
+struct FewRows {
+  static constexpr int kTiles = kRegisterTiles;
+  static constexpr int64_t kBlockBytes = kRowBytes * Code::kBits;
+  // Plain weights are read in the order in which they lie in memory, which is what processors
+  // fetch ahead by themselves; codes are decoded for all tiles at once, so that the sums of one
+  // tile do not wait for each other.
+  static constexpr bool kSequential = Code::kSequential;
+
+  __m512 acc[Rows][kTiles];
+
+  template <int P>
+  [[gnu::always_inline]] void add(__m512i weights, const uint32_t* x, int tile) {
+    for (int q = 0; q < Parts; ++q)
+      for (int r = 0; r < Rows; ++r)
+        acc[r][tile] = _mm512_dpbf16_ps(
+            acc[r][tile], (__m512bh)weights,
+            (__m512bh)_mm512_set1_epi32(static_cast<int>(x[(P * Parts + q) * Rows + r])));
+  }
+
+  template <int P>
+  [[gnu::always_inline]] void pair(const uint8_t* blocks, const Table& table, const uint32_t* x) {
+    __m512i weights[kTiles];
+    for (int t = 0; t < kTiles; ++t)
+      weights[t] = Code::template pair<P>(blocks + t * kBlockBytes, table);
+    for (int q = 0; q < Parts; ++q)
+      for (int r = 0; r < Rows; ++r) {
+        const auto activation =
+            (__m512bh)_mm512_set1_epi32(static_cast<int>(x[(P * Parts + q) * Rows + r]));
+        for (int t = 0; t < kTiles; ++t)
+          acc[r][t] = _mm512_dpbf16_ps(acc[r][t], (__m512bh)weights[t], activation);
+      }
+  }
+
+  // Pairs First + P of a block of each tile.
+  template <int First, int... P>
+  [[gnu::always_inline]] void pairs(const uint8_t* blocks, const Table& table, const uint32_t* x,
+                                    std::integer_sequence<int, P...>) {
+    if constexpr (kSequential) {
+#pragma GCC unroll 4
+      for (int t = 0; t < kTiles; ++t) {
+        (add<First + P>(Code::template pair<First + P>(blocks + t * kBlockBytes, table), x, t),
+         ...);
+        asm volatile("" ::: "memory");  // keeps the compiler from mixing the tiles again
+      }
+    } else {
+      (pair<First + P>(blocks, table, x), ...);
     }
-}
+  }
 
-template <class Code, int Bits, int Rows, int Tiles, int Parts, int... P>
-inline void few_rows_block(const uint8_t* blocks, const Table& table, const uint32_t* x,
-                           __m512 (*acc)[Tiles], std::integer_sequence<int, P...>) {
-  (few_rows_step<Code, Bits, Rows, Tiles, Parts, P>(blocks, table, x, acc), ...);
-}
-
-template <class Code, int Bits, int Rows, int Tiles, int Parts>
-void few_rows_kernel(const FewRowsArgs& a) {
-  const Problem& p = a.p;
-  const Table table(p);
-  constexpr int64_t kStripBlockBytes = Tiles * kRowBytes * Bits;
-  const uint8_t* blocks = p.packed + p.geometry.block_at(a.tile, 0);
-  const uint32_t* x = a.x;
-  alignas(64) float totals[Rows][Tiles * kTile] = {};
-  alignas(64) float lanes[kTile];
-  for (int64_t s = 0; s < a.segment_count; ++s) {
-    __m512 acc[Rows][Tiles];
+  static void run(const FewRowsArgs& a) {
+    const Problem& p = a.p;
+    const Table table = a.table;
+    constexpr int64_t kStripBytes = kTiles * kBlockBytes;
+    constexpr int kHalfPairs = static_cast<int>(kPairs) / 2;
+    const uint8_t* blocks = p.packed + p.geometry.block_at(a.tile, 0);
+    const uint32_t* x = a.x;
+    alignas(64) float totals[Rows][kTiles * kTile] = {};
+    for (int64_t s = 0; s < a.segment_count; ++s) {
+      FewRows sums;
+      for (int r = 0; r < Rows; ++r)
+        for (int t = 0; t < kTiles; ++t) sums.acc[r][t] = _mm512_setzero_ps();
+      for (int64_t k = a.segments[s].begin; k < a.segments[s].end;) {
+        if constexpr (!kSequential)
+          if (k % kBlock == 0)
+            for (int64_t at = 0; at < kStripBytes; at += kRowBytes)
+              _mm_prefetch(blocks + kPrefetchBytes + at, _MM_HINT_T1);
+        if constexpr (Code::kHalves) {
+          if (k % kBlock == 0) {
+            sums.template pairs<0>(blocks, table, x, std::make_integer_sequence<int, kHalfPairs>());
+            k += kBlock / 2;
+            if (k >= a.segments[s].end) break;
+          }
+          sums.template pairs<kHalfPairs>(blocks, table, x,
+                                          std::make_integer_sequence<int, kHalfPairs>());
+          k += kBlock / 2;
+        } else {
+          sums.template pairs<0>(blocks, table, x, std::make_integer_sequence<int, kPairs>());
+          k += kBlock;
+        }
+        blocks += kStripBytes;
+        x += kPairs * Parts * Rows;
+      }
+      sums.scale(a, s, totals);
+    }
     for (int r = 0; r < Rows; ++r)
-      for (int t = 0; t < Tiles; ++t) acc[r][t] = _mm512_setzero_ps();
-    for (int64_t k = a.segments[s].begin; k < a.segments[s].end; k += kBlock) {
-      for (int64_t at = 0; at < kStripBlockBytes; at += kRowBytes)
-        _mm_prefetch(blocks + kPrefetchBytes + at, _MM_HINT_T0);
-      few_rows_block<Code, Bits, Rows, Tiles, Parts>(blocks, table, x, acc,
-                                                     std::make_integer_sequence<int, kPairs>());
-      blocks += kStripBlockBytes;
-      x += kPairs * Parts * Rows;
-    }
+      store_row(p, a.row + r, a.tile * kTile, kTiles * kTile, totals[r]);
+  }
+
+  [[gnu::always_inline]] void scale(const FewRowsArgs& a, int64_t s,
+                                    float (*totals)[kTiles * kTile]) {
+    const Problem& p = a.p;
     const int64_t group = a.segments[s].group;
 #pragma GCC unroll 8
-    for (int t = 0; t < Tiles; ++t) {
+    for (int t = 0; t < kTiles; ++t) {
+      const int64_t at = ((a.tile + t) * p.geometry.groups + group) * kTile;
       if (a.row_sums != nullptr) {
-        load_negated_offset(p, a.tile + t, group, lanes);
-        const __m512 offset = _mm512_load_ps(lanes);
+        const __m512 zero =
+            p.zero == nullptr ? _mm512_setzero_ps() : load_sixteen(p.zero, p.zero_type, at);
+        const __m512 offset =
+            _mm512_sub_ps(_mm512_setzero_ps(), _mm512_add_ps(zero, _mm512_set1_ps(p.offset)));
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; ++r)
           acc[r][t] = _mm512_fmadd_ps(_mm512_set1_ps(a.row_sums[s * Rows + r]), offset, acc[r][t]);
       }
-      load_scale(p, a.tile + t, group, lanes);
-      const __m512 scale = _mm512_load_ps(lanes);
+      const __m512 scale =
+          p.scale == nullptr ? _mm512_set1_ps(1.0f) : load_sixteen(p.scale, p.scale_type, at);
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) {
         float* total = &totals[r][t * kTile];
@@ -211,42 +183,19 @@ void few_rows_kernel(const FewRowsArgs& a) {
       }
     }
   }
-  for (int r = 0; r < Rows; ++r) store_row(p, a.row + r, a.tile * kTile, Tiles * kTile, totals[r]);
-}
+};
 
 using FewRowsKernel = void (*)(const FewRowsArgs&);
 
-template <class Code, int Bits, int64_t Rows = kRegisterRows>
+template <class Code, int Rows = kRegisterRows>
 FewRowsKernel few_rows_kernel_for(int64_t rows, int64_t parts) {
   if constexpr (Rows == 1) {
-    if (parts == 3) return &few_rows_kernel<Code, Bits, 1, kRegisterTiles, 3>;
-    if (parts == 2) return &few_rows_kernel<Code, Bits, 1, kRegisterTiles, 2>;
+    if (parts == 3) return &FewRows<Code, 1, 3>::run;
+    if (parts == 2) return &FewRows<Code, 1, 2>::run;
   } else if (rows < Rows) {
-    return few_rows_kernel_for<Code, Bits, Rows - 1>(rows, parts);
+    return few_rows_kernel_for<Code, Rows - 1>(rows, parts);
   }
-  return &few_rows_kernel<Code, Bits, Rows, kRegisterTiles, 1>;
-}
-
-FewRowsKernel few_rows_kernel_for(Element element, int64_t rows, int64_t parts) {
-  if (element.kind == Kind::bfloat16) return few_rows_kernel_for<BFloat16, 16>(rows, parts);
-  switch (element.bits) {
-    case 1:
-      return few_rows_kernel_for<Integer<1>, 1>(rows, parts);
-    case 2:
-      return few_rows_kernel_for<Integer<2>, 2>(rows, parts);
-    case 3:
-      return few_rows_kernel_for<Integer<3>, 3>(rows, parts);
-    case 4:
-      return few_rows_kernel_for<Integer<4>, 4>(rows, parts);
-    case 5:
-      return few_rows_kernel_for<Integer<5>, 5>(rows, parts);
-    case 6:
-      return few_rows_kernel_for<Integer<6>, 6>(rows, parts);
-    case 7:
-      return few_rows_kernel_for<Integer<7>, 7>(rows, parts);
-    default:
-      return few_rows_kernel_for<Integer<8>, 8>(rows, parts);
-  }
+  return &FewRows<Code, Rows, 1>::run;
 }
 
 // ---- cores for driver.h -------------------------------------------------------------------------
@@ -307,45 +256,35 @@ struct DotCore : Lanes {
     const Geometry& g = p.geometry;
     const uint8_t* packed = p.packed + g.block_at(tile, k0);
     const int64_t stride = g.block_stride(tile);
-    switch (g.element.bits) {
-      case 1:
-        return decode_chunk<Integer<1>, 1>(p, packed, stride, width, out);
-      case 2:
-        return decode_chunk<Integer<2>, 2>(p, packed, stride, width, out);
-      case 3:
-        return decode_chunk<Integer<3>, 3>(p, packed, stride, width, out);
-      case 4:
-        return decode_chunk<Integer<4>, 4>(p, packed, stride, width, out);
-      case 5:
-        return decode_chunk<Integer<5>, 5>(p, packed, stride, width, out);
-      case 6:
-        return decode_chunk<Integer<6>, 6>(p, packed, stride, width, out);
-      case 7:
-        return decode_chunk<Integer<7>, 7>(p, packed, stride, width, out);
-      case 8:
-        return decode_chunk<Integer<8>, 8>(p, packed, stride, width, out);
-      default:
-        return decode_chunk<BFloat16, 16>(p, packed, stride, width, out);
-    }
+    with_decoder(g.element,
+                 [&](auto code) { decode_chunk<decltype(code)>(p, packed, stride, width, out); });
   }
 
   static bool copy_row(const Problem& p, int64_t m, uint32_t* words, int64_t stride) {
     const Geometry& g = p.geometry;
     if (p.x_type != Scalar::bfloat16 || !in_order(p) || g.k % 2 != 0) return false;
     const char* row = static_cast<const char*>(p.x) + 2 * m * p.x_row_stride;
-    for (int64_t i = 0; i < g.k / 2; ++i) std::memcpy(words + i * stride, row + 4 * i, 4);
+    if (stride == 1) {
+      std::memcpy(words, row, static_cast<size_t>(2 * g.k));
+    } else {
+      for (int64_t i = 0; i < g.k / 2; ++i) std::memcpy(words + i * stride, row + 4 * i, 4);
+    }
     for (int64_t i = g.k / 2; i < g.padded_k / 2; ++i) words[i * stride] = 0;
     return true;
   }
 
-  // Segments must be whole blocks; several rows of several parts would need too many registers.
+  // Segments must be whole blocks or halves; several rows of several parts would need too many
+  // registers.
   static int64_t few_rows_tiles(const Call<DotCore>& call) {
+    const Geometry& g = call.g;
     const int64_t rows = call.panels.rows(0);
-    const bool few =
-        call.panels.count <= few_panels(call.g.element) && (rows == 1 || call.parts == 1);
-    return few && call.g.padded_group % kBlock == 0 ? kRegisterTiles : 0;
+    const bool few = call.panels.count <= few_panels(g.element) && (rows == 1 || call.parts == 1);
+    const int64_t unit = with_decoder(
+        g.element, [](auto code) { return decltype(code)::kHalves ? kBlock / 2 : kBlock; });
+    return few && (g.groups == 1 || g.padded_group % unit == 0) ? kRegisterTiles : 0;
   }
   static void few_rows(const Call<DotCore>& call, int64_t begin, int64_t end) {
+    const Table table(call.p);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t tile = unit * kRegisterTiles;
       if (tile + kRegisterTiles > call.g.tiles) {
@@ -354,16 +293,18 @@ struct DotCore : Lanes {
       }
       for (int64_t panel = 0; panel < call.panels.count; ++panel) {
         const int64_t row = call.panels.begin(panel), rows = call.panels.rows(panel);
-        few_rows_kernel_for(call.g.element, rows, call.parts)(
-            {call.p, call.segments, call.segment_count, call.x + row * call.row_words,
-             call.offset ? call.row_sums + row * call.segment_count : nullptr, call.row0 + row,
-             tile});
+        const FewRowsKernel kernel = with_decoder(call.g.element, [&](auto code) {
+          return few_rows_kernel_for<decltype(code)>(rows, call.parts);
+        });
+        kernel({call.p, table, call.segments, call.segment_count, call.x + row * call.row_words,
+                call.offset ? call.row_sums + row * call.segment_count : nullptr, call.row0 + row,
+                tile});
       }
     }
   }
 };
 
-// Weights of fp16 and fp32.
+// Weights of fp16 and fp32, and tables of values that bf16 cannot hold.
 struct FmaCore : Lanes {
   using Weights = __m512;
   using Activation = __m512;
@@ -380,9 +321,33 @@ struct FmaCore : Lanes {
   static void decode(const Problem& p, int64_t tile, int64_t k0, int64_t width, uint8_t* out) {
     const Geometry& g = p.geometry;
     float* lanes = reinterpret_cast<float*>(out);
-    const Scalar type = g.element.kind == Kind::float32 ? Scalar::float32 : Scalar::float16;
-    for (int64_t k = 0; k < width; k += kBlock, lanes += kBlock * kTile)
-      load_scalars(p.packed + g.block_at(tile, k0 + k), type, 0, kBlock * kTile, lanes);
+    for (int64_t k = 0; k < width; k += kBlock, lanes += kBlock * kTile) {
+      const uint8_t* block = p.packed + g.block_at(tile, k0 + k);
+      if (g.element.kind == Kind::integer) {
+        with_decoder(g.element, [&](auto code) {
+          decode_table<decltype(code)::kBits>(block, p.wide_table, lanes,
+                                              std::make_integer_sequence<int, kPairs>());
+        });
+      } else {
+        const Scalar type = g.element.kind == Kind::float32 ? Scalar::float32 : Scalar::float16;
+        load_scalars(block, type, 0, kBlock * kTile, lanes);
+      }
+    }
+  }
+  template <int Bits, int... P>
+  static void decode_table(const uint8_t* block, const float* table, float* lanes,
+                           std::integer_sequence<int, P...>) {
+    if constexpr (Bits < 8) {
+      const __m512i mask = _mm512_set1_epi32((1 << Bits) - 1);
+      const auto put = [&](int pair, __m512i code) {
+        _mm512_storeu_ps(lanes + 2 * pair * kTile,
+                         _mm512_i32gather_ps(_mm512_and_si512(code, mask), table, 4));
+        _mm512_storeu_ps(
+            lanes + (2 * pair + 1) * kTile,
+            _mm512_i32gather_ps(_mm512_and_si512(_mm512_srli_epi32(code, 16), mask), table, 4));
+      };
+      (put(P, codes<Bits, P>(block)), ...);
+    }
   }
   static bool copy_row(const Problem&, int64_t, uint32_t*, int64_t) { return false; }
   static int64_t few_rows_tiles(const Call<FmaCore>&) { return 0; }
@@ -391,7 +356,7 @@ struct FmaCore : Lanes {
 
 void linear(const Problem& p, const Parallel& parallel) {
   const Kind kind = p.geometry.element.kind;
-  if (kind == Kind::float16 || kind == Kind::float32) {
+  if (kind == Kind::float16 || kind == Kind::float32 || p.wide_table != nullptr) {
     run_linear<FmaCore>(p, parallel);
   } else {
     run_linear<DotCore>(p, parallel);

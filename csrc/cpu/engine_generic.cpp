@@ -32,7 +32,9 @@ void decode_integers(const Problem& p, const uint8_t* block, float* weights) {
       shift += width;
     }
   }
-  if (p.table != nullptr) {
+  if (p.wide_table != nullptr) {
+    for (int64_t i = 0; i < kBlock * kTile; ++i) weights[i] = p.wide_table[codes[i]];
+  } else if (p.table != nullptr) {
     for (int64_t i = 0; i < kBlock * kTile; ++i) weights[i] = from_bf16(p.table[codes[i]]);
   } else {
     for (int64_t i = 0; i < kBlock * kTile; ++i)
@@ -54,6 +56,15 @@ void decode(const Problem& p, int64_t tile, int64_t k0, int64_t width, float* we
           for (int64_t channel = 0; channel < kTile; ++channel)
             weights[i * kTile + channel] =
                 load_scalar(block, Scalar::bfloat16, (i / 2 * kTile + channel) * 2 + i % 2);
+        break;
+      case Kind::e4m3:
+      case Kind::e5m2:
+        for (int64_t i = 0; i < kBlock; ++i)
+          for (int64_t channel = 0; channel < kTile; ++channel) {
+            const uint8_t code = block[(i / 2 * kTile + channel) * 2 + i % 2];
+            weights[i * kTile + channel] =
+                g.element.kind == Kind::e4m3 ? from_e4m3(code) : from_e5m2(code);
+          }
         break;
       case Kind::float16:
         load_scalars(block, Scalar::float16, 0, kBlock * kTile, weights);

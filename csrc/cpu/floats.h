@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Conversions between fp32, fp16 and bf16: exact widening, round-to-nearest-even narrowing. They
-// keep denormals, infinities and NaN (made quiet).
+// keep denormals, infinities and NaN (made quiet). And the values of the 8-bit floats of OCP's FP8
+// and MX specifications, all exact in fp32.
 #pragma once
 
 #include <cstdint>
@@ -69,6 +70,21 @@ inline uint16_t to_fp16(float value) {
 #endif
 }
 
+inline float from_e4m3(uint8_t code) {
+  const uint32_t sign = static_cast<uint32_t>(code & 0x80u) << 24, magnitude = code & 0x7fu;
+  if (magnitude == 0x7fu) return float_of(sign | 0x7fc00000u);
+  if (magnitude < 8) return float_of(sign | bits_of(static_cast<float>(magnitude) * 0x1p-9f));
+  return float_of(sign | ((magnitude << 20) + (120u << 23)));
+}
+
+inline float from_e5m2(uint8_t code) { return from_fp16(static_cast<uint16_t>(code << 8)); }
+
+// 2^(code - 127); 255 is NaN.
+inline float from_e8m0(uint8_t code) {
+  if (code == 0) return 0x1p-127f;
+  return float_of(code == 255 ? 0x7fc00000u : static_cast<uint32_t>(code) << 23);
+}
+
 inline uint16_t half_at(const void* data, int64_t index) {
   uint16_t value;
   std::memcpy(&value, static_cast<const char*>(data) + 2 * index, 2);
@@ -78,6 +94,8 @@ inline uint16_t half_at(const void* data, int64_t index) {
 inline float load_scalar(const void* data, Scalar type, int64_t index) {
   if (type == Scalar::bfloat16) return from_bf16(half_at(data, index));
   if (type == Scalar::float16) return from_fp16(half_at(data, index));
+  if (type == Scalar::e4m3) return from_e4m3(static_cast<const uint8_t*>(data)[index]);
+  if (type == Scalar::e8m0) return from_e8m0(static_cast<const uint8_t*>(data)[index]);
   float value;
   std::memcpy(&value, static_cast<const char*>(data) + 4 * index, 4);
   return value;
@@ -90,6 +108,8 @@ inline void load_scalars(const void* data, Scalar type, int64_t index, int64_t c
     std::memcpy(out, from, static_cast<size_t>(count) * 4);
   } else if (type == Scalar::bfloat16) {
     for (int64_t i = 0; i < count; ++i) out[i] = from_bf16(half_at(from, i));
+  } else if (type != Scalar::float16) {
+    for (int64_t i = 0; i < count; ++i) out[i] = load_scalar(from, type, i);
   } else {
 #if defined(__F16C__)
     int64_t i = 0;

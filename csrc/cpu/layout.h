@@ -14,6 +14,7 @@
 // lowest first. One shift so brings the codes of a pair (k, k+1) to the bottom of both halves,
 // where vpermw turns them into the bf16 pair that vdpbf16ps wants.
 //   8 bits        one row of 32 signed bytes (code - 128) per pair: [pair][channel][k, k+1]
+//   e4m3, e5m2    the codes themselves, [pair][channel][k, k+1]
 //   bfloat16      [pair][channel][k, k+1]
 //   float16/32    [k][channel]
 //
@@ -37,8 +38,8 @@ static_assert(kTile * sizeof(uint32_t) == kRowBytes, "one 32-bit lane per channe
 static_assert(kChunk % kBlock == 0, "a chunk is whole blocks");
 static_assert(kBlock * kTile * 4 / 8 == 4 * kRowBytes, "a 4-bit plane of a block is four rows");
 
-enum class Kind : uint8_t { integer, bfloat16, float16, float32 };
-enum class Scalar : uint8_t { float32, float16, bfloat16 };
+enum class Kind : uint8_t { integer, bfloat16, float16, float32, e4m3, e5m2 };
+enum class Scalar : uint8_t { float32, float16, bfloat16, e4m3, e8m0 };
 
 struct Element {
   Kind kind;
@@ -82,7 +83,9 @@ constexpr int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-constexpr int64_t size_of(Scalar type) { return type == Scalar::float32 ? 4 : 2; }
+constexpr int64_t size_of(Scalar type) {
+  return type == Scalar::float32 ? 4 : type == Scalar::e4m3 || type == Scalar::e8m0 ? 1 : 2;
+}
 
 // Offsets in bytes of the planes inside a block.
 template <int Bits>

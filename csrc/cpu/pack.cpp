@@ -68,7 +68,8 @@ void put_codes(const uint8_t* codes, int bits, uint8_t* block, int64_t channel) 
 
 // Where float (k, channel) of a block lies.
 int64_t float_index(Kind kind, int64_t k, int64_t channel) {
-  return kind == Kind::bfloat16 ? (k / 2 * kTile + channel) * 2 + k % 2 : k * kTile + channel;
+  const bool paired = kind != Kind::float16 && kind != Kind::float32;
+  return paired ? (k / 2 * kTile + channel) * 2 + k % 2 : k * kTile + channel;
 }
 
 int64_t row_element_bytes(Element element) {

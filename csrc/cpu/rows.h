@@ -105,9 +105,11 @@ inline void load_negated_offset(const Problem& p, int64_t tile, int64_t group, f
   for (int64_t i = 0; i < kTile; ++i) offset[i] = -(offset[i] + p.offset);
 }
 
-// Writes channels [first, first + count) of row m, adding the bias. totals is clobbered.
+// Writes channels [first, first + count) of row m, scaled and with the bias. totals is clobbered.
 inline void store_row(const Problem& p, int64_t m, int64_t first, int64_t count, float* totals) {
   if (first + count > p.geometry.n) count = p.geometry.n - first;
+  if (p.row_scale != nullptr)
+    for (int64_t i = 0; i < count; ++i) totals[i] *= p.row_scale[first + i];
   if (p.bias != nullptr) {
     float bias[kTile];
     for (int64_t i = 0; i < count; i += kTile) {

@@ -64,7 +64,7 @@ struct Case {
   Shape shape;
   cl::Element element;
   Scalar x_type, scale_type;
-  bool zero, bias, reorder, table;
+  bool zero, bias, reorder, table, row_scale;
   int64_t m;
 };
 
@@ -79,13 +79,18 @@ void check(bool good, const Case& c, const char* isa, const std::string& message
 void run(const Case& c) {
   const cl::Geometry g = cl::make_geometry(c.shape.n, c.shape.k, c.shape.group, c.element);
   const bool coded = c.element.kind == Kind::integer;
+  const bool small = c.element.kind == Kind::e4m3 || c.element.kind == Kind::e5m2;
+  const bool scaled = coded || small;
   const int64_t n = g.n, k = g.k, columns = c.reorder ? k + 3 : k;
 
   // Weights: what is packed, and what it means.
   std::vector<double> value(static_cast<size_t>(n * k));
-  Bytes rows(static_cast<size_t>(n * k * (coded ? 1 : c.element.bits / 8)));
+  Bytes rows(static_cast<size_t>(n * k * (scaled ? 1 : c.element.bits / 8)));
   std::vector<uint16_t> table(coded ? size_t{1} << c.element.bits : 1);
   for (uint16_t& entry : table) entry = cl::to_bf16(static_cast<float>(uniform(-2, 2)));
+  // Values that need all of fp32, tried where there is a row scale too.
+  std::vector<float> wide_table(table.size());
+  for (float& entry : wide_table) entry = static_cast<float>(uniform(-2, 2));
   const Scalar dense = c.element.kind == Kind::bfloat16  ? Scalar::bfloat16
                        : c.element.kind == Kind::float16 ? Scalar::float16
                                                          : Scalar::float32;
@@ -94,7 +99,14 @@ void run(const Case& c) {
     const auto at = static_cast<size_t>(i);
     if (coded) {
       rows[at] = static_cast<uint8_t>(below(int64_t{1} << c.element.bits));
-      value[at] = c.table ? cl::from_bf16(table[rows[at]]) : rows[at] - middle;
+      value[at] = !c.table      ? rows[at] - middle
+                  : c.row_scale ? wide_table[rows[at]]
+                                : cl::from_bf16(table[rows[at]]);
+    } else if (small) {
+      // Every finite code: magnitudes below 0x7c for e5m2, below 0x7f for e4m3.
+      const bool e4m3 = c.element.kind == Kind::e4m3;
+      rows[at] = static_cast<uint8_t>(below(e4m3 ? 0x7f : 0x7c) | (below(2) << 7));
+      value[at] = e4m3 ? cl::from_e4m3(rows[at]) : cl::from_e5m2(rows[at]);
     } else {
       value[at] = put(rows, dense, i, uniform(-1, 1));
     }
@@ -106,13 +118,24 @@ void run(const Case& c) {
   check(back == rows, c, "packer", "unpacking does not give back what was packed");
 
   const int64_t scales = g.tiles * g.groups * cl::kTile;
-  Bytes scale = floats(c.scale_type, scales), zero = floats(c.scale_type, scales);
+  const Scalar zero_type = cl::size_of(c.scale_type) == 1 ? Scalar::float32 : c.scale_type;
+  Bytes scale = floats(c.scale_type, scales), zero = floats(zero_type, scales);
+  std::vector<float> row_scale(static_cast<size_t>(n));
+  for (float& entry : row_scale) entry = static_cast<float>(uniform(-4, 4));
   std::vector<double> weight(value.size()), magnitude(value.size());
   std::vector<double> s(static_cast<size_t>(scales)), z(static_cast<size_t>(scales));
   for (int64_t i = 0; i < scales; ++i) {
-    s[static_cast<size_t>(i)] = put(scale, c.scale_type, i, uniform(0.01, 0.1));
-    z[static_cast<size_t>(i)] =
-        put(zero, c.scale_type, i, coded ? uniform(0, middle * 2) : uniform(-1, 1));
+    const auto at = static_cast<size_t>(i);
+    if (cl::size_of(c.scale_type) == 1) {
+      // All finite e4m3 codes; exponents from 2^-127, which is subnormal, to 2^-17, now and then.
+      const bool e4m3 = c.scale_type == Scalar::e4m3;
+      scale[at] = static_cast<uint8_t>(e4m3 ? below(0x7f) | (below(2) << 7)
+                                            : (below(8) != 0 ? 100 : 0) + below(10));
+      s[at] = cl::load_scalar(scale.data(), c.scale_type, i);
+    } else {
+      s[at] = put(scale, c.scale_type, i, uniform(0.01, 0.1));
+    }
+    z[at] = put(zero, zero_type, i, coded ? uniform(0, middle * 2) : uniform(-1, 1));
   }
   for (int64_t row = 0; row < n; ++row)
     for (int64_t channel = 0; channel < k; ++channel) {
@@ -120,8 +143,10 @@ void run(const Case& c) {
       const auto group = static_cast<size_t>(
           (row / cl::kTile * g.groups + channel / g.group) * cl::kTile + row % cl::kTile);
       const double offset = c.zero ? z[group] : 0;
-      weight[at] = (value[at] - offset) * (coded ? s[group] : 1);
-      magnitude[at] = (std::abs(value[at]) + std::abs(offset)) * (coded ? s[group] : 1);
+      const double second = c.row_scale ? row_scale[static_cast<size_t>(row)] : 1;
+      const double factor = second * (scaled ? s[group] : 1);
+      weight[at] = (value[at] - offset) * factor;
+      magnitude[at] = (std::abs(value[at]) + std::abs(offset)) * std::abs(factor);
     }
 
   std::vector<int32_t> perm(static_cast<size_t>(k));
@@ -138,11 +163,14 @@ void run(const Case& c) {
   p.geometry = g;
   p.m = c.m;
   p.packed = packed.data();
-  p.scale = coded ? scale.data() : nullptr;
-  p.scale_type = p.zero_type = c.scale_type;
+  p.scale = scaled ? scale.data() : nullptr;
+  p.scale_type = c.scale_type;
+  p.zero_type = zero_type;
+  p.row_scale = c.row_scale ? row_scale.data() : nullptr;
   p.zero = c.zero ? zero.data() : nullptr;
   p.middle = static_cast<float>(middle);
-  p.table = c.table ? table.data() : nullptr;
+  p.table = c.table && !c.row_scale ? table.data() : nullptr;
+  p.wide_table = c.table && c.row_scale ? wide_table.data() : nullptr;
   p.perm = c.reorder ? perm.data() : nullptr;
   p.x = x.data();
   p.x_type = p.bias_type = c.x_type;
@@ -192,7 +220,7 @@ void run(const Case& c) {
 }
 
 void check_floats() {
-  const Case c{"float conversions", {}, {}, {}, {}, {}, {}, {}, {}, {}};
+  const Case c{"float conversions", {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
   for (uint32_t i = 0; i < 65536; ++i) {
     const auto half = static_cast<uint16_t>(i);
     const float fp16 = cl::from_fp16(half), bf16 = cl::from_bf16(half);
@@ -214,13 +242,19 @@ void check_floats() {
 
 int main() {
   check_floats();
-  const Shape shapes[] = {{70, 384, 128}, {33, 40, 20},   {16, 96, 8},
-                          {20, 33, 1},    {17, 100, 100}, {48, 160, 32}};
-  const cl::Element dense[] = {{Kind::bfloat16, 16}, {Kind::float16, 16}, {Kind::float32, 32}};
+  const Shape shapes[] = {{70, 384, 128}, {33, 40, 20},  {16, 96, 8},  {20, 33, 1},
+                          {17, 100, 100}, {48, 160, 32}, {70, 176, 16}};
+  const cl::Element dense[] = {{Kind::bfloat16, 16},
+                               {Kind::float16, 16},
+                               {Kind::float32, 32},
+                               {Kind::e4m3, 8},
+                               {Kind::e5m2, 8}};
   const Scalar types[] = {Scalar::bfloat16, Scalar::float16, Scalar::float32};
+  const Scalar scale_types[] = {Scalar::bfloat16, Scalar::float16, Scalar::float32, Scalar::e4m3,
+                                Scalar::e8m0};
   int count = 0;
   for (const Shape& shape : shapes)
-    for (int variant = 0; variant < 11; ++variant) {
+    for (int variant = 0; variant < 13; ++variant) {
       const bool coded = variant < 8;
       const cl::Element element =
           coded ? cl::Element{Kind::integer, variant + 1} : dense[variant - 8];
@@ -228,13 +262,18 @@ int main() {
         for (const int64_t m : {1, 2, 9, 40}) {
           const bool zero = coded && count % 3 != 0, reorder = count % 4 == 1;
           const bool table = coded && variant < 7 && count % 5 == 0;
-          Case c{"",   shape,          element, x_type, types[count % 3],
-                 zero, count % 2 == 0, reorder, table,  m};
-          c.what = (coded ? "uint" : "float") + std::to_string(element.bits) +
-                   " n=" + std::to_string(shape.n) + " k=" + std::to_string(shape.k) +
-                   " group=" + std::to_string(shape.group) + " m=" + std::to_string(m) +
-                   " x=" + std::to_string(static_cast<int>(x_type)) + (zero ? " zero" : "") +
-                   (reorder ? " reorder" : "") + (table ? " table" : "");
+          Case c{"",   shape,          element, x_type, scale_types[count % 5],
+                 zero, count % 2 == 0, reorder, table,  count / 2 % 3 == 0,
+                 m};
+          c.what = (coded                        ? "uint"
+                    : element.kind == Kind::e5m2 ? "e5m2-"
+                                                 : "float") +
+                   std::to_string(element.bits) + " n=" + std::to_string(shape.n) +
+                   " k=" + std::to_string(shape.k) + " group=" + std::to_string(shape.group) +
+                   " m=" + std::to_string(m) + " x=" + std::to_string(static_cast<int>(x_type)) +
+                   (zero ? " zero" : "") + (reorder ? " reorder" : "") + (table ? " table" : "") +
+                   (c.row_scale ? " row_scale" : "") +
+                   " scale=" + std::to_string(static_cast<int>(c.scale_type));
           run(c);
           ++count;
         }

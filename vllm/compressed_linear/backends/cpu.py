@@ -30,8 +30,9 @@ class CpuBackend(QuantLinearMethod):
     """Weight-only kernels on the packed layout of ``csrc/cpu/layout.h``.
 
     Prepared tensors (T = ceil(N / 16) tiles): ``packed`` uint8 [T, bytes]; ``scale`` and ``zero``
-    [T, G, 16] with the output channels of a tile innermost; ``perm`` int32 [K]; ``table`` bfloat16
-    [2^bits] for small floats and codebooks. Only ``packed`` is always there.
+    [T, G, 16] with the output channels of a tile innermost, in the checkpoint's dtype (uint8 for
+    e8m0); ``row_scale`` float32 [N]; ``perm`` int32 [K]; ``table`` [2^bits] for floats below 8 bits
+    and codebooks, bfloat16 or, where that is not exact, float32. Only ``packed`` is always there.
     """
 
     name = "cpu"
@@ -46,11 +47,16 @@ class CpuBackend(QuantLinearMethod):
                 numerics.FP16,
                 numerics.FP32,
                 numerics.E2M1,
+                numerics.E4M3,
+                numerics.E5M2,
                 numerics.E2M3,
                 numerics.E3M2,
             )
         ),
         codebooks=True,
+        scale_dtypes=frozenset({"bfloat16", "float16", "float32", "float8_e4m3fn", "e8m0"}),
+        granularities=frozenset({"tensor", "channel", "group", "block"}),
+        row_scale=True,
         zero_kinds=frozenset({"integer", "float"}),
         channel_order=True,
         padded_order=True,
@@ -70,8 +76,8 @@ class CpuBackend(QuantLinearMethod):
         element = descriptor.weight.element
         if descriptor.k == 0:
             yield "no input channels (K = 0)"
-        if element.codebook and (element.bits > 7 or _exact_table(element) is None):
-            yield f"codebook {element.name} (supported: up to 7 bits with values exact in bfloat16)"
+        if element.codebook and element.bits > 7:
+            yield f"codebook {element.name} of {element.bits} bits (supported: up to 7)"
 
     @classmethod
     def variant(cls, descriptor: CompressedLinearDescriptor, platform: Platform) -> str:
@@ -107,8 +113,11 @@ class CpuBackend(QuantLinearMethod):
         total = tiles * per_tile
         if d.channel_order is not None:
             total += d.k * torch.int32.itemsize
-        if weight.element.kind in ("float", "codebook"):
-            total += torch.bfloat16.itemsize << weight.element.bits
+        table = _table(weight.element)
+        if table is not None:
+            total += table.numel() * table.itemsize
+        if weight.row_scale is not None:
+            total += d.n * torch.float32.itemsize
         return total
 
     def prep_weights_for_execution(self, weights: CompressedWeights) -> dict[str, torch.Tensor]:
@@ -130,9 +139,10 @@ class CpuBackend(QuantLinearMethod):
                     _put_tiles(tensors[name], values, start, f"{name} of {d}")
         if weights.permutation is not None:
             tensors["perm"] = weights.permutation.to(torch.int32).contiguous()
-        if d.weight.element.kind in ("float", "codebook"):
-            table = _exact_table(d.weight.element)
-            assert table is not None
+        if weights.row_scale is not None:
+            tensors["row_scale"] = weights.row_scale.contiguous()
+        table = _table(d.weight.element)
+        if table is not None:
             tensors["table"] = table
         return tensors
 
@@ -157,12 +167,15 @@ class CpuBackend(QuantLinearMethod):
             self.element,
             d.weight.element.bias,
             self.output_dtype,
+            tensors.get("row_scale"),
         )
         return out.reshape(*x.shape[:-1], d.out_features)
 
 
 def _kernel_element(element: ElementType) -> str:
-    return element.name if element.kind == "dense" else f"uint{element.bits}"
+    # The kernels decode 8-bit floats by arithmetic, smaller ones by a table of their codes.
+    by_name = element.kind == "dense" or (element.kind == "float" and element.bits == 8)
+    return element.name if by_name else f"uint{element.bits}"
 
 
 def _scale_dtype(d: CompressedLinearDescriptor) -> torch.dtype | None:
@@ -177,11 +190,14 @@ def _zero_dtype(d: CompressedLinearDescriptor) -> torch.dtype | None:
     return torch.bfloat16 if zero.kind == "integer" else torch_dtype(zero.dtype)
 
 
-def _exact_table(element: ElementType) -> torch.Tensor | None:
-    """bfloat16 [2^bits], or None if some value of the element is not exact in bfloat16."""
+def _table(element: ElementType) -> torch.Tensor | None:
+    """[2^bits] values of an element that is decoded by a table: bfloat16 if all are exact in it,
+    else float32. None for other elements."""
+    if element.kind not in ("float", "codebook") or _kernel_element(element) == element.name:
+        return None
     values = element.table()
     table = values.to(torch.bfloat16)
-    return table if torch.equal(table.to(torch.float32), values) else None
+    return table if torch.equal(table.to(torch.float32), values) else values
 
 
 def _put_tiles(target: torch.Tensor, values: torch.Tensor, start: int, what: str) -> None:
