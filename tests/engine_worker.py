@@ -35,13 +35,13 @@ def main(out: Path, model: Path, options: dict[str, object]) -> None:
     reference = load_file(model / "reference" / "reference.safetensors")
     prompts = [{"prompt_token_ids": row} for row in reference["input_ids"].tolist()]
     native.reset_call_counts()
-    reference_backend.reset_calls()
+    reference_backend.CALLS.reset()
     scored = llm.generate(
         prompts,
         SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=512),
         use_tqdm=False,
     )
-    counts = {"native": native.call_counts(), "reference": reference_backend.calls()}
+    counts = {"native": native.call_counts(), "reference": reference_backend.CALLS.count}
     log_probabilities = torch.full(reference["logits"].shape, float("nan"))
     for row, output in enumerate(scored):
         for position, found in enumerate(output.prompt_logprobs[1:]):

@@ -413,10 +413,10 @@ def test_vllms_own_class_repacks_and_runs(monkeypatch: pytest.MonkeyPatch) -> No
     assert VllmNativeBackend.variant(part.descriptor, HERE) == CPUWNA16LinearKernel.__name__
     backend, tensors = prepared(part)
     assert ran == ["process_weights_after_loading"]
-    vllm_native.reset_calls()
+    vllm_native.CALLS.reset()
     backend.apply(tensors, torch.randn(2, 128).bfloat16())
     backend.apply(tensors, torch.randn(1, 128).bfloat16())
-    assert ran.count("apply_weights") == vllm_native.calls() == 2
+    assert ran.count("apply_weights") == vllm_native.CALLS.count == 2
 
 
 @needs_kernel
@@ -446,9 +446,9 @@ def test_compiled_without_a_graph_break_and_still_counted(ordered: bool) -> None
     compiled = torch.compile(layer, fullgraph=True, dynamic=True)
     for m in (3, 8, 1):
         x = torch.randn(m, 128).bfloat16()
-        vllm_native.reset_calls()
+        vllm_native.CALLS.reset()
         got = compiled(x)
-        assert vllm_native.calls() == 1
+        assert vllm_native.CALLS.count == 1
         assert torch.equal(got, layer(x))
 
 

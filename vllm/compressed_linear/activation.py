@@ -36,7 +36,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm.compressed_linear.descriptor import ActivationSpec, TransformSpec
+from vllm.compressed_linear.descriptor import ActivationSpec
 from vllm.compressed_linear.numerics import E4M3, E8M0, ElementType
 
 
@@ -44,7 +44,7 @@ def prepare_input(
     x: torch.Tensor,
     activation: ActivationSpec | None = None,
     *,
-    transform: TransformSpec | None = None,
+    hadamard_block: int = 0,
     order: torch.Tensor | None = None,
     prescale: torch.Tensor | None = None,
     input_scale: torch.Tensor | None = None,
@@ -52,13 +52,13 @@ def prepare_input(
 ) -> torch.Tensor:
     """x̂: fp32 [M, k] for x [M, K] of any float dtype.
 
-    ``order`` int [k], −1 for a channel of zeros; ``prescale`` fp32 [k]; ``input_scale`` fp32 [1];
-    ``input_zero`` int [1]. Each step only where it is given. Raises ``ValueError`` where a
-    static scale is missing.
+    ``hadamard_block``: of the transform, 0 for none; ``order`` int [k], −1 for a channel of zeros;
+    ``prescale`` fp32 [k]; ``input_scale`` fp32 [1]; ``input_zero`` int [1]. Each step only where it
+    is given. Raises ``ValueError`` where a static scale is missing.
     """
     wide = x.to(torch.float32)
-    if transform is not None:
-        wide = hadamard(wide, transform)
+    if hadamard_block:
+        wide = hadamard(wide, hadamard_block)
     if order is not None:
         wide = wide.index_select(1, order.clamp(min=0).to(torch.int64))
         wide = wide.masked_fill(order < 0, 0.0)
@@ -165,19 +165,16 @@ def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
     return E8M0.decode(exponent.clamp(-127, 127) + 127)
 
 
-def hadamard(x: torch.Tensor, spec: TransformSpec) -> torch.Tensor:
+def hadamard(x: torch.Tensor, block: int) -> torch.Tensor:
     """x [M, K] with each run of ``block`` channels multiplied by the normalised Hadamard matrix.
 
     The matrix is Sylvester's, H[i, j] = (−1)^popcount(i & j) / sqrt(block), which is symmetric.
     Sums are those of the fast transform: of neighbours first, then of neighbouring pairs, and on.
-    ``ValueError`` where K is no multiple of the block.
     """
-    if x.shape[1] % spec.block:
-        raise ValueError(f"K={x.shape[1]} is no multiple of the Hadamard block {spec.block}")
-    values, width = x.unflatten(1, (-1, spec.block)), 1
-    while width < spec.block:
+    values, width = x.unflatten(1, (-1, block)), 1
+    while width < block:
         pairs = values.unflatten(2, (-1, 2, width))
         low, high = pairs[..., 0, :], pairs[..., 1, :]
         values = torch.stack((low + high, low - high), -2).flatten(2)
         width *= 2
-    return values.flatten(1) * spec.block**-0.5
+    return values.flatten(1) * block**-0.5

@@ -12,14 +12,26 @@ with z' = s·z for a zero point z, or a stored minimum.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from vllm.compressed_linear.layout import StoredTensor
-from vllm.compressed_linear.numerics import E8M0, ElementType
+from vllm.compressed_linear.numerics import (
+    E2M1,
+    E2M3,
+    E3M2,
+    E4M3,
+    E5M2,
+    E8M0,
+    INT8,
+    ElementType,
+    uint,
+)
 
 
 def _element(data: dict[str, Any]) -> ElementType:
@@ -157,6 +169,11 @@ class ActivationSpec:
         )
 
     @property
+    def mixes_rows(self) -> bool:
+        """Whether a token's x̂ depends on the other tokens of the batch."""
+        return self.dynamic and self.granularity == "tensor"
+
+    @property
     def needs_scale(self) -> bool:
         """Whether an ``input_scale`` comes with the weights."""
         return not self.dynamic or self.scale_dtype == "float8_e4m3fn"
@@ -166,14 +183,35 @@ class ActivationSpec:
         """Whether an ``input_zero`` comes with the weights."""
         return not self.dynamic and not self.symmetric
 
+    @property
+    def text(self) -> str:
+        """As JSON, for ops, whose arguments are tensors and plain values."""
+        return json.dumps(dataclasses.asdict(self))
+
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> ActivationSpec:
-        """The inverse of ``dataclasses.asdict``, also after JSON."""
+        """The inverse of ``dataclasses.asdict``, also after JSON (``text``)."""
         return cls(**{**data, "element": _element(data["element"])})
 
     def __str__(self) -> str:
         group = f" of {self.group_size}" if self.granularity == "group" else ""
         return self.kind.replace("per group", f"per group{group}") + f", maximum {self.maximum:g}"
+
+
+def activation_kinds() -> frozenset[str]:
+    """Every ``ActivationSpec.kind`` there is, for integers of 4 and 8 bits and the small floats."""
+    kinds = set()
+    axes = itertools.product(
+        (uint(4, 8), INT8, E4M3, E5M2, E3M2, E2M3, E2M1),
+        (True, False),
+        (("tensor", -1), ("token", -1), ("group", 32)),
+        (True, False),
+        ("float32", "e8m0", "float8_e4m3fn"),
+    )
+    for element, dynamic, (granularity, size), symmetric, scale in axes:
+        with contextlib.suppress(ValueError):
+            kinds.add(ActivationSpec(element, dynamic, granularity, symmetric, size, scale).kind)
+    return frozenset(kinds)
 
 
 @dataclass(frozen=True)
@@ -217,6 +255,11 @@ class CompressedLinearDescriptor:
             object.__setattr__(self, "shards", (self.out_features,))
         if sum(self.shards) != self.out_features:
             raise ValueError(f"shards {self.shards} do not add up to N={self.out_features}")
+        if self.transform is not None and self.in_features % self.transform.block:
+            raise ValueError(
+                f"K={self.in_features} is no multiple of the {self.transform.kind} block "
+                f"{self.transform.block}"
+            )
         if self.weight.scale is not None and self.k and self.k % self.group_size:
             raise ValueError(f"K={self.k} is no multiple of the group size {self.group_size}")
 

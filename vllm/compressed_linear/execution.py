@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm.compressed_linear.activation import prepare_input
 from vllm.compressed_linear.backend import (
     QuantLinearMethod,
     contract_bound,
@@ -166,16 +165,8 @@ def self_check(
     y = method.apply(tensors, x)[:, rows].to(torch.float64)
 
     ideal = torch.cat([weights.dequantize(row, row + 1) for row in rows]).to(torch.float64)
-    taken = prepare_input(
-        x,
-        descriptor.activation,
-        transform=descriptor.transform,
-        order=weights.permutation,
-        prescale=weights.prescale,
-        input_scale=weights.input_scale,
-        input_zero=weights.input_zero,
-    )
-    expected = _in_stored_order(taken, weights).to(torch.float64) @ ideal.t()
+    taken = weights.prepare_input(descriptor, x)
+    expected = weights.in_stored_order(taken).to(torch.float64) @ ideal.t()
     magnitude = torch.cat([_magnitude(descriptor, weights, row) for row in rows])
     bound = contract_bound(
         taken,
@@ -195,16 +186,6 @@ def self_check(
             f"{float(expected[token, column]):.6g} ± {float(bound[token, column]):.3g}. Choose "
             "another with VLLM_COMPRESSED_LINEAR_BACKEND, and report this"
         )
-
-
-def _in_stored_order(taken: torch.Tensor, weights: CompressedWeights) -> torch.Tensor:
-    """Channels as the checkpoint has them, for x̂ [M, k] as the kernel has them."""
-    if weights.permutation is None:
-        return taken
-    order = weights.permutation.to(torch.int64)
-    out = taken.new_zeros(taken.shape[0], weights.shards[0].source.k)
-    out[:, order[order >= 0]] = taken[:, order >= 0]
-    return out
 
 
 def _magnitude(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from vllm.compressed_linear.activation import prepare_input
 from vllm.compressed_linear.channels import ChannelPlan, plan_channels
 from vllm.compressed_linear.descriptor import (
     CheckpointScheme,
@@ -347,6 +348,30 @@ class CompressedWeights:
         step = max(CHUNK_BYTES // max(self.k, 1) // multiple, 1) * multiple
         for start in range(0, self.n, step):
             yield start, min(start + step, self.n)
+
+    def prepare_input(
+        self, descriptor: CompressedLinearDescriptor, x: torch.Tensor
+    ) -> torch.Tensor:
+        """x̂, fp32 [M, k], for x [M, K of x]: what is multiplied with the rows as they come."""
+        transform = descriptor.transform
+        return prepare_input(
+            x,
+            descriptor.activation,
+            hadamard_block=0 if transform is None else transform.block,
+            order=self.permutation,
+            prescale=self.prescale,
+            input_scale=self.input_scale,
+            input_zero=self.input_zero,
+        )
+
+    def in_stored_order(self, channels: torch.Tensor) -> torch.Tensor:
+        """[M, k] → [M, K of x], every channel where the checkpoint has it."""
+        if self.permutation is None:
+            return channels
+        order = self.permutation.to(torch.int64)
+        out = channels.new_zeros(channels.shape[0], self.shards[0].source.k)
+        out[:, order[order >= 0]] = channels[:, order >= 0]
+        return out
 
     def rows(self, start: int, stop: int) -> StandardWeights:
         """Rows [start, stop) in standard layout: codes [n, k], scale [n, G], zero [n, G]."""

@@ -3,30 +3,28 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Mapping
 
 import torch
 
 from vllm.compressed_linear import numerics
+from vllm.compressed_linear.activation import prepare_input
 from vllm.compressed_linear.backend import Capabilities, QuantLinearMethod
-from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
-from vllm.compressed_linear.numerics import torch_dtype
+from vllm.compressed_linear.call_counter import CallCounter
+from vllm.compressed_linear.descriptor import (
+    ActivationSpec,
+    CompressedLinearDescriptor,
+    activation_kinds,
+)
+from vllm.compressed_linear.numerics import torch_dtype, widen_scale
 from vllm.compressed_linear.platform import Platform
 from vllm.compressed_linear.weights import CompressedWeights, to_standard_layout
 
 CHUNK_ELEMENTS = 4 << 20
 
-_calls = 0
-
-
-def calls() -> int:
-    """How often the reference op has run in this process."""
-    return _calls
-
-
-def reset_calls() -> None:
-    global _calls
-    _calls = 0
+CALLS = CallCounter()
 
 
 @torch.library.custom_op("compressed_linear::reference_linear", mutates_args=())
@@ -35,18 +33,30 @@ def reference_linear(
     codes: torch.Tensor,
     scale: torch.Tensor | None,
     zero: torch.Tensor | None,
+    row_scale: torch.Tensor | None,
     order: torch.Tensor | None,
+    prescale: torch.Tensor | None,
+    input_scale: torch.Tensor | None,
+    input_zero: torch.Tensor | None,
     bias: torch.Tensor | None,
     table: torch.Tensor,
+    activation: str,
+    hadamard_block: int,
     output_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """x [M, K] → [M, N]. ``table``: fp32 value of each code, empty for dense weights."""
-    global _calls
-    _calls += 1
-    wide = x.to(torch.float32)
-    if order is not None:
-        wide = wide.index_select(1, order.clamp(min=0).to(torch.int64))
-        wide = wide.masked_fill(order < 0, 0.0)
+    """x [M, K] → [M, N]. ``table``: fp32 value of each code, empty for dense weights.
+    ``activation``: an ActivationSpec as JSON, or "". ``hadamard_block``: 0 for no transform.
+    Quantising is part of the op because compilers may not divide as IEEE does."""
+    CALLS.add()
+    taken = prepare_input(
+        x,
+        _activation(activation),
+        hadamard_block=hadamard_block,
+        order=order,
+        prescale=prescale,
+        input_scale=input_scale,
+        input_zero=input_zero,
+    )
     n = codes.shape[0]
     out = torch.empty(x.shape[0], n, dtype=torch.float32, device=x.device)
     step = max(CHUNK_ELEMENTS // max(codes.shape[1], 1), 1)
@@ -58,11 +68,18 @@ def reference_linear(
             values = values.unflatten(1, (scale.shape[1], -1))
             if zero is not None:
                 values = values - zero[rows].to(torch.float32).unsqueeze(-1)
-            values = (values * scale[rows].to(torch.float32).unsqueeze(-1)).flatten(1)
-        out[:, rows] = wide @ values.t()
+            values = (values * widen_scale(scale[rows]).unsqueeze(-1)).flatten(1)
+        out[:, rows] = taken @ values.t()
+    if row_scale is not None:
+        out *= row_scale
     if bias is not None:
         out += bias.to(torch.float32)
     return out.to(output_dtype)
+
+
+@functools.cache
+def _activation(text: str) -> ActivationSpec | None:
+    return ActivationSpec.from_json(json.loads(text)) if text else None
 
 
 @reference_linear.register_fake
@@ -71,16 +88,22 @@ def _(
     codes: torch.Tensor,
     scale: torch.Tensor | None,
     zero: torch.Tensor | None,
+    row_scale: torch.Tensor | None,
     order: torch.Tensor | None,
+    prescale: torch.Tensor | None,
+    input_scale: torch.Tensor | None,
+    input_zero: torch.Tensor | None,
     bias: torch.Tensor | None,
     table: torch.Tensor,
+    activation: str,
+    hadamard_block: int,
     output_dtype: torch.dtype,
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], codes.shape[0], dtype=output_dtype)
 
 
 class ReferenceBackend(QuantLinearMethod):
-    """Runs any descriptor whose activations are not quantised, on any device."""
+    """Runs any descriptor, on any device."""
 
     name = "reference"
     capabilities = Capabilities(
@@ -100,9 +123,14 @@ class ReferenceBackend(QuantLinearMethod):
             )
         ),
         codebooks=True,
+        scale_dtypes=frozenset({"bfloat16", "float16", "float32", "float8_e4m3fn", "e8m0"}),
         zero_kinds=frozenset({"integer", "float"}),
         channel_order=True,
         padded_order=True,
+        row_scale=True,
+        activations=activation_kinds(),
+        prescale=True,
+        transforms=True,
     )
 
     @classmethod
@@ -120,17 +148,29 @@ class ReferenceBackend(QuantLinearMethod):
                 total += d.n * d.groups * torch_dtype(spec.dtype).itemsize
         if d.channel_order is not None:
             total += d.k * torch.int32.itemsize
+        if weight.row_scale is not None:
+            total += d.n * torch.float32.itemsize
+        if d.prescale is not None:
+            total += d.k * torch.float32.itemsize
+        if d.activation is not None:
+            total += torch.float32.itemsize * d.activation.needs_scale
+            total += torch.int32.itemsize * d.activation.needs_zero
         return total + (0 if dense else torch.float32.itemsize << weight.element.bits)
 
     def prep_weights_for_execution(self, weights: CompressedWeights) -> dict[str, torch.Tensor]:
         standard = to_standard_layout(self.descriptor, weights)
-        tensors = {"codes": standard.codes}
-        if standard.scale is not None:
-            tensors["scale"] = standard.scale.contiguous()
-        if standard.zero is not None:
-            tensors["zero"] = standard.zero.contiguous()
-        if weights.permutation is not None:
-            tensors["order"] = weights.permutation
+        activation = self.descriptor.activation
+        optional = {
+            "scale": standard.scale,
+            "zero": standard.zero,
+            "order": weights.permutation,
+            "row_scale": weights.row_scale,
+            "prescale": weights.prescale,
+            "input_scale": weights.input_scale if activation and activation.needs_scale else None,
+            "input_zero": weights.input_zero if activation and activation.needs_zero else None,
+        }
+        tensors = {name: t.contiguous() for name, t in optional.items() if t is not None}
+        tensors["codes"] = standard.codes
         element = self.descriptor.weight.element
         tensors["table"] = (torch.empty(0) if element.kind == "dense" else element.table()).to(
             standard.codes.device
@@ -143,14 +183,21 @@ class ReferenceBackend(QuantLinearMethod):
         x: torch.Tensor,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        d = self.descriptor
         out = torch.ops.compressed_linear.reference_linear(
             x.reshape(-1, x.shape[-1]),
             tensors["codes"],
             tensors.get("scale"),
             tensors.get("zero"),
+            tensors.get("row_scale"),
             tensors.get("order"),
+            tensors.get("prescale"),
+            tensors.get("input_scale"),
+            tensors.get("input_zero"),
             bias,
             tensors["table"],
-            torch_dtype(self.descriptor.output_dtype),
+            "" if d.activation is None else d.activation.text,
+            0 if d.transform is None else d.transform.block,
+            torch_dtype(d.output_dtype),
         )
-        return out.reshape(*x.shape[:-1], self.descriptor.out_features)
+        return out.reshape(*x.shape[:-1], d.out_features)

@@ -24,6 +24,7 @@ import torch
 
 from vllm.compressed_linear import compat_kernels
 from vllm.compressed_linear.backend import Capabilities, QuantLinearMethod, Verdict
+from vllm.compressed_linear.call_counter import CallCounter
 from vllm.compressed_linear.compat_kernels import CODES, SCALE, ZERO, KernelRequest
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
 from vllm.compressed_linear.layout import Packing, pack
@@ -46,17 +47,7 @@ _PIECE_CODES = 1 << 20
 _N_MULTIPLE = 32
 _LARGEST_CODE = 15
 
-_calls = 0
-
-
-def calls() -> int:
-    """How often vLLM's kernel has run through this backend in this process."""
-    return _calls
-
-
-def reset_calls() -> None:
-    global _calls
-    _calls = 0
+CALLS = CallCounter()
 
 
 @torch.library.custom_op("compressed_linear::vllm_native_cpu_gemm_wna16", mutates_args=())
@@ -74,7 +65,6 @@ def vllm_native_cpu_gemm_wna16(
     repacks them; order int32 [k] or None. The kernel object is rebuilt from shapes and dtypes, so
     nothing but tensors crosses into a compiled graph.
     """
-    global _calls
     n = weight_scale.shape[1]
     if order is not None:
         gathered = x.index_select(1, order.clamp(min=0))
@@ -94,7 +84,7 @@ def vllm_native_cpu_gemm_wna16(
         dtype=dtype_name(x.dtype),
     )
     tensors = {CODES: weight_packed, SCALE: weight_scale, ZERO: weight_zero_point}
-    _calls += 1
+    CALLS.add()
     return compat_kernels.apply(
         CPU_KERNEL, "cpu", request, tensors, x, None if bias is None else bias.contiguous()
     )

@@ -22,14 +22,29 @@ from vllm.compressed_linear.backend import (
     weight_magnitude,
 )
 from vllm.compressed_linear.descriptor import (
+    ActivationSpec,
     CheckpointScheme,
     CompressedLinearDescriptor,
     ScaleSpec,
+    TransformSpec,
     WeightSpec,
     ZeroSpec,
 )
 from vllm.compressed_linear.layout import Packing, Role, StandardWeights, StoredTensor
-from vllm.compressed_linear.numerics import ElementType, dtype_name, torch_dtype, uint
+from vllm.compressed_linear.numerics import (
+    E2M1,
+    E2M3,
+    E3M2,
+    E4M3,
+    E5M2,
+    INT8,
+    ElementType,
+    dtype_name,
+    scale_dtype_name,
+    torch_dtype,
+    uint,
+    widen_scale,
+)
 from vllm.compressed_linear.refine import LayerContext, refine
 from vllm.compressed_linear.weights import (
     CompressedWeights,
@@ -51,7 +66,9 @@ class Case:
     group; "cut" the same, but this rank begins in the middle of a group; "act" shuffled; "ragged"
     shuffled and of unlike sizes. ``data``: "random"; "signed" also negative scales; "largest" every
     code the largest; "huge" and "tiny" scales near the ends of their dtype; "spread" scales over
-    many magnitudes in one row; "dead" whole groups that mean zero.
+    many magnitudes in one row; "dead" whole groups that mean zero. ``block_rows``: output channels
+    that share a group's scale. ``row_scale``: None, "tensor" (one for each shard) or "channel".
+    ``activation``, ``prescale`` and ``hadamard`` (the block, 0 for none) are what is done to x.
     """
 
     element: ElementType
@@ -66,6 +83,11 @@ class Case:
     order: str = "plain"
     data: str = "random"
     shards: tuple[int, ...] = ()
+    block_rows: int = 1
+    row_scale: str | None = None
+    activation: ActivationSpec | None = None
+    prescale: bool = False
+    hadamard: int = 0
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS or self.data not in DATA:
@@ -79,13 +101,18 @@ class Case:
         parts = [str(self.element)]
         if self.element.kind != "dense":
             group = {-1: "channel", 0: "tensor"}.get(self.group, f"g{self.group}")
+            group += f"x{self.block_rows}" if self.block_rows > 1 else ""
             parts += [group, _SHORT[self.scale_dtype] + "scale"]
+        parts += [f"{self.row_scale}rowscale"] if self.row_scale else []
         parts += [f"{self.zero}zero"] if self.zero else []
         parts.append("+".join(map(str, self.shards)) + f"x{self.k}")
         parts.append(f"{_SHORT[self.input_dtype]}-{_SHORT[self.output_dtype]}")
         parts += [f"bias{_SHORT[self.bias_dtype]}"] if self.bias_dtype else []
         parts += [self.order] if self.order != "plain" else []
         parts += [self.data] if self.data != "random" else []
+        parts += ["prescale"] if self.prescale else []
+        parts += [f"hadamard{self.hadamard}"] if self.hadamard else []
+        parts += [f"x as {self.activation}"] if self.activation else []
         return "-".join(parts)
 
     def build(self, device: str = "cpu") -> Problem:
@@ -93,13 +120,21 @@ class Case:
         return _build(self, torch.device(device))
 
 
-_SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+_SHORT = {
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "float32": "fp32",
+    "float8_e4m3fn": "e4m3",
+    "e8m0": "e8m0",
+}
+_WIDE = ("bfloat16", "float16", "float32")
 
 
 @dataclass
 class Problem:
     """A case with its numbers. ``weight`` float64 [N, K] is exact, in the order of x's channels;
-    ``magnitude`` float64 [N, K] is what the contract's bound is made of."""
+    ``magnitude`` float64 [N, K] is what the contract's bound is made of; ``own`` is ``weights``
+    once more, for what no backend may spoil."""
 
     case: Case
     descriptor: CompressedLinearDescriptor
@@ -107,22 +142,34 @@ class Problem:
     weight: torch.Tensor
     magnitude: torch.Tensor
     bias: torch.Tensor | None
+    own: CompressedWeights = field(repr=False)
     generator: torch.Generator = field(repr=False)
 
     def activations(self, rows: int) -> torch.Tensor:
         """x [rows, K] in the input dtype: normal numbers, some channels 30 times larger; scaled so
-        that no result of "huge" weights overflows."""
+        that no result of "huge" weights overflows. Where x is quantised, tokens differ in size and
+        some of their channels are zero."""
         x = torch.randn(rows, self.case.k, generator=self.generator, dtype=torch.float64)
         x[:, ::17] *= 30
         if self.case.data == "largest":
             x = x.abs()
+        if self.case.activation is not None:
+            sizes = torch.randint(-12, 3, (rows, 1), generator=self.generator, dtype=torch.float64)
+            x = x * torch.exp2(sizes.masked_fill(torch.arange(rows).unsqueeze(1) % 2 == 0, 0))
+            x[1::3, self.case.k // 3 : self.case.k // 2 + 1] = 0
         if self.case.data == "huge":
             x = x / (self.weight.abs().sum(1).max().cpu() / 100)
         return x.to(torch_dtype(self.case.input_dtype)).to(self.weight.device)
 
+    def taken(self, x: torch.Tensor) -> torch.Tensor:
+        """x̂ [M, K], in the order of x's channels."""
+        if not (self.case.activation or self.case.prescale or self.case.hadamard):
+            return x
+        return self.own.in_stored_order(self.own.prepare_input(self.descriptor, x))
+
     def expected(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """float64 [M, N] for x [M, K]."""
-        out = x.to(torch.float64) @ self.weight.t()
+        out = self.taken(x).to(torch.float64) @ self.weight.t()
         return out if bias is None else out + bias.to(torch.float64)
 
     def bound(
@@ -130,7 +177,7 @@ class Problem:
     ) -> torch.Tensor:
         """float64 [M, N], the largest error that ``backend``'s contract allows."""
         return contract_bound(
-            x,
+            self.taken(x),
             self.magnitude,
             expected,
             self.descriptor.output_dtype,
@@ -147,6 +194,8 @@ def _build(case: Case, device: torch.device) -> Problem:
     groups = spec.groups(full_k)
     index = _group_index(case, spec, full_k, generator)
     standard = _values(case, spec, full_k, groups, index, generator)
+    row_scale = _row_scale(case, generator)
+    numbers = _input_numbers(case, full_k, generator)
     loaded, offset = [], 0
     for number, width in enumerate(case.shards):
         rows = slice(offset, offset + width)
@@ -159,13 +208,20 @@ def _build(case: Case, device: torch.device) -> Problem:
         source = ShardSource(
             f"{case}.{number}", scheme, width, full_k, 0, width, start, full_k - start
         )
-        loaded.append(load_shard(source, from_standard_layout(scheme, part, index), device))
+        second = None if row_scale is None else row_scale[rows]
+        tensors = from_standard_layout(scheme, part, index, row_scale=second, **numbers)
+        loaded.append(load_shard(source, tensors, device))
         offset += width
     context = LayerContext(case.input_dtype, case.output_dtype, case.bias_dtype)
     parts = refine(loaded, context)
     if len(parts) != 1:
         raise AssertionError(f"case {case} became {len(parts)} parts")
-    weight, magnitude = _exact(spec, standard, index)
+    copies = [
+        LoadedShard(shard.source, {name: t.clone() for name, t in shard.tensors.items()})
+        for shard in loaded
+    ]
+    (own,) = refine(copies, context)
+    weight, magnitude = _exact(spec, standard, index, row_scale)
     bias = None
     if case.bias_dtype is not None:
         size = 1e-3 if case.data == "tiny" else 1.0
@@ -178,6 +234,7 @@ def _build(case: Case, device: torch.device) -> Problem:
         weight[:, start:].to(device),
         magnitude[:, start:].to(device),
         bias,
+        own.weights,
         generator,
     )
 
@@ -202,11 +259,13 @@ def _weight_spec(case: Case) -> WeightSpec:
     if case.element.kind == "dense":
         return WeightSpec(case.element)
     granularity = {-1: "channel", 0: "tensor"}.get(case.group, "group")
-    scale = ScaleSpec(case.scale_dtype, granularity, case.group if case.group > 0 else -1)
+    granularity = "block" if case.block_rows > 1 else granularity
+    group = case.group if case.group > 0 else -1
+    scale = ScaleSpec(case.scale_dtype, granularity, group, case.block_rows)
     zero = None
     if case.zero is not None:
         zero = ZeroSpec(case.zero, "uint8" if case.zero == "integer" else case.scale_dtype)
-    return WeightSpec(case.element, scale, zero)
+    return WeightSpec(case.element, scale, zero, "float32" if case.row_scale else None)
 
 
 def _scheme(case: Case, spec: WeightSpec) -> CheckpointScheme:
@@ -214,11 +273,11 @@ def _scheme(case: Case, spec: WeightSpec) -> CheckpointScheme:
     if spec.scale is None:
         dtype = dtype_name(case.element.dense_dtype)
         return CheckpointScheme(spec, (StoredTensor("weight", Role.CODES, dtype, ("N", "K")),))
+    scale_axes: tuple[str | int, ...] = ("B" if case.block_rows > 1 else "N", "G")
+    scale_axes = (1,) if case.group == 0 else scale_axes
     tensors = [
         StoredTensor("codes", Role.CODES, "int32", ("N", "K"), Packing(bits)),
-        StoredTensor(
-            "scale", Role.SCALE, case.scale_dtype, (1,) if case.group == 0 else ("N", "G")
-        ),
+        StoredTensor("scale", Role.SCALE, case.scale_dtype, scale_axes),
     ]
     if spec.zero is not None:
         packing = Packing(bits, "N") if case.zero == "integer" else None
@@ -226,7 +285,18 @@ def _scheme(case: Case, spec: WeightSpec) -> CheckpointScheme:
         tensors.append(StoredTensor("zero", Role.ZERO, dtype, ("N", "G"), packing))
     if case.order in ("act", "ragged"):
         tensors.append(StoredTensor("g_idx", Role.GROUP_INDEX, "int32", ("K",)))
-    return CheckpointScheme(spec, tuple(tensors))
+    if case.row_scale is not None:
+        axes = (1,) if case.row_scale == "tensor" else ("N",)
+        tensors.append(StoredTensor("row_scale", Role.ROW_SCALE, "float32", axes))
+    activation = case.activation
+    if activation is not None and activation.needs_scale:
+        tensors.append(StoredTensor("input_scale", Role.INPUT_SCALE, "float32", (1,)))
+    if activation is not None and activation.needs_zero:
+        tensors.append(StoredTensor("input_zero", Role.INPUT_ZERO, "int32", (1,)))
+    if case.prescale:
+        tensors.append(StoredTensor("prescale", Role.PRESCALE, "float32", ("K",)))
+    transform = TransformSpec("hadamard", "input", case.hadamard) if case.hadamard else None
+    return CheckpointScheme(spec, tuple(tensors), activation, transform)
 
 
 def _group_index(
@@ -262,21 +332,67 @@ def _values(
         finite = torch.isfinite(element.table())
         codes = codes.masked_fill(~finite[codes.long()], 0)
     scale = _scales(case, (1, 1) if case.group == 0 else scales, generator)
-    scale = scale.to(torch_dtype(case.scale_dtype)).expand(scales).clone()
+    scale = _stored_scale(scale, case.scale_dtype).expand(scales).clone()
+    # The first row of each row's block; every shard begins with one.
+    firsts = [
+        offset + row - row % case.block_rows
+        for offset, width in _offsets(case)
+        for row in range(width)
+    ]
+    scale = scale[firsts]
     zero = None
     if case.zero == "integer":
         zero = torch.randint(count, scales, generator=generator, dtype=torch.uint8)
     elif case.zero == "float":
         zero = (torch.rand(scales, generator=generator) * (count - 1)).to(scale.dtype)
     if case.data == "dead":
-        dead = torch.rand(scales, generator=generator) < 0.5
+        dead = (torch.rand(scales, generator=generator) < 0.5)[firsts]
         middle = 0 if element.kind != "integer" else element.bias
         blank = torch.full(scales, middle) if zero is None else zero.to(torch.int64)
         if zero is not None:
             zero = torch.where(dead, blank.to(zero.dtype), zero)
         codes = torch.where(dead[:, index], blank[:, index].to(torch.uint8), codes)
-        scale = scale.masked_fill(dead, 0)
+        if case.scale_dtype != "e8m0":
+            scale = torch.where(dead, torch.zeros((), dtype=scale.dtype), scale)
     return StandardWeights(codes, scale, zero)
+
+
+def _offsets(case: Case) -> list[tuple[int, int]]:
+    """(first output channel, number of them) of each shard."""
+    return list(zip(itertools.accumulate((0, *case.shards)), case.shards, strict=False))
+
+
+def _row_scale(case: Case, generator: torch.Generator) -> torch.Tensor | None:
+    """fp32 [N]."""
+    if case.row_scale is None:
+        return None
+    scale = torch.exp(torch.randn(case.n, generator=generator).clamp(-3, 3)) * 0.1
+    if case.row_scale == "tensor":
+        scale = scale[[offset for offset, width in _offsets(case) for _ in range(width)]]
+    return scale
+
+
+def _input_numbers(
+    case: Case, full_k: int, generator: torch.Generator
+) -> dict[str, torch.Tensor | None]:
+    """What the checkpoint says of x: scales under which some of the largest x saturate."""
+    numbers: dict[str, torch.Tensor | None] = {}
+    activation = case.activation
+    if activation is not None and activation.needs_scale:
+        reach = activation.maximum * (448 if activation.scale_dtype == "float8_e4m3fn" else 1)
+        # Near what dynamic scales would be, with few bits, so that some x lie between two codes.
+        numbers["input_scale"] = torch.tensor([60 / reach]).to(torch.bfloat16).float()
+    if activation is not None and activation.needs_zero:
+        numbers["input_zero"] = torch.tensor([-(1 << (activation.element.bits - 3)) - 1])
+    if case.prescale:
+        numbers["prescale"] = torch.exp(torch.randn(full_k, generator=generator) * 0.5)
+    return numbers
+
+
+def _stored_scale(scale: torch.Tensor, dtype: str) -> torch.Tensor:
+    if dtype != "e8m0":
+        return scale.to(torch_dtype(dtype))
+    return (torch.log2(scale.abs()).round() + 127).clamp(0, 254).to(torch.uint8)
 
 
 def _scales(case: Case, shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
@@ -286,6 +402,8 @@ def _scales(case: Case, shape: tuple[int, int], generator: torch.Generator) -> t
     )
     narrow = "float16" in (case.input_dtype, case.output_dtype, dtype_name(dtype))
     scale = torch.exp(torch.randn(shape, generator=generator).clamp(-3, 3)) * 0.01
+    if dtype is torch.float8_e4m3fn:
+        return _e4m3_scales(case, scale * 100, generator)
     if case.data == "signed":
         scale = scale * torch.where(torch.rand(shape, generator=generator) < 0.5, -1, 1)
     elif case.data == "huge":
@@ -293,6 +411,7 @@ def _scales(case: Case, shape: tuple[int, int], generator: torch.Generator) -> t
     elif case.data == "tiny":
         # fp16 scales become subnormal, with a bit or two left of some. The others are taken from
         # where products are normal numbers still: the contract lets kernels flush fp32 denormals.
+        dtype = torch.float32 if dtype is torch.uint8 else dtype
         smallest = torch.finfo(dtype).smallest_normal * (1 if dtype is torch.float16 else 2.0**20)
         scale = smallest * (0.02 + 0.9 * torch.rand(shape, generator=generator))
     elif case.data == "spread":
@@ -301,14 +420,30 @@ def _scales(case: Case, shape: tuple[int, int], generator: torch.Generator) -> t
     return scale
 
 
+def _e4m3_scales(case: Case, scale: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """The same kinds of data for a dtype of which 2⁻⁹ is the smallest number and 448 the largest.
+
+    ``scale``: random ones near 1.
+    """
+    draw = torch.rand(scale.shape, generator=generator)
+    if case.data == "signed":
+        return scale * torch.where(draw < 0.5, -1, 1)
+    exponents = {"huge": 5 + 3.8 * draw, "tiny": -9 + 4 * draw, "spread": -9 + 17.8 * draw}
+    return torch.exp2(exponents[case.data]) if case.data in exponents else scale
+
+
 def _exact(
-    spec: WeightSpec, standard: StandardWeights, index: torch.Tensor
+    spec: WeightSpec,
+    standard: StandardWeights,
+    index: torch.Tensor,
+    row_scale: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(ŵ, magnitude) float64 [N, K], straight from what was stored; shares nothing with refine."""
     element = spec.element
     values = element.decode(standard.codes).to(torch.float64)
+    second = 1 if row_scale is None else row_scale.to(torch.float64).unsqueeze(1)
     if standard.scale is None:
-        return values, values.abs()
+        return values * second, (values * second).abs()
     scale = standard.scale[:, index]
     zero = None if standard.zero is None else standard.zero[:, index]
     if zero is not None:
@@ -316,12 +451,13 @@ def _exact(
     plain = CompressedLinearDescriptor(
         values.shape[1],
         values.shape[0],
-        replace(spec, scale=ScaleSpec(dtype_name(scale.dtype), "group", 1)),
+        replace(spec, scale=ScaleSpec(scale_dtype_name(scale.dtype), "group", 1)),
         "float32",
         "float32",
     )
-    magnitude = weight_magnitude(plain, standard.codes, scale, zero)
-    return values * scale.to(torch.float64), magnitude.to(torch.float64)
+    magnitude = weight_magnitude(plain, standard.codes, scale, zero, row_scale)
+    exact = values * widen_scale(scale).to(torch.float64) * second
+    return exact, magnitude.to(torch.float64)
 
 
 NF4 = ElementType(
@@ -386,7 +522,7 @@ def conformance_cases() -> list[Case]:
     cases += [replace(int4, k=512, group=group) for group in (16, 64, 128, 256, -1, 0)]
     cases += [
         replace(int4, scale_dtype=scale, input_dtype=x, output_dtype="", zero=zero, element=e)
-        for scale, x in itertools.product(_SHORT, _SHORT)
+        for scale, x in itertools.product(_WIDE, _WIDE)
         for zero, e in ((None, _symmetric(4)), ("float", uint(4)))
     ]
     cases += [
@@ -414,7 +550,127 @@ def conformance_cases() -> list[Case]:
             replace(int4, data=data, input_dtype="float32", output_dtype="", scale_dtype="float32"),
         ]
     cases += _sample(80)
+    cases += _float_cases()
+    cases += _activation_cases()
     return list(dict.fromkeys(cases))
+
+
+NVFP4 = Case(E2M1, group=16, scale_dtype="float8_e4m3fn", row_scale="tensor")
+MXFP4 = Case(E2M1, scale_dtype="e8m0")
+FP8 = Case(E4M3, group=-1, scale_dtype="float32")
+FP8_BLOCK = Case(E4M3, 160, 256, group=128, scale_dtype="float32", block_rows=128)
+
+
+def _float_cases() -> list[Case]:
+    """Small floats with the scales that checkpoints give them, and scales of a second level."""
+    cases = [
+        replace(base, element=element)
+        for base in (FP8, FP8_BLOCK, replace(FP8, group=0), replace(FP8, scale_dtype="bfloat16"))
+        for element in (E4M3, E5M2)
+    ]
+    cases += [replace(MXFP4, element=e) for e in (E5M2, E4M3, E3M2, E2M3, E2M1, _symmetric(8))]
+    cases += [
+        replace(NVFP4, row_scale="channel"),
+        replace(NVFP4, n=33, k=80, shards=(), bias_dtype="float32"),
+        Case(_symmetric(4), row_scale="channel"),
+        Case(uint(4), zero="integer", row_scale="tensor", scale_dtype="float32"),
+        Case(uint(3), zero="float", row_scale="channel", order="ragged"),
+        Case(NF4, group=64, scale_dtype="float32", row_scale="channel"),
+        Case(E4M3, 56, 96, block_rows=16, shards=(24, 24, 8)),
+    ]
+    for base in (NVFP4, MXFP4, replace(FP8_BLOCK, n=40, k=96, group=32, block_rows=16, shards=())):
+        cases += [replace(base, data=data) for data in DATA]
+        cases += [replace(base, input_dtype=x, output_dtype="") for x in _WIDE]
+        cases += [replace(base, n=37, shards=(19, 11, 7)), replace(base, order="cut")]
+        cases += [replace(base, n=1, k=32, group=min(base.group, 16), shards=())]
+    cases += [replace(NVFP4, order=order) for order in ("act", "ragged")]
+    return cases
+
+
+INT8_TOKEN = ActivationSpec(INT8, True, "token")
+_STATIC = replace(INT8_TOKEN, dynamic=False, granularity="tensor")
+_FP8_TOKEN = ActivationSpec(E4M3, True, "token", maximum=448.0)
+
+
+def mx(element: ElementType, maximum: float) -> ActivationSpec:
+    """Microscaling activations: groups of 32 under powers of two."""
+    return ActivationSpec(
+        element, True, "group", group_size=32, scale_dtype="e8m0", maximum=maximum
+    )
+
+
+NVFP4_INPUT = ActivationSpec(
+    E2M1, True, "group", group_size=16, scale_dtype="float8_e4m3fn", maximum=6.0
+)
+
+
+def _activation_cases() -> list[Case]:
+    """Every kind of quantised activations with the weights it comes with, and what else is done
+    to x. Results in fp32 show differences that bf16 would round away."""
+    int8 = Case(_symmetric(8), group=-1, scale_dtype="float32", output_dtype="float32")
+    int4 = replace(int8, element=_symmetric(4), group=32)
+    grouped = replace(INT8_TOKEN, granularity="group", group_size=32)
+    integers = [
+        INT8_TOKEN,
+        _STATIC,
+        grouped,
+        replace(INT8_TOKEN, granularity="tensor"),
+        replace(INT8_TOKEN, maximum=127.5),
+        *(replace(a, symmetric=False) for a in (INT8_TOKEN, _STATIC, grouped)),
+        ActivationSpec(_symmetric(4), True, "token", maximum=7.0),
+    ]
+    cases = [
+        replace(base, activation=activation)
+        for activation in integers
+        for base in (int8, int4, replace(int4, element=uint(4), zero="integer"))
+    ]
+    fp8 = replace(FP8, output_dtype="float32")
+    static = replace(_FP8_TOKEN, dynamic=False, granularity="tensor")
+    blocks = replace(_FP8_TOKEN, granularity="group", group_size=128)
+    cases += [
+        replace(fp8, activation=_FP8_TOKEN),
+        replace(fp8, activation=static),
+        replace(fp8, element=E5M2, activation=replace(_FP8_TOKEN, element=E5M2, maximum=57344.0)),
+        replace(int4, activation=_FP8_TOKEN),
+        replace(int4, activation=static, row_scale="tensor", prescale=True),
+        replace(FP8_BLOCK, output_dtype="float32", activation=blocks),
+        replace(FP8_BLOCK, k=320, group=64, activation=blocks),
+    ]
+    for x in _WIDE:
+        small = replace(MXFP4, input_dtype=x, output_dtype="float32")
+        cases += [
+            replace(NVFP4, input_dtype=x, output_dtype="float32", activation=NVFP4_INPUT),
+            *(replace(small, activation=mx(E2M1, maximum)) for maximum in (4.0, 3.5)),
+            replace(small, element=E3M2, activation=mx(E3M2, 15.0)),
+            replace(small, element=E2M3, activation=mx(E2M3, 4.0)),
+            replace(small, element=E4M3, activation=mx(E4M3, 256.0)),
+            replace(small, element=E5M2, activation=mx(E5M2, 32768.0)),
+            replace(int8, input_dtype=x, activation=INT8_TOKEN),
+            replace(int8, input_dtype=x, output_dtype=x, activation=_STATIC, bias_dtype=x),
+        ]
+    for data in DATA[1:]:
+        cases += [
+            replace(int8, data=data, activation=INT8_TOKEN),
+            replace(int8, data=data, activation=replace(INT8_TOKEN, symmetric=False)),
+            replace(NVFP4, data=data, activation=NVFP4_INPUT),
+            replace(MXFP4, data=data, activation=mx(E2M1, 4.0)),
+        ]
+    cases += [
+        replace(int4, order=order, activation=activation)
+        for order in ("cut", "act", "ragged")
+        for activation in (INT8_TOKEN, grouped)
+    ]
+    cases += [
+        replace(int8, n=37, k=75, shards=(19, 11, 7), activation=INT8_TOKEN, bias_dtype="bfloat16"),
+        replace(int8, n=37, k=75, shards=(19, 11, 7), activation=grouped),
+        replace(int4, prescale=True),
+        replace(int4, prescale=True, order="ragged"),
+        replace(int4, prescale=True, order="act", activation=INT8_TOKEN),
+        replace(int4, hadamard=64),
+        replace(int4, hadamard=32, order="act", prescale=True, activation=INT8_TOKEN),
+        replace(NVFP4, hadamard=16, output_dtype="float32", activation=NVFP4_INPUT),
+    ]
+    return cases
 
 
 def _sample(count: int) -> list[Case]:
@@ -430,7 +686,7 @@ def _sample(count: int) -> list[Case]:
         k = draw.randint(1, 300) if group == -1 else group * groups
         if order != "plain" and (group == -1 or groups == 1):
             continue
-        x = draw.choice(tuple(_SHORT))
+        x = draw.choice(_WIDE)
         cases.append(
             Case(
                 _symmetric(bits) if zero is None else uint(bits),
@@ -438,7 +694,7 @@ def _sample(count: int) -> list[Case]:
                 k=k,
                 group=group,
                 zero=zero,
-                scale_dtype=draw.choice(tuple(_SHORT)),
+                scale_dtype=draw.choice(_WIDE),
                 input_dtype=x,
                 bias_dtype=draw.choice((None, x)),
                 order=order,

@@ -48,9 +48,9 @@ def check_backend(
     """
     platform = platform or Platform.detect()
     rows, results = tuple(rows), []
-    traced: set[tuple[str, bool]] = set()
+    traced: set[tuple[str, bool, bool]] = set()
     for case in conformance_cases() if cases is None else cases:
-        kind = (case.element.kind, case.bias_dtype is not None)
+        kind = (case.element.kind, case.bias_dtype is not None, case.activation is not None)
         result = check_case(
             backend, case, platform, rows=rows, compiled=compiled and kind not in traced
         )
@@ -90,9 +90,11 @@ def check_case(
         if tensors is not None:
             run.numbers(tensors, tuple(rows))
             run.forms(tensors)
-            run.isolation(tensors)
-            if backend.batch_invariant:
-                run.invariance(tensors)
+            activation = descriptor.activation
+            if activation is None or not activation.mixes_rows:
+                run.isolation(tensors)
+                if backend.batch_invariant:
+                    run.invariance(tensors)
     if tensors is not None and compiled and not run.failures:
         run.compiled(tensors)
     return run.result()
