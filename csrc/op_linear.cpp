@@ -31,12 +31,78 @@ void check_perm(const char* op, const int32_t* perm, int64_t k, int64_t columns)
     fail(op, "perm runs from ", lowest, " to ", highest, ", expected -1 to ", columns - 1);
 }
 
+// Reads what ActivationSpec.kind of vllm/compressed_linear/descriptor.py writes.
+cpu::Activation parse_activation(const char* op, const std::string& kind, int64_t group,
+                                 double maximum) {
+  struct Named {
+    const char* name;
+    int bits, exponent, mantissa;
+    float largest;
+  };
+  constexpr Named kFloats[] = {{"e4m3", 8, 4, 3, 448.0f},
+                               {"e5m2", 8, 5, 2, 57344.0f},
+                               {"e3m2", 6, 3, 2, 28.0f},
+                               {"e2m3", 6, 2, 3, 7.5f},
+                               {"e2m1", 4, 2, 1, 6.0f}};
+  cpu::Activation a{};
+  a.present = true;
+  a.maximum = static_cast<float>(maximum);
+  if (!(a.maximum > 0)) fail(op, "activation_maximum is ", maximum, ", expected more than 0");
+  std::string rest = kind;
+  const auto take = [&rest](const std::string& word) {
+    const bool found = rest.compare(0, word.size(), word) == 0;
+    if (found) rest.erase(0, word.size());
+    return found;
+  };
+  for (const Named& named : kFloats)
+    if (take(named.name)) {
+      a.bits = named.bits;
+      a.exponent = named.exponent;
+      a.mantissa = named.mantissa;
+      a.largest = named.largest;
+    }
+  if (a.bits == 0 && take("int") && !rest.empty() && rest[0] >= '2' && rest[0] <= '8') {
+    a.bits = rest[0] - '0';
+    a.largest = static_cast<float>((1 << (a.bits - 1)) - 1);
+    rest.erase(0, 1);
+  }
+  a.dynamic = take(" dynamic");
+  const bool known = a.bits != 0 && (a.dynamic || take(" static"));
+  a.whole_tensor = take(" per tensor");
+  const bool grouped = !a.whole_tensor && take(" per group");
+  const bool placed = a.whole_tensor || grouped || take(" per token");
+  a.scale_type = take(" with e8m0 scales")   ? Scalar::e8m0
+                 : take(" with e4m3 scales") ? Scalar::e4m3
+                                             : Scalar::float32;
+  a.symmetric = !take(", asymmetric");
+  if (!known || !placed || !rest.empty()) fail(op, "activation is '", kind, "', which is unknown");
+  if (grouped ? group < 1 : group != -1)
+    fail(op, "activation_group is ", group, " for '", kind, "'");
+  a.group = grouped ? group : 0;
+  return a;
+}
+
+// The one number of a static scale or zero point.
+float one_number(const char* op, const char* what, const std::optional<Tensor>& tensor,
+                 ScalarType type) {
+  if (!tensor.has_value()) fail(op, what, " is needed for this activation");
+  check_plain(op, what, *tensor);
+  check_type(op, what, *tensor, type);
+  check_shape<1>(op, what, *tensor, {1});
+  return type == ScalarType::Int
+             ? static_cast<float>(*static_cast<const int32_t*>(tensor->const_data_ptr()))
+             : *static_cast<const float*>(tensor->const_data_ptr());
+}
+
 }  // namespace
 
 Tensor linear(Tensor x, Tensor packed, std::optional<Tensor> scale, std::optional<Tensor> zero,
               std::optional<Tensor> bias, std::optional<Tensor> perm, std::optional<Tensor> table,
               int64_t n, int64_t k, int64_t group_size, std::string element_name,
-              int64_t element_bias, ScalarType out_dtype, std::optional<Tensor> row_scale) {
+              int64_t element_bias, ScalarType out_dtype, std::optional<Tensor> row_scale,
+              std::optional<Tensor> prescale, std::optional<std::string> activation,
+              int64_t activation_group, double activation_maximum,
+              std::optional<Tensor> input_scale, std::optional<Tensor> input_zero) {
   constexpr const char* op = "linear";
   const Element element = parse_element(op, element_name);
   cpu::Problem p{};
@@ -109,6 +175,21 @@ Tensor linear(Tensor x, Tensor packed, std::optional<Tensor> scale, std::optiona
     const bool centred = p.zero != nullptr || element.bits == 8;
     p.middle = static_cast<float>(centred ? largest / 2 : element_bias);
     p.offset = table.has_value() ? 0.0f : static_cast<float>(element_bias) - p.middle;
+  }
+
+  if (prescale.has_value()) {
+    check_plain(op, "prescale", *prescale);
+    check_type(op, "prescale", *prescale, ScalarType::Float);
+    check_shape<1>(op, "prescale", *prescale, {k});
+    p.prescale = static_cast<const float*>(prescale->const_data_ptr());
+  }
+  if (activation.has_value()) {
+    p.activation = parse_activation(op, *activation, activation_group, activation_maximum);
+    cpu::Activation& a = p.activation;
+    if (!a.dynamic || a.scale_type == Scalar::e4m3)
+      a.scale = one_number(op, "input_scale", input_scale, ScalarType::Float);
+    if (!a.dynamic && !a.symmetric)
+      a.zero = one_number(op, "input_zero", input_zero, ScalarType::Int);
   }
 
   p.out_type = float_type(op, "out_dtype", out_dtype);

@@ -40,7 +40,9 @@ STABLE_TORCH_LIBRARY(compressed_linear, m) {
   m.def(
       "linear(Tensor x, Tensor packed, Tensor? scale, Tensor? zero, Tensor? bias, Tensor? perm, "
       "Tensor? table, int n, int k, int group_size, str element, int element_bias, "
-      "ScalarType out_dtype, Tensor? row_scale=None) -> Tensor");
+      "ScalarType out_dtype, Tensor? row_scale=None, Tensor? prescale=None, str? activation=None, "
+      "int activation_group=-1, float activation_maximum=0.0, Tensor? input_scale=None, "
+      "Tensor? input_zero=None) -> Tensor");
   m.def("isa() -> str");
   m.def("supported_isas() -> str");
   m.def("select_isa(str name) -> ()");

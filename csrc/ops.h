@@ -21,6 +21,9 @@ Tensor unpack_rows(Tensor packed, int64_t n, int64_t k, int64_t group_size, std:
 Tensor linear(Tensor x, Tensor packed, std::optional<Tensor> scale, std::optional<Tensor> zero,
               std::optional<Tensor> bias, std::optional<Tensor> perm, std::optional<Tensor> table,
               int64_t n, int64_t k, int64_t group_size, std::string element, int64_t element_bias,
-              torch::headeronly::ScalarType out_dtype, std::optional<Tensor> row_scale);
+              torch::headeronly::ScalarType out_dtype, std::optional<Tensor> row_scale,
+              std::optional<Tensor> prescale, std::optional<std::string> activation,
+              int64_t activation_group, double activation_maximum,
+              std::optional<Tensor> input_scale, std::optional<Tensor> input_zero);
 
 }  // namespace compressed_linear

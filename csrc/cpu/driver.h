@@ -138,13 +138,14 @@ struct Call {
 
   void prepare(int64_t panel_begin, int64_t panel_end) const {
     float* row = static_cast<float*>(
-        worker_arena().reserve(static_cast<size_t>(g.padded_k) * sizeof(float)));
+        worker_arena().reserve(static_cast<size_t>(g.padded_k + g.k) * sizeof(float)));
+    const bool plain = !offset && !transforms_input(p);
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
       const int64_t rows = panels.rows(panel), begin = panels.begin(panel);
       for (int64_t r = 0; r < rows; ++r) {
         uint32_t* words = x + begin * row_words + r;
-        if (!offset && Core::copy_row(p, row0 + begin + r, words, rows)) continue;
-        widen_row(p, row0 + begin + r, row);
+        if (plain && Core::copy_row(p, row0 + begin + r, words, rows)) continue;
+        prepare_row(p, row0 + begin + r, row, row + g.padded_k);
         Core::split(row, g.padded_k, parts, words, rows);
         if (!offset) continue;
         float* sums = row_sums + begin * segment_count + r;
@@ -220,10 +221,11 @@ struct Call {
 };
 
 template <class Core>
-void run_linear(const Problem& p, const Parallel& parallel) {
+void run_linear(const Problem& given, const Parallel& parallel) {
+  Problem p = given;
   const Geometry& g = p.geometry;
   if (p.m == 0 || g.n == 0) return;
-  const int64_t parts = Core::parts(p.x_type);
+  const int64_t parts = Core::parts(prepared_type(p));
   const int64_t row_words = g.padded_k / Core::kStep * parts;
   const bool offset = has_offset(p);
   const int64_t bound = segment_bound(g);
@@ -235,8 +237,16 @@ void run_linear(const Problem& p, const Parallel& parallel) {
   const int64_t x_bytes = round_up(rows_at_once * row_words * 4, 64);
   const int64_t sum_bytes = round_up(offset ? rows_at_once * bound * 4 : 0, 64);
   const int64_t segment_bytes = round_up(bound * static_cast<int64_t>(sizeof(Segment)), 64);
-  uint8_t* memory = static_cast<uint8_t*>(call_arena().reserve(
-      static_cast<size_t>(x_bytes + sum_bytes + segment_bytes + (chunk_count(g) + 1) * 4)));
+  const int64_t factor_bytes = p.activation.present ? round_up(p.m * 4, 64) : 0;
+  uint8_t* memory = static_cast<uint8_t*>(call_arena().reserve(static_cast<size_t>(
+      factor_bytes + x_bytes + sum_bytes + segment_bytes + (chunk_count(g) + 1) * 4)));
+  if (p.activation.present) {
+    p.input_factor = reinterpret_cast<float*>(memory);
+    memory += factor_bytes;
+    float* row = static_cast<float*>(
+        worker_arena().reserve(static_cast<size_t>(g.padded_k + g.k) * sizeof(float)));
+    measure_tensor(p, row, row + g.padded_k);
+  }
   Segment* segments = reinterpret_cast<Segment*>(memory + x_bytes + sum_bytes);
   int32_t* chunk_first = reinterpret_cast<int32_t*>(memory + x_bytes + sum_bytes + segment_bytes);
   const int64_t segment_count = make_segments(g, segments, chunk_first);

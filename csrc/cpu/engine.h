@@ -10,6 +10,20 @@
 
 namespace compressed_linear::cpu {
 
+// How x is quantised, see activation.h. exponent is 0 for integers of `bits` bits.
+struct Activation {
+  bool present, dynamic, symmetric, whole_tensor;
+  int bits, exponent, mantissa;
+  int64_t group;  // input channels that share a scale, 0: all of a row
+  Scalar scale_type;
+  float largest, maximum;
+  float scale, zero;      // static ones, or NVFP4's common factor
+  float lowest, highest;  // of all of x, where its rows share a dynamic scale
+};
+
+inline constexpr Activation kScaleE4m3 = {
+    true, false, true, false, 8, 4, 3, 0, Scalar::float32, 448.0f, 448.0f, 1.0f, 0.0f, 0.0f, 0.0f};
+
 // y[m,n] = row_scale[n] sum_k x^[m,k] w[n,k] + bias[n]
 // w[n,k] = scale[n,g] (value - offset - zero[n,g]), where value is (wide_)table[code], code -
 // middle (8-bit codes: middle is 128), or the float itself.
@@ -30,7 +44,10 @@ struct Problem {
   const void* x;            // [m, *]
   Scalar x_type;
   int64_t x_row_stride, x_column_stride;  // in elements
-  const void* bias;                       // [n] or null
+  const float* prescale;                  // [k] or null
+  Activation activation;
+  float* input_factor;  // [m] or null: of each row, left out when it was quantised
+  const void* bias;     // [n] or null
   Scalar bias_type;
   void* out;  // [m, n] contiguous
   Scalar out_type;

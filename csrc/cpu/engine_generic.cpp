@@ -117,22 +117,28 @@ struct Call {
   }
 };
 
-void linear(const Problem& p, const Parallel& parallel) {
+void linear(const Problem& given, const Parallel& parallel) {
+  Problem p = given;
   const Geometry& g = p.geometry;
   constexpr int64_t kRowsAtOnce = 64;
   const int64_t rows_at_once = p.m < kRowsAtOnce ? p.m : kRowsAtOnce;
   const int64_t bound = segment_bound(g);
-  const int64_t x_bytes = rows_at_once * g.padded_k * 4;
+  const int64_t x_bytes = (rows_at_once * g.padded_k + g.k) * 4;
   const int64_t segment_bytes = bound * static_cast<int64_t>(sizeof(Segment));
   uint8_t* memory = static_cast<uint8_t*>(call_arena().reserve(
-      static_cast<size_t>(x_bytes + segment_bytes + (chunk_count(g) + 1) * 4)));
+      static_cast<size_t>(x_bytes + segment_bytes + (chunk_count(g) + 1 + p.m) * 4)));
   float* x = reinterpret_cast<float*>(memory);
   Segment* segments = reinterpret_cast<Segment*>(memory + x_bytes);
   int32_t* chunk_first = reinterpret_cast<int32_t*>(memory + x_bytes + segment_bytes);
   make_segments(g, segments, chunk_first);
+  float* scratch = x + rows_at_once * g.padded_k;
+  if (p.activation.present) {
+    p.input_factor = reinterpret_cast<float*>(chunk_first + chunk_count(g) + 1);
+    measure_tensor(p, x, scratch);
+  }
   for (int64_t row0 = 0; row0 < p.m; row0 += rows_at_once) {
     const int64_t rows = p.m - row0 < rows_at_once ? p.m - row0 : rows_at_once;
-    for (int64_t r = 0; r < rows; ++r) widen_row(p, row0 + r, x + r * g.padded_k);
+    for (int64_t r = 0; r < rows; ++r) prepare_row(p, row0 + r, x + r * g.padded_k, scratch);
     const Call call{p, segments, chunk_first, x, row0, rows};
     parallel.run(
         g.tiles,

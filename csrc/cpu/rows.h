@@ -8,6 +8,7 @@
 
 #include <cstring>
 
+#include "activation.h"
 #include "engine.h"
 #include "floats.h"
 
@@ -72,6 +73,58 @@ inline void widen_row(const Problem& p, int64_t m, float* row) {
   }
 }
 
+// True where x is more than gathered.
+inline bool transforms_input(const Problem& p) {
+  return p.prescale != nullptr || p.activation.present;
+}
+
+// The type that holds every number of the rows that prepare_row gives.
+inline Scalar prepared_type(const Problem& p) {
+  if (p.activation.present) return quantised_type(p.activation);
+  return p.prescale != nullptr ? Scalar::float32 : p.x_type;
+}
+
+// Row m of x as it is multiplied: row[padded_k]. scratch[k] is used where x is transformed.
+inline void prepare_row(const Problem& p, int64_t m, float* row, float* scratch) {
+  const Geometry& g = p.geometry;
+  widen_row(p, m, row);
+  if (!transforms_input(p)) return;
+  float* values = g.identity() ? row : scratch;
+  if (values != row)
+    for (int64_t group = 0; group < g.groups; ++group)
+      std::memcpy(values + group * g.group, row + group * g.padded_group,
+                  static_cast<size_t>(g.group) * sizeof(float));
+  if (p.prescale != nullptr)
+    for (int64_t i = 0; i < g.k; ++i) values[i] *= p.prescale[i];
+  if (p.activation.present) {
+    const float factor = quantise_row(p.activation, values, g.k);
+    if (p.input_factor != nullptr) p.input_factor[m] = factor;
+  }
+  if (values != row)
+    for (int64_t group = 0; group < g.groups; ++group)
+      std::memcpy(row + group * g.padded_group, values + group * g.group,
+                  static_cast<size_t>(g.group) * sizeof(float));
+}
+
+// Finds what all rows of x share, where they share a dynamic scale. row[padded_k], scratch[k].
+inline void measure_tensor(Problem& p, float* row, float* scratch) {
+  Activation& a = p.activation;
+  if (!a.present || !a.dynamic || !a.whole_tensor) return;
+  Problem plain = p;
+  plain.activation.present = false;
+  float low = 0.0f, high = 0.0f;
+  for (int64_t m = 0; m < p.m; ++m) {
+    prepare_row(plain, m, row, scratch);
+    for (int64_t i = 0; i < p.geometry.padded_k; ++i) {
+      low = row[i] < low ? row[i] : low;
+      high = row[i] > high ? row[i] : high;
+      if (std::isnan(row[i])) low = high = row[i];
+    }
+  }
+  a.lowest = low;
+  a.highest = a.symmetric && -low > high ? -low : high;
+}
+
 // Sum of row over a segment: sixteen interleaved partial sums, then pairwise.
 inline float segment_sum(const float* row, int64_t count) {
   float lane[kTile] = {};
@@ -108,6 +161,8 @@ inline void load_negated_offset(const Problem& p, int64_t tile, int64_t group, f
 // Writes channels [first, first + count) of row m, scaled and with the bias. totals is clobbered.
 inline void store_row(const Problem& p, int64_t m, int64_t first, int64_t count, float* totals) {
   if (first + count > p.geometry.n) count = p.geometry.n - first;
+  if (p.input_factor != nullptr)
+    for (int64_t i = 0; i < count; ++i) totals[i] *= p.input_factor[m];
   if (p.row_scale != nullptr)
     for (int64_t i = 0; i < count; ++i) totals[i] *= p.row_scale[first + i];
   if (p.bias != nullptr) {

@@ -9,19 +9,22 @@ Ops are reached as ``torch.ops.compressed_linear.<name>`` after ``load()``:
   chunk must end at a multiple of 16 or at n
 * ``unpack_rows(packed, n, k, group_size, element) -> Tensor`` [n, k]: the inverse, all rows
 * ``linear(x, packed, scale, zero, bias, perm, table, n, k, group_size, element, element_bias,
-  out_dtype, row_scale=None) -> Tensor`` [m, n], see below
+  out_dtype, row_scale=None, prescale=None, activation=None, activation_group=-1,
+  activation_maximum=0.0, input_scale=None, input_zero=None) -> Tensor`` [m, n], see below
 * ``isa()``, ``supported_isas()``, ``select_isa(name)`` (for tests), ``layout_id()``
 * ``op_calls(name)``, ``op_call_lines()``, ``reset_op_calls()``
 
-``linear`` computes y = row_scale · (x̂ ŵᵀ) + bias with x̂ = x[:, perm] (a −1 in ``perm`` is a
-zero) and ŵ[n,k] = scale[n,g] · (code − element_bias − zero[n,g]), or scale · (table[code] − zero),
-g = k // group_size. x: [m, K] bfloat16, float16 or float32, any strides. packed: uint8 [tiles,
-bytes per tile], one tile for each 16 output channels. scale and zero: [tiles, groups, 16], any of
-the three float dtypes; scale also float8_e4m3fn, or uint8 exponents of two (e8m0). bias: [n].
-row_scale: float32 [n]. perm: int32 [k]. table: [2^bits], bfloat16 or float32. ``element`` is
-``uint1`` … ``uint8``, ``e4m3``, ``e5m2``, ``bf16``, ``fp16`` or ``fp32``. Sums are fp32; the
-AVX-512 path takes denormals of activations and partial products as zero. A row's result does not
-depend on the other rows nor on the number of threads.
+``linear`` computes y = row_scale · (x̂ ŵᵀ) + bias with x̂ = quantise(x[:, perm] · prescale) (a −1
+in ``perm`` is a zero) and ŵ[n,k] = scale[n,g] · (code − element_bias − zero[n,g]), or scale ·
+(table[code] − zero), g = k // group_size. x: [m, K] bfloat16, float16 or float32, any strides.
+packed: uint8 [tiles, bytes per tile], one tile for each 16 output channels. scale and zero:
+[tiles, groups, 16], any of the three float dtypes; scale also float8_e4m3fn, or uint8 exponents of
+two (e8m0). bias: [n]. row_scale: float32 [n]. perm: int32 [k]. table: [2^bits], bfloat16 or
+float32. prescale: float32 [k]. activation: an ``ActivationSpec.kind``, with its group size (−1
+without groups) and ``maximum``; input_scale: float32 [1] and input_zero: int32 [1] where it is
+static. ``element`` is ``uint1`` … ``uint8``, ``e4m3``, ``e5m2``, ``bf16``, ``fp16`` or ``fp32``.
+Sums are fp32; the AVX-512 path takes denormals of activations and partial products as zero. A
+row's result does not depend on the other rows nor on the number of threads.
 """
 
 from __future__ import annotations
@@ -120,6 +123,12 @@ def _fake_linear(
     element_bias: int,
     out_dtype: torch.dtype,
     row_scale: torch.Tensor | None = None,
+    prescale: torch.Tensor | None = None,
+    activation: str | None = None,
+    activation_group: int = -1,
+    activation_maximum: float = 0.0,
+    input_scale: torch.Tensor | None = None,
+    input_zero: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return x.new_empty((x.shape[0], n), dtype=out_dtype)
 

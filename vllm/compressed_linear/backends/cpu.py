@@ -14,7 +14,7 @@ import torch
 
 from vllm.compressed_linear import native, numerics
 from vllm.compressed_linear.backend import Capabilities, QuantLinearMethod
-from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
+from vllm.compressed_linear.descriptor import CompressedLinearDescriptor, activation_kinds
 from vllm.compressed_linear.numerics import ElementType, torch_dtype
 from vllm.compressed_linear.platform import NATIVE_LIBRARY, Platform
 from vllm.compressed_linear.settings import CPU_ISA
@@ -31,7 +31,8 @@ class CpuBackend(QuantLinearMethod):
 
     Prepared tensors (T = ceil(N / 16) tiles): ``packed`` uint8 [T, bytes]; ``scale`` and ``zero``
     [T, G, 16] with the output channels of a tile innermost, in the checkpoint's dtype (uint8 for
-    e8m0); ``row_scale`` float32 [N]; ``perm`` int32 [K]; ``table`` [2^bits] for floats below 8 bits
+    e8m0); ``row_scale`` float32 [N]; ``prescale`` float32 [K]; ``input_scale`` float32 [1];
+    ``input_zero`` int32 [1]; ``perm`` int32 [K]; ``table`` [2^bits] for floats below 8 bits
     and codebooks, bfloat16 or, where that is not exact, float32. Only ``packed`` is always there.
     """
 
@@ -57,6 +58,8 @@ class CpuBackend(QuantLinearMethod):
         scale_dtypes=frozenset({"bfloat16", "float16", "float32", "float8_e4m3fn", "e8m0"}),
         granularities=frozenset({"tensor", "channel", "group", "block"}),
         row_scale=True,
+        activations=activation_kinds(),
+        prescale=True,
         zero_kinds=frozenset({"integer", "float"}),
         channel_order=True,
         padded_order=True,
@@ -68,6 +71,7 @@ class CpuBackend(QuantLinearMethod):
         # Made here because the compiler may hold ``bits`` symbolic, and a string must not be.
         self.element = _kernel_element(descriptor.weight.element)
         self.output_dtype = torch_dtype(descriptor.output_dtype)
+        self.activation = None if descriptor.activation is None else descriptor.activation.kind
 
     @classmethod
     def further_reasons(
@@ -118,6 +122,11 @@ class CpuBackend(QuantLinearMethod):
             total += table.numel() * table.itemsize
         if weight.row_scale is not None:
             total += d.n * torch.float32.itemsize
+        if d.prescale is not None:
+            total += d.k * torch.float32.itemsize
+        if d.activation is not None:
+            total += d.activation.needs_scale * torch.float32.itemsize
+            total += d.activation.needs_zero * torch.int32.itemsize
         return total
 
     def prep_weights_for_execution(self, weights: CompressedWeights) -> dict[str, torch.Tensor]:
@@ -139,8 +148,10 @@ class CpuBackend(QuantLinearMethod):
                     _put_tiles(tensors[name], values, start, f"{name} of {d}")
         if weights.permutation is not None:
             tensors["perm"] = weights.permutation.to(torch.int32).contiguous()
-        if weights.row_scale is not None:
-            tensors["row_scale"] = weights.row_scale.contiguous()
+        for name in ("row_scale", "prescale", "input_scale", "input_zero"):
+            values = getattr(weights, name)
+            if values is not None:
+                tensors[name] = values.clone(memory_format=torch.contiguous_format)
         table = _table(d.weight.element)
         if table is not None:
             tensors["table"] = table
@@ -168,6 +179,12 @@ class CpuBackend(QuantLinearMethod):
             d.weight.element.bias,
             self.output_dtype,
             tensors.get("row_scale"),
+            tensors.get("prescale"),
+            self.activation,
+            -1 if d.activation is None else d.activation.group_size,
+            0.0 if d.activation is None else d.activation.maximum,
+            tensors.get("input_scale"),
+            tensors.get("input_zero"),
         )
         return out.reshape(*x.shape[:-1], d.out_features)
 
