@@ -528,7 +528,7 @@ def reasons(d: CompressedLinearDescriptor, platform: Platform = HERE) -> str:
         (descriptor(transform=TransformSpec("hadamard", "input", 32)), ["Hadamard"]),
         (
             descriptor(activation=ActivationSpec(uint(8, 128), True, "token")),
-            ["quantised activations"],
+            ["activations as int8 dynamic per token (supported: none)"],
         ),
         (descriptor(n=0), ["an empty weight (0x128)"]),
         (

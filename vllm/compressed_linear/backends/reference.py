@@ -133,6 +133,10 @@ class ReferenceBackend(QuantLinearMethod):
         transforms=True,
     )
 
+    def __init__(self, descriptor: CompressedLinearDescriptor) -> None:
+        super().__init__(descriptor)
+        self.activation = "" if descriptor.activation is None else descriptor.activation.text
+
     @classmethod
     def cost(cls, descriptor: CompressedLinearDescriptor, platform: Platform) -> float:
         # One byte of codes in, 4 bytes of fp32 out and in again, per weight.
@@ -196,7 +200,7 @@ class ReferenceBackend(QuantLinearMethod):
             tensors.get("input_zero"),
             bias,
             tensors["table"],
-            "" if d.activation is None else d.activation.text,
+            self.activation,
             0 if d.transform is None else d.transform.block,
             torch_dtype(d.output_dtype),
         )

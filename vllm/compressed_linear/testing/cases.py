@@ -326,7 +326,9 @@ def _values(
     count = 1 << element.bits
     codes = torch.randint(count, shape, generator=generator, dtype=torch.uint8)
     if case.data == "largest":
-        codes = torch.full(shape, count - 1, dtype=torch.uint8)
+        # Of integers that is the last; of e4m3 the last is NaN.
+        values = torch.nan_to_num(element.table(), nan=0, posinf=0, neginf=0)
+        codes = torch.full(shape, int(values.argmax()), dtype=torch.uint8)
     if element.kind != "integer":
         # Codes of infinities and NaN are no weights.
         finite = torch.isfinite(element.table())
