@@ -80,9 +80,10 @@ def cpu_name() -> str:
 
 
 @cache
-def cache_bytes() -> int:
-    """Bytes of all last-level caches of this machine; 32 MiB if the system does not say."""
-    caches: dict[tuple[str, str], int] = {}
+def cache_bytes(threads: int) -> int:
+    """Bytes of the last-level caches that ``threads`` cores can use, each of which has one and may
+    share it; 32 MiB if the system does not say."""
+    caches: dict[tuple[int, str], int] = {}
     for index in CPUS.glob("cpu[0-9]*/cache/index*"):
         try:
             level, shared, size = (
@@ -91,6 +92,7 @@ def cache_bytes() -> int:
         except OSError:
             continue
         if size.endswith("K") and size[:-1].isdigit():
-            caches[level, shared] = int(size[:-1]) << 10
-    last = max((level for level, _ in caches), default="")
-    return sum(size for (level, _), size in caches.items() if level == last) or UNKNOWN_CACHE_BYTES
+            caches[int(level), shared] = int(size[:-1]) << 10
+    last = max((level for level, _ in caches), default=0)
+    sizes = sorted((size for (level, _), size in caches.items() if level == last), reverse=True)
+    return sum(sizes[:threads]) or UNKNOWN_CACHE_BYTES
