@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -171,6 +173,17 @@ def current_device() -> str:
         if getattr(current_platform, f"is_{name}")():
             return name
     return "cuda"
+
+
+@contextmanager
+def _silent(name: str) -> Iterator[None]:
+    """Without the lines that a server says while it starts."""
+    lines = logging.getLogger(name)
+    before, lines.disabled = lines.disabled, True
+    try:
+        yield
+    finally:
+        lines.disabled = before
 
 
 def serving_threads(tp_size: int) -> int:
