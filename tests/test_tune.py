@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,14 +20,21 @@ from vllm.compressed_linear import cli, machine, registry, settings, timing, tun
 from vllm.compressed_linear import tune as tuning
 from vllm.compressed_linear.backends.reference import ReferenceBackend
 from vllm.compressed_linear.cost import MIX
-from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
+from vllm.compressed_linear.descriptor import (
+    ActivationSpec,
+    CompressedLinearDescriptor,
+    ScaleSpec,
+    TransformSpec,
+    WeightSpec,
+)
 from vllm.compressed_linear.execution import SelfCheckError, self_check
 from vllm.compressed_linear.explain import explain
 from vllm.compressed_linear.linear import detect_platform
 from vllm.compressed_linear.made_up import made_up_weights
-from vllm.compressed_linear.numerics import uint
+from vllm.compressed_linear.numerics import E2M1, E4M3, INT8, uint
 from vllm.compressed_linear.plan import PLAN
 from vllm.compressed_linear.platform import Platform
+from vllm.compressed_linear.refine import LayerContext, refine
 from vllm.compressed_linear.settings import Settings
 from vllm.compressed_linear.testing import Case, conformance_cases
 from vllm.compressed_linear.tune import Measuring, TuneError, tune
@@ -313,6 +321,47 @@ def test_made_up_weights_are_what_the_descriptor_says(case: Case) -> None:
     self_check("made up", method, method.prep_weights_for_execution(weights), weights)
     again = made_up_weights(descriptor).rows(0, descriptor.n)
     assert torch.equal(again.codes, rows.codes)
+    if not (order is not None and order.padded) and descriptor.n > 2:
+        assert described_anew(descriptor) == descriptor
+
+
+def described_anew(descriptor: CompressedLinearDescriptor) -> CompressedLinearDescriptor:
+    """What loading would say of weights made up for ``descriptor``."""
+    context = LayerContext(descriptor.input_dtype, descriptor.output_dtype, descriptor.bias_dtype)
+    (part,) = refine(made_up_weights(descriptor).shards, context)
+    return replace(part.descriptor, shards=descriptor.shards)
+
+
+NVFP4 = WeightSpec(E2M1, ScaleSpec("float8_e4m3fn", "group", 16), row_scale="float32")
+MXFP4 = WeightSpec(E2M1, ScaleSpec("e8m0", "group", 32))
+FP8 = WeightSpec(E4M3, ScaleSpec("float32", "channel"))
+INT4 = WeightSpec(uint(4, 8), ScaleSpec("float16", "group", 32))
+
+
+@pytest.mark.parametrize(
+    ("weight", "input_side"),
+    [
+        (NVFP4, {}),
+        (MXFP4, {}),
+        (NVFP4, {"activation": ActivationSpec(E2M1, True, "group", True, 16, "float8_e4m3fn", 6)}),
+        (FP8, {"activation": ActivationSpec(E4M3, False, "tensor", maximum=448)}),
+        (INT4, {"activation": ActivationSpec(INT8, False, "tensor", symmetric=False)}),
+        (INT4, {"activation": ActivationSpec(INT8, True, "token")}),
+        (INT4, {"prescale": "float32"}),
+        (INT4, {"transform": TransformSpec("hadamard", "input", 64)}),
+    ],
+    ids=str,
+)
+def test_made_up_weights_of_quantised_inputs(weight: WeightSpec, input_side: Any) -> None:
+    descriptor = CompressedLinearDescriptor(128, 48, weight, "bfloat16", "bfloat16", **input_side)
+    assert described_anew(descriptor) == descriptor
+    weights = made_up_weights(descriptor)
+    assert (weights.row_scale is not None) == (weight.row_scale is not None)
+    activation = descriptor.activation
+    assert (weights.input_scale is not None) == bool(activation and activation.needs_scale)
+    assert (weights.input_zero is not None) == bool(activation and activation.needs_zero)
+    assert bool(torch.isfinite(weights.dequantize(0, 48)).all())
+    assert float(weights.dequantize(0, 48).abs().max()) > 0
 
 
 # The command.

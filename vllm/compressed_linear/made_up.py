@@ -42,20 +42,31 @@ def made_up_weights(descriptor: CompressedLinearDescriptor) -> CompressedWeights
     groups = weight.groups(d.in_features)
     plan = None
     if weight.scale is not None:
-        scale = 0.01 + 0.01 * torch.rand(d.n, groups, generator=generator)
+        axes: tuple[str | int, ...] = ("N", "G")
+        scale = _scales((d.n, groups), weight.scale.dtype, generator)
         if weight.scale.granularity == "tensor":
-            add("scale", Role.SCALE, (1,), scale[:1, 0].to(torch_dtype(weight.scale.dtype)))
-        else:
-            add("scale", Role.SCALE, ("N", "G"), scale.to(torch_dtype(weight.scale.dtype)))
+            axes, scale = (1,), scale[:1, 0]
+        add("scale", Role.SCALE, axes, scale)
         plan = _plan(d, groups, generator)
         if plan.order is not None:
             add("g_idx", Role.GROUP_INDEX, ("K",), _group_index(plan, d.in_features))
     if weight.zero is not None:
         zero = torch.rand(d.n, groups, generator=generator) * ((1 << element.bits) - 1)
         add("zero", Role.ZERO, ("N", "G"), zero.to(torch_dtype(weight.zero.dtype)))
+    if weight.row_scale is not None:
+        rows = 0.5 + torch.rand(d.n, generator=generator)
+        add("row_scale", Role.ROW_SCALE, ("N",), rows.to(torch_dtype(weight.row_scale)))
+    if d.prescale is not None:
+        channels = 0.5 + torch.rand(d.in_features, generator=generator)
+        add("prescale", Role.PRESCALE, ("K",), channels.to(torch_dtype(d.prescale)))
+    if d.activation is not None and d.activation.needs_scale:
+        # Normal numbers reach four of these.
+        add("input_scale", Role.INPUT_SCALE, (1,), torch.tensor([4 / d.activation.maximum]))
+    if d.activation is not None and d.activation.needs_zero:
+        add("input_zero", Role.INPUT_ZERO, (1,), torch.tensor([3], dtype=torch.int32))
     source = ShardSource(
         f"weights made up for {d}",
-        CheckpointScheme(weight, tuple(stored)),
+        CheckpointScheme(weight, tuple(stored), d.activation, d.transform),
         *(d.n, d.in_features),
         *(0, d.n),
         *(0, d.in_features),
@@ -63,6 +74,13 @@ def made_up_weights(descriptor: CompressedLinearDescriptor) -> CompressedWeights
     return CompressedWeights(
         [LoadedShard(source, tensors)], plan, zero_points=weight.zero is not None
     )
+
+
+def _scales(shape: tuple[int, int], dtype: str, generator: torch.Generator) -> torch.Tensor:
+    """Scales between 0.01 and 0.02, or powers of two about there."""
+    if dtype == "e8m0":
+        return torch.randint(119, 122, shape, generator=generator, dtype=torch.uint8)
+    return (0.01 + 0.01 * torch.rand(shape, generator=generator)).to(torch_dtype(dtype))
 
 
 def _plan(d: CompressedLinearDescriptor, groups: int, generator: torch.Generator) -> ChannelPlan:
