@@ -16,12 +16,12 @@ MIX: dict[int, float] = {
     2: 0.20,
     4: 0.15,
     8: 0.10,
-    16: 0.045,
-    32: 0.002,
-    64: 0.002,
+    16: 0.048,
+    32: 0.001,
+    64: 0.001,
     128: 0.002,
     256: 0.003,
-    512: 0.006,
+    512: 0.005,
 }
 """Share of a server's calls that have M tokens, by which one number is made of the times of all M.
 
