@@ -31,7 +31,7 @@ from vllm.compressed_linear.execution import SelfCheckError, self_check
 from vllm.compressed_linear.explain import explain
 from vllm.compressed_linear.linear import detect_platform
 from vllm.compressed_linear.made_up import made_up_weights
-from vllm.compressed_linear.numerics import E2M1, E4M3, INT8, uint
+from vllm.compressed_linear.numerics import E2M1, E4M3, INT8, torch_dtype, uint
 from vllm.compressed_linear.plan import PLAN
 from vllm.compressed_linear.platform import Platform
 from vllm.compressed_linear.refine import LayerContext, refine
@@ -312,7 +312,7 @@ def test_made_up_weights_are_what_the_descriptor_says(case: Case) -> None:
         assert (values is None) == (spec is None)
         if values is not None and spec is not None:
             assert values.shape == (descriptor.n, descriptor.groups)
-            assert str(values.dtype) == f"torch.{spec.dtype}"
+            assert values.dtype == torch_dtype(spec.dtype)
     order = descriptor.channel_order
     assert (weights.permutation is None) == (order is None)
     if weights.permutation is not None and order is not None:

@@ -60,8 +60,9 @@ def made_up_weights(descriptor: CompressedLinearDescriptor) -> CompressedWeights
         channels = 0.5 + torch.rand(d.in_features, generator=generator)
         add("prescale", Role.PRESCALE, ("K",), channels.to(torch_dtype(d.prescale)))
     if d.activation is not None and d.activation.needs_scale:
-        # Normal numbers reach four of these.
-        add("input_scale", Role.INPUT_SCALE, (1,), torch.tensor([4 / d.activation.maximum]))
+        # Normal numbers reach 4. Scales of groups are multiples of this one, up to 448 of it.
+        reach = d.activation.maximum * (448 if d.activation.scale_dtype == "float8_e4m3fn" else 1)
+        add("input_scale", Role.INPUT_SCALE, (1,), torch.tensor([4 / reach]))
     if d.activation is not None and d.activation.needs_zero:
         add("input_zero", Role.INPUT_ZERO, (1,), torch.tensor([3], dtype=torch.int32))
     source = ShardSource(
