@@ -21,6 +21,9 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parent.parent
 COPIES = ROOT / "tests" / "fixtures"
 
+# Nobody's own measurements decide what a test sees.
+os.environ.setdefault("VLLM_COMPRESSED_LINEAR_TUNE_FILE", "off")
+
 settings.register_profile(
     "default",
     deadline=None,

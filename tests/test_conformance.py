@@ -312,10 +312,10 @@ WRONG: dict[str, tuple[type[QuantLinearMethod], str, str]] = {
         "prepared_bytes",
         "says 7, the tensors have",
     ),
-    "cost": (
-        _wrong(cost=classmethod(lambda cls, d, p: float("nan"))),
-        "cost",
-        "expected a finite number",
+    "seconds": (
+        _wrong(seconds=classmethod(lambda cls, d, p, m: float("nan"))),
+        "seconds",
+        "expected finite numbers",
     ),
     "cannot prepare": (
         _wrong(prep_weights_for_execution=lambda self, weights: 1 / 0),

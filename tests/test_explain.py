@@ -49,7 +49,7 @@ COMPARED = [
     "variant",
     "bytes_checkpoint",
     "bytes_prepared",
-    "overridden",
+    "chosen_by",
     "rejected",
 ]
 
@@ -217,8 +217,8 @@ def test_a_backend_that_was_asked_for_is_taken(monkeypatch: pytest.MonkeyPatch) 
         for layer in found.layers
     )
     quantized = [layer for layer in found.layers if not layer.unquantized]
-    assert {(p.backend, p.overridden) for layer in quantized for p in layer.likely.parts} == {
-        ("reference", True)
+    assert {(p.backend, p.chosen_by) for layer in quantized for p in layer.likely.parts} == {
+        ("reference", "asked for")
     }
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 
 from vllm.compressed_linear.platform import NATIVE_LIBRARY, X86_TIERS, Platform
 
@@ -54,3 +55,15 @@ def test_missing_operators_say_why() -> None:
     assert platform.why_missing("b::op") == "b::op is not available on cpu:generic"
     assert "b::op" in platform.with_ops("b::op").ops
     assert "b::op" not in platform.ops
+
+
+def test_threads_are_those_of_vllm_s_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.compressed_linear import compat
+
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-2|3")
+    assert compat.serving_threads(2) == 3
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    assert compat.serving_threads(1) == torch.get_num_threads()
+    # More ranks than places: vLLM does not start either.
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0")
+    assert compat.serving_threads(3) == torch.get_num_threads()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ import torch
 from vllm.compressed_linear import registry
 from vllm.compressed_linear.backend import Capabilities, QuantLinearMethod, Verdict
 from vllm.compressed_linear.backends.reference import ReferenceBackend
+from vllm.compressed_linear.cost import MIX
 from vllm.compressed_linear.descriptor import (
     ActivationSpec,
     ChannelOrder,
@@ -23,6 +25,7 @@ from vllm.compressed_linear.descriptor import (
     WeightSpec,
     ZeroSpec,
 )
+from vllm.compressed_linear.machine import MachineLimits
 from vllm.compressed_linear.numerics import BF16, E4M3, ElementType, uint
 from vllm.compressed_linear.platform import Platform
 from vllm.compressed_linear.registry import (
@@ -33,6 +36,7 @@ from vllm.compressed_linear.registry import (
     select,
     unregister_backend,
 )
+from vllm.compressed_linear.tune_file import Measured, Measurements
 from vllm.compressed_linear.weights import CompressedWeights
 
 pytestmark = pytest.mark.usefixtures("clean_registry")
@@ -52,7 +56,7 @@ class Toy(QuantLinearMethod):
     )
 
     @classmethod
-    def cost(cls, descriptor: CompressedLinearDescriptor, platform: Platform) -> float:
+    def seconds(cls, descriptor: CompressedLinearDescriptor, platform: Platform, m: int) -> float:
         return cls.price
 
     def prep_weights_for_execution(self, weights: CompressedWeights) -> dict[str, torch.Tensor]:
@@ -124,14 +128,16 @@ def test_incomplete_backends_are_refused() -> None:
     class NoApply(QuantLinearMethod):
         name = "no_apply"
         capabilities = Toy.capabilities
-        cost = Toy.cost
+        seconds = Toy.seconds
         prep_weights_for_execution = Toy.prep_weights_for_execution
 
     with pytest.raises(TypeError, match="NoApply lacks apply"):
         register_backend(NoApply)
-    nameless = type("Nameless", (QuantLinearMethod,), {"cost": Toy.cost})
+    nameless = type("Nameless", (QuantLinearMethod,), {})
     with pytest.raises(
-        TypeError, match="lacks apply, prep_weights_for_execution, name, capabilities"
+        TypeError,
+        match=r"lacks apply, prep_weights_for_execution, name, capabilities, "
+        r"seconds\(descriptor, platform, m\)",
     ):
         register_backend(nameless)
     for wrong in (object, Toy(DESCRIPTOR)):
@@ -148,8 +154,8 @@ def test_cheapest_first_then_by_name_reference_last_declined_behind() -> None:
             register_backend(backend)
         ranked = rank(DESCRIPTOR, CPU)
         assert [c.name for c in ranked] == ["c", "a", "b", "dear", "reference", "unable"]
-        assert ranked[0].cost == 1.0
-        assert ranked[-1].cost is None
+        assert ranked[0].seconds == pytest.approx(1.0)
+        assert ranked[-1].seconds is None
         for backend in order:
             unregister_backend(backend.name)
 
@@ -164,7 +170,83 @@ def test_priority_goes_before_cost_but_not_before_ability() -> None:
     assert selection.chosen.name == "dear"
     assert [c.name for c in selection.also_able] == ["cheap", "reference"]
     assert [c.name for c in selection.rejected] == ["unable"]
-    assert not selection.overridden
+    assert selection.chosen_by == "cost model"
+
+
+@pytest.mark.usefixtures("only_toys")
+def test_backends_that_know_bytes_only_are_still_ranked() -> None:
+    """As they were written before times depended on M."""
+    for name, nbytes in (("light", 1e9), ("heavy", 2e9)):
+        cost = classmethod(lambda cls, d, p, nbytes=nbytes: nbytes)
+        register_backend(toy(name, seconds=vars(QuantLinearMethod)["seconds"], cost=cost))
+    ranked = rank(DESCRIPTOR, CPU)
+    assert [c.name for c in ranked] == ["light", "heavy", "reference"]
+    assert ranked[0].seconds == pytest.approx(1e9 / CPU.limits.read)
+
+
+def measured(*, seconds: float = 1.0, variant: str = "") -> Measured:
+    return Measured(variant, dict.fromkeys(MIX, seconds), dict.fromkeys(MIX, 0.01))
+
+
+@pytest.mark.usefixtures("only_toys")
+def test_measurements_go_before_estimates() -> None:
+    for name, price in (("a", 1.0), ("b", 2.0), ("c", 0.5)):
+        register_backend(toy(name, price))
+    found = Measurements(
+        layers={DESCRIPTOR: {"a": measured(seconds=4.0), "b": measured(seconds=3.0)}}
+    )
+    ranked = rank(DESCRIPTOR, CPU, found)
+    assert [(c.name, c.measured) for c in ranked] == [
+        ("b", True),
+        ("a", True),
+        ("c", False),
+        ("reference", False),
+    ]
+    assert ranked[0].seconds == pytest.approx(3.0)
+    assert select(DESCRIPTOR, CPU, measurements=found).chosen_by == "tuned"
+    other = replace(DESCRIPTOR, in_features=256)
+    assert select(other, CPU, measurements=found).chosen_by == "cost model"
+    forced = select(DESCRIPTOR, CPU, measurements=found, override="c")
+    assert (forced.chosen.name, forced.chosen_by) == ("c", "asked for")
+
+
+@pytest.mark.usefixtures("only_toys")
+def test_measurements_serve_every_rank_and_cut_into_shards() -> None:
+    register_backend(toy("a"))
+    register_backend(toy("b", 2.0))
+    found = Measurements(layers={DESCRIPTOR: {"b": measured()}})
+    for change in ({"tp_rank": 1, "tp_size": 2}, {"shards": (32, 16, 16)}):
+        assert select(replace(DESCRIPTOR, **change), CPU, measurements=found).chosen.name == "b"
+
+
+@pytest.mark.usefixtures("only_toys")
+def test_measurements_of_another_code_path_do_not_count() -> None:
+    register_backend(toy("a", 2.0, variant=classmethod(lambda cls, d, p: "avx2")))
+    register_backend(toy("b"))
+    for variant, name in (("avx2", "a"), ("avx512", "b")):
+        found = Measurements(layers={DESCRIPTOR: {"a": measured(variant=variant)}})
+        assert select(DESCRIPTOR, CPU, measurements=found).chosen.name == name
+
+
+@pytest.mark.usefixtures("only_toys")
+def test_measurements_change_neither_ability_nor_priority_nor_reference() -> None:
+    register_backend(toy("first", 9.0), priority=1)
+    register_backend(toy("second"))
+    register_backend(toy("unable", capabilities=Capabilities(devices=frozenset({"cuda"}))))
+    names = ("second", "unable", "reference")
+    found = Measurements(layers={DESCRIPTOR: {name: measured(seconds=0.0) for name in names}})
+    ranked = [c.name for c in rank(DESCRIPTOR, CPU, found)]
+    assert ranked == ["first", "second", "reference", "unable"]
+
+
+@pytest.mark.usefixtures("only_toys")
+def test_estimates_use_measured_limits() -> None:
+    def seconds(cls: Any, d: Any, platform: Platform, m: int) -> float:
+        return 1.0 / platform.limits.read
+
+    register_backend(toy("a", seconds=classmethod(seconds)))
+    limits = MachineLimits(read=4.0, fp32=1.0, bf16=1.0, int8=1.0)
+    assert rank(DESCRIPTOR, CPU, Measurements(limits))[0].seconds == pytest.approx(0.25)
 
 
 @pytest.mark.usefixtures("only_toys")
@@ -173,7 +255,7 @@ def test_an_override_wins_over_rank() -> None:
     register_backend(toy("dear", 9.0, variant=classmethod(lambda cls, d, p: "slow path")))
     selection = select(DESCRIPTOR, CPU, override="dear")
     assert (selection.chosen.name, selection.variant) == ("dear", "slow path")
-    assert selection.overridden
+    assert selection.chosen_by == "asked for"
     assert select(DESCRIPTOR, CPU, override="reference", strict=True).chosen is ReferenceBackend
 
 

@@ -50,6 +50,24 @@ def test_rules_that_are_none(text: str) -> None:
         BackendRules.parse(text)
 
 
+@pytest.mark.parametrize(
+    ("variable", "given", "file"),
+    [
+        ("", {}, "/cache/vllm-compressed-linear/tune.json"),
+        ("", {"tune_file": "a.json"}, "a.json"),
+        ("b.json", {"tune_file": "a.json"}, "b.json"),
+        ("off", {"tune_file": "a.json"}, ""),
+        ("", {"tune_file": "off"}, ""),
+    ],
+)
+def test_where_measurements_are_looked_for(
+    variable: str, given: dict[str, str], file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    monkeypatch.setenv(settings.TUNE_FILE, variable)
+    assert Settings.read({"compressed_linear": given}).tune_file == file
+
+
 def test_nothing_asked_for() -> None:
     assert Settings.read() == Settings.read({}) == Settings.read({"other": {"a": 1}}) == Settings()
     assert enabled()

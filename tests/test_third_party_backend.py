@@ -27,7 +27,7 @@ platform = Platform("cpu")
 ranked = [c.name for c in registry.rank(descriptor, platform) if c.verdict]
 assert ranked == ["dequantizing", "reference"], ranked
 selection = registry.select(descriptor, platform, override="dequantizing")
-assert selection.overridden
+assert selection.chosen_by == "asked for"
 print(f"selected {selection.chosen.__module__}.{selection.chosen.__qualname__}")
 """
 SERVE = """

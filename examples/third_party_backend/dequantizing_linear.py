@@ -29,8 +29,9 @@ class DequantizingBackend(QuantLinearMethod):
         return torch.finfo(torch_dtype(d.input_dtype)).eps / 2
 
     @classmethod
-    def cost(cls, d, platform):
-        return 1.5 * d.n * d.in_features * torch_dtype(d.input_dtype).itemsize
+    def seconds(cls, d, platform, m):
+        size, limits = d.n * d.in_features, platform.limits
+        return size * max(torch_dtype(d.input_dtype).itemsize / limits.read, 2 * m / limits.bf16)
 
     def prep_weights_for_execution(self, weights):
         d = self.descriptor

@@ -6,7 +6,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+from dataclasses import replace
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
@@ -58,14 +60,19 @@ def _fail(message: object) -> NoReturn:
     raise typer.Exit(1)
 
 
-def _platform(name: str) -> Platform:
+def _platform(name: str, tp: int = 1, threads: int | None = None) -> Platform:
+    """The named machine, or this one as a server with ``tp`` ranks uses it."""
+    from vllm.compressed_linear import compat
     from vllm.compressed_linear.linear import detect_platform
     from vllm.compressed_linear.platform import Platform
 
     try:
-        return Platform.parse(name) if name else detect_platform()
+        found = Platform.parse(name) if name else detect_platform()
     except ValueError as error:
         _fail(error)
+    if found.device != "cpu" or not found.cpu:
+        return found
+    return replace(found, threads=threads or compat.serving_threads(tp))
 
 
 PlatformOption = Annotated[
@@ -105,7 +112,7 @@ def explain(
     from vllm.compressed_linear.settings import Settings
     from vllm.compressed_linear.weights import CheckpointError
 
-    machine = _platform(platform)
+    machine = _platform(platform, tp)
     try:
         found = explaining.explain(
             model,
@@ -131,6 +138,77 @@ def explain(
         if as_json:
             for message in found.errors:
                 typer.echo(f"error: {message}", err=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+def tune(
+    model: Annotated[
+        str, typer.Argument(help="Directory of a checkpoint, or the id of a downloaded one.")
+    ],
+    tp: Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel ranks.")] = 1,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Threads of one rank; by default those vLLM would give it."),
+    ] = None,
+    only: Annotated[
+        str, typer.Option("--backends", metavar="NAME,…", help="Measure only these.")
+    ] = "",
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the activations.")] = Dtype.AUTO,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="File to add the results to; by default where serving looks."),
+    ] = None,
+    budget: Annotated[
+        float, typer.Option(min=0.0, help="Seconds for each distinct layer and M, at most.")
+    ] = 1.0,
+) -> None:
+    """Measure what can run the layers of MODEL on this machine, and keep it for serving.
+
+    The machine should be idle. A file that is there is added to.
+    """
+    from rich.console import Console
+
+    from vllm.compressed_linear import timing
+    from vllm.compressed_linear import tune as tuning
+    from vllm.compressed_linear.config import ConfigError
+    from vllm.compressed_linear.execution import SelfCheckError
+    from vllm.compressed_linear.explain import ExplainError
+    from vllm.compressed_linear.machine import cache_bytes
+    from vllm.compressed_linear.model_layout import TensorParallelError
+    from vllm.compressed_linear.settings import Settings, default_tune_file
+    from vllm.compressed_linear.tune_text import print_result, progress_bar
+    from vllm.compressed_linear.weights import CheckpointError
+
+    machine = _platform("", tp, threads)
+    try:
+        file = output or Path(Settings.read().tune_file or default_tune_file())
+        with progress_bar() as progress:
+            found = tuning.tune(
+                model,
+                platform=machine,
+                output=file,
+                measuring=tuning.Measuring(
+                    budget, cache_bytes(machine.threads), timing.clock(machine.threads)
+                ),
+                tp_size=tp,
+                dtype=dtype.value,
+                only=[name.strip() for name in only.split(",") if name.strip()],
+                progress=progress,
+            )
+    except (
+        ExplainError,
+        ConfigError,
+        CheckpointError,
+        TensorParallelError,
+        SelfCheckError,
+        OSError,
+        ValueError,
+    ) as error:
+        _fail(error)
+    print_result(found, Console())
+    typer.echo(f"written to {file}")
+    if found.failures:
         raise typer.Exit(1)
 
 

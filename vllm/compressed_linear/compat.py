@@ -6,10 +6,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -170,6 +173,36 @@ def current_device() -> str:
         if getattr(current_platform, f"is_{name}")():
             return name
     return "cuda"
+
+
+@contextmanager
+def _silent(name: str) -> Iterator[None]:
+    """Without the lines that a server says while it starts."""
+    lines = logging.getLogger(name)
+    before, lines.disabled = lines.disabled, True
+    try:
+        yield
+    finally:
+        lines.disabled = before
+
+
+def serving_threads(tp_size: int) -> int:
+    """How many threads vLLM's CPU worker of rank 0 computes with, on this machine and with the
+    environment as it is; those of this process where vLLM does not say."""
+    try:
+        from vllm.utils.ompmultiprocessing import OMPProcessManager
+
+        parallel = SimpleNamespace(
+            local_world_size=tp_size, data_parallel_rank_local=0, _api_process_count=1
+        )
+        manager = OMPProcessManager(
+            SimpleNamespace(parallel_config=parallel, kv_transfer_config=None)
+        )
+        lists = manager.cpu_lists
+    # No such class, another constructor, or fewer NUMA nodes than ranks (then vLLM does not start).
+    except (ImportError, AttributeError, TypeError, AssertionError):
+        return torch.get_num_threads()
+    return len(lists[0]) if lists else torch.get_num_threads()
 
 
 def tensor_parallel_rank() -> tuple[int, int]:

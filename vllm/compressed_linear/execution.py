@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm.compressed_linear import tune_file
 from vllm.compressed_linear.backend import (
     QuantLinearMethod,
     contract_bound,
@@ -95,7 +96,7 @@ def prepare(
                 bytes_prepared=sum(t.numel() * t.element_size() for t in tensors.values()),
                 prepare_seconds=seconds,
                 batch_invariant=method.batch_invariant,
-                overridden=selection.overridden,
+                chosen_by=selection.chosen_by,
                 note=_composite_note(parts, part),
                 rejected=rejections(selection),
             ),
@@ -107,8 +108,8 @@ def prepare(
 def choose(
     name: str, descriptor: CompressedLinearDescriptor, platform: Platform, settings: Settings
 ) -> Selection:
-    """The backend for (a part of) layer ``name`` under the user's settings. ``NoBackendError`` with
-    every reason when there is none."""
+    """The backend for (a part of) layer ``name`` under the user's settings and the tune file.
+    ``NoBackendError`` with every reason when there is none."""
     quantized = descriptor.weight.element.kind != "dense"
     return select(
         descriptor,
@@ -116,6 +117,7 @@ def choose(
         override=settings.backend.backend_for(name, quantized=quantized),
         strict=settings.strict and quantized,
         layer=name,
+        measurements=tune_file.load(settings.tune_file, platform).measurements,
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from vllm.compressed_linear import tune_file
 from vllm.compressed_linear.config import CompressedLinearConfig, format_of, formats
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
 from vllm.compressed_linear.execution import choose
@@ -52,7 +53,7 @@ class PartPlan:
     bytes_checkpoint: int
     backend: str = ""
     variant: str = ""
-    overridden: bool = False
+    chosen_by: str = ""
     bytes_prepared: int | None = None
     rejected: tuple[Rejection, ...] = ()
     error: str = ""
@@ -275,7 +276,7 @@ def _explain(
         quant_method=str(quantization.get("quant_method") or "none"),
         platform=platform.name,
         tp_size=tp_size,
-        this_machine=platform == detect_platform(),
+        this_machine=replace(platform, threads=0) == replace(detect_platform(), threads=0),
         weights_read=read_weights,
         file_bytes=sum(header.nbytes for header in checkpoint.headers.values()),
     )
@@ -312,9 +313,12 @@ def _explain(
                 f"cannot be built here ({error})"
             ) from error
         layouts = [layout_from_headers(checkpoint.headers, checkpoint.config, quantization, dtype)]
+    settings = settings or Settings.read()
+    if note := tune_file.load(settings.tune_file, platform).note:
+        found.notes.append(note)
     explainer = _Explainer(
         platform,
-        settings or Settings.read(),
+        settings,
         _hints(quantization),
         checkpoint.headers,
         read_weights,
@@ -439,7 +443,7 @@ class _Explainer:
                 plan,
                 backend=selection.chosen.name,
                 variant=selection.variant,
-                overridden=selection.overridden,
+                chosen_by=selection.chosen_by,
                 bytes_prepared=selection.chosen.prepared_bytes(part.descriptor),
                 rejected=rejections(selection),
             )

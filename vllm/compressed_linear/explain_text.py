@@ -194,7 +194,8 @@ def _runs(part: PartPlan) -> Text:
     if part.error:
         return Text("nothing", style="bold red")
     style = "yellow" if part.backend == REFERENCE else "green"
-    return Text(part.runs + (" (asked for)" if part.overridden else ""), style=style)
+    why = f" ({part.chosen_by})" if part.chosen_by in ("asked for", "tuned") else ""
+    return Text(part.runs + why, style=style)
 
 
 def _print_facts(groups: Sequence[LayerGroup], dtype: str, console: Console) -> None:

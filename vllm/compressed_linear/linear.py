@@ -17,7 +17,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     UnquantizedEmbeddingMethod,
 )
 
-from vllm.compressed_linear import compat
+from vllm.compressed_linear import compat, tune_file
 from vllm.compressed_linear.descriptor import CheckpointScheme, WeightSpec
 from vllm.compressed_linear.execution import Executor, prepare, run
 from vllm.compressed_linear.layout import Role, StoredTensor
@@ -110,17 +110,19 @@ def _prepare(
     )
     prepared = _Prepared(layer, executors)
     if earlier is None:
-        _finished()
+        _finished(settings)
     return prepared
 
 
-def _finished() -> None:
+def _finished(settings: Settings) -> None:
     """One layer is done; after the last one say what was chosen, once for each process."""
     if not PLAN.layer_finished():
         return
     PLAN.rank, size = compat.tensor_parallel_rank()
     where = f"rank {PLAN.rank}: " if size > 1 else ""
     logger.info("compressed_linear: %s%s", where, PLAN.summary())
+    if note := tune_file.load(settings.tune_file, detect_platform()).note:
+        logger.warning("%s%s", where, note)
     if size > 1:
         for line in disagreements(compat.gather_from_ranks(PLAN.choices())):
             logger.warning("Ranks run a layer on different backends: %s", line)
@@ -285,7 +287,7 @@ class _DenseMethod:
             return
         if not self.takes(layer):
             super().process_weights_after_loading(layer)  # type: ignore[misc]
-            _finished()
+            _finished(self.settings)
             return
         weight = layer.weight.data
         self.prepared = _prepare(

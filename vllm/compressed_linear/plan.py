@@ -34,7 +34,8 @@ class Rejection:
 
 @dataclass(frozen=True)
 class PlanEntry:
-    """One layer, or one run of like shards of a layer whose shards differ."""
+    """One layer, or one run of like shards of a layer whose shards differ. ``chosen_by``: see
+    ``registry.ChosenBy``; empty for a layer that is left to vLLM."""
 
     name: str
     kind: str
@@ -45,7 +46,7 @@ class PlanEntry:
     bytes_prepared: int
     prepare_seconds: float
     batch_invariant: bool = False
-    overridden: bool = False
+    chosen_by: str = ""
     note: str = ""
     rejected: tuple[Rejection, ...] = ()
 
@@ -122,7 +123,11 @@ class Plan:
 
     def slow_layers(self) -> list[PlanEntry]:
         """Layers that fell to the reference backend without anybody asking for it."""
-        return [e for e in self.entries.values() if e.backend == REFERENCE and not e.overridden]
+        return [
+            entry
+            for entry in self.entries.values()
+            if entry.backend == REFERENCE and entry.chosen_by != "asked for"
+        ]
 
     def choices(self) -> dict[str, list[str]]:
         """Layer → what runs its parts, to be compared with other ranks."""

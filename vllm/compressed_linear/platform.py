@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from vllm.compressed_linear.machine import MachineLimits, cpu_name, declared_limits
+
 X86_TIERS: dict[str, frozenset[str]] = {
     "generic": frozenset(),
     "avx2": frozenset({"avx2"}),
@@ -31,6 +33,8 @@ class Platform:
 
     ``features``: CPU instruction sets. ``ops``: compiled operators that can be called, named
     ``namespace::op``, and ``NATIVE_LIBRARY``. ``missing``: for an absent op or library, why.
+    ``cpu``: the processor's name, empty for a machine made by hand. ``measured``: its limits with
+    these threads, where somebody measured them.
     """
 
     device: str = "cpu"
@@ -40,6 +44,13 @@ class Platform:
     ops: frozenset[str] = frozenset()
     missing: tuple[tuple[str, str], ...] = ()
     threads: int = 1
+    cpu: str = ""
+    measured: MachineLimits | None = None
+
+    @property
+    def limits(self) -> MachineLimits:
+        """The measured limits, or else those declared for such machines."""
+        return self.measured or declared_limits(self.name, self.threads)
 
     @property
     def name(self) -> str:
@@ -100,6 +111,7 @@ class Platform:
             ops=frozenset({NATIVE_LIBRARY}) if reason is None else frozenset(),
             missing=missing,
             threads=torch.get_num_threads(),
+            cpu=cpu_name(),
         )
 
 

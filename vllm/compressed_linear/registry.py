@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 from vllm.compressed_linear.backend import QuantLinearMethod, Verdict
+from vllm.compressed_linear.cost import expected_seconds
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
 from vllm.compressed_linear.platform import Platform
+from vllm.compressed_linear.tune_file import Measurements
 
 ENTRY_POINT_GROUP = "vllm.compressed_linear_backends"
 REFERENCE = "reference"
@@ -91,8 +93,14 @@ def _validate(cls: type[QuantLinearMethod]) -> None:
         raise TypeError(f"{cls!r} is not a subclass of QuantLinearMethod")
     missing = sorted(cls.__abstractmethods__)
     missing += [name for name in ("name", "capabilities") if not hasattr(cls, name)]
+    if not (_estimates(cls) or hasattr(cls, "cost")):
+        missing.append("seconds(descriptor, platform, m)")
     if missing:
         raise TypeError(f"backend {_identity(cls)} lacks {', '.join(missing)}")
+
+
+def _estimates(cls: type[QuantLinearMethod]) -> bool:
+    return cls.seconds.__func__ is not QuantLinearMethod.seconds.__func__  # type: ignore[attr-defined]
 
 
 def backends() -> dict[str, Registration]:
@@ -132,13 +140,18 @@ def _load(point: EntryPoint) -> None:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One backend's standing for one descriptor. ``cost`` is None when it was declined."""
+    """One backend's standing for one descriptor. ``seconds``: expected time of a call, None when it
+    was declined; ``measured``: it comes from the tune file and not from the backend's estimate."""
 
     name: str
     verdict: Verdict
     priority: int = 0
-    cost: float | None = None
+    seconds: float | None = None
     variant: str = ""
+    measured: bool = False
+
+
+ChosenBy = Literal["asked for", "tuned", "cost model"]
 
 
 @dataclass(frozen=True)
@@ -148,7 +161,7 @@ class Selection:
     chosen: type[QuantLinearMethod]
     variant: str
     candidates: tuple[Candidate, ...]
-    overridden: bool = False
+    chosen_by: ChosenBy = "cost model"
 
     @property
     def rejected(self) -> tuple[Candidate, ...]:
@@ -160,27 +173,43 @@ class Selection:
         return tuple(c for c in self.candidates if c.verdict and c.name != self.chosen.name)
 
 
-def rank(descriptor: CompressedLinearDescriptor, platform: Platform) -> tuple[Candidate, ...]:
-    """All backends: able ones best first, ``reference`` last of them, then the declined ones."""
+def rank(
+    descriptor: CompressedLinearDescriptor,
+    platform: Platform,
+    measurements: Measurements | None = None,
+) -> tuple[Candidate, ...]:
+    """All backends: able ones best first, ``reference`` last of them, then the declined ones.
+
+    Best is the least expected time over ``cost.MIX``. Backends that ``measurements`` has for this
+    descriptor go before those of which there is only an estimate.
+    """
+    measurements = measurements or Measurements()
+    platform = replace(platform, measured=platform.measured or measurements.limits)
+    measured = measurements.of(descriptor)
     found = []
     for name, registration in backends().items():
-        backend = registration.backend
+        backend, priority = registration.backend, registration.priority
         verdict = backend.can_implement(descriptor, platform)
-        if verdict:
-            found.append(
-                Candidate(
-                    name,
-                    verdict,
-                    registration.priority,
-                    backend.cost(descriptor, platform),
-                    backend.variant(descriptor, platform),
-                )
-            )
+        if not verdict:
+            found.append(Candidate(name, verdict, priority))
+            continue
+        variant = backend.variant(descriptor, platform)
+        known = measured.get(name)
+        if known is not None and known.variant == variant:
+            found.append(Candidate(name, verdict, priority, known.expected, variant, True))
         else:
-            found.append(Candidate(name, verdict, registration.priority))
+            seconds = expected_seconds(partial(backend.seconds, descriptor, platform))
+            found.append(Candidate(name, verdict, priority, seconds, variant))
 
-    def key(c: Candidate) -> tuple[bool, bool, int, float, str]:
-        return (not c.verdict, c.name == REFERENCE, -c.priority, c.cost or 0.0, c.name)
+    def key(c: Candidate) -> tuple[bool, bool, int, bool, float, str]:
+        return (
+            not c.verdict,
+            c.name == REFERENCE,
+            -c.priority,
+            not c.measured,
+            c.seconds or 0.0,
+            c.name,
+        )
 
     return tuple(sorted(found, key=key))
 
@@ -192,13 +221,15 @@ def select(
     override: str | None = None,
     strict: bool = False,
     layer: str = "",
+    measurements: Measurements | None = None,
 ) -> Selection:
     """The backend for ``descriptor``.
 
-    ``override`` names the only one allowed; ``strict`` refuses ``reference`` unless it was named.
+    ``override`` names the only one allowed; ``strict`` refuses ``reference`` unless it was named;
+    ``measurements`` are those of the tune file.
     Raises ``NoBackendError`` with every reason.
     """
-    candidates = rank(descriptor, platform)
+    candidates = rank(descriptor, platform, measurements)
     able = [c for c in candidates if c.verdict]
     where = f"layer {layer} ({descriptor})" if layer else str(descriptor)
     if override is not None:
@@ -219,6 +250,10 @@ def select(
             lines.append("  (reference could run it; strict mode refuses it)")
         raise NoBackendError(f"no backend can run {where}:\n" + "\n".join(lines))
     chosen = able[0]
+    chosen_by: ChosenBy = "tuned" if chosen.measured else "cost model"
     return Selection(
-        _REGISTERED[chosen.name].backend, chosen.variant, candidates, override is not None
+        _REGISTERED[chosen.name].backend,
+        chosen.variant,
+        candidates,
+        chosen_by if override is None else "asked for",
     )

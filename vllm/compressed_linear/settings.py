@@ -7,6 +7,7 @@
 | VLLM_COMPRESSED_LINEAR_BACKEND | "backend" | backend to use, see ``BackendRules`` |
 | VLLM_COMPRESSED_LINEAR_STRICT=1 | "strict" | refuse the slow reference backend |
 | VLLM_COMPRESSED_LINEAR_PLAN_FILE | "plan_file" | write the plan there as JSON after loading |
+| VLLM_COMPRESSED_LINEAR_TUNE_FILE | "tune_file" | choose by these measurements; ``off``: by none |
 
 Where both are given, the environment variable wins.
 """
@@ -17,15 +18,17 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 ENABLE = "VLLM_COMPRESSED_LINEAR"
 BACKEND = "VLLM_COMPRESSED_LINEAR_BACKEND"
 STRICT = "VLLM_COMPRESSED_LINEAR_STRICT"
 PLAN_FILE = "VLLM_COMPRESSED_LINEAR_PLAN_FILE"
+TUNE_FILE = "VLLM_COMPRESSED_LINEAR_TUNE_FILE"
 CPU_ISA = "VLLM_COMPRESSED_LINEAR_CPU_ISA"
 ANY_VLLM = "VLLM_COMPRESSED_LINEAR_ANY_VLLM"
-VARIABLES = (ENABLE, BACKEND, STRICT, PLAN_FILE, CPU_ISA, ANY_VLLM)
+VARIABLES = (ENABLE, BACKEND, STRICT, PLAN_FILE, TUNE_FILE, CPU_ISA, ANY_VLLM)
 """Every environment variable this package reads."""
 ADDITIONAL_CONFIG_KEY = "compressed_linear"
 
@@ -67,29 +70,41 @@ class BackendRules:
         return None
 
 
+def default_tune_file() -> Path:
+    """Where ``vllm-compressed-linear tune`` writes, and serving looks, unless told otherwise."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "vllm-compressed-linear" / "tune.json"
+
+
 @dataclass(frozen=True)
 class Settings:
-    """All of it, read once for each model."""
+    """All of it, read once for each model. ``tune_file``: empty for none."""
 
     backend: BackendRules = BackendRules()
     strict: bool = False
     plan_file: str = ""
+    tune_file: str = ""
 
     @classmethod
     def read(cls, additional_config: Mapping[str, Any] | None = None) -> Settings:
         """From the environment and ``additional_config``. ``ValueError`` for unknown keys."""
         given = dict((additional_config or {}).get(ADDITIONAL_CONFIG_KEY) or {})
-        unknown = set(given) - {"backend", "strict", "plan_file"}
+        unknown = set(given) - {"backend", "strict", "plan_file", "tune_file"}
         if unknown:
             raise ValueError(
                 f"additional_config[{ADDITIONAL_CONFIG_KEY!r}] has unknown keys "
-                f"{sorted(unknown)} (known: backend, plan_file, strict)"
+                f"{sorted(unknown)} (known: backend, plan_file, strict, tune_file)"
             )
         return cls(
             BackendRules.parse(os.environ.get(BACKEND) or given.get("backend") or ""),
             _flag(STRICT, bool(given.get("strict", False))),
             os.environ.get(PLAN_FILE) or given.get("plan_file") or "",
+            _tune_file(os.environ.get(TUNE_FILE) or given.get("tune_file") or ""),
         )
+
+
+def _tune_file(given: str) -> str:
+    return "" if given == "off" else given or str(default_tune_file())
 
 
 def enabled() -> bool:

@@ -9,21 +9,39 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 
 from vllm.compressed_linear import native, numerics
 from vllm.compressed_linear.backend import Capabilities, QuantLinearMethod
+from vllm.compressed_linear.cost import roofline
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor, activation_kinds
 from vllm.compressed_linear.numerics import ElementType, torch_dtype
 from vllm.compressed_linear.platform import NATIVE_LIBRARY, Platform
 from vllm.compressed_linear.settings import CPU_ISA
 from vllm.compressed_linear.weights import CompressedWeights
 
-"""Forces an instruction set: avx512bf16, avx2 or generic."""
 
-# How far from the memory limit a single row runs (4 bits, one thread of a Zen 5 core).
-_SLOWDOWN = {"avx512bf16": 1.5, "avx2": 8.0, "generic": 60.0}
+@dataclass(frozen=True)
+class _Speed:
+    """Of one core: weights decoded a second (narrow: up to 5 bits), and the share that multiplying
+    reaches of the machine's best rate. Measured on a Zen 4 core."""
+
+    arithmetic: str
+    efficiency: float
+    narrow: float
+    wide: float
+
+
+_SPEEDS = {
+    "avx512bf16": _Speed("bf16", 0.95, 50e9, 25e9),
+    "avx2": _Speed("fp32", 0.9, 4.5e9, 4.5e9),
+    "generic": _Speed("fp32", 0.05, 1e9, 1e9),
+}
+_PARTS = {"bfloat16": 1, "float16": 2, "float32": 3}
+"""bf16 numbers whose sum is an activation of each dtype."""
+_CALL_SECONDS = 5e-6
 
 
 class CpuBackend(QuantLinearMethod):
@@ -93,14 +111,32 @@ class CpuBackend(QuantLinearMethod):
         return "avx2" if "avx2" in platform.features else "generic"
 
     @classmethod
-    def cost(cls, descriptor: CompressedLinearDescriptor, platform: Platform) -> float:
-        weight = descriptor.weight
-        per_weight = weight.element.bits / 8
-        for spec in (weight.scale, weight.zero):
-            if spec is not None:
-                per_weight += 2 / descriptor.group_size
-        slowdown = _SLOWDOWN.get(cls.variant(descriptor, platform), 1.0)
-        return descriptor.n * descriptor.k * per_weight * slowdown
+    def seconds(cls, descriptor: CompressedLinearDescriptor, platform: Platform, m: int) -> float:
+        d, weight = descriptor, descriptor.weight
+        element = weight.element
+        speed = _SPEEDS.get(cls.variant(d, platform), _SPEEDS["generic"])
+        read = d.n * d.k * element.bits / 8
+        for dtype in (_scale_dtype(d), _zero_dtype(d)):
+            read += 0 if dtype is None else d.n * d.groups * dtype.itemsize
+        decode = 0.0
+        if element.kind != "dense":
+            rate = speed.narrow if element.bits <= 5 else speed.wide
+            decode = d.n * d.k / (rate * platform.threads)
+        arithmetic, parts = speed.arithmetic, 1
+        table = _table(element)
+        if element.name in ("fp16", "fp32") or (table is not None and table.dtype == torch.float32):
+            arithmetic = "fp32"
+        elif arithmetic == "bf16":
+            parts = _PARTS[_prepared_dtype(d)]
+        return roofline(
+            platform,
+            read_bytes=read,
+            operations=2.0 * m * d.n * d.k * parts,
+            arithmetic=arithmetic,
+            efficiency=speed.efficiency,
+            decode_seconds=decode,
+            call_seconds=_CALL_SECONDS,
+        )
 
     @classmethod
     def prepared_bytes(cls, descriptor: CompressedLinearDescriptor) -> int | None:
@@ -187,6 +223,16 @@ class CpuBackend(QuantLinearMethod):
             tensors.get("input_zero"),
         )
         return out.reshape(*x.shape[:-1], d.out_features)
+
+
+def _prepared_dtype(d: CompressedLinearDescriptor) -> str:
+    """The narrowest dtype that holds x as it is multiplied."""
+    if d.activation is None:
+        return d.input_dtype if d.prescale is None else "float32"
+    # Only scales of groups that are no powers of two stay in x; others keep few bits, or are
+    # multiplied in behind the sum.
+    grouped = d.activation.granularity == "group"
+    return "float32" if grouped and d.activation.scale_dtype == "float32" else "bfloat16"
 
 
 def _kernel_element(element: ElementType) -> str:

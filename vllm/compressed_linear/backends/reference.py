@@ -13,6 +13,7 @@ from vllm.compressed_linear import numerics
 from vllm.compressed_linear.activation import prepare_input
 from vllm.compressed_linear.backend import Capabilities, QuantLinearMethod
 from vllm.compressed_linear.call_counter import CallCounter
+from vllm.compressed_linear.cost import roofline
 from vllm.compressed_linear.descriptor import (
     ActivationSpec,
     CompressedLinearDescriptor,
@@ -138,9 +139,16 @@ class ReferenceBackend(QuantLinearMethod):
         self.activation = "" if descriptor.activation is None else descriptor.activation.text
 
     @classmethod
-    def cost(cls, descriptor: CompressedLinearDescriptor, platform: Platform) -> float:
-        # One byte of codes in, 4 bytes of fp32 out and in again, per weight.
-        return 16.0 * descriptor.n * descriptor.k
+    def seconds(cls, descriptor: CompressedLinearDescriptor, platform: Platform, m: int) -> float:
+        weights = descriptor.n * descriptor.k
+        # One byte of codes in; fp32 out, in, out and in again while it is dequantised and used.
+        return roofline(
+            platform,
+            read_bytes=0.0,
+            operations=2.0 * m * weights,
+            arithmetic="fp32",
+            decode_seconds=17.0 * weights / platform.limits.read,
+        )
 
     @classmethod
     def prepared_bytes(cls, descriptor: CompressedLinearDescriptor) -> int | None:

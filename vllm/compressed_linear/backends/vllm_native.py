@@ -26,6 +26,7 @@ from vllm.compressed_linear import compat_kernels
 from vllm.compressed_linear.backend import Capabilities, QuantLinearMethod, Verdict
 from vllm.compressed_linear.call_counter import CallCounter
 from vllm.compressed_linear.compat_kernels import CODES, SCALE, ZERO, KernelRequest
+from vllm.compressed_linear.cost import roofline
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
 from vllm.compressed_linear.layout import Packing, pack
 from vllm.compressed_linear.numerics import dtype_name, torch_dtype
@@ -46,6 +47,9 @@ _PIECE_CODES = 1 << 20
 
 _N_MULTIPLE = 32
 _LARGEST_CODE = 15
+
+_CALL_SECONDS = 50e-6
+"""An op in Python that builds vLLM's kernel object anew."""
 
 CALLS = CallCounter()
 
@@ -180,11 +184,18 @@ class VllmNativeBackend(QuantLinearMethod):
         return (1 + unit) ** 2 - 1 if cast else unit
 
     @classmethod
-    def cost(cls, descriptor: CompressedLinearDescriptor, platform: Platform) -> float:
-        # Measured at M=1 (4096x4096, group 128, one thread): 8 to 9 times as long as reading the
-        # packed weight takes, since all of it is first expanded to 16 bits in a buffer.
-        packed = descriptor.n * descriptor.k / 2 + 2.5 * descriptor.n * descriptor.groups
-        return 8.0 * packed
+    def seconds(cls, descriptor: CompressedLinearDescriptor, platform: Platform, m: int) -> float:
+        weights = descriptor.n * descriptor.k
+        # All of it is first expanded to 16 bits in a buffer. Rates measured on a Zen 4 core.
+        return roofline(
+            platform,
+            read_bytes=weights / 2 + 2.5 * descriptor.n * descriptor.groups,
+            operations=2.0 * m * weights,
+            arithmetic="bf16",
+            efficiency=0.43,
+            decode_seconds=weights / (6.5e9 * platform.threads),
+            call_seconds=_CALL_SECONDS,
+        )
 
     @classmethod
     def variant(cls, descriptor: CompressedLinearDescriptor, platform: Platform) -> str:

@@ -18,6 +18,7 @@ from typing import TypeVar
 import torch
 
 from vllm.compressed_linear.backend import QuantLinearMethod, Verdict
+from vllm.compressed_linear.cost import MIX
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
 from vllm.compressed_linear.numerics import torch_dtype
 from vllm.compressed_linear.platform import Platform
@@ -84,7 +85,7 @@ def check_case(
         return run.result(declined=tuple(verdict.reasons))
     if backend.can_implement(descriptor, platform) != verdict:
         run.fail("can_implement", "asked twice, gave two answers")
-    run.cost(platform)
+    run.estimates(platform)
     with _poisoned_memory():
         tensors = run.prepare()
         if tensors is not None:
@@ -146,14 +147,20 @@ class _Run:
                 functools.partial(self.backend.can_implement, descriptor, platform),
             )
             if verdict:
-                self.cost(platform)
+                self.estimates(platform)
 
-    def cost(self, platform: Platform) -> None:
-        cost = self.attempt("cost", lambda: self.backend.cost(self.problem.descriptor, platform))
-        if cost is not None and not (math.isfinite(cost) and cost >= 0):
-            self.fail("cost", f"is {cost}, expected a finite number of bytes")
-        if cost is not None and cost != self.backend.cost(self.problem.descriptor, platform):
-            self.fail("cost", "asked twice, gave two answers")
+    def estimates(self, platform: Platform) -> None:
+        """Seconds for every M that choosing looks at, and the name of the code path."""
+        descriptor = self.problem.descriptor
+
+        def seconds() -> list[float]:
+            return [self.backend.seconds(descriptor, platform, m) for m in MIX]
+
+        first, second = self.attempt("seconds", seconds), self.attempt("seconds", seconds)
+        if first is not None and not all(math.isfinite(s) and s >= 0 for s in first):
+            self.fail("seconds", f"are {first}, expected finite numbers of at least 0")
+        elif first != second:
+            self.fail("seconds", "asked twice, gave two answers")
         variant = self.attempt(
             "variant", lambda: self.backend.variant(self.problem.descriptor, platform)
         )

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long a layer takes, estimated: the roofline model, and the calls that a server makes.
+
+An estimate comes from the descriptor, declared constants and the machine's limits, never from a
+clock, so the same question always has the same answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from vllm.compressed_linear.platform import Platform
+
+MIX: dict[int, float] = {
+    1: 0.49,
+    2: 0.20,
+    4: 0.15,
+    8: 0.10,
+    16: 0.048,
+    32: 0.001,
+    64: 0.001,
+    128: 0.002,
+    256: 0.003,
+    512: 0.005,
+}
+"""Share of a server's calls that have M tokens, by which one number is made of the times of all M.
+
+It is that of a chat on a CPU. 256 generated tokens for each prompt, and one prompt is one call, of
+512 tokens or fewer; 1 to 16 streams at once, half of the time only one, 3 on average: so 3 calls in
+259 are prompts. Counted in time these few calls are about half of the work of 4-bit weights, so
+the mix neither forgets them nor lets them decide alone."""
+
+
+def expected_seconds(seconds: Callable[[int], float]) -> float:
+    """Average time of a call under ``MIX``; ``seconds``: time of a call with M tokens."""
+    return sum(share * seconds(m) for m, share in MIX.items())
+
+
+def roofline(
+    platform: Platform,
+    *,
+    read_bytes: float,
+    operations: float,
+    arithmetic: str,
+    efficiency: float = 1.0,
+    decode_seconds: float = 0.0,
+    call_seconds: float = 0.0,
+) -> float:
+    """Seconds of one call: reading ``read_bytes`` from memory, or decoding and multiplying,
+    whichever takes longer, as a core does both at once (Williams et al., "Roofline", 2009).
+
+    ``operations``: 2·M·N·K for a matrix product, in ``arithmetic`` "fp32", "bf16" or "int8", at
+    ``efficiency`` times the machine's best rate. ``decode_seconds``: time of turning codes into
+    numbers, on all threads. ``call_seconds``: what a call costs without any work.
+    """
+    limits = platform.limits
+    multiply = operations / (limits.operations(arithmetic) * efficiency)
+    return max(read_bytes / limits.read, decode_seconds + multiply) + call_seconds
