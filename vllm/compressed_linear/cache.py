@@ -17,7 +17,7 @@ import os
 import secrets
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -86,18 +86,16 @@ def _shard_fields(shard: LoadedShard) -> dict[str, Any]:
     source = shard.source
     where = {k: v for k, v in vars(source).items() if k not in ("name", "scheme")}
     return where | {
-        "weight": json.loads(json.dumps(asdict(source.scheme.weight))),
+        # Shows every field, also those that schemes learn later.
+        "scheme": repr(source.scheme),
+        "packings": {name: repr(packing) for name, packing in shard.packings.items()},
         "tensors": {
-            stored.name: {
-                # Every field of these is shown, and one that is added later will be.
-                "stored": repr(stored),
-                "packing": repr(shard.packing(stored)),
-                "dtype": dtype_name(shard.tensors[stored.name].dtype),
-                "shape": list(shard.tensors[stored.name].shape),
-                "digest": _tensor_digest(shard.tensors[stored.name]),
+            name: {
+                "dtype": dtype_name(tensor.dtype),
+                "shape": list(tensor.shape),
+                "digest": _tensor_digest(tensor),
             }
-            for stored in source.scheme.tensors
-            if stored.name in shard.tensors
+            for name, tensor in shard.tensors.items()
         },
     }
 

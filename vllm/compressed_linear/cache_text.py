@@ -38,32 +38,34 @@ def age(seconds: float) -> str:
 
 
 def print_cache(entries: Sequence[FoundEntry], console: Console) -> None:
-    """One line for each group of like layers, by model, and the sum."""
+    """A table for each model with one line for each group of like layers, and the sum."""
+    rows = _rows(entries)
+    for model in dict.fromkeys(row.model for row in rows):
+        console.print(Text(model, style="bold"))
+        console.print(_table([row for row in rows if row.model == model]))
+    total = size(sum(e.nbytes for e in entries))
+    console.print(Text(f"{len(entries)} entries, {total}", style="bold"))
+
+
+def _table(rows: Sequence[_Row]) -> Table:
     now = time.time()
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=False)
-    table.add_column("Model and layers", overflow="fold")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("Layers", overflow="fold")
     table.add_column("Backend", overflow="fold")
     for name in ("Files", "Bytes", "Age", "Last use"):
         table.add_column(name, justify="right", no_wrap=True)
-    model = None
-    for row in _rows(entries):
-        if row.model != model:
-            model = row.model
-            table.add_row(Text(model, style="bold"))
+    for row in rows:
         created = [e.entry.label.created for e in row.entries if e.entry is not None]
-        style = "dim" if row.remark else ""
         table.add_row(
-            Text("  " + row.layers + (f"\n  {row.remark}" if row.remark else ""), style=style),
+            Text(row.layers + (f"\n{row.remark}" if row.remark else "")),
             row.backend,
             str(len(row.entries)),
             size(sum(e.nbytes for e in row.entries)),
             age(now - min(created)) if created else "",
             age(now - max(e.used for e in row.entries)),
+            style="dim" if row.remark else "",
         )
-    if entries:
-        console.print(table)
-    total = size(sum(e.nbytes for e in entries))
-    console.print(Text(f"{len(entries)} entries, {total}", style="bold"))
+    return table
 
 
 def _rows(entries: Sequence[FoundEntry]) -> list[_Row]:
