@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -22,15 +23,15 @@ def main(rank: int, size: int, port: int, jobs: Path) -> None:
     init_distributed(rank, size, port)
     for job in json.loads(jobs.read_text()):
         # One rank may be told to choose otherwise, as two unlike machines would.
-        for name, value in job["environment"][rank].items():
-            os.environ[name] = value
+        environment = mock.patch.dict(os.environ, job["environment"][rank])
         options = {"tensor_parallel_size": size, "skip_tokenizer_init": True}
-        with loaded(Path(job["model"]), **options) as model:
+        with environment, loaded(Path(job["model"]), **options) as model:
             result = logits(model, torch.tensor(job["input_ids"]), gathered_on_rank_0=True)
         if rank == 0:
             assert result is not None
             plan = [entry.descriptor for entry in PLAN.entries.values()]
-            torch.save({"logits": result, "plan": plan}, job["out"])
+            cache = [entry.cache for entry in PLAN.entries.values()]
+            torch.save({"logits": result, "plan": plan, "cache": cache}, job["out"])
 
 
 if __name__ == "__main__":

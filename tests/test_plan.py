@@ -43,6 +43,17 @@ def test_parts_of_a_layer_are_entries_of_their_own() -> None:
     assert plan.summary().startswith("2 layers: 1 on cpu (avx2), 1 on reference;")
 
 
+def test_the_summary_says_how_many_layers_the_cache_had() -> None:
+    plan = Plan()
+    plan.add(ENTRY)
+    assert plan.summary().endswith(" in 0.25 s")
+    plan.add(replace(ENTRY, cache="miss"))
+    assert plan.summary().endswith(" in 0.25 s, 0 from the cache")
+    plan.add(replace(ENTRY, cache="hit"), 1)
+    plan.add(replace(ENTRY, cache="not kept"), 2)
+    assert plan.summary().endswith(" in 0.75 s, 1 from the cache")
+
+
 def test_the_file_holds_every_rejection_with_its_reasons(tmp_path: Path) -> None:
     plan = Plan()
     plan.plan_file = str(tmp_path / "plan.json")

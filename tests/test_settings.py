@@ -16,7 +16,13 @@ DOWN = "model.layers.0.mlp.down_proj"
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (settings.ENABLE, settings.BACKEND, settings.STRICT, settings.PLAN_FILE):
+    for name in (
+        settings.ENABLE,
+        settings.BACKEND,
+        settings.STRICT,
+        settings.PLAN_FILE,
+        settings.CACHE,
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -74,24 +80,27 @@ def test_nothing_asked_for() -> None:
 
 
 def test_additional_config_is_read() -> None:
-    given = {"backend": "reference", "strict": True, "plan_file": "plan.json"}
+    given = {"backend": "reference", "strict": True, "plan_file": "plan.json", "cache": "a"}
     found = Settings.read({"compressed_linear": given})
-    assert found == Settings(BackendRules.parse("reference"), True, "plan.json")
+    assert found == Settings(BackendRules.parse("reference"), True, "plan.json", cache="a")
 
 
 def test_the_environment_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(settings.BACKEND, "cpu")
     monkeypatch.setenv(settings.STRICT, "0")
     monkeypatch.setenv(settings.PLAN_FILE, "b.json")
-    given = {"backend": "reference", "strict": True, "plan_file": "a.json"}
+    monkeypatch.setenv(settings.CACHE, "b")
+    given = {"backend": "reference", "strict": True, "plan_file": "a.json", "cache": "a"}
     found = Settings.read({"compressed_linear": given})
-    assert found == Settings(BackendRules.parse("cpu"), False, "b.json")
+    assert found == Settings(BackendRules.parse("cpu"), False, "b.json", cache="b")
 
 
 @pytest.mark.parametrize("given", [{"backends": "cpu"}, {"Strict": True, "backend": "cpu"}])
 def test_unknown_keys_are_refused(given: dict[str, Any]) -> None:
     unknown = next(key for key in given if key != "backend")
-    with pytest.raises(ValueError, match=f"unknown keys .*{unknown}.*known: backend, plan_file"):
+    with pytest.raises(
+        ValueError, match=f"unknown keys .*{unknown}.*known: backend, cache, plan_file"
+    ):
         Settings.read({"compressed_linear": given})
 
 

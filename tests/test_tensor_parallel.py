@@ -17,6 +17,7 @@ from conftest import checkpoint, checkpoint_reference
 from model_loading import free_port
 from synthetic import Model, Quant, write
 from vllm.compressed_linear import settings
+from vllm.compressed_linear.cache_inventory import read_cache
 
 HERE = Path(__file__).parent
 
@@ -62,6 +63,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         }
         for name, reference in references.items()
     ]
+    cached = {settings.CACHE: str(root / "cache")}
+    jobs += [
+        jobs[0] | {"environment": [cached, cached], "out": str(root / f"{out}.pt")}
+        for out in ("cache-filled", "cache-used")
+    ]
     unlike = {settings.BACKEND: "*.down_proj=reference"}
     jobs.append(jobs[0] | {"environment": [{}, unlike], "out": str(root / "unlike.pt")})
     (root / "jobs.json").write_text(json.dumps(jobs))
@@ -87,7 +93,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         name: (torch.load(root / f"{name}.pt"), reference["logits"])
         for name, reference in references.items()
     }
-    return found | {"log": (root / "rank0.log").read_text()}
+    return found | {
+        "log": (root / "rank0.log").read_text(),
+        "cache": root / "cache",
+        "cached": [torch.load(root / f"{out}.pt") for out in ("cache-filled", "cache-used")],
+    }
 
 
 @pytest.mark.parametrize("name", [*MODELS, *ZOO])
@@ -102,3 +112,13 @@ def test_ranks_that_choose_differently_say_so(results: dict[str, Any]) -> None:
     log = results["log"]
     assert log.count("Ranks run a layer on different backends") == 1
     assert re.search(r"mlp\.down_proj: rank 0 runs \['cpu .*'\], rank 1 \['reference'\]", log)
+
+
+def test_each_rank_keeps_its_own_prepared_weights(results: dict[str, Any]) -> None:
+    filled, used = results["cached"]
+    assert set(filled["cache"]) == {"miss"}
+    assert set(used["cache"]) == {"hit"}
+    expected, _ = results[next(iter(MODELS))]
+    assert torch.equal(used["logits"], expected["logits"])
+    ranks = [entry.entry.key["descriptor"]["tp_rank"] for entry in read_cache(results["cache"])]
+    assert ranks.count(0) == ranks.count(1) == len(used["cache"])

@@ -198,6 +198,18 @@ class QuantLinearMethod(ABC):
         None when that is not known beforehand."""
         return None
 
+    @classmethod
+    def layout_version(
+        cls, descriptor: CompressedLinearDescriptor, platform: Platform
+    ) -> str | None:
+        """Names what ``prep_weights_for_execution`` returns, for the prepared-weights cache.
+
+        It must change whenever another release of the backend's code (or of a library that it
+        repacks with) would return other tensors, or read them in another way. None: they are never
+        kept.
+        """
+        return None
+
     @abstractmethod
     def prep_weights_for_execution(self, weights: CompressedWeights) -> dict[str, torch.Tensor]:
         """Repack once. Returns plain named tensors; nothing else is kept."""

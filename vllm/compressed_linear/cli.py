@@ -226,6 +226,102 @@ def backends(platform: PlatformOption = "", as_json: JsonOption = False) -> None
         print_declared(rows, Console())
 
 
+cache_app = typer.Typer(
+    help="Prepared weights that are kept for the next start.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(cache_app, name="cache")
+
+DirectoryOption = Annotated[
+    str,
+    typer.Option("--dir", metavar="DIR", help="The cache; VLLM_COMPRESSED_LINEAR_CACHE if absent."),
+]
+
+
+def _cache_directory(given: str) -> Path:
+    from vllm.compressed_linear.settings import CACHE
+
+    named = given or os.environ.get(CACHE, "")
+    if not named:
+        _fail(f"which directory? Give --dir, or set {CACHE}")
+    return Path(named).expanduser()
+
+
+@cache_app.command("ls")
+def cache_ls(directory: DirectoryOption = "", as_json: JsonOption = False) -> None:
+    """List what is kept: model and layers, backend, bytes, age and last use."""
+    from rich.console import Console
+
+    from vllm.compressed_linear.cache_inventory import read_cache
+    from vllm.compressed_linear.cache_text import print_cache
+
+    try:
+        entries = read_cache(_cache_directory(directory))
+    except ValueError as error:
+        _fail(error)
+    if as_json:
+        typer.echo(json.dumps([entry.to_json() for entry in entries], indent=1))
+    else:
+        print_cache(entries, Console())
+
+
+@cache_app.command("verify")
+def cache_verify(directory: DirectoryOption = "") -> None:
+    """Read every entry and compare its digest. The status is 1 when one is damaged."""
+    from vllm.compressed_linear.cache_inventory import fault, read_cache
+
+    try:
+        entries = read_cache(_cache_directory(directory))
+    except ValueError as error:
+        _fail(error)
+    faults = {entry.path: why for entry in entries if (why := fault(entry))}
+    for path, why in faults.items():
+        typer.echo(f"error: {path} {why}", err=True)
+    typer.echo(f"{len(entries)} entries read, {len(faults)} of them damaged")
+    if faults:
+        raise typer.Exit(1)
+
+
+@cache_app.command("prune")
+def cache_prune(
+    directory: DirectoryOption = "",
+    older_than: Annotated[
+        str, typer.Option("--older-than", metavar="AGE", help="Not used for so long: 12h, 30d.")
+    ] = "",
+    max_bytes: Annotated[
+        str,
+        typer.Option(
+            "--max-bytes", metavar="SIZE", help="Least recently used beyond so much: 20G."
+        ),
+    ] = "",
+    foreign: Annotated[
+        bool, typer.Option("--foreign", help="Of other versions of this package, or no entries.")
+    ] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Everything.")] = False,
+) -> None:
+    """Remove entries that any of the options names, and what killed servers left unfinished.
+
+    Servers that run keep what they have mapped; a file that is being written stays.
+    """
+    from vllm.compressed_linear.cache_inventory import PruneRules, parse_age, parse_bytes, prune
+    from vllm.compressed_linear.text import size
+
+    if not (older_than or max_bytes or foreign or everything):
+        _fail("remove what? Give --older-than, --max-bytes, --foreign or --all")
+    try:
+        rules = PruneRules(
+            parse_age(older_than) if older_than else None,
+            parse_bytes(max_bytes) if max_bytes else None,
+            foreign,
+            everything,
+        )
+        removed = prune(_cache_directory(directory), rules)
+    except (ValueError, OSError) as error:
+        _fail(error)
+    typer.echo(f"{len(removed)} files removed, {size(sum(nbytes for _, nbytes in removed))}")
+
+
 def main() -> None:
     """Entry point of the console script.
 

@@ -105,6 +105,14 @@ def loads_dummy_weights() -> bool:
     return config is not None and str(config.load_config.load_format) == "dummy"
 
 
+def model_name() -> str:
+    """The model that is being built, as the user named it; empty outside of a vLLM config."""
+    from vllm.config import get_current_vllm_config_or_none
+
+    config = get_current_vllm_config_or_none()
+    return str(getattr(getattr(config, "model_config", None), "model", ""))
+
+
 def builtin_config(name: str, config: dict[str, Any]) -> Any:
     """vLLM's own config object for a checkpoint, for layers that are delegated to it."""
     from vllm.model_executor.layers.quantization import get_quantization_config

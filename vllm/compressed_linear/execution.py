@@ -18,10 +18,18 @@ from vllm.compressed_linear.backend import (
     contract_bound,
     weight_magnitude,
 )
+from vllm.compressed_linear.cache import PreparedCache, cache_key
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
 from vllm.compressed_linear.heap import large_blocks_apart
 from vllm.compressed_linear.numerics import torch_dtype
-from vllm.compressed_linear.plan import PLAN, PlanEntry, rejections
+from vllm.compressed_linear.plan import (
+    CACHE_HIT,
+    CACHE_MISS,
+    CACHE_UNUSED,
+    PLAN,
+    PlanEntry,
+    rejections,
+)
 from vllm.compressed_linear.platform import Platform
 from vllm.compressed_linear.refine import LayerContext, Part, refine
 from vllm.compressed_linear.registry import Selection, select
@@ -59,8 +67,10 @@ def prepare(
     platform: Platform,
     settings: Settings,
     pinned: Sequence[Executor] = (),
+    cache: PreparedCache | None = None,
 ) -> list[Executor]:
     """Prepare a layer's shards. ``pinned``: executors of an earlier load, whose choice stays.
+    ``cache``: where prepared tensors are looked for and kept; reloads go past it.
 
     Raises ``CheckpointError`` on damaged data, ``NoBackendError`` when no backend can or may run a
     part, ``SelfCheckError`` when one computes wrong numbers, and ``ValueError`` when reloaded
@@ -77,12 +87,9 @@ def prepare(
         selection = (
             pinned[index].selection if pinned else choose(name, part.descriptor, platform, settings)
         )
-        begin = time.perf_counter()
         method = selection.chosen(part.descriptor)
-        with large_blocks_apart():
-            tensors = method.prep_weights_for_execution(part.weights)
-        seconds = time.perf_counter() - begin
-        self_check(name, method, tensors, part.weights)
+        obtained = _obtain(name, method, selection, part, platform, None if pinned else cache)
+        tensors = obtained.tensors
         stop = part.start + part.descriptor.n
         executors.append(Executor(method, selection, part.start, stop, tensors))
         PLAN.add(
@@ -94,15 +101,55 @@ def prepare(
                 descriptor=str(part.descriptor),
                 bytes_checkpoint=checkpoint_bytes(part.weights),
                 bytes_prepared=sum(t.numel() * t.element_size() for t in tensors.values()),
-                prepare_seconds=seconds,
+                prepare_seconds=obtained.seconds,
                 batch_invariant=method.batch_invariant,
                 chosen_by=selection.chosen_by,
                 note=_composite_note(parts, part),
+                cache=obtained.cache,
                 rejected=rejections(selection),
             ),
             index,
         )
     return executors
+
+
+@dataclass(frozen=True)
+class _Obtained:
+    """Checked tensors, how long they took, and what the cache did (``PlanEntry.cache``)."""
+
+    tensors: dict[str, torch.Tensor]
+    seconds: float
+    cache: str
+
+
+def _obtain(
+    name: str,
+    method: QuantLinearMethod,
+    selection: Selection,
+    part: Part,
+    platform: Platform,
+    cache: PreparedCache | None,
+) -> _Obtained:
+    """From the cache, or prepared and then kept there. Nothing unchecked is used or kept."""
+    begin = time.perf_counter()
+    key = None if cache is None else cache_key(method, selection.variant, part, platform)
+    if cache is not None and key is not None and (found := cache.load(key)) is not None:
+        seconds = time.perf_counter() - begin
+        try:
+            self_check(name, method, found, part.weights)
+            return _Obtained(found, seconds, CACHE_HIT)
+        except SelfCheckError as error:
+            cache.refuse(key, f"does not pass the check at load ({error})")
+    with large_blocks_apart():
+        tensors = method.prep_weights_for_execution(part.weights)
+    seconds = time.perf_counter() - begin
+    self_check(name, method, tensors, part.weights)
+    if cache is None:
+        return _Obtained(tensors, seconds, "")
+    if key is None:
+        return _Obtained(tensors, seconds, CACHE_UNUSED)
+    cache.store(key, name, str(part.descriptor), tensors)
+    return _Obtained(tensors, seconds, CACHE_MISS)
 
 
 def choose(

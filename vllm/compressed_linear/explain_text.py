@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,8 +17,7 @@ from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
 from vllm.compressed_linear.explain import CasePlan, Explanation, LayerPlan, PartPlan
 from vllm.compressed_linear.plan import Rejection
 from vllm.compressed_linear.registry import REFERENCE
-
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+from vllm.compressed_linear.text import NUMBER, compress_names, size
 
 
 @dataclass(frozen=True)
@@ -38,42 +36,12 @@ def group_layers(layers: Sequence[LayerPlan]) -> list[LayerGroup]:
     """Like layers together, in the order of the first of each."""
     groups: dict[Any, list[LayerPlan]] = {}
     for layer in layers:
-        key = (_NUMBER.sub("#", layer.name), replace(layer, name=""))
+        key = (NUMBER.sub("#", layer.name), replace(layer, name=""))
         groups.setdefault(key, []).append(layer)
     return [
         LayerGroup(compress_names([layer.name for layer in same]), tuple(same))
         for same in groups.values()
     ]
-
-
-def compress_names(names: Sequence[str]) -> str:
-    """``a.0.b``, ``a.1.b``, ``a.3.b`` → ``a.{0-1,3}.b``. All names must have the same words."""
-    if len(names) == 1:
-        return names[0]
-    slots = [tuple(map(int, _NUMBER.findall(name))) for name in names]
-    values = [sorted(set(column)) for column in zip(*slots, strict=True)]
-    total = 1
-    for column in values:
-        total *= len(column)
-    if total != len(names):
-        return f"{names[0]} and {len(names) - 1} like it"
-    pieces = iter(values)
-
-    def piece(match: re.Match[str]) -> str:
-        column = next(pieces)
-        return str(column[0]) if len(column) == 1 else "{" + _ranges(column) + "}"
-
-    return _NUMBER.sub(piece, names[0])
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    out: list[list[int]] = []
-    for number in numbers:
-        if out and number == out[-1][1] + 1:
-            out[-1][1] = number
-        else:
-            out.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in out)
 
 
 def in_words(d: CompressedLinearDescriptor, dtype: str = "") -> str:
@@ -118,19 +86,6 @@ def _weight_in_words(d: CompressedLinearDescriptor, dtype: str) -> str:
     elif d.input_dtype != dtype:
         parts.append(f"{d.input_dtype} activations")
     return ", ".join(parts)
-
-
-def size(nbytes: int | None) -> str:
-    """Three digits: 1536 → ``1.50 KiB``."""
-    if nbytes is None:
-        return "?"
-    value = float(nbytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1000 or unit == "GiB":
-            break
-        value /= 1024
-    digits = 0 if unit == "B" or value >= 99.5 else 1 if value >= 9.95 else 2
-    return f"{value:.{digits}f} {unit}"
 
 
 def print_explanation(explanation: Explanation, console: Console) -> None:
@@ -300,7 +255,7 @@ def _print_left(e: Explanation, console: Console) -> None:
     _print_title("Left to vLLM", console)
     same: dict[Any, list[str]] = {}
     for layer in e.left:
-        key = (_NUMBER.sub("#", layer.name), layer.method, layer.reason, layer.refusal)
+        key = (NUMBER.sub("#", layer.name), layer.method, layer.reason, layer.refusal)
         same.setdefault(key, []).append(layer.name)
     for (_, method, reason, refusal), names in same.items():
         by = f" ({method})" if method else ""

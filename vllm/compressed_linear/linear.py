@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 
 from vllm.compressed_linear import compat, tune_file
+from vllm.compressed_linear.cache import PreparedCache
 from vllm.compressed_linear.descriptor import CheckpointScheme, WeightSpec
 from vllm.compressed_linear.execution import Executor, prepare, run
 from vllm.compressed_linear.layout import Role, StoredTensor
@@ -95,6 +98,8 @@ def _prepare(
     params_dtype: torch.dtype,
     settings: Settings,
     earlier: _Prepared | None,
+    *,
+    dummy: bool,
 ) -> _Prepared:
     if earlier is None:
         PLAN.plan_file = settings.plan_file
@@ -107,6 +112,7 @@ def _prepare(
         detect_platform(),
         settings,
         earlier.executors if earlier is not None else (),
+        None if dummy or not settings.cache else _opened_cache(settings.cache, compat.model_name()),
     )
     prepared = _Prepared(layer, executors)
     if earlier is None:
@@ -136,6 +142,12 @@ def _finished(settings: Settings) -> None:
             "; ".join(f"{r.backend}: {', '.join(r.reasons)}" for r in slow[0].rejected),
         )
     PLAN.write()
+
+
+@cache
+def _opened_cache(directory: str, model: str) -> PreparedCache:
+    """One for all layers of a model, since it says once what is wrong."""
+    return PreparedCache(Path(directory).expanduser(), model)
 
 
 _PLATFORM: list[Platform] = []
@@ -221,6 +233,7 @@ class CompressedLinearMethod(LinearMethodBase):
             self.params_dtype,
             self.settings,
             self.prepared,
+            dummy=self.dummy,
         )
         for name in self.tensor_names:
             delattr(layer, name)
@@ -280,6 +293,7 @@ class _DenseMethod:
 
     def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
         super().create_weights(layer, *args, **kwargs)  # type: ignore[misc]
+        self.dummy = compat.loads_dummy_weights()
         PLAN.expect(layer.weight.numel() * layer.weight.element_size())
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -298,6 +312,7 @@ class _DenseMethod:
             weight.dtype,
             self.settings,
             self.prepared,
+            dummy=self.dummy,
         )
         if not self.keeps_weight:
             layer.weight = Parameter(weight.new_empty(0), requires_grad=False)

@@ -20,6 +20,9 @@ from vllm.compressed_linear.registry import REFERENCE, Selection
 DELEGATED = "vllm"
 """Backend name in the plan for layers that vLLM's own quantization code runs."""
 
+CACHE_HIT, CACHE_MISS, CACHE_UNUSED = "hit", "miss", "not kept"
+"""What the prepared-weights cache did for a layer; empty when there is none."""
+
 PROGRESS_FROM_BYTES = 1 << 30
 """Checkpoint bytes of one process from which preparation shows a progress bar."""
 
@@ -48,6 +51,7 @@ class PlanEntry:
     batch_invariant: bool = False
     chosen_by: str = ""
     note: str = ""
+    cache: str = ""
     rejected: tuple[Rejection, ...] = ()
 
     @property
@@ -116,9 +120,11 @@ class Plan:
         after = sum(e.bytes_prepared for e in self.entries.values())
         seconds = sum(e.prepare_seconds for e in self.entries.values())
         parts = ", ".join(f"{n} on {name}" for name, n in counts.most_common())
+        cached = Counter(entry.cache for entry in self.entries.values())
+        found = f", {cached[CACHE_HIT]} from the cache" if cached.keys() - {""} else ""
         return (
             f"{len(self.entries)} layers: {parts}; {before / 2**20:.1f} MiB of weights became "
-            f"{after / 2**20:.1f} MiB in {seconds:.2f} s"
+            f"{after / 2**20:.1f} MiB in {seconds:.2f} s{found}"
         )
 
     def slow_layers(self) -> list[PlanEntry]:

@@ -8,6 +8,7 @@
 | VLLM_COMPRESSED_LINEAR_STRICT=1 | "strict" | refuse the slow reference backend |
 | VLLM_COMPRESSED_LINEAR_PLAN_FILE | "plan_file" | write the plan there as JSON after loading |
 | VLLM_COMPRESSED_LINEAR_TUNE_FILE | "tune_file" | choose by these measurements; ``off``: by none |
+| VLLM_COMPRESSED_LINEAR_CACHE | "cache" | directory that keeps prepared weights, for fast starts |
 
 Where both are given, the environment variable wins.
 """
@@ -26,9 +27,10 @@ BACKEND = "VLLM_COMPRESSED_LINEAR_BACKEND"
 STRICT = "VLLM_COMPRESSED_LINEAR_STRICT"
 PLAN_FILE = "VLLM_COMPRESSED_LINEAR_PLAN_FILE"
 TUNE_FILE = "VLLM_COMPRESSED_LINEAR_TUNE_FILE"
+CACHE = "VLLM_COMPRESSED_LINEAR_CACHE"
 CPU_ISA = "VLLM_COMPRESSED_LINEAR_CPU_ISA"
 ANY_VLLM = "VLLM_COMPRESSED_LINEAR_ANY_VLLM"
-VARIABLES = (ENABLE, BACKEND, STRICT, PLAN_FILE, TUNE_FILE, CPU_ISA, ANY_VLLM)
+VARIABLES = (ENABLE, BACKEND, STRICT, PLAN_FILE, TUNE_FILE, CACHE, CPU_ISA, ANY_VLLM)
 """Every environment variable this package reads."""
 ADDITIONAL_CONFIG_KEY = "compressed_linear"
 
@@ -84,22 +86,24 @@ class Settings:
     strict: bool = False
     plan_file: str = ""
     tune_file: str = ""
+    cache: str = ""
 
     @classmethod
     def read(cls, additional_config: Mapping[str, Any] | None = None) -> Settings:
         """From the environment and ``additional_config``. ``ValueError`` for unknown keys."""
         given = dict((additional_config or {}).get(ADDITIONAL_CONFIG_KEY) or {})
-        unknown = set(given) - {"backend", "strict", "plan_file", "tune_file"}
+        unknown = set(given) - {"backend", "cache", "strict", "plan_file", "tune_file"}
         if unknown:
             raise ValueError(
                 f"additional_config[{ADDITIONAL_CONFIG_KEY!r}] has unknown keys "
-                f"{sorted(unknown)} (known: backend, plan_file, strict, tune_file)"
+                f"{sorted(unknown)} (known: backend, cache, plan_file, strict, tune_file)"
             )
         return cls(
             BackendRules.parse(os.environ.get(BACKEND) or given.get("backend") or ""),
             _flag(STRICT, bool(given.get("strict", False))),
             os.environ.get(PLAN_FILE) or given.get("plan_file") or "",
             _tune_file(os.environ.get(TUNE_FILE) or given.get("tune_file") or ""),
+            os.environ.get(CACHE) or given.get("cache") or "",
         )
 
 

@@ -165,6 +165,12 @@ class CpuBackend(QuantLinearMethod):
             total += d.activation.needs_zero * torch.int32.itemsize
         return total
 
+    @classmethod
+    def layout_version(
+        cls, descriptor: CompressedLinearDescriptor, platform: Platform
+    ) -> str | None:
+        return native.layout_id()
+
     def prep_weights_for_execution(self, weights: CompressedWeights) -> dict[str, torch.Tensor]:
         native.load()
         ops = torch.ops.compressed_linear
