@@ -120,10 +120,11 @@ Tensor code_sums_int8(Tensor packed, int64_t n, int64_t k, int64_t group_size, s
 
 Tensor linear_int8(Tensor x, Tensor packed, std::optional<Tensor> scale, std::optional<Tensor> zero,
                    std::optional<Tensor> row_scale, std::optional<Tensor> bias,
-                   std::optional<Tensor> perm, std::optional<Tensor> input_scale,
-                   std::optional<Tensor> input_zero, std::optional<Tensor> code_sums, int64_t n,
-                   int64_t k, int64_t group_size, std::string element, int64_t element_bias,
-                   bool symmetric, int64_t activation_group, double maximum, ScalarType out_dtype) {
+                   std::optional<Tensor> perm, std::optional<Tensor> prescale,
+                   std::optional<Tensor> input_scale, std::optional<Tensor> input_zero,
+                   std::optional<Tensor> code_sums, int64_t n, int64_t k, int64_t group_size,
+                   std::string element, int64_t element_bias, bool symmetric,
+                   int64_t activation_group, double maximum, ScalarType out_dtype) {
   constexpr const char* op = "linear_int8";
   const int bits = code_bits(op, element);
   cpu::IntegerProblem problem{};
@@ -168,6 +169,12 @@ Tensor linear_int8(Tensor x, Tensor packed, std::optional<Tensor> scale, std::op
     check_type(op, "row_scale", *row_scale, ScalarType::Float);
     check_shape<1>(op, "row_scale", *row_scale, {n});
     p.row_scale = static_cast<const float*>(row_scale->const_data_ptr());
+  }
+  if (prescale.has_value()) {
+    check_plain(op, "prescale", *prescale);
+    check_type(op, "prescale", *prescale, ScalarType::Float);
+    check_shape<1>(op, "prescale", *prescale, {k});
+    p.prescale = static_cast<const float*>(prescale->const_data_ptr());
   }
   if (bias.has_value()) {
     check_plain(op, "bias", *bias);

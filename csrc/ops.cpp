@@ -64,7 +64,8 @@ STABLE_TORCH_LIBRARY(compressed_linear, m) {
       "int activation_group) -> Tensor");
   m.def(
       "linear_int8(Tensor x, Tensor packed, Tensor? scale, Tensor? zero, Tensor? row_scale, "
-      "Tensor? bias, Tensor? perm, Tensor? input_scale, Tensor? input_zero, Tensor? code_sums, "
+      "Tensor? bias, Tensor? perm, Tensor? prescale, Tensor? input_scale, Tensor? input_zero, "
+      "Tensor? code_sums, "
       "int n, int k, int group_size, str element, int element_bias, bool symmetric, "
       "int activation_group, float maximum, ScalarType out_dtype) -> Tensor");
   m.def("isa_int8() -> str");

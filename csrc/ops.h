@@ -35,10 +35,11 @@ Tensor code_sums_int8(Tensor packed, int64_t n, int64_t k, int64_t group_size, s
                       int64_t activation_group);
 Tensor linear_int8(Tensor x, Tensor packed, std::optional<Tensor> scale, std::optional<Tensor> zero,
                    std::optional<Tensor> row_scale, std::optional<Tensor> bias,
-                   std::optional<Tensor> perm, std::optional<Tensor> input_scale,
-                   std::optional<Tensor> input_zero, std::optional<Tensor> code_sums, int64_t n,
-                   int64_t k, int64_t group_size, std::string element, int64_t element_bias,
-                   bool symmetric, int64_t activation_group, double maximum,
+                   std::optional<Tensor> perm, std::optional<Tensor> prescale,
+                   std::optional<Tensor> input_scale, std::optional<Tensor> input_zero,
+                   std::optional<Tensor> code_sums, int64_t n, int64_t k, int64_t group_size,
+                   std::string element, int64_t element_bias, bool symmetric,
+                   int64_t activation_group, double maximum,
                    torch::headeronly::ScalarType out_dtype);
 
 }  // namespace compressed_linear

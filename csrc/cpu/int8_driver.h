@@ -327,7 +327,7 @@ struct IntegerCall {
   int64_t panel_units() const { return (panels.count + panels_per_unit - 1) / panels_per_unit; }
 
   void prepare(int64_t panel_begin, int64_t panel_end) const {
-    const int64_t row_bytes = g.padded_k * 4;
+    const int64_t row_bytes = 2 * g.padded_k * 4;
     uint8_t* memory = static_cast<uint8_t*>(worker_arena().reserve(static_cast<size_t>(
         row_bytes + g.padded_k + x_group_count * static_cast<int64_t>(sizeof(QuantizedGroup)))));
     float* row = reinterpret_cast<float*>(memory);
@@ -337,7 +337,7 @@ struct IntegerCall {
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
       const int64_t rows = panels.rows(panel), begin = panels.begin(panel);
       for (int64_t r = 0; r < rows; ++r) {
-        quantize_row(p, row0 + begin + r, row, q, by);
+        quantize_row(p, row0 + begin + r, row, row + g.padded_k, q, by);
         int32_t* words = x + begin * (g.padded_k / kQuad) + r;
         for (int64_t i = 0; i < g.padded_k / kQuad; ++i)
           std::memcpy(words + i * rows, q + i * kQuad, kQuad);

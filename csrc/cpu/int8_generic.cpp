@@ -64,16 +64,17 @@ void linear(const IntegerProblem& p, const Parallel& parallel) {
   const int64_t x_group_count = x_groups(g, p.activation.group);
   const int64_t by_bytes =
       rows_at_once * x_group_count * static_cast<int64_t>(sizeof(QuantizedGroup));
-  uint8_t* memory = static_cast<uint8_t*>(call_arena().reserve(
-      static_cast<size_t>(g.padded_k * 4 + by_bytes + rows_at_once * g.padded_k)));
+  const int64_t row_bytes = 2 * g.padded_k * 4;
+  uint8_t* memory = static_cast<uint8_t*>(
+      call_arena().reserve(static_cast<size_t>(row_bytes + by_bytes + rows_at_once * g.padded_k)));
   float* row = reinterpret_cast<float*>(memory);
-  QuantizedGroup* by = reinterpret_cast<QuantizedGroup*>(memory + g.padded_k * 4);
-  int8_t* q = reinterpret_cast<int8_t*>(memory + g.padded_k * 4 + by_bytes);
+  QuantizedGroup* by = reinterpret_cast<QuantizedGroup*>(memory + row_bytes);
+  int8_t* q = reinterpret_cast<int8_t*>(memory + row_bytes + by_bytes);
   for (int64_t row0 = 0; row0 < p.linear.m; row0 += rows_at_once) {
     const int64_t left = p.linear.m - row0;
     const int64_t rows = left < rows_at_once ? left : rows_at_once;
     for (int64_t r = 0; r < rows; ++r)
-      quantize_row(p, row0 + r, row, q + r * g.padded_k, by + r * x_group_count);
+      quantize_row(p, row0 + r, row, row + g.padded_k, q + r * g.padded_k, by + r * x_group_count);
     const Call call{p, x_group_count, row0, rows, q, by};
     parallel.run(
         g.tiles,

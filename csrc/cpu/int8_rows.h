@@ -107,11 +107,11 @@ inline void quantize_values(const float* x, int64_t count, QuantizedGroup by, in
 
 // Row m of x as bytes in the order of the packed weights, q[padded_k], with the groups' scales and
 // zeros at by[0], by[stride], ... Channels that are padding or gathered from nowhere hold the zero.
-// `row` is scratch: float[padded_k].
-inline void quantize_row(const IntegerProblem& p, int64_t m, float* row, int8_t* q,
+// row[padded_k] and scratch[k] are scratch.
+inline void quantize_row(const IntegerProblem& p, int64_t m, float* row, float* scratch, int8_t* q,
                          QuantizedGroup* by) {
   const Geometry& g = p.linear.geometry;
-  widen_row(p.linear, m, row);
+  prepare_row(p.linear, m, row, scratch);
   const ActivationRule& rule = p.activation;
   const int64_t count = x_groups(g, rule.group);
   int64_t begin = 0;
