@@ -34,8 +34,8 @@ their own (``isa_int8()``, ``supported_isas_int8()``, ``select_isa_int8(name)``)
 * ``code_sums_int8(packed, n, k, group_size, element, activation_group) -> Tensor`` int32
   [tiles, segments, 16]: sums of codes over what is added up as integers
 * ``linear_int8(x, packed, scale, zero, row_scale, bias, perm, prescale, input_scale, input_zero,
-  code_sums, n, k, group_size, element, element_bias, symmetric, activation_group, maximum, out_dtype)
-  -> Tensor`` [m, n]
+  code_sums, n, k, group_size, element, element_bias, symmetric, activation_group, maximum,
+  out_dtype) -> Tensor`` [m, n]
 
 ``linear_int8`` computes y = x̂ ŵᵀ + bias with x̂ as ``activation.py`` says of an 8-bit integer:
 dynamic, in groups of ``activation_group`` channels of x[:, perm] · prescale (0: the token), with

@@ -54,9 +54,9 @@ class CpuInt8Backend(QuantLinearMethod):
     """Integer kernels on the packed layout of ``csrc/cpu/int8_layout.h``.
 
     Prepared tensors (T = ceil(N / 16) tiles): ``packed`` uint8 [T, bytes]; ``scale`` and ``zero``
-    [T, G, 16]; ``row_scale`` float32 [N]; ``prescale`` float32 [K]; ``perm`` int32 [K]; ``input_scale`` float32 [1] and
-    ``input_zero`` int32 [1] of static activations; ``code_sums`` int32 [T, segments, 16] for
-    asymmetric ones. Only ``packed`` and ``scale`` are always there.
+    [T, G, 16]; ``row_scale`` float32 [N]; ``prescale`` float32 [K]; ``perm`` int32 [K];
+    ``input_scale`` float32 [1] and ``input_zero`` int32 [1] of static activations; ``code_sums``
+    int32 [T, segments, 16] for asymmetric ones. Only ``packed`` and ``scale`` are always there.
     """
 
     name = "cpu_int8"
