@@ -138,6 +138,16 @@ inline Geometry geometry_of(const char* op, int64_t n, int64_t k, int64_t group_
   return cpu::make_geometry(n, k, group_size, element);
 }
 
+inline void check_perm(const char* op, const int32_t* perm, int64_t k, int64_t columns) {
+  int32_t lowest = 0, highest = -1;
+  for (int64_t i = 0; i < k; ++i) {
+    lowest = perm[i] < lowest ? perm[i] : lowest;
+    highest = perm[i] > highest ? perm[i] : highest;
+  }
+  if (lowest < -1 || highest >= columns)
+    fail(op, "perm runs from ", lowest, " to ", highest, ", expected -1 to ", columns - 1);
+}
+
 inline void check_packed(const char* op, const Tensor& packed, const Geometry& g) {
   check_plain(op, "packed", packed);
   check_type(op, "packed", packed, ScalarType::Byte);

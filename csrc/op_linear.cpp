@@ -21,16 +21,6 @@ std::atomic<int64_t>& linear_counter(const cpu::Engine& engine, Element element,
   return *entry.counter;
 }
 
-void check_perm(const char* op, const int32_t* perm, int64_t k, int64_t columns) {
-  int32_t lowest = 0, highest = -1;
-  for (int64_t i = 0; i < k; ++i) {
-    lowest = perm[i] < lowest ? perm[i] : lowest;
-    highest = perm[i] > highest ? perm[i] : highest;
-  }
-  if (lowest < -1 || highest >= columns)
-    fail(op, "perm runs from ", lowest, " to ", highest, ", expected -1 to ", columns - 1);
-}
-
 // Reads what ActivationSpec.kind of vllm/compressed_linear/descriptor.py writes.
 cpu::Activation parse_activation(const char* op, const std::string& kind, int64_t group,
                                  double maximum) {

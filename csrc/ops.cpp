@@ -7,17 +7,28 @@
 
 #include "counters.h"
 #include "cpu/engine.h"
+#include "cpu/int8_engine.h"
 
 namespace compressed_linear {
 namespace {
 
 std::string isa() { return cpu::engine().isa; }
 
-std::string supported_isas() {
-  std::string names;
-  for (const std::string& name : cpu::supported_isas()) names += (names.empty() ? "" : " ") + name;
-  return names;
+std::string joined(const std::vector<std::string>& names) {
+  std::string text;
+  for (const std::string& name : names) text += (text.empty() ? "" : " ") + name;
+  return text;
 }
+
+std::string supported_isas() { return joined(cpu::supported_isas()); }
+
+std::string isa_int8() { return cpu::integer_engine().isa; }
+
+std::string supported_isas_int8() { return joined(cpu::supported_integer_isas()); }
+
+void select_isa_int8(std::string name) { cpu::select_integer_engine(name); }
+
+std::string layout_id_int8() { return cpu::kQuadsLayoutId; }
 
 void select_isa(std::string name) { cpu::select_engine(name); }
 
@@ -43,6 +54,24 @@ STABLE_TORCH_LIBRARY(compressed_linear, m) {
       "ScalarType out_dtype, Tensor? row_scale=None, Tensor? prescale=None, str? activation=None, "
       "int activation_group=-1, float activation_maximum=0.0, Tensor? input_scale=None, "
       "Tensor? input_zero=None) -> Tensor");
+  m.def("packed_tile_bytes_int8(int k, int group_size, str element) -> int");
+  m.def(
+      "pack_rows_int8(Tensor(a!) packed, Tensor rows, int row_start, int n, int group_size, "
+      "str element) -> ()");
+  m.def("unpack_rows_int8(Tensor packed, int n, int k, int group_size, str element) -> Tensor");
+  m.def(
+      "code_sums_int8(Tensor packed, int n, int k, int group_size, str element, "
+      "int activation_group) -> Tensor");
+  m.def(
+      "linear_int8(Tensor x, Tensor packed, Tensor? scale, Tensor? zero, Tensor? row_scale, "
+      "Tensor? bias, Tensor? perm, Tensor? prescale, Tensor? input_scale, Tensor? input_zero, "
+      "Tensor? code_sums, "
+      "int n, int k, int group_size, str element, int element_bias, bool symmetric, "
+      "int activation_group, float maximum, ScalarType out_dtype) -> Tensor");
+  m.def("isa_int8() -> str");
+  m.def("supported_isas_int8() -> str");
+  m.def("select_isa_int8(str name) -> ()");
+  m.def("layout_id_int8() -> str");
   m.def("isa() -> str");
   m.def("supported_isas() -> str");
   m.def("select_isa(str name) -> ()");
@@ -56,10 +85,19 @@ STABLE_TORCH_LIBRARY_IMPL(compressed_linear, CPU, m) {
   m.impl("pack_rows", TORCH_BOX(&pack_rows));
   m.impl("unpack_rows", TORCH_BOX(&unpack_rows));
   m.impl("linear", TORCH_BOX(&linear));
+  m.impl("pack_rows_int8", TORCH_BOX(&pack_rows_int8));
+  m.impl("unpack_rows_int8", TORCH_BOX(&unpack_rows_int8));
+  m.impl("code_sums_int8", TORCH_BOX(&code_sums_int8));
+  m.impl("linear_int8", TORCH_BOX(&linear_int8));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(compressed_linear, CompositeExplicitAutograd, m) {
   m.impl("packed_tile_bytes", TORCH_BOX(&packed_tile_bytes));
+  m.impl("packed_tile_bytes_int8", TORCH_BOX(&packed_tile_bytes_int8));
+  m.impl("isa_int8", TORCH_BOX(&isa_int8));
+  m.impl("supported_isas_int8", TORCH_BOX(&supported_isas_int8));
+  m.impl("select_isa_int8", TORCH_BOX(&select_isa_int8));
+  m.impl("layout_id_int8", TORCH_BOX(&layout_id_int8));
   m.impl("isa", TORCH_BOX(&isa));
   m.impl("supported_isas", TORCH_BOX(&supported_isas));
   m.impl("select_isa", TORCH_BOX(&select_isa));

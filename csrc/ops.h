@@ -26,4 +26,20 @@ Tensor linear(Tensor x, Tensor packed, std::optional<Tensor> scale, std::optiona
               int64_t activation_group, double activation_maximum,
               std::optional<Tensor> input_scale, std::optional<Tensor> input_zero);
 
+int64_t packed_tile_bytes_int8(int64_t k, int64_t group_size, std::string element);
+void pack_rows_int8(Tensor packed, Tensor rows, int64_t row_start, int64_t n, int64_t group_size,
+                    std::string element);
+Tensor unpack_rows_int8(Tensor packed, int64_t n, int64_t k, int64_t group_size,
+                        std::string element);
+Tensor code_sums_int8(Tensor packed, int64_t n, int64_t k, int64_t group_size, std::string element,
+                      int64_t activation_group);
+Tensor linear_int8(Tensor x, Tensor packed, std::optional<Tensor> scale, std::optional<Tensor> zero,
+                   std::optional<Tensor> row_scale, std::optional<Tensor> bias,
+                   std::optional<Tensor> perm, std::optional<Tensor> prescale,
+                   std::optional<Tensor> input_scale, std::optional<Tensor> input_zero,
+                   std::optional<Tensor> code_sums, int64_t n, int64_t k, int64_t group_size,
+                   std::string element, int64_t element_bias, bool symmetric,
+                   int64_t activation_group, double maximum,
+                   torch::headeronly::ScalarType out_dtype);
+
 }  // namespace compressed_linear

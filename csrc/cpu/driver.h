@@ -21,6 +21,7 @@
 #include <cstring>
 
 #include "arena.h"
+#include "panels.h"
 #include "rows.h"
 
 namespace compressed_linear::cpu {
@@ -106,17 +107,6 @@ MicroKernel micro_kernel_for(int64_t rows, int64_t tiles, int64_t parts) {
   }
   return micro_kernel_for<Core, Rows>(tiles, parts);
 }
-
-// `count` rows cut as evenly as possible into panels of at most `limit`.
-struct Panels {
-  int64_t count, base, longer;
-  Panels(int64_t rows, int64_t limit)
-      : count((rows + limit - 1) / limit),
-        base(count > 0 ? rows / count : 0),
-        longer(count > 0 ? rows % count : 0) {}
-  int64_t begin(int64_t panel) const { return panel * base + (panel < longer ? panel : longer); }
-  int64_t rows(int64_t panel) const { return base + (panel < longer ? 1 : 0); }
-};
 
 template <class Core>
 struct Call {

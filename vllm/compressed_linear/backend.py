@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 
 from vllm.compressed_linear.cost import roofline
-from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
+from vllm.compressed_linear.descriptor import ActivationSpec, CompressedLinearDescriptor
 from vllm.compressed_linear.numerics import torch_dtype, widen_scale
 from vllm.compressed_linear.platform import Platform
 from vllm.compressed_linear.weights import CompressedWeights
@@ -153,6 +153,15 @@ class QuantLinearMethod(ABC):
         return 0.0
 
     @classmethod
+    def own_activation(cls, descriptor: CompressedLinearDescriptor) -> ActivationSpec | None:
+        """How x is quantised although ``descriptor`` does not ask for it, None if it is not.
+
+        A backend that does so states another contract, ``activation_error`` on top of the standard
+        one, and is only ever taken where the user names it.
+        """
+        return None
+
+    @classmethod
     def can_implement(cls, descriptor: CompressedLinearDescriptor, platform: Platform) -> Verdict:
         """Whether this backend computes ``descriptor`` on ``platform``; if not, every reason."""
         reasons = list(cls.capabilities.reasons(descriptor, platform))
@@ -231,21 +240,43 @@ def contract_bound(
     output_dtype: str,
     constant: float = QuantLinearMethod.contract_constant,
     weight_rounding: float = 0.0,
+    input_rounding: torch.Tensor | float = 0.0,
 ) -> torch.Tensor:
     """Largest error the contract allows, float64 [M, N].
 
-    (c · sqrt(K) · 2⁻²⁴ + ``weight_rounding``) · Σ_k |x| · magnitude, plus one rounding of the
-    output to ``output_dtype``.
+    (c · sqrt(K) · 2⁻²⁴ + ``weight_rounding``) · Σ_k |x| · magnitude + ``input_rounding``, plus one
+    rounding of the output to ``output_dtype``. ``input_rounding``: ``activation_error`` of a
+    backend with an ``own_activation``.
     x: [M, K], quantised where the descriptor says so; ``magnitude``: [N, K], bound of what a kernel
     adds up for each weight (``|ŵ|``, or |s|·(|decode(q)| + |z|) where zero points are subtracted
     apart, see ``weight_magnitude``); ``expected``: [M, N], the exact result.
     """
     total = x.abs().to(torch.float64) @ magnitude.to(torch.float64).t()
     accumulate = (constant * max(x.shape[-1], 1) ** 0.5 * 2.0**-24 + weight_rounding) * total
+    accumulate = accumulate + input_rounding
     info = torch.finfo(torch_dtype(output_dtype))
     rounding = expected.to(torch.float64).abs() * info.eps / 2 + info.smallest_normal
     # The result before rounding already lies ``accumulate`` away, which may cross a binade.
     return accumulate * (1 + info.eps) + rounding
+
+
+def activation_error(
+    x: torch.Tensor, magnitude: torch.Tensor, spec: ActivationSpec
+) -> torch.Tensor:
+    """Largest error of rounding x to symmetric dynamic integers per token or group: float64 [M, N].
+
+    Half a step of each group, max|x| / (2 · maximum), times Σ magnitude of its channels. x: [M, K]
+    in the order of the groups; ``magnitude``: [N, K].
+    """
+    if spec.element.kind != "integer" or not spec.dynamic or not spec.symmetric:
+        raise ValueError(f"no bound is known for x as {spec}")
+    k = x.shape[1]
+    size = spec.group_size if spec.granularity == "group" else max(k, 1)
+    filled = torch.nn.functional.pad(x.abs().to(torch.float64), (0, -k % size))
+    # Scale and division are fp32; and what is added up are the rounded x.
+    step = filled.unflatten(1, (-1, size)).amax(2) / spec.maximum * (1 + 2.0**-10)
+    half = (step / 2).repeat_interleave(size, 1)[:, :k]
+    return half @ magnitude.to(torch.float64).t()
 
 
 def weight_magnitude(

@@ -15,6 +15,7 @@ import torch
 from vllm.compressed_linear import tune_file
 from vllm.compressed_linear.backend import (
     QuantLinearMethod,
+    activation_error,
     contract_bound,
     weight_magnitude,
 )
@@ -104,7 +105,7 @@ def prepare(
                 prepare_seconds=obtained.seconds,
                 batch_invariant=method.batch_invariant,
                 chosen_by=selection.chosen_by,
-                note=_composite_note(parts, part),
+                note="; ".join(filter(None, (_composite_note(parts, part), contract_note(method)))),
                 cache=obtained.cache,
                 rejected=rejections(selection),
             ),
@@ -175,6 +176,17 @@ def _composite_note(parts: Sequence[Part], part: Part) -> str:
     return f"{' + '.join(names)} of a fused layer whose shards differ"
 
 
+def contract_note(method: QuantLinearMethod) -> str:
+    """What a backend rounds that the checkpoint does not, for the plan; usually nothing."""
+    own = method.own_activation(method.descriptor)
+    if own is None:
+        return ""
+    return (
+        f"x rounded to {own} though the checkpoint has it plain: each output may be off by "
+        f"Σ max|x| / {2 * own.maximum:g} · Σ|w| over the groups"
+    )
+
+
 def checkpoint_bytes(weights: CompressedWeights) -> int:
     """Bytes of the checkpoint's tensors, this rank's part."""
     return sum(
@@ -217,6 +229,7 @@ def self_check(
     taken = weights.prepare_input(descriptor, x)
     expected = weights.in_stored_order(taken).to(torch.float64) @ ideal.t()
     magnitude = torch.cat([_magnitude(descriptor, weights, row) for row in rows])
+    own = method.own_activation(descriptor)
     bound = contract_bound(
         taken,
         magnitude,
@@ -224,6 +237,7 @@ def self_check(
         descriptor.output_dtype,
         method.contract_constant,
         method.weight_rounding(descriptor),
+        0.0 if own is None else activation_error(taken, magnitude, own),
     )
     error = (y - expected).abs()
     wrong = ~(error <= bound)

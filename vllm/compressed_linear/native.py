@@ -25,6 +25,24 @@ without groups) and ``maximum``; input_scale: float32 [1] and input_zero: int32 
 static. ``element`` is ``uint1`` … ``uint8``, ``e4m3``, ``e5m2``, ``bf16``, ``fp16`` or ``fp32``.
 Sums are fp32; the AVX-512 path takes denormals of activations and partial products as zero. A
 row's result does not depend on the other rows nor on the number of threads.
+
+For 8-bit integer activations there is a layout of its own (``layout_id_int8()``), and engines of
+their own (``isa_int8()``, ``supported_isas_int8()``, ``select_isa_int8(name)``):
+
+* ``packed_tile_bytes_int8``, ``pack_rows_int8``, ``unpack_rows_int8``: as above, for ``uint1`` …
+  ``uint8``
+* ``code_sums_int8(packed, n, k, group_size, element, activation_group) -> Tensor`` int32
+  [tiles, segments, 16]: sums of codes over what is added up as integers
+* ``linear_int8(x, packed, scale, zero, row_scale, bias, perm, prescale, input_scale, input_zero,
+  code_sums, n, k, group_size, element, element_bias, symmetric, activation_group, maximum,
+  out_dtype) -> Tensor`` [m, n]
+
+``linear_int8`` computes y = x̂ ŵᵀ + bias with x̂ as ``activation.py`` says of an 8-bit integer:
+dynamic, in groups of ``activation_group`` channels of x[:, perm] · prescale (0: the token), with
+``maximum`` if ``symmetric``; or static, with ``input_scale`` float32 [1] and, unless ``symmetric``,
+``input_zero`` int32 [1]. ``code_sums`` are needed unless ``symmetric``. The other tensors are those
+of ``linear``. Products are added up as integers, exactly, and scaled in fp32 once for each run of
+channels with one scale of x and of ŵ; every instruction set gives the same bits.
 """
 
 from __future__ import annotations
@@ -92,6 +110,19 @@ def layout_id() -> str:
     return str(torch.ops.compressed_linear.layout_id())
 
 
+def isa_int8() -> str:
+    """Instruction set in use for integer activations: avx512vnni, avxvnni, avx512bw, avx2 or
+    generic."""
+    load()
+    return str(torch.ops.compressed_linear.isa_int8())
+
+
+def supported_isas_int8() -> list[str]:
+    """Instruction sets for integer activations that this processor can run, best first."""
+    load()
+    return str(torch.ops.compressed_linear.supported_isas_int8()).split()
+
+
 def call_counts() -> dict[str, int]:
     """Calls since the start or the last reset, for example ``{"linear/avx512bf16/uint4": 12}``."""
     load()
@@ -145,7 +176,35 @@ def _fake_pack_rows(
     return None
 
 
+def _fake_linear_int8(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor | None,
+    zero: torch.Tensor | None,
+    row_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    perm: torch.Tensor | None,
+    prescale: torch.Tensor | None,
+    input_scale: torch.Tensor | None,
+    input_zero: torch.Tensor | None,
+    code_sums: torch.Tensor | None,
+    n: int,
+    k: int,
+    group_size: int,
+    element: str,
+    element_bias: int,
+    symmetric: bool,
+    activation_group: int,
+    maximum: float,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0], n), dtype=out_dtype)
+
+
 def _register_fakes() -> None:
+    torch.library.register_fake("compressed_linear::linear_int8", _fake_linear_int8)
+    torch.library.register_fake("compressed_linear::unpack_rows_int8", _fake_unpack_rows)
+    torch.library.register_fake("compressed_linear::pack_rows_int8", _fake_pack_rows)
     torch.library.register_fake("compressed_linear::linear", _fake_linear)
     torch.library.register_fake("compressed_linear::unpack_rows", _fake_unpack_rows)
     torch.library.register_fake("compressed_linear::pack_rows", _fake_pack_rows)

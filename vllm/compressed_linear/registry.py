@@ -141,7 +141,8 @@ def _load(point: EntryPoint) -> None:
 @dataclass(frozen=True)
 class Candidate:
     """One backend's standing for one descriptor. ``seconds``: expected time of a call, None when it
-    was declined; ``measured``: it comes from the tune file and not from the backend's estimate."""
+    was declined; ``measured``: it comes from the tune file and not from the backend's estimate;
+    ``asked_only``: it quantises x on its own account, so it is only taken where it is named."""
 
     name: str
     verdict: Verdict
@@ -149,6 +150,7 @@ class Candidate:
     seconds: float | None = None
     variant: str = ""
     measured: bool = False
+    asked_only: bool = False
 
 
 ChosenBy = Literal["asked for", "tuned", "cost model"]
@@ -169,8 +171,12 @@ class Selection:
 
     @property
     def also_able(self) -> tuple[Candidate, ...]:
-        """Backends that could run it and rank lower."""
-        return tuple(c for c in self.candidates if c.verdict and c.name != self.chosen.name)
+        """Backends that could run it within the standard contract and rank lower."""
+        return tuple(
+            c
+            for c in self.candidates
+            if c.verdict and c.name != self.chosen.name and not c.asked_only
+        )
 
 
 def rank(
@@ -178,7 +184,8 @@ def rank(
     platform: Platform,
     measurements: Measurements | None = None,
 ) -> tuple[Candidate, ...]:
-    """All backends: able ones best first, ``reference`` last of them, then the declined ones.
+    """All backends: able ones best first, ``reference`` last of them, those that have to be named,
+    then the declined ones.
 
     Best is the least expected time over ``cost.MIX``. Backends that ``measurements`` has for this
     descriptor go before those of which there is only an estimate.
@@ -194,16 +201,19 @@ def rank(
             found.append(Candidate(name, verdict, priority))
             continue
         variant = backend.variant(descriptor, platform)
+        asked_only = backend.own_activation(descriptor) is not None
         known = measured.get(name)
         if known is not None and known.variant == variant:
-            found.append(Candidate(name, verdict, priority, known.expected, variant, True))
+            seconds, is_measured = known.expected, True
         else:
             seconds = expected_seconds(partial(backend.seconds, descriptor, platform))
-            found.append(Candidate(name, verdict, priority, seconds, variant))
+            is_measured = False
+        found.append(Candidate(name, verdict, priority, seconds, variant, is_measured, asked_only))
 
-    def key(c: Candidate) -> tuple[bool, bool, int, bool, float, str]:
+    def key(c: Candidate) -> tuple[bool, bool, bool, int, bool, float, str]:
         return (
             not c.verdict,
+            c.asked_only,
             c.name == REFERENCE,
             -c.priority,
             not c.measured,
@@ -226,7 +236,8 @@ def select(
     """The backend for ``descriptor``.
 
     ``override`` names the only one allowed; ``strict`` refuses ``reference`` unless it was named;
-    ``measurements`` are those of the tune file.
+    ``measurements`` are those of the tune file. A backend that quantises x on its own account has
+    to be named.
     Raises ``NoBackendError`` with every reason.
     """
     candidates = rank(descriptor, platform, measurements)
@@ -242,8 +253,10 @@ def select(
                 else f" it is not registered (registered: {', '.join(backends())})"
             )
             raise NoBackendError(f"backend {override!r} was asked for but cannot run {where}:{why}")
-    elif strict:
-        able = [c for c in able if c.name != REFERENCE]
+    else:
+        able = [c for c in able if not c.asked_only]
+        if strict:
+            able = [c for c in able if c.name != REFERENCE]
     if not able:
         lines = [f"  {c.name}: {c.verdict}" for c in candidates]
         if strict:

@@ -200,7 +200,11 @@ def candidates(
 ) -> list[Candidate]:
     """The backends that can run it and are to be measured: without ``reference``, unless it is the
     only one or was named."""
-    able = [c for c in rank(descriptor, platform) if c.verdict and (not only or c.name in only)]
+    able = [
+        c
+        for c in rank(descriptor, platform)
+        if c.verdict and (c.name in only if only else not c.asked_only)
+    ]
     if only or len(able) == 1:
         return able
     return [candidate for candidate in able if candidate.name != REFERENCE]

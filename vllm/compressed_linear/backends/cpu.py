@@ -15,6 +15,7 @@ import torch
 
 from vllm.compressed_linear import native, numerics
 from vllm.compressed_linear.backend import Capabilities, QuantLinearMethod
+from vllm.compressed_linear.backends.tiles import put_tiles, scale_dtype, zero_dtype
 from vllm.compressed_linear.cost import roofline
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor, activation_kinds
 from vllm.compressed_linear.numerics import ElementType, torch_dtype
@@ -116,7 +117,7 @@ class CpuBackend(QuantLinearMethod):
         element = weight.element
         speed = _SPEEDS.get(cls.variant(d, platform), _SPEEDS["generic"])
         read = d.n * d.k * element.bits / 8
-        for dtype in (_scale_dtype(d), _zero_dtype(d)):
+        for dtype in (scale_dtype(d), zero_dtype(d)):
             read += 0 if dtype is None else d.n * d.groups * dtype.itemsize
         decode = 0.0
         if element.kind != "dense":
@@ -147,7 +148,7 @@ class CpuBackend(QuantLinearMethod):
         per_tile = torch.ops.compressed_linear.packed_tile_bytes(
             d.k, d.group_size, _kernel_element(weight.element)
         )
-        for dtype in (_scale_dtype(d), _zero_dtype(d)):
+        for dtype in (scale_dtype(d), zero_dtype(d)):
             if dtype is not None:
                 per_tile += d.groups * native.TILE * dtype.itemsize
         total = tiles * per_tile
@@ -178,7 +179,7 @@ class CpuBackend(QuantLinearMethod):
         tiles = -(-d.n // native.TILE)
         tile_bytes = ops.packed_tile_bytes(d.k, d.group_size, self.element)
         tensors = {"packed": torch.empty(tiles, tile_bytes, dtype=torch.uint8)}
-        for name, dtype in (("scale", _scale_dtype(d)), ("zero", _zero_dtype(d))):
+        for name, dtype in (("scale", scale_dtype(d)), ("zero", zero_dtype(d))):
             if dtype is not None:
                 tensors[name] = torch.zeros(tiles, d.groups, native.TILE, dtype=dtype)
         for start, stop in weights.chunks(native.TILE):
@@ -187,7 +188,7 @@ class CpuBackend(QuantLinearMethod):
             ops.pack_rows(tensors["packed"], codes, start, d.n, d.group_size, self.element)
             for name, values in (("scale", rows.scale), ("zero", rows.zero)):
                 if name in tensors and values is not None:
-                    _put_tiles(tensors[name], values, start, f"{name} of {d}")
+                    put_tiles(tensors[name], values, start, f"{name} of {d}")
         if weights.permutation is not None:
             tensors["perm"] = weights.permutation.to(torch.int32).contiguous()
         for name in ("row_scale", "prescale", "input_scale", "input_zero"):
@@ -249,18 +250,6 @@ def _kernel_element(element: ElementType) -> str:
     return element.name if by_name else f"uint{element.bits}"
 
 
-def _scale_dtype(d: CompressedLinearDescriptor) -> torch.dtype | None:
-    return None if d.weight.scale is None else torch_dtype(d.weight.scale.dtype)
-
-
-def _zero_dtype(d: CompressedLinearDescriptor) -> torch.dtype | None:
-    zero = d.weight.zero
-    if zero is None:
-        return None
-    # Zero points of integers go up to 2^bits, which bfloat16 holds exactly.
-    return torch.bfloat16 if zero.kind == "integer" else torch_dtype(zero.dtype)
-
-
 def _table(element: ElementType) -> torch.Tensor | None:
     """[2^bits] values of an element that is decoded by a table: bfloat16 if all are exact in it,
     else float32. None for other elements."""
@@ -269,18 +258,3 @@ def _table(element: ElementType) -> torch.Tensor | None:
     values = element.table()
     table = values.to(torch.bfloat16)
     return table if torch.equal(table.to(torch.float32), values) else values
-
-
-def _put_tiles(target: torch.Tensor, values: torch.Tensor, start: int, what: str) -> None:
-    """Writes [rows, G] values of output channels from ``start`` on into [tiles, G, 16]."""
-    exact = values.to(target.dtype)
-    if not values.is_floating_point() and not torch.equal(exact.to(values.dtype), values):
-        raise ValueError(
-            f"{what}: zero points run from {int(values.min())} to {int(values.max())}, "
-            "expected 0 to 256"
-        )
-    missing = -len(exact) % native.TILE
-    if missing:
-        exact = torch.nn.functional.pad(exact, (0, 0, 0, missing))
-    tiles = exact.unflatten(0, (-1, native.TILE)).transpose(1, 2)
-    target[start // native.TILE : start // native.TILE + len(tiles)] = tiles

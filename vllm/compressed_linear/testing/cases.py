@@ -18,6 +18,7 @@ import torch
 from vllm.compressed_linear import numerics
 from vllm.compressed_linear.backend import (
     QuantLinearMethod,
+    activation_error,
     contract_bound,
     weight_magnitude,
 )
@@ -183,7 +184,21 @@ class Problem:
             self.descriptor.output_dtype,
             backend.contract_constant,
             backend.weight_rounding(self.descriptor),
+            self._input_rounding(x, backend),
         )
+
+    def _input_rounding(
+        self, x: torch.Tensor, backend: type[QuantLinearMethod]
+    ) -> torch.Tensor | float:
+        spec = backend.own_activation(self.descriptor)
+        if spec is None:
+            return 0.0
+        taken, magnitude = self.taken(x), self.magnitude
+        if (order := self.own.permutation) is not None:
+            here = order.clamp(min=0).to(torch.int64)
+            taken = taken.index_select(1, here).masked_fill(order < 0, 0)
+            magnitude = magnitude.index_select(1, here).masked_fill(order < 0, 0)
+        return activation_error(taken, magnitude, spec)
 
 
 def _build(case: Case, device: torch.device) -> Problem:

@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the two AVX-512 engines for integer activations have in common: everything but the dot
+// product. Included by units compiled for AVX-512 F and BW only.
+#pragma once
+
+#include <immintrin.h>
+
+#include "int8_driver.h"
+
+namespace compressed_linear::cpu {
+namespace {  // see layout.h
+
+struct Avx512Core {
+  using Reg = __m512i;
+  using Float = __m512;
+  // 24 of the 32 registers hold sums.
+  static constexpr int kLanes = 16, kVectors = 1, kRows = 6;
+  static constexpr int tiles(int) { return kStrip; }
+
+  static Reg load(const uint8_t* at) { return _mm512_loadu_si512(at); }
+  static Reg load(const int32_t* at) { return _mm512_loadu_si512(at); }
+  static Float load(const float* at) { return _mm512_loadu_ps(at); }
+  static void store(uint8_t* at, Reg value) { _mm512_storeu_si512(at, value); }
+  static void store(int32_t* at, Reg value) { _mm512_storeu_si512(at, value); }
+  static void store(float* at, Float value) { _mm512_storeu_ps(at, value); }
+  static Reg set(int32_t value) { return _mm512_set1_epi32(value); }
+  static Float set(float value) { return _mm512_set1_ps(value); }
+  static Reg subtract(Reg a, Reg b) { return _mm512_sub_epi32(a, b); }
+  static Reg multiply(Reg a, Reg b) { return _mm512_mullo_epi32(a, b); }
+  static Float multiply(Float a, Float b) { return _mm512_mul_ps(a, b); }
+  static Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+  static Float convert(Reg value) { return _mm512_cvtepi32_ps(value); }
+
+  // Shifts so that bit From of each byte lands on bit To; bits that cross bytes are junk.
+  template <int From, int To>
+  static Reg place(Reg row) {
+    if constexpr (From > To) return _mm512_srli_epi16(row, From - To);
+    if constexpr (From < To) return _mm512_slli_epi16(row, To - From);
+    return row;
+  }
+  // The low Bits bits of each byte from `low`, the others from `high`.
+  template <int Bits>
+  static Reg join(Reg low, Reg high) {
+    return _mm512_ternarylogic_epi32(_mm512_set1_epi8((1 << Bits) - 1), low, high, 0xCA);
+  }
+  template <int Mask>
+  static Reg keep(Reg row) {
+    return _mm512_and_si512(row, _mm512_set1_epi8(Mask));
+  }
+};
+
+}  // namespace
+}  // namespace compressed_linear::cpu

@@ -1,0 +1,610 @@
+// SPDX-License-Identifier: Apache-2.0
+// The blocked multiplication that the vector engines for integer activations share. A Core supplies
+// the registers:
+//
+//   Reg, Float                 kLanes 32-bit integers or floats; kVectors of them make a row of a
+//                              tile
+//   kRows, tiles(rows)         the register block: rows of x by tiles, which divide a strip
+//   Activation<Narrow>, broadcast<Narrow>, dot<Narrow>
+//                              four bytes of x for every lane, and the dot product of four unsigned
+//                              codes with them; Narrow: the codes have at most seven bits
+//   kTellNarrow                whether that makes a difference
+//   and the arithmetic of whole registers
+//
+// The work: rows of x are quantised into panels of at most kRows interleaved rows. A unit is a run
+// of panels times one strip of four tiles. It walks K in chunks; weights of a chunk are read by
+// panel after panel, either as they are packed or, for many panels, decoded to bytes once. What a
+// chunk's end cuts goes on as integers, so that neither chunks nor panels change a result: per
+// output the integers of a segment are exact and the scaled segments are added in order of K.
+#pragma once
+
+#include <utility>
+
+#include "arena.h"
+#include "int8_rows.h"
+#include "panels.h"
+
+namespace compressed_linear::cpu {
+namespace {  // see layout.h
+
+constexpr int64_t kIntegerPanelsPerUnit = 48;
+constexpr int64_t kIntegerActivationBytes = 16 << 20;  // quantised rows held at once
+constexpr int64_t kIntegerChunk = 2048;  // input channels of a strip that panels read in turn
+// Panels beyond which narrow codes are decoded to bytes first.
+constexpr int64_t kDirectPanels = 3;
+
+// The part of a segment inside one chunk.
+struct Piece {
+  int32_t begin, end;  // stored channels
+  int32_t segment;
+  bool first, last;  // of the segment's pieces
+};
+
+struct KernelArgs {
+  const uint8_t* weights;  // block of the chunk's first channel, first tile
+  int64_t row_stride, block_stride, chunk_begin;
+  const int32_t* x;  // [quad][row], all of K
+  const Piece* pieces;
+  int64_t piece_count;
+  const IntegerSegment* segments;
+  int64_t segment_count;
+  int64_t first_segment;        // of the chunk
+  const float* scale;           // [segment - first_segment][tile of strip][16], this first tile
+  const float* negated_offset;  // same shape, or null
+  const int32_t* code_sums;     // [tile][segment][16] from the first tile on, or null
+  const int32_t* start;         // [segment][row] -middle * sum(q - zero_x)
+  const float* row_sums;        // [segment][row] sum(q - zero_x)
+  const int32_t* zero_x;        // [x group][row]
+  const float* scale_x;         // [x group][row], or null to leave it to the end
+  int32_t* partial;             // [row][tile][16]
+  float* totals;                // [row][tile][16]
+};
+
+// Codes of quad J of a block, one byte each. block: the tile's part of the first row; stride: from
+// row to row.
+template <class Core, int Bits, int J>
+[[gnu::always_inline]] inline typename Core::Reg decode_quad(const uint8_t* block, int64_t stride) {
+  using Reg = typename Core::Reg;
+  if constexpr (Bits == 8) {
+    return Core::load(block + J * stride);
+  } else {
+    using Plane = Planes<Bits>;
+    constexpr int kMask = (1 << Bits) - 1;
+    Reg code{};
+    constexpr int64_t kTwo = Plane::four ? 4 : 0, kOne = kTwo + (Plane::two ? 2 : 0);  // first rows
+    if constexpr (Plane::four) {
+      code = Core::template place<plane_bit(4, J), 0>(Core::load(block + plane_row(4, J) * stride));
+    }
+    if constexpr (Plane::two) {
+      const Reg row = Core::load(block + (kTwo + plane_row(2, J)) * stride);
+      if constexpr (Plane::four) {
+        code = Core::template join<4>(code, Core::template place<plane_bit(2, J), 4>(row));
+      } else {
+        code = Core::template place<plane_bit(2, J), 0>(row);
+      }
+    }
+    if constexpr (Plane::one) {
+      constexpr int kAt = Bits - 1;
+      const Reg row = Core::load(block + kOne * stride);
+      if constexpr (kAt == 0) {
+        code = Core::template place<plane_bit(1, J), 0>(row);
+      } else {
+        code = Core::template join<kAt>(code, Core::template place<plane_bit(1, J), kAt>(row));
+      }
+    }
+    return Core::template keep<kMask>(code);
+  }
+}
+
+template <class Core, int Bits, bool Narrow, int Rows, int Tiles>
+struct Kernel {
+  static constexpr int kVectors = Core::kVectors;
+  using Reg = typename Core::Reg;
+  using Float = typename Core::Float;
+  using Sums = Reg[Rows][Tiles * kVectors];
+
+  template <int J>
+  [[gnu::always_inline]] static void step(const uint8_t* block, int64_t stride, const int32_t* x,
+                                          Sums& acc) {
+    Reg weights[Tiles * kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < Tiles * kVectors; ++v)
+      weights[v] = decode_quad<Core, Bits, J>(block + v * Core::kLanes * kQuad, stride);
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+      const auto activation = Core::template broadcast<Narrow>(x + r);
+#pragma GCC unroll 8
+      for (int v = 0; v < Tiles * kVectors; ++v)
+        acc[r][v] = Core::template dot<Narrow>(acc[r][v], weights[v], activation);
+    }
+  }
+
+  // One quad that is not known when compiling: where segments end inside a block.
+  static void odd_step(const KernelArgs& a, const uint8_t* block, int64_t quad, const int32_t* x,
+                       Sums& acc) {
+    if constexpr (Bits == 8) step<0>(block + quad * a.row_stride, 0, x, acc);
+  }
+
+  [[gnu::always_inline]] static void whole_blocks(const KernelArgs& a, int64_t count,
+                                                  const uint8_t*& block, const int32_t*& x,
+                                                  Sums& acc) {
+    // Known when compiling where a kernel takes whole strips.
+    const int64_t stride = Tiles == kStrip ? kStrip * kRowBytes : a.row_stride;
+    for (int64_t i = 0; i < count; ++i, block += a.block_stride, x += kQuads * Rows) {
+      step<0>(block, stride, x, acc);
+      step<1>(block, stride, x + Rows, acc);
+      step<2>(block, stride, x + 2 * Rows, acc);
+      step<3>(block, stride, x + 3 * Rows, acc);
+      step<4>(block, stride, x + 4 * Rows, acc);
+      step<5>(block, stride, x + 5 * Rows, acc);
+      step<6>(block, stride, x + 6 * Rows, acc);
+      step<7>(block, stride, x + 7 * Rows, acc);
+    }
+  }
+
+  static void begin_segment(const KernelArgs& a, int64_t s, Sums& acc) {
+    const int32_t* zero_x = a.zero_x + a.segments[s].x_group * Rows;
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+      const Reg start = Core::set(a.start[s * Rows + r]);
+#pragma GCC unroll 8
+      for (int v = 0; v < Tiles * kVectors; ++v) {
+        acc[r][v] = start;
+        if (a.code_sums == nullptr) continue;
+        const int32_t* sums = a.code_sums + (v / kVectors * a.segment_count + s) * kTile +
+                              v % kVectors * Core::kLanes;
+        acc[r][v] = Core::subtract(start, Core::multiply(Core::set(zero_x[r]), Core::load(sums)));
+      }
+    }
+  }
+
+  static void end_segment(const KernelArgs& a, int64_t s, Sums& acc) {
+    const int64_t at = (s - a.first_segment) * kStrip * kTile;
+    const float* scale_x =
+        a.scale_x == nullptr ? nullptr : a.scale_x + a.segments[s].x_group * Rows;
+#pragma GCC unroll 8
+    for (int v = 0; v < Tiles * kVectors; ++v) {
+      const int64_t lane = v * Core::kLanes;
+      const Float scale = Core::load(a.scale + at + lane);
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) {
+        Float value = Core::convert(acc[r][v]);
+        if (a.negated_offset != nullptr)
+          value = Core::fma(Core::set(a.row_sums[s * Rows + r]),
+                            Core::load(a.negated_offset + at + lane), value);
+        if (scale_x != nullptr) value = Core::multiply(value, Core::set(scale_x[r]));
+        float* total = a.totals + r * Tiles * kTile + lane;
+        Core::store(total, Core::fma(scale, value, Core::load(total)));
+      }
+    }
+  }
+
+  static void run(const KernelArgs& a) {
+    for (int64_t i = 0; i < a.piece_count; ++i) {
+      const Piece piece = a.pieces[i];
+      Sums acc;
+      if (piece.first) {
+        begin_segment(a, piece.segment, acc);
+      } else {
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+          for (int v = 0; v < Tiles * kVectors; ++v)
+            acc[r][v] = Core::load(a.partial + (r * Tiles * kVectors + v) * Core::kLanes);
+      }
+      const int64_t from = piece.begin - a.chunk_begin;
+      const uint8_t* block = a.weights + from / kBlock * a.block_stride;
+      const int32_t* x = a.x + piece.begin / kQuad * Rows;
+      int64_t left = (piece.end - piece.begin) / kQuad;
+      if (const int64_t inside = from % kBlock / kQuad; inside != 0) {
+        for (int64_t quad = inside; quad < kQuads && left > 0; ++quad, --left, x += Rows)
+          odd_step(a, block, quad, x, acc);
+        block += a.block_stride;
+      }
+      whole_blocks(a, left / kQuads, block, x, acc);
+      left %= kQuads;
+      for (int64_t quad = 0; quad < left; ++quad, x += Rows) odd_step(a, block, quad, x, acc);
+      if (piece.last) {
+        end_segment(a, piece.segment, acc);
+      } else {
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+          for (int v = 0; v < Tiles * kVectors; ++v)
+            Core::store(a.partial + (r * Tiles * kVectors + v) * Core::kLanes, acc[r][v]);
+      }
+    }
+  }
+};
+
+using KernelFunction = void (*)(const KernelArgs&);
+
+template <class Core, int Bits, bool Narrow, int Rows, int Tiles = Core::tiles(Rows)>
+KernelFunction kernel_for(int64_t tiles) {
+  // Only a strip that is cut short has fewer tiles, and its codes are decoded first.
+  if constexpr (Tiles > 1 && Bits == 8) {
+    if (tiles < Tiles) return kernel_for<Core, Bits, Narrow, Rows, Tiles - 1>(tiles);
+  }
+  return &Kernel<Core, Bits, Narrow, Rows, Tiles>::run;
+}
+
+template <class Core, int Bits, bool Narrow, int Rows = Core::kRows>
+KernelFunction kernel_for(int64_t rows, int64_t tiles) {
+  if constexpr (Rows > 1) {
+    if (rows < Rows) return kernel_for<Core, Bits, Narrow, Rows - 1>(rows, tiles);
+  }
+  return kernel_for<Core, Bits, Narrow, Rows>(tiles);
+}
+
+// bits: how codes lie in memory; narrow: whether they are below 128.
+template <class Core>
+KernelFunction kernel_for(int bits, bool narrow, int64_t rows, int64_t tiles) {
+  switch (bits) {
+    case 1:
+      return kernel_for<Core, 1, true>(rows, tiles);
+    case 2:
+      return kernel_for<Core, 2, true>(rows, tiles);
+    case 3:
+      return kernel_for<Core, 3, true>(rows, tiles);
+    case 4:
+      return kernel_for<Core, 4, true>(rows, tiles);
+    case 5:
+      return kernel_for<Core, 5, true>(rows, tiles);
+    case 6:
+      return kernel_for<Core, 6, true>(rows, tiles);
+    case 7:
+      return kernel_for<Core, 7, true>(rows, tiles);
+    default:
+      if constexpr (Core::kTellNarrow) {
+        if (narrow) return kernel_for<Core, 8, true>(rows, tiles);
+      }
+      return kernel_for<Core, 8, false>(rows, tiles);
+  }
+}
+
+template <class Core, int Bits, int... J>
+[[gnu::always_inline]] inline void decode_tile_block(const uint8_t* block, uint8_t* bytes,
+                                                     int64_t stride,
+                                                     std::integer_sequence<int, J...>) {
+  for (int64_t part = 0; part < kRowBytes; part += Core::kLanes * kQuad)
+    (Core::store(bytes + J * stride + part, decode_quad<Core, Bits, J>(block + part, stride)), ...);
+}
+
+// Decodes `blocks` blocks of a strip of `tiles` tiles to blocks of 8 bits.
+template <class Core, int Bits>
+void decode_strip(const uint8_t* packed, int64_t tiles, int64_t blocks, uint8_t* bytes) {
+  const int64_t stride = tiles * kRowBytes;
+  for (int64_t i = 0; i < blocks; ++i, packed += Bits * stride, bytes += kQuads * stride)
+    for (int64_t tile = 0; tile < tiles; ++tile)
+      decode_tile_block<Core, Bits>(packed + tile * kRowBytes, bytes + tile * kRowBytes, stride,
+                                    std::make_integer_sequence<int, kQuads>());
+}
+
+template <class Core>
+void decode_strip(int bits, const uint8_t* packed, int64_t tiles, int64_t blocks, uint8_t* bytes) {
+  switch (bits) {
+    case 1:
+      return decode_strip<Core, 1>(packed, tiles, blocks, bytes);
+    case 2:
+      return decode_strip<Core, 2>(packed, tiles, blocks, bytes);
+    case 3:
+      return decode_strip<Core, 3>(packed, tiles, blocks, bytes);
+    case 4:
+      return decode_strip<Core, 4>(packed, tiles, blocks, bytes);
+    case 5:
+      return decode_strip<Core, 5>(packed, tiles, blocks, bytes);
+    case 6:
+      return decode_strip<Core, 6>(packed, tiles, blocks, bytes);
+    default:
+      return decode_strip<Core, 7>(packed, tiles, blocks, bytes);
+  }
+}
+
+template <class Core>
+struct IntegerCall {
+  const IntegerProblem& p;
+  const Geometry& g;
+  const IntegerSegment* segments;
+  int64_t segment_count;
+  const Piece* pieces;
+  const int32_t* chunk_pieces;  // index of each chunk's first piece, chunk_count + 1 entries
+  int64_t chunk, chunks;
+  int64_t x_group_count;
+  bool direct;    // kernels decode packed codes themselves
+  bool offset;    // a zero-point term remains beside the middle
+  bool per_row;   // one activation scale for all of a row
+  int64_t row0;   // first row of x in the panels
+  Panels panels;  // of rows
+  // Of panel i, at begin(i) times what a row takes, [...][row of the panel]:
+  int32_t* x;       // [quad]
+  int32_t* start;   // [segment]
+  float* row_sums;  // [segment]
+  int32_t* zero_x;  // [x group]
+  float* scale_x;   // [x group]
+  int64_t panels_per_unit;
+
+  int64_t strips() const { return (g.tiles + kStrip - 1) / kStrip; }
+  int64_t panel_units() const { return (panels.count + panels_per_unit - 1) / panels_per_unit; }
+
+  void prepare(int64_t panel_begin, int64_t panel_end) const {
+    const int64_t row_bytes = 2 * g.padded_k * 4;
+    uint8_t* memory = static_cast<uint8_t*>(worker_arena().reserve(static_cast<size_t>(
+        row_bytes + g.padded_k + x_group_count * static_cast<int64_t>(sizeof(QuantizedGroup)))));
+    float* row = reinterpret_cast<float*>(memory);
+    QuantizedGroup* by = reinterpret_cast<QuantizedGroup*>(memory + row_bytes);
+    int8_t* q = reinterpret_cast<int8_t*>(by + x_group_count);
+    const auto middle = static_cast<int32_t>(p.linear.middle);
+    for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+      const int64_t rows = panels.rows(panel), begin = panels.begin(panel);
+      for (int64_t r = 0; r < rows; ++r) {
+        quantize_row(p, row0 + begin + r, row, row + g.padded_k, q, by);
+        int32_t* words = x + begin * (g.padded_k / kQuad) + r;
+        for (int64_t i = 0; i < g.padded_k / kQuad; ++i)
+          std::memcpy(words + i * rows, q + i * kQuad, kQuad);
+        for (int64_t i = 0; i < x_group_count; ++i) {
+          zero_x[begin * x_group_count + i * rows + r] = by[i].zero;
+          scale_x[begin * x_group_count + i * rows + r] = by[i].scale;
+        }
+        for (int64_t s = 0; s < segment_count; ++s) {
+          const int64_t length = segments[s].end - segments[s].begin;
+          const int32_t sum = sum_bytes(q + segments[s].begin, length) -
+                              static_cast<int32_t>(length) * by[segments[s].x_group].zero;
+          const int64_t at = begin * segment_count + s * rows + r;
+          // Modulo 2^32, as all these integers; only the sum of a segment need be in range.
+          start[at] =
+              static_cast<int32_t>(0u - static_cast<uint32_t>(middle) * static_cast<uint32_t>(sum));
+          row_sums[at] = static_cast<float>(sum);
+        }
+      }
+    }
+  }
+
+  void multiply_unit(int64_t unit) const {
+    const int64_t panel0 = unit % panel_units() * panels_per_unit;
+    const int64_t panel1 =
+        panel0 + panels_per_unit < panels.count ? panel0 + panels_per_unit : panels.count;
+    multiply(panel0, panel1, unit / panel_units() * kStrip);
+  }
+
+  // Panels [panel0, panel1) times the strip that begins with tile0.
+  void multiply(int64_t panel0, int64_t panel1, int64_t tile0) const {
+    const int64_t tiles = tile0 + kStrip < g.tiles ? kStrip : g.tiles - tile0;
+    const int64_t row_begin = panels.begin(panel0), rows = panels.begin(panel1) - row_begin;
+    const int bits = g.element.bits;
+    const bool decode = bits < 8 && (!direct || tiles < kStrip);
+    const int64_t slab_bytes = decode ? round_up(chunk, kBlock) * kStrip * kTile : 0;
+    const int64_t scale_floats = segments_per_chunk() * kStrip * kTile;
+    const int64_t total_floats = rows * tiles * kTile;
+    uint8_t* slab = static_cast<uint8_t*>(worker_arena().reserve(
+        static_cast<size_t>(slab_bytes + (2 * scale_floats + 2 * total_floats) * 4)));
+    float* scale = reinterpret_cast<float*>(slab + slab_bytes);
+    float* negated_offset = scale + scale_floats;
+    float* totals = negated_offset + scale_floats;
+    int32_t* partial = reinterpret_cast<int32_t*>(totals + total_floats);
+    std::memset(totals, 0, static_cast<size_t>(total_floats) * sizeof(float));
+
+    prefetch_scales(tile0 + kStrip);
+    KernelArgs args{};
+    args.segments = segments;
+    args.segment_count = segment_count;
+    for (int64_t c = 0; c < chunks; ++c) {
+      const int64_t k0 = c * chunk;
+      const int64_t width = g.padded_k - k0 < chunk ? g.padded_k - k0 : chunk;
+      args.pieces = pieces + chunk_pieces[c];
+      args.piece_count = chunk_pieces[c + 1] - chunk_pieces[c];
+      if (args.piece_count == 0) continue;
+      args.first_segment = args.pieces[0].segment;
+      args.chunk_begin = k0;
+      const uint8_t* packed = p.linear.packed + quads_at(g, tile0, k0);
+      if (decode) decode_strip<Core>(bits, packed, tiles, width / kBlock, slab);
+      const uint8_t* weights = decode ? slab : packed;
+      const int stored_bits = decode ? 8 : bits;
+      args.row_stride = tiles * kRowBytes;
+      args.block_stride = stored_bits * args.row_stride;
+      load_scales(args, tile0, tiles, scale, negated_offset);
+      for (int64_t panel = panel0; panel < panel1; ++panel) {
+        const int64_t begin = panels.begin(panel), height = panels.rows(panel);
+        args.x = x + begin * (g.padded_k / kQuad);
+        args.start = start + begin * segment_count;
+        args.row_sums = row_sums + begin * segment_count;
+        args.zero_x = zero_x + begin * x_group_count;
+        args.scale_x = per_row ? nullptr : scale_x + begin * x_group_count;
+        const int64_t step = Core::tiles(static_cast<int>(height));
+        for (int64_t t = 0; t < tiles; t += step) {
+          const int64_t wide = tiles - t < step ? tiles - t : step;
+          // Blocks of [row][tile] sums, one for each kernel.
+          const int64_t at = ((begin - row_begin) * tiles + t * height) * kTile;
+          args.weights = weights + t * kRowBytes;
+          args.scale = scale + t * kTile;
+          args.negated_offset = offset ? negated_offset + t * kTile : nullptr;
+          args.code_sums =
+              p.code_sums == nullptr ? nullptr : p.code_sums + (tile0 + t) * segment_count * kTile;
+          args.partial = partial + at;
+          args.totals = totals + at;
+          kernel_for<Core>(stored_bits, bits < 8, height, wide)(args);
+        }
+      }
+    }
+    for (int64_t panel = panel0; panel < panel1; ++panel)
+      store(panel, row_begin, tile0, tiles, totals);
+  }
+
+  // Scales of the next strip, while this one is read: their few lines would be waited for.
+  void prefetch_scales(int64_t tile0) const {
+    if (tile0 >= g.tiles) return;
+    const int64_t lanes = (tile0 + kStrip < g.tiles ? kStrip : g.tiles - tile0) * g.groups * kTile;
+    const auto fetch = [&](const void* data, Scalar type) {
+      if (data == nullptr) return;
+      const char* from = static_cast<const char*>(data) + tile0 * g.groups * kTile * size_of(type);
+      for (int64_t at = 0; at < lanes * size_of(type); at += kRowBytes)
+        __builtin_prefetch(from + at, 0, 2);
+    };
+    fetch(p.linear.scale, p.linear.scale_type);
+    fetch(p.linear.zero, p.linear.zero_type);
+  }
+
+  // An upper bound of the segments that touch one chunk.
+  int64_t segments_per_chunk() const {
+    int64_t most = 0;
+    for (int64_t c = 0; c < chunks; ++c)
+      if (chunk_pieces[c + 1] - chunk_pieces[c] > most)
+        most = chunk_pieces[c + 1] - chunk_pieces[c];
+    return most;
+  }
+
+  void load_scales(const KernelArgs& a, int64_t tile0, int64_t tiles, float* scale,
+                   float* negated_offset) const {
+    for (int64_t i = 0; i < a.piece_count; ++i)
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t group = segments[a.first_segment + i].group;
+        load_scale(p.linear, tile0 + t, group, scale + (i * kStrip + t) * kTile);
+        if (offset)
+          load_negated_offset(p.linear, tile0 + t, group,
+                              negated_offset + (i * kStrip + t) * kTile);
+      }
+  }
+
+  void store(int64_t panel, int64_t row_begin, int64_t tile0, int64_t tiles, float* totals) const {
+    const int64_t begin = panels.begin(panel), height = panels.rows(panel);
+    const int64_t step = Core::tiles(static_cast<int>(height));
+    for (int64_t t = 0; t < tiles; t += step) {
+      const int64_t wide = (tiles - t < step ? tiles - t : step) * kTile;
+      float* sums = totals + ((begin - row_begin) * tiles + t * height) * kTile;
+      for (int64_t r = 0; r < height; ++r, sums += wide) {
+        if (per_row) {
+          const float by = scale_x[begin * x_group_count + r];
+          for (int64_t i = 0; i < wide; ++i) sums[i] *= by;
+        }
+        store_row(p.linear, row0 + begin + r, (tile0 + t) * kTile, wide, sums);
+      }
+    }
+  }
+};
+
+// Channels per chunk: whole weight groups where that is possible, all of K for a single panel.
+inline int64_t chunk_of(const Geometry& g, int64_t panel_count) {
+  if (panel_count == 1) return g.padded_k;
+  if (g.padded_group % kBlock != 0 || g.padded_group > kIntegerChunk) return kIntegerChunk;
+  return kIntegerChunk / g.padded_group * g.padded_group;
+}
+
+// Fills pieces and chunk_pieces; returns whether every piece is whole blocks.
+inline bool make_pieces(const IntegerSegment* segments, int64_t segment_count, int64_t chunk,
+                        int64_t chunks, Piece* pieces, int32_t* chunk_pieces) {
+  bool whole = true;
+  int32_t count = 0;
+  int64_t s = 0;
+  for (int64_t c = 0; c < chunks; ++c) {
+    chunk_pieces[c] = count;
+    const int64_t begin = c * chunk, end = begin + chunk;
+    for (; s < segment_count && segments[s].begin < end; ++s) {
+      const IntegerSegment& segment = segments[s];
+      const int64_t from = segment.begin < begin ? begin : segment.begin;
+      const int64_t to = segment.end < end ? segment.end : end;
+      pieces[count++] = {static_cast<int32_t>(from), static_cast<int32_t>(to),
+                         static_cast<int32_t>(s), from == segment.begin, to == segment.end};
+      whole = whole && from % kBlock == 0 && to % kBlock == 0;
+      if (segment.end > end) break;
+    }
+  }
+  chunk_pieces[chunks] = count;
+  return whole;
+}
+
+// Hands out parts of one block of memory, each aligned to a cache line; without memory it only
+// counts.
+struct Carver {
+  uint8_t* memory;
+  int64_t used = 0;
+  template <class T>
+  T* take(int64_t count) {
+    T* part = memory == nullptr ? nullptr : reinterpret_cast<T*>(memory + used);
+    used += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return part;
+  }
+};
+
+template <class Core>
+void run_integer_linear(const IntegerProblem& p, const Parallel& parallel) {
+  const Geometry& g = p.linear.geometry;
+  if (p.linear.m == 0 || g.n == 0) return;
+  const int64_t activation_group = p.activation.group;
+  const int64_t segment_count = count_segments(g, activation_group);
+  const int64_t x_group_count = x_groups(g, activation_group);
+  const int64_t row_bytes = g.padded_k + 8 * (segment_count + x_group_count);
+  int64_t rows_at_once = kIntegerActivationBytes / row_bytes;
+  if (rows_at_once < Core::kRows) rows_at_once = Core::kRows;
+  if (rows_at_once > p.linear.m) rows_at_once = p.linear.m;
+
+  for (int64_t row0 = 0; row0 < p.linear.m; row0 += rows_at_once) {
+    const int64_t left = p.linear.m - row0;
+    const int64_t rows = left < rows_at_once ? left : rows_at_once;
+    const Panels panels(rows, Core::kRows);
+    const int64_t chunk = chunk_of(g, panels.count);
+    const int64_t chunks = (g.padded_k + chunk - 1) / chunk;
+
+    IntegerSegment* segments = nullptr;
+    Piece* pieces = nullptr;
+    int32_t *chunk_pieces = nullptr, *x = nullptr, *start = nullptr, *zero_x = nullptr;
+    float *row_sums = nullptr, *scale_x = nullptr;
+    const auto carve = [&](uint8_t* memory) {
+      Carver carver{memory};
+      segments = carver.take<IntegerSegment>(segment_count);
+      pieces = carver.take<Piece>(segment_count + chunks);
+      chunk_pieces = carver.take<int32_t>(chunks + 1);
+      x = carver.take<int32_t>(rows * (g.padded_k / kQuad));
+      start = carver.take<int32_t>(rows * segment_count);
+      row_sums = carver.take<float>(rows * segment_count);
+      zero_x = carver.take<int32_t>(rows * x_group_count);
+      scale_x = carver.take<float>(rows * x_group_count);
+      return carver.used;
+    };
+    const auto bytes = static_cast<size_t>(carve(nullptr));
+    carve(static_cast<uint8_t*>(call_arena().reserve(bytes)));
+    int64_t filled = 0;
+    for_each_segment(g, activation_group,
+                     [&](const IntegerSegment& segment) { segments[filled++] = segment; });
+    const bool whole = make_pieces(segments, segment_count, chunk, chunks, pieces, chunk_pieces);
+
+    IntegerCall<Core> call{p,
+                           g,
+                           segments,
+                           segment_count,
+                           pieces,
+                           chunk_pieces,
+                           chunk,
+                           chunks,
+                           x_group_count,
+                           whole && panels.count <= kDirectPanels,
+                           has_offset(p.linear),
+                           activation_group == 0,
+                           row0,
+                           panels,
+                           x,
+                           start,
+                           row_sums,
+                           zero_x,
+                           scale_x,
+                           kIntegerPanelsPerUnit};
+    while (call.panels_per_unit > 8 && call.panel_units() * call.strips() < 4 * parallel.threads)
+      call.panels_per_unit /= 2;
+
+    using Context = const IntegerCall<Core>;
+    const auto prepare = [](void* context, int64_t begin, int64_t end) {
+      static_cast<Context*>(context)->prepare(begin, end);
+    };
+    const auto multiply = [](void* context, int64_t begin, int64_t end) {
+      for (int64_t unit = begin; unit < end; ++unit)
+        static_cast<Context*>(context)->multiply_unit(unit);
+    };
+    if (panels.count == 1) {
+      prepare(&call, 0, 1);
+    } else {
+      parallel.run(panels.count, prepare, &call);
+    }
+    parallel.run(call.panel_units() * call.strips(), multiply, &call);
+  }
+}
+
+}  // namespace
+}  // namespace compressed_linear::cpu

@@ -1,0 +1,239 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <cmath>
+
+#include "counters.h"
+#include "cpu/int8_engine.h"
+#include "cpu/int8_pack.h"
+#include "cpu/pack.h"
+#include "op_arguments.h"
+#include "ops.h"
+
+namespace compressed_linear {
+namespace {
+
+int code_bits(const char* op, const std::string& element_name) {
+  const Element element = parse_element(op, element_name);
+  if (element.kind != Kind::integer)
+    fail(op, "element is '", element_name, "', expected uint1 to uint8");
+  return element.bits;
+}
+
+Geometry quads_of(const char* op, int64_t n, int64_t k, int64_t group_size, int bits) {
+  geometry_of(op, n, k, group_size, {Kind::integer, bits});  // checks the sizes
+  return cpu::make_quads_geometry(n, k, group_size, bits);
+}
+
+void check_activation_group(const char* op, const Geometry& g, int64_t activation_group) {
+  if (activation_group < 0)
+    fail(op, "activation_group is ", activation_group, ", expected 0 or a positive number");
+  const std::string why = cpu::why_not_grouped(g, activation_group);
+  if (!why.empty()) fail(op, why);
+}
+
+// The counter of one path, found by name the first time a thread asks for it.
+std::atomic<int64_t>& path_counter(const cpu::IntegerEngine& engine, int bits) {
+  struct Known {
+    const cpu::IntegerEngine* engine = nullptr;
+    std::atomic<int64_t>* counter = nullptr;
+  };
+  thread_local std::array<Known, 9> known;
+  Known& entry = known[static_cast<size_t>(bits)];
+  if (entry.engine != &engine)
+    entry = {&engine,
+             &counter("linear_int8/" + std::string(engine.isa) + "/uint" + std::to_string(bits))};
+  return *entry.counter;
+}
+
+}  // namespace
+
+int64_t packed_tile_bytes_int8(int64_t k, int64_t group_size, std::string element) {
+  constexpr const char* op = "packed_tile_bytes_int8";
+  return quads_of(op, 0, k, group_size, code_bits(op, element)).tile_bytes();
+}
+
+void pack_rows_int8(Tensor packed, Tensor rows, int64_t row_start, int64_t n, int64_t group_size,
+                    std::string element) {
+  constexpr const char* op = "pack_rows_int8";
+  const int bits = code_bits(op, element);
+  check_plain(op, "rows", rows);
+  check_type(op, "rows", rows, ScalarType::Byte);
+  if (rows.dim() != 2) fail(op, "rows has shape ", shape_text(rows), ", expected [rows, k]");
+  const Geometry g = quads_of(op, n, rows.size(1), group_size, bits);
+  check_packed(op, packed, g);
+  const int64_t row_end = row_start + rows.size(0);
+  if (row_start < 0 || row_start % cpu::kTile != 0)
+    fail(op, "row_start is ", row_start, ", expected a multiple of ", cpu::kTile);
+  if (row_end > n || (row_end % cpu::kTile != 0 && row_end != n))
+    fail(op, "rows end at ", row_end, ", expected a multiple of ", cpu::kTile, " or n = ", n);
+  const uint8_t* codes = static_cast<const uint8_t*>(rows.const_data_ptr());
+  uint32_t seen = 0;
+  for (int64_t i = 0; i < rows.numel(); ++i) seen |= codes[i];
+  if (seen >> bits != 0) fail(op, "rows holds codes of more than ", bits, " bits");
+  uint8_t* to = static_cast<uint8_t*>(packed.mutable_data_ptr());
+  if (row_start == 0) cpu::advise_huge_pages(to, packed.numel());
+  // Whole strips, since their tiles alternate row by row in memory.
+  const int64_t tile_begin = row_start / cpu::kTile;
+  const int64_t tile_end = (row_end + cpu::kTile - 1) / cpu::kTile;
+  const int64_t strip_begin = tile_begin / cpu::kStrip;
+  const int64_t strip_end = (tile_end + cpu::kStrip - 1) / cpu::kStrip;
+  parallel_tiles(strip_begin, strip_end, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * cpu::kStrip < tile_begin ? tile_begin : begin * cpu::kStrip;
+    const int64_t last = end * cpu::kStrip < tile_end ? end * cpu::kStrip : tile_end;
+    cpu::pack_quads(g, codes, row_start, row_end, first, last, to);
+  });
+  counter("pack_rows_int8/" + element) += 1;
+}
+
+Tensor unpack_rows_int8(Tensor packed, int64_t n, int64_t k, int64_t group_size,
+                        std::string element) {
+  constexpr const char* op = "unpack_rows_int8";
+  const Geometry g = quads_of(op, n, k, group_size, code_bits(op, element));
+  check_packed(op, packed, g);
+  const std::array<int64_t, 2> shape = {n, k};
+  Tensor rows = torch::stable::new_empty(packed, {shape.data(), 2}, ScalarType::Byte);
+  const uint8_t* from = static_cast<const uint8_t*>(packed.const_data_ptr());
+  uint8_t* to = static_cast<uint8_t*>(rows.mutable_data_ptr());
+  parallel_tiles(0, g.tiles,
+                 [&](int64_t begin, int64_t end) { cpu::unpack_quads(g, from, begin, end, to); });
+  counter("unpack_rows_int8/" + element) += 1;
+  return rows;
+}
+
+Tensor code_sums_int8(Tensor packed, int64_t n, int64_t k, int64_t group_size, std::string element,
+                      int64_t activation_group) {
+  constexpr const char* op = "code_sums_int8";
+  const Geometry g = quads_of(op, n, k, group_size, code_bits(op, element));
+  check_packed(op, packed, g);
+  check_activation_group(op, g, activation_group);
+  const int64_t segments = cpu::count_segments(g, activation_group);
+  const std::array<int64_t, 3> shape = {g.tiles, segments, cpu::kTile};
+  Tensor sums = torch::stable::new_empty(packed, {shape.data(), 3}, ScalarType::Int);
+  const uint8_t* from = static_cast<const uint8_t*>(packed.const_data_ptr());
+  int32_t* to = static_cast<int32_t*>(sums.mutable_data_ptr());
+  parallel_tiles(0, g.tiles, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile)
+      cpu::sum_codes(g, activation_group, from, tile, to + tile * segments * cpu::kTile);
+  });
+  counter("code_sums_int8/" + element) += 1;
+  return sums;
+}
+
+Tensor linear_int8(Tensor x, Tensor packed, std::optional<Tensor> scale, std::optional<Tensor> zero,
+                   std::optional<Tensor> row_scale, std::optional<Tensor> bias,
+                   std::optional<Tensor> perm, std::optional<Tensor> prescale,
+                   std::optional<Tensor> input_scale, std::optional<Tensor> input_zero,
+                   std::optional<Tensor> code_sums, int64_t n, int64_t k, int64_t group_size,
+                   std::string element, int64_t element_bias, bool symmetric,
+                   int64_t activation_group, double maximum, ScalarType out_dtype) {
+  constexpr const char* op = "linear_int8";
+  const int bits = code_bits(op, element);
+  cpu::IntegerProblem problem{};
+  cpu::Problem& p = problem.linear;
+  p.geometry = quads_of(op, n, k, group_size, bits);
+  const Geometry& g = p.geometry;
+  check_packed(op, packed, g);
+  p.packed = static_cast<const uint8_t*>(packed.const_data_ptr());
+
+  if (!x.is_cpu()) fail(op, "x is not on the CPU");
+  if (x.dim() != 2) fail(op, "x has shape ", shape_text(x), ", expected [m, k]");
+  p.m = x.size(0);
+  p.x = x.const_data_ptr();
+  p.x_type = float_type(op, "x", x.scalar_type());
+  p.x_row_stride = x.stride(0);
+  p.x_column_stride = x.stride(1);
+  if (perm.has_value()) {
+    check_plain(op, "perm", *perm);
+    check_type(op, "perm", *perm, ScalarType::Int);
+    check_shape<1>(op, "perm", *perm, {k});
+    p.perm = static_cast<const int32_t*>(perm->const_data_ptr());
+    check_perm(op, p.perm, k, x.size(1));
+  } else if (x.size(1) != k) {
+    fail(op, "x has shape ", shape_text(x), ", expected [m, ", k, "]");
+  }
+
+  const std::array<int64_t, 3> tiled = {g.tiles, g.groups, cpu::kTile};
+  if (scale.has_value()) {
+    check_plain(op, "scale", *scale);
+    check_shape<3>(op, "scale", *scale, tiled);
+    p.scale = scale->const_data_ptr();
+    p.scale_type = scale_type(op, "scale", scale->scalar_type());
+  }
+  if (zero.has_value()) {
+    check_plain(op, "zero", *zero);
+    check_shape<3>(op, "zero", *zero, tiled);
+    p.zero = zero->const_data_ptr();
+    p.zero_type = float_type(op, "zero", zero->scalar_type());
+  }
+  if (row_scale.has_value()) {
+    check_plain(op, "row_scale", *row_scale);
+    check_type(op, "row_scale", *row_scale, ScalarType::Float);
+    check_shape<1>(op, "row_scale", *row_scale, {n});
+    p.row_scale = static_cast<const float*>(row_scale->const_data_ptr());
+  }
+  if (prescale.has_value()) {
+    check_plain(op, "prescale", *prescale);
+    check_type(op, "prescale", *prescale, ScalarType::Float);
+    check_shape<1>(op, "prescale", *prescale, {k});
+    p.prescale = static_cast<const float*>(prescale->const_data_ptr());
+  }
+  if (bias.has_value()) {
+    check_plain(op, "bias", *bias);
+    check_shape<1>(op, "bias", *bias, {n});
+    p.bias = bias->const_data_ptr();
+    p.bias_type = float_type(op, "bias", bias->scalar_type());
+  }
+  const int64_t largest = int64_t{1} << bits;
+  if (element_bias < 0 || element_bias > largest)
+    fail(op, "element_bias is ", element_bias, ", expected 0 to ", largest);
+  // Beside zero points, codes count from the middle: what is added and taken away stays small.
+  p.middle = static_cast<float>(zero.has_value() ? largest / 2 : element_bias);
+  p.offset = static_cast<float>(element_bias) - p.middle;
+
+  cpu::ActivationRule& rule = problem.activation;
+  check_activation_group(op, g, activation_group);
+  rule.group = activation_group >= k ? 0 : activation_group;
+  rule.symmetric = symmetric;
+  rule.dynamic = !input_scale.has_value();
+  if (!(maximum > 0) || !std::isfinite(maximum))
+    fail(op, "maximum is ", maximum, ", expected a positive number");
+  rule.maximum = static_cast<float>(maximum);
+  if (input_scale.has_value()) {
+    check_plain(op, "input_scale", *input_scale);
+    check_type(op, "input_scale", *input_scale, ScalarType::Float);
+    check_shape<1>(op, "input_scale", *input_scale, {1});
+    rule.scale = *static_cast<const float*>(input_scale->const_data_ptr());
+  }
+  if (input_zero.has_value() != (input_scale.has_value() && !symmetric))
+    fail(op, "input_zero is ", input_zero.has_value() ? "given" : "missing",
+         ", expected one where static scales are not symmetric");
+  if (input_zero.has_value()) {
+    check_plain(op, "input_zero", *input_zero);
+    check_type(op, "input_zero", *input_zero, ScalarType::Int);
+    check_shape<1>(op, "input_zero", *input_zero, {1});
+    rule.zero = *static_cast<const int32_t*>(input_zero->const_data_ptr());
+    if (rule.zero < -128 || rule.zero > 127)
+      fail(op, "input_zero is ", rule.zero, ", expected -128 to 127");
+  }
+  if (code_sums.has_value() == symmetric)
+    fail(op, "code_sums are ", symmetric ? "given" : "missing",
+         ", expected for x with zero points and only there");
+  if (code_sums.has_value()) {
+    check_plain(op, "code_sums", *code_sums);
+    check_type(op, "code_sums", *code_sums, ScalarType::Int);
+    check_shape<3>(op, "code_sums", *code_sums,
+                   {g.tiles, cpu::count_segments(g, rule.group), cpu::kTile});
+    problem.code_sums = static_cast<const int32_t*>(code_sums->const_data_ptr());
+  }
+
+  p.out_type = float_type(op, "out_dtype", out_dtype);
+  const std::array<int64_t, 2> shape = {p.m, n};
+  Tensor out = torch::stable::new_empty(x, {shape.data(), 2}, out_dtype);
+  p.out = out.mutable_data_ptr();
+
+  const cpu::IntegerEngine& engine = cpu::integer_engine();
+  engine.linear(problem, {&run_parallel, static_cast<int64_t>(torch::stable::get_num_threads())});
+  path_counter(engine, bits) += 1;
+  return out;
+}
+
+}  // namespace compressed_linear

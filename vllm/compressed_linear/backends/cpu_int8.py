@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CPU kernels that multiply integer weights with 8-bit integer activations.
+
+``cpu_int8`` runs layers whose activations the checkpoint quantises to int8. ``cpu_int8_fast`` runs
+layers with plain activations the same way: it rounds x to int8 in groups of 32 channels although
+nobody asked for it, which is another numerical contract, so it is only taken where it is named.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from vllm.compressed_linear import native
+from vllm.compressed_linear.backend import Capabilities, QuantLinearMethod
+from vllm.compressed_linear.backends.tiles import put_tiles, scale_dtype, zero_dtype
+from vllm.compressed_linear.cost import roofline
+from vllm.compressed_linear.descriptor import ActivationSpec, CompressedLinearDescriptor
+from vllm.compressed_linear.numerics import INT8, torch_dtype
+from vllm.compressed_linear.platform import NATIVE_LIBRARY, Platform
+from vllm.compressed_linear.settings import CPU_ISA
+from vllm.compressed_linear.weights import CompressedWeights
+
+
+@dataclass(frozen=True)
+class _Speed:
+    """Of one core: the share that multiplying reaches of the machine's best rate of ``arithmetic``,
+    with one scale of x for a token and with one for 32 channels, and codes below 8 bits decoded a
+    second. Measured on a Zen 4 core."""
+
+    arithmetic: str
+    efficiency: float
+    grouped: float
+    decoded: float
+
+
+_SPEEDS = {
+    "avx512vnni": _Speed("int8", 0.9, 0.6, 60e9),
+    "avxvnni": _Speed("int8", 0.8, 0.5, 60e9),
+    "avx512bw": _Speed("int8", 0.4, 0.3, 60e9),
+    "avx2": _Speed("int8", 0.4, 0.3, 30e9),
+    "generic": _Speed("fp32", 0.05, 0.05, 1e9),
+}
+_CALL_SECONDS = 5e-6
+
+QUAD = 4
+"""Input channels that a byte dot product takes at once; groups begin at a multiple of it."""
+
+
+class CpuInt8Backend(QuantLinearMethod):
+    """Integer kernels on the packed layout of ``csrc/cpu/int8_layout.h``.
+
+    Prepared tensors (T = ceil(N / 16) tiles): ``packed`` uint8 [T, bytes]; ``scale`` and ``zero``
+    [T, G, 16]; ``row_scale`` float32 [N]; ``prescale`` float32 [K]; ``perm`` int32 [K];
+    ``input_scale`` float32 [1] and ``input_zero`` int32 [1] of static activations; ``code_sums``
+    int32 [T, segments, 16] for asymmetric ones. Only ``packed`` and ``scale`` are always there.
+    """
+
+    name = "cpu_int8"
+    batch_invariant = True
+    capabilities = Capabilities(
+        devices=frozenset({"cpu"}),
+        integer_bits=frozenset(range(1, 9)),
+        granularities=frozenset({"tensor", "channel", "group", "block"}),
+        zero_kinds=frozenset({"integer", "float"}),
+        channel_order=True,
+        padded_order=True,
+        row_scale=True,
+        prescale=True,
+        activations=frozenset(
+            ActivationSpec(INT8, dynamic, granularity, symmetric, group).kind
+            for dynamic, granularity, group in (
+                (True, "token", -1),
+                (True, "group", 32),
+                (False, "tensor", -1),
+            )
+            for symmetric in (True, False)
+        ),
+        required_ops=(NATIVE_LIBRARY,),
+    )
+
+    def __init__(self, descriptor: CompressedLinearDescriptor) -> None:
+        super().__init__(descriptor)
+        # Made here because the compiler may hold numbers symbolic, and a string must not be.
+        self.element = f"uint{descriptor.weight.element.bits}"
+        self.output_dtype = torch_dtype(descriptor.output_dtype)
+
+    @classmethod
+    def _activation(cls, descriptor: CompressedLinearDescriptor) -> ActivationSpec | None:
+        """How x is quantised."""
+        return descriptor.activation
+
+    @classmethod
+    def further_reasons(
+        cls, descriptor: CompressedLinearDescriptor, platform: Platform
+    ) -> Iterable[str]:
+        if descriptor.k == 0:
+            yield "no input channels (K = 0)"
+        activation = cls._activation(descriptor)
+        if activation is None:
+            yield "activations that are not quantised (supported: int8)"
+        elif activation.granularity == "group" and activation.group_size < descriptor.k:
+            size, group = activation.group_size, descriptor.group_size
+            if size % QUAD:
+                yield f"activations in groups of {size} (supported: multiples of {QUAD})"
+            if descriptor.groups > 1 and group % QUAD and size % group:
+                yield (
+                    f"activations in groups of {size} beside weights in groups of {group} "
+                    f"(supported: multiples of these, or weights in groups of a multiple of {QUAD})"
+                )
+
+    @classmethod
+    def variant(cls, descriptor: CompressedLinearDescriptor, platform: Platform) -> str:
+        forced = os.environ.get(CPU_ISA)
+        if forced and platform == Platform.detect():
+            return native.isa_int8()
+        if {"avx512", "avx512_vnni"} <= platform.features:
+            return "avx512vnni"
+        if "avx_vnni" in platform.features:
+            return "avxvnni"
+        if "avx512" in platform.features:
+            return "avx512bw"
+        return "avx2" if "avx2" in platform.features else "generic"
+
+    @classmethod
+    def seconds(cls, descriptor: CompressedLinearDescriptor, platform: Platform, m: int) -> float:
+        d, weight = descriptor, descriptor.weight
+        activation = cls._activation(d)
+        assert activation is not None
+        speed = _SPEEDS[cls.variant(d, platform)]
+        read = d.n * d.k * weight.element.bits / 8
+        for dtype in (scale_dtype(d), zero_dtype(d)):
+            read += 0 if dtype is None else d.n * d.groups * dtype.itemsize
+        narrow = weight.element.bits < 8
+        return roofline(
+            platform,
+            read_bytes=read,
+            operations=2.0 * m * d.n * d.k,
+            arithmetic=speed.arithmetic,
+            efficiency=speed.grouped if activation.granularity == "group" else speed.efficiency,
+            decode_seconds=d.n * d.k / (speed.decoded * platform.threads) if narrow else 0.0,
+            call_seconds=_CALL_SECONDS,
+        )
+
+    def prep_weights_for_execution(self, weights: CompressedWeights) -> dict[str, torch.Tensor]:
+        native.load()
+        ops = torch.ops.compressed_linear
+        d = self.descriptor
+        activation = self._activation(d)
+        assert activation is not None
+        tiles = -(-d.n // native.TILE)
+        tile_bytes = ops.packed_tile_bytes_int8(d.k, d.group_size, self.element)
+        tensors = {"packed": torch.empty(tiles, tile_bytes, dtype=torch.uint8)}
+        for name, dtype in (("scale", scale_dtype(d)), ("zero", zero_dtype(d))):
+            if dtype is not None:
+                tensors[name] = torch.zeros(tiles, d.groups, native.TILE, dtype=dtype)
+        for start, stop in weights.chunks(native.TILE):
+            rows = weights.rows(start, stop)
+            codes = rows.codes.contiguous()
+            ops.pack_rows_int8(tensors["packed"], codes, start, d.n, d.group_size, self.element)
+            for name, values in (("scale", rows.scale), ("zero", rows.zero)):
+                if name in tensors and values is not None:
+                    put_tiles(tensors[name], values, start, f"{name} of {d}")
+        if weights.permutation is not None:
+            tensors["perm"] = weights.permutation.to(torch.int32).contiguous()
+        for name in ("row_scale", "prescale"):
+            numbers = getattr(weights, name)
+            if numbers is not None:
+                tensors[name] = numbers.clone(memory_format=torch.contiguous_format)
+        if activation.needs_scale:
+            assert weights.input_scale is not None
+            tensors["input_scale"] = weights.input_scale.to(torch.float32).reshape(1).clone()
+        if activation.needs_zero:
+            assert weights.input_zero is not None
+            tensors["input_zero"] = weights.input_zero.to(torch.int32).reshape(1).clone()
+        if not activation.symmetric:
+            tensors["code_sums"] = ops.code_sums_int8(
+                tensors["packed"], d.n, d.k, d.group_size, self.element, _channels(activation)
+            )
+        return tensors
+
+    def apply(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        d = self.descriptor
+        activation = self._activation(d)
+        assert activation is not None
+        out = torch.ops.compressed_linear.linear_int8(
+            x.reshape(-1, x.shape[-1]),
+            tensors["packed"],
+            tensors.get("scale"),
+            tensors.get("zero"),
+            tensors.get("row_scale"),
+            bias,
+            tensors.get("perm"),
+            tensors.get("prescale"),
+            tensors.get("input_scale"),
+            tensors.get("input_zero"),
+            tensors.get("code_sums"),
+            d.n,
+            d.k,
+            d.group_size,
+            self.element,
+            d.weight.element.bias,
+            activation.symmetric,
+            _channels(activation),
+            activation.maximum,
+            self.output_dtype,
+        )
+        return out.reshape(*x.shape[:-1], d.out_features)
+
+
+def _channels(activation: ActivationSpec) -> int:
+    """Channels that share a scale of x, 0 for all of a token."""
+    return activation.group_size if activation.granularity == "group" else 0
+
+
+class CpuInt8FastBackend(CpuInt8Backend):
+    """The same kernels for layers whose activations are not quantised.
+
+    x is rounded to int8 in groups of 32 channels, as llama.cpp does for its quantised weights, so
+    each x̂ is off by up to max|x| / 254 of its group.
+    """
+
+    name = "cpu_int8_fast"
+    capabilities = Capabilities(
+        devices=CpuInt8Backend.capabilities.devices,
+        integer_bits=CpuInt8Backend.capabilities.integer_bits,
+        granularities=CpuInt8Backend.capabilities.granularities,
+        zero_kinds=CpuInt8Backend.capabilities.zero_kinds,
+        channel_order=True,
+        padded_order=True,
+        row_scale=True,
+        prescale=True,
+        required_ops=(NATIVE_LIBRARY,),
+    )
+
+    @classmethod
+    def own_activation(cls, descriptor: CompressedLinearDescriptor) -> ActivationSpec | None:
+        return ActivationSpec(INT8, True, "group", group_size=32)
+
+    @classmethod
+    def _activation(cls, descriptor: CompressedLinearDescriptor) -> ActivationSpec | None:
+        return cls.own_activation(descriptor)
