@@ -69,7 +69,7 @@ test: setup
 lint: $(ENVIRONMENT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy vllm/compressed_linear setup.py scripts examples/gemma
+	$(BIN)/mypy vllm/compressed_linear setup.py scripts examples/gemma benchmarks
 	$(if $(CXX_FILES),$(BIN)/clang-format --dry-run -Werror $(CXX_FILES))
 
 test-unit: setup
@@ -93,7 +93,7 @@ serve: setup
 	@exec $(BIN)/vllm serve '$(MODEL)' --host 127.0.0.1 --shutdown-timeout 10 $(ARGS)
 
 bench: setup
-	$(BIN)/python benchmarks/linear.py $(ARGS)
+	$(BIN)/python -m benchmarks.linear $(ARGS)
 
 $(DOCS_TOOLS): $(ENVIRONMENT)
 	$(BIN)/python scripts/requirements.py docs > $(VENV)/docs-requirements.txt
