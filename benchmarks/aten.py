@@ -28,9 +28,9 @@ def int4(problem: Problem) -> Contender:
     ops, group = torch.ops.aten, problem.descriptor.group_size
     standard = to_standard_layout(problem.descriptor, problem.weights)
     assert standard.scale is not None
+    scale = standard.scale.t().contiguous()
 
     def prepare() -> Tensors:
-        scale = standard.scale.t().contiguous()
         return {
             "packed": ops._convert_weight_to_int4pack_for_cpu(standard.codes.int(), 2),
             "scale_zero": torch.stack([scale, torch.zeros_like(scale)], 2).contiguous(),

@@ -43,10 +43,12 @@ EXACT, LOOSE = 0.02, 0.06
 class Contestant(Timeable, Protocol):
     """What ``run`` needs of ``Contender`` and ``RemoteContender``."""
 
-    name: str
-    weight_bytes: int
-    tolerance: float
-
+    @property
+    def name(self) -> str: ...
+    @property
+    def weight_bytes(self) -> int: ...
+    @property
+    def tolerance(self) -> float: ...
     def output(self, x: torch.Tensor) -> torch.Tensor: ...
 
 

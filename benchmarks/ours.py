@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 
 import torch
 
-from benchmarks.contender import Contender, nbytes
+from benchmarks.contender import Contender, Tensors, nbytes
 from benchmarks.schemes import Scheme
 from benchmarks.timing import Elapsed, in_turns, timed
 from vllm.compressed_linear import registry
+from vllm.compressed_linear.backend import QuantLinearMethod
 from vllm.compressed_linear.platform import Platform
 from vllm.compressed_linear.testing import Problem
 
@@ -36,12 +38,18 @@ def able(problem: Problem) -> tuple[dict[str, str], dict[str, str]]:
     return can, cannot
 
 
+def _applied(
+    backend: QuantLinearMethod,
+) -> Callable[[torch.Tensor, Tensors], torch.Tensor]:
+    return lambda x, tensors: backend.apply(tensors, x)
+
+
 def contender(problem: Problem, name: str, variant: str) -> Contender:
     """Backend ``name``, which can compute ``problem``."""
     backend = registry.backends()[name].backend(problem.descriptor)
     return Contender.prepared(
         f"ours, {name}" + (f" ({variant})" if variant else ""),
-        lambda x, tensors: backend.apply(tensors, x),
+        _applied(backend),
         lambda: backend.prep_weights_for_execution(problem.weights),
         # Quantised activations are checked by the conformance kit; here only against a mix-up.
         tolerance=0.02 if problem.descriptor.activation is None else 0.06,
@@ -59,7 +67,7 @@ def cached_rate(scheme: Scheme, name: str, seconds: float) -> float:
         problem = scheme.problem(n, CACHED_K)
         backend = registry.backends()[name].backend(problem.descriptor)
         tensors = backend.prep_weights_for_execution(problem.weights)
-        layers.append(Contender(name, lambda x, t, b=backend: b.apply(t, x), (tensors,)))
+        layers.append(Contender(name, _applied(backend), (tensors,)))
     x = problem.activations(1)
     small, large = (
         statistics.median(t.counted for t in times)

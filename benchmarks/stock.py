@@ -22,7 +22,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -67,9 +67,10 @@ def _groups() -> None:
 
 
 def _scheme_layer(
-    scheme: Any, tensors: Tensors, n: int, k: int, dtype: torch.dtype
+    scheme: Any, tensors: Tensors, shape: Sequence[int], dtype: torch.dtype
 ) -> torch.nn.Module:
     """A layer as vLLM's scheme class of compressed-tensors makes and loads it."""
+    n, k = shape
     layer = torch.nn.Module()
     layer.register_parameter("bias", None)
     scheme.create_weights(
@@ -96,7 +97,7 @@ def _wna16(tensors: Tensors, dtype: torch.dtype, bits: int) -> Built:
     scheme = CompressedTensorsWNA16(
         strategy="group", num_bits=bits, group_size=k // tensors["weight_scale"].shape[1]
     )
-    layer = _scheme_layer(scheme, tensors, n, k, dtype)
+    layer = _scheme_layer(scheme, tensors, (n, k), dtype)
     return layer, lambda x: scheme.apply_weights(layer, x, None), type(scheme.kernel).__name__
 
 
@@ -106,7 +107,7 @@ def _int8(tensors: Tensors, dtype: torch.dtype, bits: int) -> Built:
     )
 
     scheme = CompressedTensorsW8A8Int8("channel", False, True)
-    layer = _scheme_layer(scheme, tensors, *tensors["weight"].shape, dtype)
+    layer = _scheme_layer(scheme, tensors, tensors["weight"].shape, dtype)
     return layer, lambda x: scheme.apply_weights(layer, x, None), type(scheme.kernel).__name__
 
 
@@ -118,22 +119,27 @@ def _fp8(tensors: Tensors, dtype: torch.dtype, bits: int) -> Built:
 
     weights = QuantizationArgs(num_bits=8, type="float", strategy="channel", symmetric=True)
     scheme = CompressedTensorsW8A8Fp8(weights, False)
-    layer = _scheme_layer(scheme, tensors, *tensors["weight"].shape, dtype)
+    layer = _scheme_layer(scheme, tensors, tensors["weight"].shape, dtype)
     return layer, lambda x: scheme.apply_weights(layer, x, None), type(scheme.fp8_linear).__name__
+
+
+DENSE_OPS = ("onednn_mm", "zentorch_linear", "weight_packed_linear")
+"""What the function that vLLM puts on an unquantized layer may call."""
 
 
 def _dense(tensors: Tensors, dtype: torch.dtype, bits: int) -> Built:
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
-    layer = torch.nn.Module()
+    layer: Any = torch.nn.Module()
     layer.register_parameter("bias", None)
     layer.weight = torch.nn.Parameter(tensors["weight"].clone(), requires_grad=False)
     dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
-    code = layer.cpu_linear.__code__
-    name = next(
-        (n for n in code.co_names if n.startswith(("onednn", "zentorch_l", "weight_p"))), ""
+    names = [n for n in layer.cpu_linear.__code__.co_names if n.startswith(DENSE_OPS)]
+    return (
+        layer,
+        lambda x: layer.cpu_linear(x, layer.weight, None),
+        names[0] if names else "F.linear",
     )
-    return layer, lambda x: layer.cpu_linear(x, layer.weight, None), name or "F.linear"
 
 
 KINDS: dict[str, Callable[[Tensors, torch.dtype, int], Built]] = {
