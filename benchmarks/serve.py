@@ -35,7 +35,7 @@ def show(report: dict[str, Any], console: Console) -> None:
     """The record as a table."""
     table = Table(title=f"{report['title']}, {report['machine']['cpu']}", title_justify="left")
     table.add_column("engine")
-    heads = ("start s", "first token ms", "prefill tokens/s")
+    heads = ("start s", "again s", "first token ms", "prefill tokens/s")
     for head in (*heads, *(f"tokens/s, {s} streams" for s in STREAMS), "peak MB"):
         table.add_column(head, justify="right")
     for engine in report["engines"].values():
@@ -46,6 +46,7 @@ def show(report: dict[str, Any], console: Console) -> None:
         table.add_row(
             engine["name"],
             f"{engine['start_s']:.1f}",
+            f"{engine['start_again_s']:.1f}" if "start_again_s" in engine else "",
             f"{engine['first_token_s'] * 1e3:.0f}",
             f"{engine['prefill_tokens_per_s']:.0f}",
             *(f"{decode[str(s)]:.1f}" for s in STREAMS),
