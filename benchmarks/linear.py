@@ -85,12 +85,12 @@ def vllm_contestants(
     found: dict[str, Contestant] = {}
     refused: dict[str, str] = {}
     if not scheme.stock:
-        return found, {"vllm": "vLLM has no layer of this kind"}
+        return found, {"vllm": "vLLM has no kernel for CPUs that takes such weights"}
     for key, process in processes.items():
         if name not in ALONE.get(key, (name,)):
             continue
         exact = problem.descriptor.activation is None and (name, key) != ("w4", "zentorch")
-        tolerance = EXACT if exact and name != "fp8" else LOOSE
+        tolerance = EXACT if exact else LOOSE
         try:
             found[key] = RemoteContender(process, scheme.stock, problem, tolerance)
         except CannotRunError as error:
@@ -150,6 +150,7 @@ def run(name: str, processes: dict[str, Vllm], arguments: argparse.Namespace) ->
         "scheme": name,
         "title": scheme.title,
         "descriptor": str(problem.descriptor),
+        "integer": scheme.integer,
         "n": arguments.n,
         "k": arguments.k,
         "threads": arguments.threads,

@@ -39,8 +39,8 @@ def share_of_limit(report: Report, result: dict[str, Any], m: int) -> float | No
     if m == 1:
         return found["weight_gb_per_s"] / decode_limit(report, result)
     if m >= 64:
-        int8 = report["scheme"] in ("w8a8", "w4a8")
-        best = report["limits"]["int8_gemm_gop_per_s" if int8 else "bf16_gemm_gflop_per_s"]
+        rate = "int8_gemm_gop_per_s" if report["integer"] else "bf16_gemm_gflop_per_s"
+        best = report["limits"][rate]
         return found["gflop_per_s"] / best
     return None
 
