@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.contender import copies_for, nbytes
 from benchmarks.machine import ROOT
 from benchmarks.timing import Elapsed
 from vllm.compressed_linear.layout import Packing, pack
@@ -116,17 +117,19 @@ class RemoteContender:
         self._vllm = vllm
         self._x: torch.Tensor | None = None
         file = vllm.scratch / "weights.safetensors"
-        save_file(checkpoint_tensors(kind, problem), file)
+        tensors = checkpoint_tensors(kind, problem)
+        save_file(tensors, file)
+        self.weight_bytes = nbytes(tensors)
         built = vllm.ask(
             {
                 "build": kind,
                 "file": str(file),
                 "dtype": problem.descriptor.input_dtype,
                 "bits": problem.case.element.bits,
+                "copies": copies_for(self.weight_bytes),
             }
         )
         self.name = f"{vllm.label}, {built['name']}"
-        self.weight_bytes = int(built["bytes"])
 
     def _send(self, x: torch.Tensor) -> None:
         if x is not self._x:

@@ -6,8 +6,8 @@
 vLLM's scheme classes make, load and run the layer, so vLLM itself decides on the kernel; started
 by the Python of an environment that has zentorch, it decides as it does there. Commands:
 
-* ``{"build": KIND, "file": FILE, "dtype": D, "bits": B}``: makes the layer of the tensors in FILE,
-  as often as its copies exceed the cache; answers with the kernel's name and one copy's bytes
+* ``{"build": KIND, "file": FILE, "dtype": D, "bits": B, "copies": C}``: makes the layer of the
+  tensors in FILE, C times; answers with the name of the kernel
 * ``{"input": FILE}``: keeps x of FILE
 * ``{"warm_up": true}``: calls every copy once
 * ``{"output": FILE}``: writes y = layer(x)
@@ -32,7 +32,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.contender import copies_for
 from benchmarks.timing import turn
 
 Tensors = dict[str, torch.Tensor]
@@ -158,17 +157,16 @@ class Worker:
         self.layers: list[Any] = []
         self.x = torch.empty(0)
 
-    def build(self, kind: str, file: str, dtype: str, bits: int) -> dict[str, Any]:
+    def build(self, kind: str, file: str, dtype: str, bits: int, copies: int) -> dict[str, Any]:
         self.calls, self.layers = [], []
         tensors = load_file(file)
-        size = sum(t.numel() * t.element_size() for t in tensors.values())
         name = ""
         with one_rank(getattr(torch, dtype)):
-            for _ in range(copies_for(size)):
+            for _ in range(copies):
                 layer, call, name = KINDS[kind](tensors, getattr(torch, dtype), bits)
                 self.layers.append(layer)
                 self.calls.append(call)
-        return {"name": name, "bytes": size}
+        return {"name": name}
 
     def turn(self, first: int) -> dict[str, Any]:
         times = turn(lambda i: self.calls[i % len(self.calls)](self.x), first)
