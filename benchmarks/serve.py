@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -55,12 +57,12 @@ def show(report: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
-def run(engine: models.Engine, log: Path, vocabulary: int) -> dict[str, Any]:
+def run(engine: models.Engine, log: Path, vocabulary: int, restart: bool) -> dict[str, Any]:
     """The engine's figures, or what it said when it did not start."""
     facts = machine.about()
     started = time.perf_counter()
     try:
-        figures = engine.run(log, vocabulary)
+        figures = engine.run(log, vocabulary, restart)
     except RuntimeError as error:
         figures = {"error": str(error)}
     seconds = time.perf_counter() - started
@@ -71,8 +73,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", metavar="MODEL", help=", ".join(models.ALL))
     parser.add_argument("--only", nargs="+", metavar="ENGINE", help="run these and keep the rest")
+    parser.add_argument(
+        "--restart",
+        action="store_true",
+        help="start vLLM a second time, to see what its caches are worth",
+    )
     parser.add_argument("--directory", type=Path, default=machine.BUILD / "serve")
     arguments = parser.parse_args()
+    # So that servers are stopped too: they run in sessions of their own.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     unknown = set(arguments.models) - set(models.ALL)
     if unknown:
         parser.error(f"unknown model {', '.join(unknown)} (known: {', '.join(models.ALL)})")
@@ -100,7 +109,7 @@ def main() -> None:
                 continue
             console.print(f"{model.title}: {engine.name} …")
             log = arguments.directory / f"{name}-{key}.log"
-            report["engines"][key] = run(engine, log, model.vocabulary)
+            report["engines"][key] = run(engine, log, model.vocabulary, arguments.restart)
             file.write_text(json.dumps(report, indent=1) + "\n")
         show(report, console)
 

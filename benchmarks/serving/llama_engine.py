@@ -22,8 +22,8 @@ class LlamaEngine:
     model: Path
     threads: int = 1
 
-    def run(self, log: Path, vocabulary: int) -> dict[str, Any]:
-        """As ``VllmEngine.run``; the vocabulary is the file's own."""
+    def run(self, log: Path, vocabulary: int, restart: bool) -> dict[str, Any]:
+        """As ``VllmEngine.run``; the vocabulary is the file's own, and no start leaves caches."""
         command = [str(environments.llama_cpp()), "-m", "benchmarks.serving.llama_worker"]
         with log.open("w") as errors, watched_children() as peak:
             result = subprocess.run(

@@ -27,9 +27,9 @@ class VllmEngine:
     variables: tuple[tuple[str, str], ...] = ()
     quantization: str = ""
 
-    def run(self, log: Path, vocabulary: int) -> dict[str, Any]:
-        """The figures of ``workload.measure``, seconds to start the first time and again with what
-        the first start left in its caches, and peak memory.
+    def run(self, log: Path, vocabulary: int, restart: bool) -> dict[str, Any]:
+        """The figures of ``workload.measure``, seconds to start with empty caches, with ``restart``
+        also those to start again with what that left, and peak memory.
 
         Raises RuntimeError with vLLM's own errors if it does not start.
         """
@@ -42,6 +42,8 @@ class VllmEngine:
                 **dict(self.variables),
             }
             first = self._served(log, environment, vocabulary)
+            if not restart:
+                return first
             started = time.perf_counter()
             with serving(self.model, NAME, log, environment, self._options()):
                 again = time.perf_counter() - started
