@@ -26,7 +26,7 @@ CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.hpp
 export VLLM_CPU_KVCACHE_SPACE ?= 2
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: help setup test lint test-unit test-native test-e2e test-slow demo serve bench docs clean
+.PHONY: help setup test lint test-unit test-native test-e2e test-slow demo serve bench bench-serve bench-step docs clean
 
 help:
 	@echo 'make setup        make .venv, install vLLM and this project, build csrc'
@@ -35,7 +35,9 @@ help:
 	@echo 'make test-slow    what make test leaves out: every architecture of vLLM, minutes'
 	@echo 'make demo         quantize Gemma 3 270M, serve it, ask it, show the plan'
 	@echo 'make serve MODEL=<path or name> [ARGS=...]       serve any checkpoint on loopback'
-	@echo 'make bench [ARGS=...]   linear kernels against vLLM, ATen and the machine'
+	@echo 'make bench [ARGS=...]         linear layers against vLLM, zentorch, torch and the machine'
+	@echo 'make bench-serve [ARGS=...]   whole models against vLLM and llama.cpp'
+	@echo 'make bench-step [ARGS=...]    where a decode step spends its time'
 	@echo 'make docs         build the documentation into site/'
 	@echo 'make clean        remove all that was built, but not .venv'
 
@@ -69,7 +71,7 @@ test: setup
 lint: $(ENVIRONMENT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy vllm/compressed_linear setup.py scripts examples/gemma
+	$(BIN)/mypy vllm/compressed_linear setup.py scripts examples/gemma benchmarks
 	$(if $(CXX_FILES),$(BIN)/clang-format --dry-run -Werror $(CXX_FILES))
 
 test-unit: setup
@@ -93,7 +95,15 @@ serve: setup
 	@exec $(BIN)/vllm serve '$(MODEL)' --host 127.0.0.1 --shutdown-timeout 10 $(ARGS)
 
 bench: setup
-	$(BIN)/python benchmarks/linear.py $(ARGS)
+	$(BIN)/python -m benchmarks.linear $(ARGS)
+	$(BIN)/python -m benchmarks.plots
+
+bench-serve: setup
+	$(BIN)/python -m benchmarks.serve $(ARGS)
+	$(BIN)/python -m benchmarks.plots
+
+bench-step: setup
+	$(BIN)/python -m benchmarks.step $(ARGS)
 
 $(DOCS_TOOLS): $(ENVIRONMENT)
 	$(BIN)/python scripts/requirements.py docs > $(VENV)/docs-requirements.txt

@@ -10,7 +10,6 @@ when a page and the code disagree.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -241,39 +240,20 @@ def _load(path: Path, **variables: str) -> None:
         pass
 
 
-def benchmark(file: str) -> str:
-    """A result of ``benchmarks/linear.py``: milliseconds, and times as fast as stock vLLM."""
-    report = json.loads((RESULTS / file).read_text())
-    about, limits = report["machine"], report["limits"]
-    tokens = [row["m"] for row in report["results"][0]["rows"]]
-    rows = []
-    for result in report["results"]:
-        cells = []
-        for row in result["rows"]:
-            faster = "" if row["speedup"] is None else f" (×{row['speedup']:.1f})"
-            cells.append(f"{row['median_ms']:.2f}{faster}")
-        rows.append([result["name"], f"{result['weight_bytes'] / 1e6:.1f}", *cells])
-    rows.append(["limit of 4-bit weights", "", *_limits(report, tokens)])
-    threads = f"{report['threads']} thread" + ("s" if report["threads"] > 1 else "")
-    caption = (
-        f"Milliseconds a call, median of {report['clock']} time, and how many times as fast as "
-        f"vLLM. N={report['n']}, K={report['k']}, groups of {report['group']}, bf16 activations, "
-        f"{threads} of {about['cpu']} ({about['isa']}), torch {about['torch']}, "
-        f"vLLM {about['vllm']}, {about['date']}. The limit is what this process reached in reading "
-        f"memory ({limits['read_gb_per_s']:.1f} GB/s) or in multiplying large bf16 matrices "
-        f"({limits['bf16_gemm_gflop_per_s']:.0f} GFLOP/s), whichever is slower. The machine was "
-        f"shared: its load before was {about['load_average_before']:.1f} on {about['cores']} cores."
-    )
-    head = ["kernel", "MB", *(f"M={m}" for m in tokens)]
-    text = textwrap.fill(caption, 100, break_on_hyphens=False)
-    return f"{table(head, rows, right=len(head) - 1)}\n\n{text}"
-
-
-def _limits(report: dict[str, Any], tokens: Sequence[int]) -> list[str]:
-    limits, nbytes = report["limits"], report["results"][0]["weight_bytes"]
-    read = nbytes / limits["read_gb_per_s"] / 1e6
-    multiply = 2 * report["n"] * report["k"] / limits["bf16_gemm_gflop_per_s"] / 1e6
-    return [f"{max(read, m * multiply):.2f}" for m in tokens]
+def benchmark(kind: str, *file: str) -> str:
+    """Results in ``benchmarks/results`` as ``benchmarks/markdown.py`` shows them: ``kinds``, or
+    ``contenders``, ``serving`` or ``step`` with a file's name."""
+    sys.path.insert(0, str(ROOT))
+    try:
+        from benchmarks import markdown
+    finally:
+        sys.path.pop(0)
+    return {
+        "kinds": lambda: markdown.kinds(RESULTS / "linear"),
+        "contenders": lambda: markdown.contenders(RESULTS / "linear" / f"{file[0]}.json"),
+        "serving": lambda: markdown.serving(RESULTS / "serve" / f"{file[0]}.json"),
+        "step": lambda: markdown.step(RESULTS / "step" / f"{file[0]}.json"),
+    }[kind]()
 
 
 def message(name: str) -> str:

@@ -13,7 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -21,10 +21,18 @@ import psutil
 HOST = "127.0.0.1"
 START_SECONDS = 600
 STOP_SECONDS = 30
+#: Compiling takes longer than answering all that a demo asks.
+OPTIONS = ("--max-model-len", "2048", "--max-num-seqs", "4", "--enforce-eager")
 
 
 @contextlib.contextmanager
-def serving(model: Path, name: str, log: Path, environment: dict[str, str]) -> Iterator[str]:
+def serving(
+    model: Path,
+    name: str,
+    log: Path,
+    environment: dict[str, str],
+    options: Sequence[str] = OPTIONS,
+) -> Iterator[str]:
     """Serves the checkpoint in `model` as `name`; yields the base URL of its OpenAI API.
 
     Raises RuntimeError with the end of the log if the server does not come up.
@@ -33,8 +41,7 @@ def serving(model: Path, name: str, log: Path, environment: dict[str, str]) -> I
     command = [
         *(str(Path(sys.executable).parent / "vllm"), "serve", str(model)),
         *("--host", HOST, "--port", str(port), "--served-model-name", name),
-        *("--max-model-len", "2048", "--max-num-seqs", "4", "--shutdown-timeout", "10"),
-        "--enforce-eager",  # compiling takes longer than answering all that a demo asks
+        *("--shutdown-timeout", "10", *options),
     ]
     with log.open("w") as output:
         # A session of its own, so that Ctrl-C reaches this process alone, which then stops it.

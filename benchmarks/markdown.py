@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results as Markdown, for the documentation: ``docs/generate.py`` puts them into its pages."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.table import ours_of, row, share_of_limit
+
+Report = dict[str, Any]
+
+
+def reports(directory: Path) -> list[Report]:
+    """Every record in ``directory``, by the names of the files."""
+    return [json.loads(file.read_text()) for file in sorted(directory.glob("*.json"))]
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: int) -> str:
+    """A Markdown table; the last ``right`` columns hold numbers."""
+    rules = ["---"] * (len(head) - right) + ["---:"] * right
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rules, *rows))
+
+
+def _caption(text: str) -> str:
+    return textwrap.fill(text, 100, break_on_hyphens=False)
+
+
+def _cell(report: Report, result: Report, base: Report | None, m: int) -> str:
+    found = row(result, m)
+    if found is None:
+        return ""
+    notes = []
+    stock = None if base is None or base is result else row(base, m)
+    if stock is not None:
+        notes.append(f"×{stock['median_ms'] / found['median_ms']:.1f}")
+    share = share_of_limit(report, result, m)
+    if share is not None and result["id"].startswith("ours/"):
+        notes.append(f"{share:.0%}")
+    return f"{found['median_ms']:.2f}" + (f" ({', '.join(notes)})" if notes else "")
+
+
+def _stock(report: Report) -> Report | None:
+    return next((result for result in report["results"] if result["id"] == "vllm"), None)
+
+
+def _rows(records: Sequence[Report]) -> list[int]:
+    return sorted({r["m"] for report in records for x in report["results"] for r in x["rows"]})
+
+
+def _about(records: Sequence[Report]) -> str:
+    first = records[0]
+    about = first["machine"]
+    threads = f"{first['threads']} thread" + ("s" if first["threads"] > 1 else "")
+    read = [report["limits"]["read_gb_per_s"] for report in records]
+    bf16 = [report["limits"]["bf16_gemm_gflop_per_s"] for report in records]
+    int8 = [report["limits"]["int8_gemm_gop_per_s"] for report in records]
+    isas = ", ".join(sorted({report["machine"]["isa"] for report in records}))
+    dates = sorted({report["machine"]["date"] for report in records})
+    return (
+        f"N={first['n']}, K={first['k']}, {threads} of {about['cpu']} ({isas}), "
+        f"torch {about['torch']}, vLLM {about['vllm']}, {' to '.join(dates)}. Measured beside each "
+        f"kind: reading memory {_range(read)} GB/s, multiplying matrices {_range(bf16)} GFLOP/s "
+        f"(bf16) and {_range(int8)} GOP/s (int8)."
+    )
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = f"{min(values):.0f}", f"{max(values):.0f}"
+    return low if low == high else f"{low} to {high}"
+
+
+def kinds(directory: Path) -> str:
+    """Our kernel for each kind of weight."""
+    records = reports(directory)
+    ms = _rows(records)
+    rows = []
+    for report in records:
+        found = ours_of(report)
+        if not found:
+            rows.append([report["title"], "", "no kernel yet", *[""] * (len(ms) - 1)])
+            continue
+        cells = [_cell(report, found[0], _stock(report), m) for m in ms]
+        rows.append([report["title"], f"{found[0]['weight_bytes'] / 1e6:.1f}", *cells])
+    caption = _caption(
+        "Milliseconds a call, median; × how many times as fast as vLLM, where vLLM has a kernel "
+        "for CPUs; % of what the machine allows: for one token of reading the packed weights or "
+        "decoding them from the cache, whichever is slower, and from 64 tokens on of the best "
+        f"matrix product. {_about(records)}"
+    )
+    head = ["weights", "MB", *(f"M={m}" for m in ms)]
+    return f"{table(head, rows, len(head) - 1)}\n\n{caption}"
+
+
+def contenders(file: Path) -> str:
+    """Everything that computes one kind of weight."""
+    report = json.loads(file.read_text())
+    ms = _rows([report])
+    rows = [
+        [
+            result["name"],
+            f"{result['weight_bytes'] / 1e6:.1f}",
+            *(_cell(report, result, _stock(report), m) for m in ms),
+        ]
+        for result in report["results"]
+    ]
+    head = [report["title"], "MB", *(f"M={m}" for m in ms)]
+    caption = _caption(
+        "Milliseconds a call, median; × how many times as fast as vLLM. " + _about([report])
+    )
+    return f"{table(head, rows, len(head) - 1)}\n\n{caption}"
+
+
+def serving(file: Path) -> str:
+    """The engines that served one model."""
+    report = json.loads(file.read_text())
+    engines = list(report["engines"].values())
+    streams = next(list(e["decode_tokens_per_s"]) for e in engines if "error" not in e)
+    rows = []
+    for engine in engines:
+        if "error" in engine:
+            lines = engine["error"].splitlines()
+            rows.append([engine["name"], f"does not start: {lines[-1][:120]}", *[""] * 7])
+            continue
+        again = engine.get("start_again_s")
+        rows.append(
+            [
+                engine["name"],
+                f"{engine['start_s']:.0f}" + ("" if again is None else f", {again:.0f}"),
+                f"{engine['first_token_s'] * 1e3:.0f}",
+                f"{engine['prefill_tokens_per_s']:.0f}",
+                *(f"{engine['decode_tokens_per_s'][s]:.1f}" for s in streams),
+                f"{engine['peak_anonymous_bytes'] / 1e9:.2f}",
+            ]
+        )
+    head = ["engine", "start, again (s)", "first token (ms)", "prefill (tokens/s)"]
+    head += [f"{s} stream{'s' * (s != '1')} (tokens/s)" for s in streams] + ["peak (GB)"]
+    about = report["machine"]
+    caption = _caption(
+        f"{report['title']} on {about['cpu']}, one core, torch {about['torch']}, "
+        f"vLLM {about['vllm']}, {about['date']}. Prompts of {report['prefill_tokens']} tokens for "
+        f"prefill and {report['short_prompt']} else, {report['output_tokens']} tokens of output. "
+        "Started with empty caches, then again with what that left; peak of memory that is no "
+        "file's, of all processes."
+    )
+    return f"{table(head, rows, len(head) - 1)}\n\n{caption}"
+
+
+def step(file: Path) -> str:
+    """Where one decode step of vLLM's worker spends its time."""
+    report = json.loads(file.read_text())
+    rows = [
+        [name, *(f"{run['ms'].get(name, 0.0):.2f}" for run in report["runs"])]
+        for name in report["kinds"]
+    ]
+    totals = [f"{sum(run['ms'].values()):.2f}" for run in report["runs"]]
+    rows.append(["step", *totals])
+    head = ["ms", *(run["name"] for run in report["runs"])]
+    about = report["machine"]
+    caption = _caption(
+        f"{report['title']}, {report['streams']} stream(s), median of {report['steps']} steps, "
+        f"{about['cpu']}, vLLM {about['vllm']}, {about['date']}."
+    )
+    return f"{table(head, rows, len(head) - 1)}\n\n{caption}"

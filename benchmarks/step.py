@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a decode step of vLLM spends its time, with this package and without it.
+
+python -m benchmarks.step                          Gemma 3 270M, one stream
+python -m benchmarks.step llama-3.2-1b --streams 16 --only ours vllm
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import machine
+from benchmarks.serving import models
+from benchmarks.serving.step_worker import KINDS, STEPS
+from benchmarks.serving.vllm_engine import VllmEngine
+
+
+def run(engine: VllmEngine, streams: int, log: Path) -> dict[str, Any]:
+    """The engine's step; RuntimeError if it does not get that far."""
+    command = [sys.executable, "-m", "benchmarks.serving.step_worker", str(engine.model)]
+    variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", **dict(engine.variables)}
+    with log.open("w") as errors:
+        result = subprocess.run(
+            [*command, str(streams), engine.quantization],
+            cwd=machine.ROOT,
+            env={**os.environ, **variables},
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+    if result.returncode:
+        raise RuntimeError(f"{engine.name} ended with {result.returncode}, see {log}")
+    return {"name": engine.name, **json.loads(result.stdout)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", default="gemma-3-270m", choices=models.ALL)
+    parser.add_argument("--streams", type=int, default=1)
+    parser.add_argument("--only", nargs="+", default=["ours", "vllm", "ours-bf16", "vllm-bf16"])
+    parser.add_argument("--directory", type=Path, default=machine.BUILD / "step")
+    arguments = parser.parse_args()
+    arguments.directory.mkdir(parents=True, exist_ok=True)
+    model = models.ALL[arguments.model]
+    engines = model.engines()
+    report: dict[str, Any] = {
+        "title": model.title,
+        "streams": arguments.streams,
+        "steps": STEPS,
+        "kinds": KINDS,
+        "machine": machine.about(),
+        "runs": [],
+    }
+    name = f"{arguments.model}-{arguments.streams}"
+    for key in arguments.only:
+        engine = engines.get(key)
+        if not isinstance(engine, VllmEngine):
+            parser.error(f"{key} is no vLLM engine of {arguments.model}")
+        report["runs"].append(
+            run(engine, arguments.streams, arguments.directory / f"{name}-{key}.log")
+        )
+    (arguments.directory / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    table = Table(title=f"ms of a decode step, {model.title}", title_justify="left")
+    table.add_column("")
+    for result in report["runs"]:
+        table.add_column(result["name"], justify="right")
+    for part in KINDS:
+        table.add_row(part, *(f"{result['ms'][part]:.2f}" for result in report["runs"]))
+    table.add_row("step", *(f"{result['wall_ms']:.2f}" for result in report["runs"]))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

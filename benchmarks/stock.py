@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's own layers, without this package, in a process of their own: run as a worker.
+
+    python -m benchmarks.stock            commands on stdin, answers on stdout, a JSON line each
+
+vLLM's scheme classes make, load and run the layer, so vLLM itself decides on the kernel; started
+by the Python of an environment that has zentorch, it decides as it does there. Commands:
+
+* ``{"build": KIND, "file": FILE, "dtype": D, "bits": B, "copies": C}``: makes the layer of the
+  tensors in FILE, C times; answers with the name of the kernel
+* ``{"input": FILE}``: keeps x of FILE
+* ``{"warm_up": true}``: calls every copy once
+* ``{"output": FILE}``: writes y = layer(x)
+* ``{"turn": FIRST}``: answers with [wall, CPU] seconds of a few calls, see ``timing.turn``
+
+An answer ``{"error": …}`` says what vLLM said. Log lines go to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from benchmarks.timing import turn
+
+Tensors = dict[str, torch.Tensor]
+Built = tuple[Any, Callable[[torch.Tensor], torch.Tensor], str]
+"""The layer, which must live on, what runs it, and the name of the kernel vLLM decided on."""
+
+
+@contextmanager
+def one_rank(dtype: torch.dtype) -> Iterator[None]:
+    """vLLM's configuration and process groups, which its parameter classes ask for."""
+    from vllm.config import CompilationConfig, VllmConfig, set_current_vllm_config
+
+    config = VllmConfig(compilation_config=CompilationConfig(mode=0))
+    before = torch.get_default_dtype()
+    with set_current_vllm_config(config, check_compile=False):
+        _groups()
+        config.model_config = SimpleNamespace(dtype=dtype)  # all that a linear layer asks of it
+        torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+
+@cache
+def _groups() -> None:
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+
+    rendezvous = Path(tempfile.mkdtemp(prefix="benchmark-")) / "rank"
+    init_distributed_environment(1, 0, f"file://{rendezvous}", 0, "gloo")
+    initialize_model_parallel(1, 1)
+
+
+def _scheme_layer(
+    scheme: Any, tensors: Tensors, shape: Sequence[int], dtype: torch.dtype
+) -> torch.nn.Module:
+    """A layer as vLLM's scheme class of compressed-tensors makes and loads it."""
+    n, k = shape
+    layer = torch.nn.Module()
+    layer.register_parameter("bias", None)
+    scheme.create_weights(
+        layer=layer,
+        output_partition_sizes=[n],
+        input_size=k,
+        input_size_per_partition=k,
+        output_size=n,
+        params_dtype=dtype,
+        weight_loader=lambda *_: None,
+    )
+    for name, tensor in tensors.items():
+        getattr(layer, name).data.copy_(tensor)
+    scheme.process_weights_after_loading(layer)
+    return layer
+
+
+def _wna16(tensors: Tensors, dtype: torch.dtype, bits: int) -> Built:
+    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+        CompressedTensorsWNA16,
+    )
+
+    n, k = tensors["weight_shape"].tolist()
+    scheme = CompressedTensorsWNA16(
+        strategy="group", num_bits=bits, group_size=k // tensors["weight_scale"].shape[1]
+    )
+    layer = _scheme_layer(scheme, tensors, (n, k), dtype)
+    return layer, lambda x: scheme.apply_weights(layer, x, None), type(scheme.kernel).__name__
+
+
+def _int8(tensors: Tensors, dtype: torch.dtype, bits: int) -> Built:
+    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+        CompressedTensorsW8A8Int8,
+    )
+
+    scheme = CompressedTensorsW8A8Int8("channel", False, True)
+    layer = _scheme_layer(scheme, tensors, tensors["weight"].shape, dtype)
+    return layer, lambda x: scheme.apply_weights(layer, x, None), type(scheme.kernel).__name__
+
+
+def _fp8(tensors: Tensors, dtype: torch.dtype, bits: int) -> Built:
+    from compressed_tensors.quantization import QuantizationArgs
+    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+        CompressedTensorsW8A8Fp8,
+    )
+
+    weights = QuantizationArgs(num_bits=8, type="float", strategy="channel", symmetric=True)
+    scheme = CompressedTensorsW8A8Fp8(weights, False)
+    layer = _scheme_layer(scheme, tensors, tensors["weight"].shape, dtype)
+    return layer, lambda x: scheme.apply_weights(layer, x, None), type(scheme.fp8_linear).__name__
+
+
+DENSE_OPS = ("onednn_mm", "zentorch_linear", "weight_packed_linear")
+"""What the function that vLLM puts on an unquantized layer may call."""
+
+
+def _dense(tensors: Tensors, dtype: torch.dtype, bits: int) -> Built:
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+    layer: Any = torch.nn.Module()
+    layer.register_parameter("bias", None)
+    layer.weight = torch.nn.Parameter(tensors["weight"].clone(), requires_grad=False)
+    dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+    names = [n for n in layer.cpu_linear.__code__.co_names if n.startswith(DENSE_OPS)]
+    return (
+        layer,
+        lambda x: layer.cpu_linear(x, layer.weight, None),
+        names[0] if names else "F.linear",
+    )
+
+
+KINDS: dict[str, Callable[[Tensors, torch.dtype, int], Built]] = {
+    "wna16": _wna16,
+    "int8": _int8,
+    "fp8": _fp8,
+    "dense": _dense,
+}
+
+
+class Worker:
+    """The layer that was built last, and the last x."""
+
+    def __init__(self) -> None:
+        self.calls: list[Callable[[torch.Tensor], torch.Tensor]] = []
+        self.layers: list[Any] = []
+        self.x = torch.empty(0)
+
+    def build(self, kind: str, file: str, dtype: str, bits: int, copies: int) -> dict[str, Any]:
+        self.calls, self.layers = [], []
+        tensors = load_file(file)
+        name = ""
+        with one_rank(getattr(torch, dtype)):
+            for _ in range(copies):
+                layer, call, name = KINDS[kind](tensors, getattr(torch, dtype), bits)
+                self.layers.append(layer)
+                self.calls.append(call)
+        return {"name": name}
+
+    def turn(self, first: int) -> dict[str, Any]:
+        times = turn(lambda i: self.calls[i % len(self.calls)](self.x), first)
+        return {"times": [(t.wall, t.cpu) for t in times]}
+
+    def answer(self, command: dict[str, Any]) -> dict[str, Any]:
+        with torch.inference_mode():
+            if "build" in command:
+                kind = command.pop("build")
+                return self.build(kind, **command)
+            if "input" in command:
+                self.x = load_file(command["input"])["x"]
+                return {}
+            if "warm_up" in command:
+                for call in self.calls:
+                    call(self.x)
+                return {}
+            if "output" in command:
+                save_file({"y": self.calls[0](self.x).contiguous()}, command["output"])
+                return {}
+            return self.turn(command["turn"])
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # so that nothing vLLM prints is taken for an answer
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    worker = Worker()
+    for line in sys.stdin:
+        try:
+            answer = worker.answer(json.loads(line))
+        # Whatever vLLM raises is the answer: that it cannot run a layer is a result.
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers)
+
+
+if __name__ == "__main__":
+    main()
