@@ -13,6 +13,7 @@ import torch
 from vllm.compressed_linear.backend import QuantLinearMethod
 from vllm.compressed_linear.backends.reference import ReferenceBackend
 from vllm.compressed_linear.descriptor import ActivationSpec, CompressedLinearDescriptor
+from vllm.compressed_linear.execution import SelfCheckError, self_check
 from vllm.compressed_linear.numerics import E3M2, E4M3, E5M2, INT8, uint, widen_scale
 from vllm.compressed_linear.testing import Case, check_case, conformance_cases
 from vllm.compressed_linear.testing.cases import (
@@ -187,6 +188,22 @@ def test_wrong_backend_is_caught(wrong: str) -> None:
     result = check_case(backend, case, rows=(1, 17))
     assert result.outcome == "failed"
     assert any("too far off" in f.message for f in result.failures), result.failures
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_the_check_at_load_sees_it_too(wrong: str) -> None:
+    """But for what its two tokens of random numbers cannot show."""
+    backend, case = WRONG[wrong]
+    problem = case.build()
+    for kind in (Wrong, backend):
+        method = kind(problem.descriptor)
+        tensors = method.prep_weights_for_execution(problem.own)
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        if kind is Wrong:
+            self_check("layer", method, tensors, problem.weights)
+        elif wrong not in ("scale of the batch", "rounds ties away"):
+            with pytest.raises(SelfCheckError, match="layer: backend wrong computes wrong"):
+                self_check("layer", method, tensors, problem.weights)
 
 
 def test_scales_over_the_batch_are_computed_over_the_batch() -> None:

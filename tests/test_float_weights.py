@@ -33,6 +33,7 @@ from vllm.compressed_linear.weights import (
 CONTEXT = LayerContext("bfloat16", "bfloat16")
 N, K = 40, 96
 FP8_CODES = StoredTensor("weight", Role.CODES, "float8_e4m3fn", ("N", "K"))
+INT8_PACKING = Packing(8, "K", "int8", signed=True)
 FP4_CODES = StoredTensor("weight", Role.CODES, "uint8", ("N", "K"), Packing(4, "K", "uint8"))
 GLOBAL = StoredTensor("weight_global_scale", Role.ROW_SCALE, "float32", (1,), reciprocal=True)
 
@@ -71,6 +72,14 @@ KINDS = {
     "inverse block": Kind(E4M3, BLOCK, (FP8_CODES, scale_of("float32", "B", "G", reciprocal=True))),
     "mxfp8": Kind(E4M3, ScaleSpec("e8m0", "group", 32), (FP8_CODES, scale_of("e8m0", "N", "G"))),
     "mxfp4": Kind(E2M1, ScaleSpec("e8m0", "group", 32), (FP4_CODES, scale_of("e8m0", "N", "G"))),
+    "mxint8": Kind(
+        INT8,
+        ScaleSpec("e8m0", "group", 32),
+        (
+            StoredTensor("weight", Role.CODES, "int8", ("N", "K"), INT8_PACKING),
+            scale_of("e8m0", "N", "G"),
+        ),
+    ),
     "nvfp4": Kind(
         E2M1,
         ScaleSpec("float8_e4m3fn", "group", 16),
@@ -219,9 +228,7 @@ def test_codes_of_another_dtype_are_refused(dtype: torch.dtype) -> None:
 INT8_SCHEME = CheckpointScheme(
     WeightSpec(numerics.uint(8, 128), ScaleSpec("float32", "channel")),
     (
-        StoredTensor(
-            "weight", Role.CODES, "int8", ("N", "K"), Packing(8, "K", "int8", signed=True)
-        ),
+        StoredTensor("weight", Role.CODES, "int8", ("N", "K"), INT8_PACKING),
         StoredTensor("weight_scale", Role.SCALE, "float32", ("N", 1)),
         StoredTensor("input_scale", Role.INPUT_SCALE, "float32", ()),
         StoredTensor("input_zero_point", Role.INPUT_ZERO, "int32", (1,), optional=True),

@@ -22,7 +22,7 @@ from vllm.compressed_linear.backend import (
 from vllm.compressed_linear.cache import PreparedCache, cache_key
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
 from vllm.compressed_linear.heap import large_blocks_apart
-from vllm.compressed_linear.numerics import torch_dtype
+from vllm.compressed_linear.numerics import E4M3, torch_dtype
 from vllm.compressed_linear.plan import (
     CACHE_HIT,
     CACHE_MISS,
@@ -220,6 +220,7 @@ def self_check(
         return
     generator = torch.Generator().manual_seed(descriptor.n * 31 + descriptor.k)
     x = torch.randn(CHECK_TOKENS, descriptor.in_features, generator=generator)
+    x[-1] *= _reach(descriptor, weights)
     x = x.to(weights.device, torch_dtype(descriptor.input_dtype))
     inner = torch.randint(descriptor.n, (CHECK_ROWS,), generator=generator).tolist()
     rows = sorted({0, descriptor.n - 1, *inner})
@@ -249,6 +250,20 @@ def self_check(
             f"{float(expected[token, column]):.6g} ± {float(bound[token, column]):.3g}. Choose "
             "another with VLLM_COMPRESSED_LINEAR_BACKEND, and report this"
         )
+
+
+def _reach(descriptor: CompressedLinearDescriptor, weights: CompressedWeights) -> float:
+    """Where static scales saturate, since a wrong zero point shows only there; otherwise 1."""
+    activation = descriptor.activation
+    if activation is None or not activation.needs_scale or weights.input_scale is None:
+        return 1.0
+    integer = activation.element.kind == "integer"
+    largest = float(1 << (activation.element.bits - 1)) if integer else activation.element.largest
+    if activation.scale_dtype == "float8_e4m3fn":
+        largest *= E4M3.largest
+    # Far from where the dtype of x ends.
+    limit = torch.finfo(torch_dtype(descriptor.input_dtype)).max / 64
+    return min(largest * abs(float(weights.input_scale)), limit)
 
 
 def _magnitude(
