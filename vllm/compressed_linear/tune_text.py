@@ -11,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 from tqdm.auto import tqdm
 
+from vllm.compressed_linear.explain_text import in_words
 from vllm.compressed_linear.machine import MachineLimits
-from vllm.compressed_linear.text import compress_names, in_words
+from vllm.compressed_linear.text import compress_names
 from vllm.compressed_linear.tune import LayerResult, Progress, TuneResult
 from vllm.compressed_linear.tune_file import Measured
 
