@@ -148,6 +148,7 @@ def run(name: str, processes: dict[str, Vllm], arguments: argparse.Namespace) ->
     results = measure(name, problem, contestants, arguments.m, arguments.seconds)
     return {
         "scheme": name,
+        "order": list(SCHEMES).index(name),
         "title": scheme.title,
         "descriptor": str(problem.descriptor),
         "integer": scheme.integer,

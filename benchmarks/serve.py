@@ -110,6 +110,7 @@ def main() -> None:
             console.print(f"{model.title}: {engine.name} …")
             log = arguments.directory / f"{name}-{key}.log"
             report["engines"][key] = run(engine, log, model.vocabulary, arguments.restart)
+            report["engines"] = {k: report["engines"][k] for k in engines if k in report["engines"]}
             file.write_text(json.dumps(report, indent=1) + "\n")
         show(report, console)
 

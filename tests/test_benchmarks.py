@@ -230,6 +230,8 @@ def record(ms: dict[str, float]) -> table.Report:
     limits = {"read_gb_per_s": 40.0, "bf16_gemm_gflop_per_s": 200.0, "int8_gemm_gop_per_s": 400.0}
     return {
         "scheme": "w4",
+        "order": 3,
+        "machine": {"isa": "avx2"},
         "title": "4-bit",
         "integer": False,
         "n": 16,
