@@ -17,6 +17,7 @@ from vllm.compressed_linear.backend import (
     QuantLinearMethod,
     activation_error,
     contract_bound,
+    lookup_bound,
     weight_magnitude,
 )
 from vllm.compressed_linear.cache import PreparedCache, cache_key
@@ -240,16 +241,49 @@ def self_check(
         method.weight_rounding(descriptor),
         0.0 if own is None else activation_error(taken, magnitude, own),
     )
-    error = (y - expected).abs()
-    wrong = ~(error <= bound)
-    if bool(wrong.any()):
-        token, column = (int(i) for i in wrong.nonzero()[0])
-        raise SelfCheckError(
-            f"{name}: backend {method.name} computes wrong numbers for {descriptor}: output "
-            f"channel {rows[column]} is {float(y[token, column]):.6g}, expected "
-            f"{float(expected[token, column]):.6g} ± {float(bound[token, column]):.3g}. Choose "
-            "another with VLLM_COMPRESSED_LINEAR_BACKEND, and report this"
-        )
+    if wrong := _first_wrong(y, expected, bound):
+        (_, column), text = wrong
+        raise SelfCheckError(_complaint(name, method, f"output channel {rows[column]} {text}"))
+    if not descriptor.lookup:
+        return
+    if weights.permutation is not None:
+        order = weights.permutation.to(torch.int64)
+        own = magnitude.new_zeros(len(rows), descriptor.in_features)
+        magnitude = own.index_add_(1, order[order >= 0], magnitude[:, order >= 0])
+    found = method.embedding(tensors, torch.tensor(rows, device=weights.device))
+    bound = lookup_bound(
+        magnitude,
+        ideal,
+        descriptor.output_dtype,
+        method.contract_constant,
+        method.weight_rounding(descriptor),
+    )
+    if wrong := _first_wrong(found.to(torch.float64), ideal, bound):
+        (row, column), text = wrong
+        where = f"channel {column} of row {rows[row]}, looked up, {text}"
+        raise SelfCheckError(_complaint(name, method, where))
+
+
+def _first_wrong(
+    found: torch.Tensor, expected: torch.Tensor, bound: torch.Tensor
+) -> tuple[tuple[int, int], str] | None:
+    """Where the first number lies that is further than ``bound`` off, and what is wrong with it;
+    None if there is none. All float64 [rows, columns]."""
+    wrong = ~((found - expected).abs() <= bound)
+    if not bool(wrong.any()):
+        return None
+    row, column = (int(i) for i in wrong.nonzero()[0])
+    return (row, column), (
+        f"is {float(found[row, column]):.6g}, expected {float(expected[row, column]):.6g} ± "
+        f"{float(bound[row, column]):.3g}"
+    )
+
+
+def _complaint(name: str, method: QuantLinearMethod, what: str) -> str:
+    return (
+        f"{name}: backend {method.name} computes wrong numbers for {method.descriptor}: {what}. "
+        "Choose another with VLLM_COMPRESSED_LINEAR_BACKEND, and report this"
+    )
 
 
 def _reach(descriptor: CompressedLinearDescriptor, weights: CompressedWeights) -> float:
