@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -70,9 +70,11 @@ def prepare(
     settings: Settings,
     pinned: Sequence[Executor] = (),
     cache: PreparedCache | None = None,
+    note: str = "",
 ) -> list[Executor]:
     """Prepare a layer's shards. ``pinned``: executors of an earlier load, whose choice stays.
-    ``cache``: where prepared tensors are looked for and kept; reloads go past it.
+    ``cache``: where prepared tensors are looked for and kept; reloads go past it. ``note`` is for
+    the plan.
 
     Raises ``CheckpointError`` on damaged data, ``NoBackendError`` when no backend can or may run a
     part, ``SelfCheckError`` when one computes wrong numbers, and ``ValueError`` when reloaded
@@ -106,7 +108,9 @@ def prepare(
                 prepare_seconds=obtained.seconds,
                 batch_invariant=method.batch_invariant,
                 chosen_by=selection.chosen_by,
-                note="; ".join(filter(None, (_composite_note(parts, part), contract_note(method)))),
+                note="; ".join(
+                    filter(None, (note, _composite_note(parts, part), contract_note(method)))
+                ),
                 cache=obtained.cache,
                 rejected=rejections(selection),
             ),
@@ -168,6 +172,25 @@ def choose(
         layer=name,
         measurements=tune_file.load(settings.tune_file, platform).measurements,
     )
+
+
+def settle_lookup(
+    name: str,
+    shards: Sequence[LoadedShard],
+    context: LayerContext,
+    platform: Platform,
+    settings: Settings,
+) -> LayerContext:
+    """``context`` without ``lookup`` where the backend that is best at multiplying does not look up
+    rows: an unquantized table has its natural weight for that, so the choice need not suffer."""
+    if not context.lookup:
+        return context
+    plain = replace(context, lookup=False)
+    for part in refine(shards, plain):
+        chosen = choose(name, part.descriptor, platform, settings).chosen
+        if not chosen.can_implement(replace(part.descriptor, lookup=True), platform):
+            return plain
+    return context
 
 
 def _composite_note(parts: Sequence[Part], part: Part) -> str:

@@ -43,7 +43,8 @@ class LayerLayout:
     ``name``: what the model class calls it, and the plan. ``path``: where it is in the model.
     ``sources``: the shards of a layer of which at least one is quantized. ``dense``: this rank's
     weight (a meta tensor) of an unquantized one. ``reasons``: which rule left which shard
-    unquantized.
+    unquantized. ``notes``: what else the plan says, if rows are not looked up in the prepared copy
+    and if they are.
     """
 
     name: str
@@ -53,6 +54,7 @@ class LayerLayout:
     sources: tuple[ShardSource, ...] = ()
     dense: LoadedShard | None = None
     reasons: tuple[str, ...] = ()
+    notes: tuple[str, str] = ("", "")
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ def _add(
     from vllm.model_executor.layers.linear import LinearBase
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-    from vllm.compressed_linear import linear
+    from vllm.compressed_linear import embedding, linear
 
     method = getattr(module, "quant_method", None)
     if method is None:
@@ -194,31 +196,29 @@ def _add(
     elif isinstance(method, linear.CompressedLinearMethod):
         layout.layers.append(
             LayerLayout(
-                method.prefix,
+                method.plan_name,
                 name,
-                method.kind,
-                linear.layer_context(module, method.params_dtype),
+                method.plan_kind,
+                method.context(module),
                 tuple(method.sources),
                 reasons=_reasons(quant_config, method.prefix, method.kind),
+                notes=(method.plan_note,) * 2,
             )
         )
-    elif isinstance(
-        method,
-        (linear.CompressedUnquantizedLinearMethod, linear.CompressedUnquantizedEmbeddingMethod),
-    ) and linear.is_plain_matrix(module):
-        head = isinstance(method, linear.CompressedUnquantizedEmbeddingMethod)
-        kind = LayerKind.HEAD if head else LayerKind.LINEAR
-        weight = module.weight.data
+    elif isinstance(method, linear.DenseMethod) and method.could_take(module):
         layout.layers.append(
             LayerLayout(
-                method.prefix,
+                method.plan_name,
                 name,
-                kind,
-                linear.layer_context(module, weight.dtype),
-                dense=linear.dense_shard(method.prefix, weight),
-                reasons=_reasons(quant_config, method.prefix, kind),
+                method.kind,
+                method.context(module),
+                dense=linear.dense_shard(method.plan_name, module.weight.data),
+                reasons=_reasons(quant_config, method.plan_name, method.kind),
+                notes=(method.plan_note(lookup=False), method.plan_note(lookup=True)),
             )
         )
+    elif isinstance(method, embedding.TiedHeadMethod) or getattr(method, "table", None) is not None:
+        return  # shown with the table
     elif isinstance(module, (LinearBase, VocabParallelEmbedding)):
         reason = "embedding tables are only looked up"
         if isinstance(module, LinearBase):
