@@ -259,7 +259,8 @@ def _print_left(e: Explanation, console: Console) -> None:
     _print_title("Left to vLLM", console)
     same: dict[Any, list[str]] = {}
     for layer in e.left:
-        key = (NUMBER.sub("#", layer.name), layer.method, layer.reason, layer.refusal)
+        reason = f"{layer.reason}, {size(layer.nbytes)}" if layer.nbytes else layer.reason
+        key = (NUMBER.sub("#", layer.name), layer.method, reason, layer.refusal)
         same.setdefault(key, []).append(layer.name)
     for (_, method, reason, refusal), names in same.items():
         by = f" ({method})" if method else ""

@@ -60,13 +60,15 @@ class LayerLayout:
 @dataclass(frozen=True)
 class LeftToVllm:
     """A layer with weights that vLLM's own code runs, and why. ``refusal``: what that code says if
-    it will not run it on this machine."""
+    it will not run it on this machine. ``nbytes``: of its weights, where vLLM keeps them as they
+    are."""
 
     name: str
     kind: str
     method: str
     reason: str
     refusal: str = ""
+    nbytes: int = 0
 
 
 @dataclass
@@ -183,7 +185,10 @@ def _add(
     delegated: dict[str, PlanEntry],
 ) -> None:
     from vllm.model_executor.layers.linear import LinearBase
-    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+    from vllm.model_executor.layers.vocab_parallel_embedding import (
+        UnquantizedEmbeddingMethod,
+        VocabParallelEmbedding,
+    )
 
     from vllm.compressed_linear import embedding, linear
 
@@ -220,10 +225,14 @@ def _add(
     elif isinstance(method, embedding.TiedHeadMethod) or getattr(method, "table", None) is not None:
         return  # shown with the table
     elif isinstance(module, (LinearBase, VocabParallelEmbedding)):
-        reason = "embedding tables are only looked up"
+        reason, nbytes = "embedding tables are only looked up", 0
+        by = type(method).__name__
         if isinstance(module, LinearBase):
             reason = f"{type(module).__name__} is one of vLLM's special cases"
-        layout.left.append(LeftToVllm(name, type(module).__name__, type(method).__name__, reason))
+        elif isinstance(method, UnquantizedEmbeddingMethod):
+            by = UnquantizedEmbeddingMethod.__name__  # ours leaves it to that one
+            nbytes = module.weight.numel() * module.weight.element_size()
+        layout.left.append(LeftToVllm(name, type(module).__name__, by, reason, nbytes=nbytes))
 
 
 def _reasons(config: CompressedLinearConfig, prefix: str, kind: LayerKind) -> tuple[str, ...]:
