@@ -15,12 +15,15 @@ from safetensors.torch import save_file
 
 from model_loading import LoadedModel, engine_args, loaded, logits
 from table_models import Bits, TableModel, write
+from test_explain import loaded_parts, planned_parts
 from test_lora import activate, with_adapters
 from test_models import use_backend
 from test_reload import reload
 from vllm.compressed_linear import compat, native, settings
 from vllm.compressed_linear.backends.reference import ReferenceBackend
 from vllm.compressed_linear.execution import SelfCheckError
+from vllm.compressed_linear.explain import explain
+from vllm.compressed_linear.linear import detect_platform
 from vllm.compressed_linear.plan import PLAN, PlanEntry
 from vllm.compressed_linear.registry import NoBackendError, register_backend
 
@@ -310,6 +313,50 @@ def test_a_quantized_head_on_disk_is_not_tied_whatever_the_config_says(tmp_path:
     with loaded(tmp_path / "model", **OPTIONS) as model:
         assert worst_error(model, reference) <= 1e-4
     assert "uint8" in entry("lm_head").descriptor
+
+
+EXPLAINED = {
+    **{f"tied-{name}": model for name, model in TIED.items()},
+    **{f"untied-{name}": model for name, model in UNTIED.items()},
+    **{f"unquantized-{name}": model for name, model in UNQUANTIZED.items()},
+}
+
+
+@pytest.mark.parametrize("reader", ["", "a test"])
+@pytest.mark.parametrize("name", EXPLAINED)
+def test_explain_says_what_loading_does(
+    name: str, reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compat, "reader_of_tables", lambda: reader)
+    write(EXPLAINED[name], tmp_path / "model")
+    platform = detect_platform()
+    path = str(tmp_path / "model")
+    said = explain(path, platform=platform, dtype="float32", read_weights=True)
+    with loaded(tmp_path / "model", **OPTIONS):
+        entries = list(PLAN.entries.values())
+        actual = loaded_parts()
+    assert [(p.name, p.kind, p.note) for p in said.layers] == [
+        (e.name, e.kind, e.note) for e in entries
+    ]
+    for layer in said.layers:
+        assert planned_parts(layer, layer.likely) == actual[layer.name]
+    # What is only looked up is vLLM's, and its size is said.
+    left = [(layer.name, layer.method, layer.nbytes) for layer in said.left]
+    model = EXPLAINED[name]
+    only_looked_up = not model.tied and model.table is None
+    table = ("model.embed_tokens", "UnquantizedEmbeddingMethod", model.vocabulary * 128 * 4)
+    assert left == ([table] if only_looked_up else [])
+
+
+def test_a_table_is_explained_from_headers_alone(tmp_path: Path) -> None:
+    write(TIED["llama-names-no-table"], tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"architectures": ["NobodyKnows"], "model_type": "nobody"}))
+    said = explain(str(tmp_path / "model"), platform=detect_platform())
+    (table,) = [layer for layer in said.layers if layer.kind == "embedding"]
+    assert table.name == "model.embed_tokens"
+    assert "512x128, uint4, g32, float32 scale, looked up" in str(table.likely.parts[0].descriptor)
 
 
 def test_an_id_beyond_the_table_is_an_error(tmp_path: Path) -> None:

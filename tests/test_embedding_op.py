@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from test_native_ops import DENSE, DTYPES, INTEGERS, SHAPES, Layer, make_layer
+from test_native_ops import DENSE, DTYPES, INTEGERS, SHAPES, Layer, make_layer, pack, tiled
 from vllm.compressed_linear import native
 
 pytestmark = pytest.mark.skipif(native.available() is not None, reason=str(native.available()))
@@ -83,6 +83,38 @@ def test_tables_replace_the_integers(element: str) -> None:
     ids = torch.tensor([39, 0, 17, 17])
     expected = (table.float()[layer.rows.long()] * scale)[ids]
     assert same_bits(look_up(layer, ids, table=table), expected)
+
+
+SMALL_FLOATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+
+
+@pytest.mark.parametrize("element", SMALL_FLOATS)
+def test_rows_of_small_floats(element: str) -> None:
+    dtype = SMALL_FLOATS[element]
+    codes = torch.randn(40, 96).to(dtype)
+    scale = torch.rand(40, 3)
+    packed = pack(codes.view(torch.uint8), 32, element)
+    ids = torch.randint(40, (9,))
+    expected = (codes.float() * scale.repeat_interleave(32, 1))[ids]
+    layer = make_layer((40, 96, 32), "uint8")
+    found = look_up(layer, ids, packed=packed, scale=tiled(scale), element=element, element_bias=0)
+    assert same_bits(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e8m0fnu], ids=str)
+def test_small_scales_and_scales_of_a_second_level(dtype: torch.dtype) -> None:
+    layer = make_layer((40, 96, 32), "uint4")
+    table = torch.randn(16)  # values that bfloat16 does not hold
+    scale = torch.rand(40, 3).to(dtype)
+    row_scale = torch.rand(40)
+    tiles = tiled(scale.view(torch.uint8))
+    if dtype == torch.float8_e4m3fn:
+        tiles = tiles.view(dtype)
+    ids = torch.randint(40, (9,))
+    wide = scale.float().repeat_interleave(32, 1)
+    expected = (table[layer.rows.long()] * wide * row_scale.unsqueeze(1))[ids]
+    found = look_up(layer, ids, scale=tiles, table=table, row_scale=row_scale)
+    assert same_bits(found, expected)
 
 
 @pytest.mark.parametrize(
