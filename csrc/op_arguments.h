@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <array>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -152,6 +153,62 @@ inline void check_packed(const char* op, const Tensor& packed, const Geometry& g
   check_plain(op, "packed", packed);
   check_type(op, "packed", packed, ScalarType::Byte);
   check_shape<2>(op, "packed", packed, {g.tiles, g.tile_bytes()});
+}
+
+// Scales or zero points of a packed weight: the data of [tiles, groups, 16], or null.
+inline const void* tiled_data(const char* op, const char* what, const std::optional<Tensor>& tensor,
+                              const Geometry& g) {
+  if (!tensor.has_value()) return nullptr;
+  check_plain(op, what, *tensor);
+  check_shape<3>(op, what, *tensor, {g.tiles, g.groups, cpu::kTile});
+  return tensor->const_data_ptr();
+}
+
+// The second-level scale of each output channel: the data of float32 [n], or null.
+inline const float* row_scale_data(const char* op, const std::optional<Tensor>& row_scale,
+                                   int64_t n) {
+  if (!row_scale.has_value()) return nullptr;
+  check_plain(op, "row_scale", *row_scale);
+  check_type(op, "row_scale", *row_scale, ScalarType::Float);
+  check_shape<1>(op, "row_scale", *row_scale, {n});
+  return static_cast<const float*>(row_scale->const_data_ptr());
+}
+
+// The values of small codes: the data of [2^bits], bfloat16 or float32; both null without a table.
+struct TableData {
+  const uint16_t* narrow = nullptr;
+  const float* wide = nullptr;
+};
+
+inline TableData table_data(const char* op, const std::optional<Tensor>& table, Element element,
+                            const std::string& element_name) {
+  if (!table.has_value()) return {};
+  if (element.kind != Kind::integer || element.bits == 8)
+    fail(op, "table is given for ", element_name, ", expected uint1 to uint7");
+  check_plain(op, "table", *table);
+  check_shape<1>(op, "table", *table, {int64_t{1} << element.bits});
+  if (table->scalar_type() == ScalarType::Float)
+    return {nullptr, static_cast<const float*>(table->const_data_ptr())};
+  check_type(op, "table", *table, ScalarType::BFloat16);
+  return {static_cast<const uint16_t*>(table->const_data_ptr()), nullptr};
+}
+
+// The order of input channels: the data of int32 [k], each from -1 to columns - 1, or null.
+inline const int32_t* perm_data(const char* op, const std::optional<Tensor>& perm, int64_t k,
+                                int64_t columns) {
+  if (!perm.has_value()) return nullptr;
+  check_plain(op, "perm", *perm);
+  check_type(op, "perm", *perm, ScalarType::Int);
+  check_shape<1>(op, "perm", *perm, {k});
+  const int32_t* data = static_cast<const int32_t*>(perm->const_data_ptr());
+  check_perm(op, data, k, columns);
+  return data;
+}
+
+inline void check_element_bias(const char* op, Element element, int64_t element_bias) {
+  const int64_t largest = int64_t{1} << element.bits;
+  if (element.kind == Kind::integer && (element_bias < 0 || element_bias > largest))
+    fail(op, "element_bias is ", element_bias, ", expected 0 to ", largest);
 }
 
 // For cpu::Parallel: runs body(context, begin, end) over [0, count) in torch's thread pool.

@@ -108,62 +108,30 @@ Tensor linear(Tensor x, Tensor packed, std::optional<Tensor> scale, std::optiona
   p.x_type = float_type(op, "x", x.scalar_type());
   p.x_row_stride = x.stride(0);
   p.x_column_stride = x.stride(1);
-  if (perm.has_value()) {
-    check_plain(op, "perm", *perm);
-    check_type(op, "perm", *perm, ScalarType::Int);
-    check_shape<1>(op, "perm", *perm, {k});
-    p.perm = static_cast<const int32_t*>(perm->const_data_ptr());
-    check_perm(op, p.perm, k, x.size(1));
-  } else if (x.size(1) != k) {
+  p.perm = perm_data(op, perm, k, x.size(1));
+  if (p.perm == nullptr && x.size(1) != k)
     fail(op, "x has shape ", shape_text(x), ", expected [m, ", k, "]");
-  }
 
-  const std::array<int64_t, 3> tiled = {g.tiles, g.groups, cpu::kTile};
-  if (scale.has_value()) {
-    check_plain(op, "scale", *scale);
-    check_shape<3>(op, "scale", *scale, tiled);
-    p.scale = scale->const_data_ptr();
-    p.scale_type = scale_type(op, "scale", scale->scalar_type());
-  }
-  if (zero.has_value()) {
-    check_plain(op, "zero", *zero);
-    check_shape<3>(op, "zero", *zero, tiled);
-    p.zero = zero->const_data_ptr();
-    p.zero_type = float_type(op, "zero", zero->scalar_type());
-  }
-  if (row_scale.has_value()) {
-    check_plain(op, "row_scale", *row_scale);
-    check_type(op, "row_scale", *row_scale, ScalarType::Float);
-    check_shape<1>(op, "row_scale", *row_scale, {n});
-    p.row_scale = static_cast<const float*>(row_scale->const_data_ptr());
-  }
+  p.scale = tiled_data(op, "scale", scale, g);
+  if (scale.has_value()) p.scale_type = scale_type(op, "scale", scale->scalar_type());
+  p.zero = tiled_data(op, "zero", zero, g);
+  if (zero.has_value()) p.zero_type = float_type(op, "zero", zero->scalar_type());
+  p.row_scale = row_scale_data(op, row_scale, n);
   if (bias.has_value()) {
     check_plain(op, "bias", *bias);
     check_shape<1>(op, "bias", *bias, {n});
     p.bias = bias->const_data_ptr();
     p.bias_type = float_type(op, "bias", bias->scalar_type());
   }
-  const bool coded = element.kind == Kind::integer;
-  if (table.has_value()) {
-    if (!coded || element.bits == 8)
-      fail(op, "table is given for ", element_name, ", expected uint1 to uint7");
-    check_plain(op, "table", *table);
-    check_shape<1>(op, "table", *table, {int64_t{1} << element.bits});
-    if (table->scalar_type() == ScalarType::Float) {
-      p.wide_table = static_cast<const float*>(table->const_data_ptr());
-    } else {
-      check_type(op, "table", *table, ScalarType::BFloat16);
-      p.table = static_cast<const uint16_t*>(table->const_data_ptr());
-    }
-  }
-  if (coded) {
-    const int64_t largest = int64_t{1} << element.bits;
-    if (element_bias < 0 || element_bias > largest)
-      fail(op, "element_bias is ", element_bias, ", expected 0 to ", largest);
+  const TableData values = table_data(op, table, element, element_name);
+  p.table = values.narrow;
+  p.wide_table = values.wide;
+  check_element_bias(op, element, element_bias);
+  if (element.kind == Kind::integer) {
     // Without zero points the bias goes into the decoded values, which saves the group sums; with
     // them, decoding about the middle keeps what is added and taken away small.
     const bool centred = p.zero != nullptr || element.bits == 8;
-    p.middle = static_cast<float>(centred ? largest / 2 : element_bias);
+    p.middle = static_cast<float>(centred ? int64_t{1} << (element.bits - 1) : element_bias);
     p.offset = table.has_value() ? 0.0f : static_cast<float>(element_bias) - p.middle;
   }
 

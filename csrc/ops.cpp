@@ -54,6 +54,10 @@ STABLE_TORCH_LIBRARY(compressed_linear, m) {
       "ScalarType out_dtype, Tensor? row_scale=None, Tensor? prescale=None, str? activation=None, "
       "int activation_group=-1, float activation_maximum=0.0, Tensor? input_scale=None, "
       "Tensor? input_zero=None) -> Tensor");
+  m.def(
+      "embedding(Tensor ids, Tensor packed, Tensor? scale, Tensor? zero, Tensor? perm, "
+      "Tensor? table, int n, int k, int group_size, str element, int element_bias, int channels, "
+      "ScalarType out_dtype, Tensor? row_scale=None) -> Tensor");
   m.def("packed_tile_bytes_int8(int k, int group_size, str element) -> int");
   m.def(
       "pack_rows_int8(Tensor(a!) packed, Tensor rows, int row_start, int n, int group_size, "
@@ -85,6 +89,7 @@ STABLE_TORCH_LIBRARY_IMPL(compressed_linear, CPU, m) {
   m.impl("pack_rows", TORCH_BOX(&pack_rows));
   m.impl("unpack_rows", TORCH_BOX(&unpack_rows));
   m.impl("linear", TORCH_BOX(&linear));
+  m.impl("embedding", TORCH_BOX(&embedding));
   m.impl("pack_rows_int8", TORCH_BOX(&pack_rows_int8));
   m.impl("unpack_rows_int8", TORCH_BOX(&unpack_rows_int8));
   m.impl("code_sums_int8", TORCH_BOX(&code_sums_int8));

@@ -25,6 +25,10 @@ Tensor linear(Tensor x, Tensor packed, std::optional<Tensor> scale, std::optiona
               std::optional<Tensor> prescale, std::optional<std::string> activation,
               int64_t activation_group, double activation_maximum,
               std::optional<Tensor> input_scale, std::optional<Tensor> input_zero);
+Tensor embedding(Tensor ids, Tensor packed, std::optional<Tensor> scale, std::optional<Tensor> zero,
+                 std::optional<Tensor> perm, std::optional<Tensor> table, int64_t n, int64_t k,
+                 int64_t group_size, std::string element, int64_t element_bias, int64_t channels,
+                 torch::headeronly::ScalarType out_dtype, std::optional<Tensor> row_scale);
 
 int64_t packed_tile_bytes_int8(int64_t k, int64_t group_size, std::string element);
 void pack_rows_int8(Tensor packed, Tensor rows, int64_t row_start, int64_t n, int64_t group_size,

@@ -5,6 +5,7 @@ backends that are wrong on purpose fail it, each where it is wrong."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import pytest
@@ -146,6 +147,19 @@ def _apply(
     return apply
 
 
+def _embedding(
+    change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> Callable[[QuantLinearMethod, Mapping[str, torch.Tensor], torch.Tensor], torch.Tensor]:
+    """``change(rows, ids)`` with ``rows`` what the correct ``embedding`` gives."""
+
+    def embedding(
+        self: QuantLinearMethod, tensors: Mapping[str, torch.Tensor], ids: torch.Tensor
+    ) -> torch.Tensor:
+        return change(ReferenceBackend.embedding(self, tensors, ids), ids)  # type: ignore[arg-type]
+
+    return embedding
+
+
 CASE = Case(uint(4), 33, 96, zero="integer", bias_dtype="bfloat16", order="act")
 """The case that the wrong backends below are given."""
 
@@ -233,6 +247,33 @@ def _unwritten(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 WRONG: dict[str, tuple[type[QuantLinearMethod], str, str]] = {
+    "looked up in another order": (
+        _wrong(embedding=_embedding(lambda rows, ids: rows.flip(-1))),
+        "ids [N]",
+        "too far off",
+    ),
+    "looked up flat": (
+        _wrong(embedding=_embedding(lambda rows, ids: rows.flatten(0, -2))),
+        "ids [2, 3]",
+        "expected torch.bfloat16 of shape [2, 3, 96]",
+    ),
+    "looked up by the company": (
+        _wrong(
+            embedding=_embedding(
+                lambda rows, ids: rows.masked_fill(rows == 0, -0.0) if len(ids) < 33 else rows
+            )
+        ),
+        "one id often",
+        "a row has other bits than beside all others",
+    ),
+    "looks up what it does not declare": (
+        _wrong(
+            capabilities=replace(ReferenceBackend.capabilities, lookup=False),
+            can_implement=classmethod(lambda cls, descriptor, platform: Verdict()),
+        ),
+        "can_implement with lookup",
+        "accepted what its capabilities do not declare",
+    ),
     "scale": (_wrong(prep_weights_for_execution=_prep(_scaled)), "M=1", "too far off"),
     "dtype": (
         _wrong(apply=_apply(lambda right, t, x, b: right(t, x, b).float())),
@@ -346,6 +387,7 @@ def test_rounding_weights_to_bf16_is_outside_the_contract() -> None:
 
     class Rounds(ReferenceBackend):
         name = "rounds"
+        capabilities = replace(ReferenceBackend.capabilities, lookup=False)
         prepared_bytes = QuantLinearMethod.prepared_bytes
 
         def prep_weights_for_execution(self, weights: CompressedWeights) -> dict[str, torch.Tensor]:

@@ -14,16 +14,20 @@ import pytest
 import torch
 
 from conftest import checkpoint, checkpoint_reference
+from table_models import Bits, TableModel, write
 from vllm.compressed_linear import settings
 
 pytestmark = pytest.mark.e2e
 HERE = Path(__file__).parent
+TABLE = TableModel(linear=Bits(3, 64, symmetric=False), dtype=torch.bfloat16)
+"""Linears of 3 bits, and an embedding table of 8 bits that the head is tied to."""
 
 
 def run_engine(
-    name: str, tmp_path: Path, options: dict[str, Any] | None = None, **environment: str
+    model: str | Path, tmp_path: Path, options: dict[str, Any] | None = None, **environment: str
 ) -> dict[str, Any]:
-    """Start an engine on checkpoint ``name``, return what ``engine_worker.py`` found."""
+    """Start an engine on a directory or a checkpoint of the zoo, return what ``engine_worker.py``
+    found."""
     out = tmp_path / "result.pt"
     out.unlink(missing_ok=True)
     env = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_COMPRESSED_LINEAR")}
@@ -32,7 +36,7 @@ def run_engine(
             sys.executable,
             str(HERE / "engine_worker.py"),
             str(out),
-            str(checkpoint(name)),
+            str(model if isinstance(model, Path) else checkpoint(model)),
             json.dumps(options or {}),
         ],
         env=env | {"VLLM_CACHE_ROOT": str(tmp_path / "cache")} | environment,
@@ -46,9 +50,9 @@ def run_engine(
     return result
 
 
-def errors(name: str, result: dict[str, Any]) -> torch.Tensor:
-    reference = torch.log_softmax(checkpoint_reference(name)["logits"], -1)[:, :-1]
-    return (result["log_probabilities"] - reference).abs()
+def errors(reference: dict[str, torch.Tensor], result: dict[str, Any]) -> torch.Tensor:
+    expected = torch.log_softmax(reference["logits"], -1)[:, :-1]
+    return (result["log_probabilities"] - expected).abs()
 
 
 def backends_of(result: dict[str, Any]) -> set[str]:
@@ -65,6 +69,11 @@ def assert_counters_match_the_plan(result: dict[str, Any]) -> None:
     on_reference = sum(layer["backend"] == "reference" for layer in layers)
     assert (native_calls > 0) == (on_cpu > 0)
     assert (result["counts"]["reference"] > 0) == (on_reference > 0)
+    tables = [layer for layer in layers if "looked up" in layer["descriptor"]]
+    lookups = sum(
+        count for op, count in result["counts"]["native"].items() if op.startswith("embedding/")
+    )
+    assert (lookups > 0) == any(layer["backend"] == "cpu" for layer in tables)
     heads = sum(layer["kind"] == "lm_head" for layer in layers)
     for calls, planned in ((native_calls, on_cpu), (result["counts"]["reference"], on_reference)):
         # lm_head runs once more for each batch of prompt log-probabilities.
@@ -80,20 +89,23 @@ def assert_counters_match_the_plan(result: dict[str, Any]) -> None:
     [
         ("gptqmodel-gptq-w4-g128-sym-descact", {}),
         ("autoawq-awq-gemm-g128-asym", {"enforce_eager": True}),
-        (
-            "llmcompressor-w3a16-asym-g64",
-            {"enforce_eager": True, "max_num_batched_tokens": 16, "max_num_seqs": 2},
-        ),
+        (TABLE, {"max_num_batched_tokens": 16, "max_num_seqs": 2, "skip_tokenizer_init": True}),
     ],
-    ids=["gptq-compiled", "awq-eager", "compressed-tensors-chunked-prefill"],
+    ids=["gptq-compiled", "awq-eager", "quantized-tied-table-compiled-chunked-prefill"],
 )
 def test_llm_serves_on_the_native_kernel(
-    name: str, options: dict[str, Any], tmp_path: Path
+    name: str | TableModel, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    result = run_engine(name, tmp_path, options)
+    if isinstance(name, TableModel):
+        reference = write(name, tmp_path / "model")
+        result = run_engine(tmp_path / "model", tmp_path, options)
+        assert any("looked up" in layer["descriptor"] for layer in result["plan"]["layers"])
+    else:
+        reference = checkpoint_reference(name)
+        result = run_engine(name, tmp_path, options)
     assert backends_of(result) == {"cpu"}
     assert_counters_match_the_plan(result)
-    assert float(errors(name, result).mean()) <= 0.03
+    assert float(errors(reference, result).mean()) <= 0.03
     assert result["tokens"] == result["tokens_again"]
     assert result["log"].count("compressed_linear: ") == 1
 
@@ -107,7 +119,7 @@ def test_a_change_of_backend_is_never_served_from_a_stale_graph(tmp_path: Path) 
         result = run_engine(name, tmp_path, {"dtype": "float32"}, **override)
         assert backends_of(result) == {backend}
         assert_counters_match_the_plan(result)
-        assert float(errors(name, result).max()) <= 1e-4
+        assert float(errors(checkpoint_reference(name), result).max()) <= 1e-4
         results.append(result)
     fingerprints = [result["plan"]["fingerprint"] for result in results]
     assert fingerprints[0] == fingerprints[2] != fingerprints[1]

@@ -69,13 +69,15 @@ def with_adapters(model: LoadedModel) -> Any:
     return manager
 
 
-def activate(manager: Any, adapter: Path | None, tokens: int) -> None:
+def activate(manager: Any, adapter: Path | None, tokens: int, *, prefill: bool = True) -> None:
+    """For one prompt of ``tokens``, or for so many requests that decode: then also of the head."""
     from vllm.lora.layers import LoRAMapping
     from vllm.lora.request import LoRARequest
 
     requests = {LoRARequest("adapter", 1, str(adapter))} if adapter else set()
     identifier = 1 if adapter else 0
-    mapping = LoRAMapping((identifier,) * tokens, (identifier,), is_prefill=True)
+    requested = 1 if prefill else tokens
+    mapping = LoRAMapping((identifier,) * tokens, (identifier,) * requested, is_prefill=prefill)
     manager.set_active_adapters(requests, mapping)
 
 

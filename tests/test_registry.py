@@ -140,6 +140,9 @@ def test_incomplete_backends_are_refused() -> None:
         r"seconds\(descriptor, platform, m\)",
     ):
         register_backend(nameless)
+    blind = type("Blind", (Toy,), {"capabilities": replace(Toy.capabilities, lookup=True)})
+    with pytest.raises(TypeError, match="Blind lacks embedding"):
+        register_backend(blind)
     for wrong in (object, Toy(DESCRIPTOR)):
         with pytest.raises(TypeError, match="not a subclass of QuantLinearMethod"):
             register_backend(wrong)  # type: ignore[type-var]
@@ -315,6 +318,7 @@ ALL = CompressedLinearDescriptor(
     activation=ActivationSpec(E4M3, True, "token"),
     prescale="float32",
     transform=TransformSpec("hadamard", "input", 128),
+    lookup=True,
 )
 
 
@@ -338,6 +342,8 @@ def test_everything_undeclared_is_declined_each_with_both_sides() -> None:
         "a per-channel scale of the activations",
         "Hadamard or rotation transforms",
         "second-level scales",
+        "rows by their numbers (an embedding table) are not supported",
+        "rows by their numbers of a weight whose x is transformed",
     ]
     reasons = list(nothing.reasons(ALL, CPU))
     for text in expected:

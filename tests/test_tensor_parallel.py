@@ -16,6 +16,8 @@ import torch
 from conftest import checkpoint, checkpoint_reference
 from model_loading import free_port
 from synthetic import Model, Quant, write
+from table_models import Bits, TableModel
+from table_models import write as write_table_model
 from vllm.compressed_linear import settings
 from vllm.compressed_linear.cache_inventory import read_cache
 
@@ -43,6 +45,11 @@ MODELS = {
     ),
     "channel": Model(Quant("ct", bits=6, group_size=-1)),
 }
+TABLES = {
+    "quantized-tied-table": TableModel("llama", table=Bits(8, 32, False), vocabulary=501),
+    "quantized-table-and-head": TableModel("llama", tied=False, head=Bits(6, 64), vocabulary=501),
+    "unquantized-tied-table": TableModel("gemma3", table=None, vocabulary=501),
+}
 ZOO = ["gptqmodel-gptq-w4-g128-sym-descact", "gptqmodel-gptq-w4-g64-sym-lmhead"]
 
 
@@ -51,7 +58,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Every model on two ranks, in one pair of processes."""
     root = tmp_path_factory.mktemp("tensor-parallel")
     references = {name: write(model, root / name) for name, model in MODELS.items()}
-    paths = {name: root / name for name in MODELS}
+    references |= {name: write_table_model(model, root / name) for name, model in TABLES.items()}
+    paths = {name: root / name for name in references}
     for name in ZOO:
         references[name], paths[name] = checkpoint_reference(name), checkpoint(name)
     jobs = [
@@ -100,7 +108,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("name", [*MODELS, *ZOO])
+@pytest.mark.parametrize("name", [*MODELS, *TABLES, *ZOO])
 def test_two_ranks_give_the_logits_of_one(name: str, results: dict[str, Any]) -> None:
     ours, reference = results[name]
     vocab = reference.shape[-1]

@@ -38,12 +38,15 @@ def make(target: Path, write: Callable[[Path], None]) -> None:
     partial.rename(target)
 
 
-def checkpoint(console: Console) -> Path:
-    """The quantized checkpoint, made from what is already there."""
+def checkpoint(console: Console, head_bits: int = 16) -> Path:
+    """The quantized checkpoint, made from what is already there.
+
+    `head_bits`: 8 or 16, of the embedding table that is the head as well.
+    """
     WORK.mkdir(parents=True, exist_ok=True)
     gguf = WORK / "gemma-3-270m-q4_k_m.gguf"
     bf16 = WORK / "gemma-3-270m-bf16"
-    quantized = WORK / "gemma-3-270m-w4a16-g128"
+    quantized = WORK / ("gemma-3-270m-w4a16-g128" + ("-head8" if head_bits == 8 else ""))
     if quantized.exists():
         return quantized
     if not gguf.exists():
@@ -58,8 +61,9 @@ def checkpoint(console: Console) -> Path:
         verify(directory)
 
     make(bf16, write_bf16)
-    console.print("Quantizing it to 4 bits, groups of 128 ...")
-    make(quantized, lambda directory: quantize(bf16, directory))
+    table = ", the embedding table to 8" if head_bits == 8 else ""
+    console.print(f"Quantizing it to 4 bits, groups of 128{table} ...")
+    make(quantized, lambda directory: quantize(bf16, directory, table=head_bits == 8))
     return quantized
 
 
@@ -95,12 +99,20 @@ def main() -> int:
     """Runs the demo; the exit status is 0 only if every step succeeded."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompt", default="The capital of France is")
-    prompt = parser.parse_args().prompt
+    parser.add_argument(
+        "--head-bits",
+        type=int,
+        choices=(8, 16),
+        default=16,
+        help="bits of the embedding table, which is the head as well: it is most of what the model "
+        "reads for a token",
+    )
+    arguments = parser.parse_args()
     os.environ.setdefault("TQDM_DISABLE", "1")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped, too
     console = Console()
     try:
-        model = checkpoint(console)
+        model = checkpoint(console, arguments.head_bits)
         written = WORK / "plan.json"
         written.unlink(missing_ok=True)
         console.print("Starting vllm serve ...")
@@ -112,7 +124,7 @@ def main() -> int:
         started = time.perf_counter()
         with serving(model, NAME, WORK / "server.log", environment) as url:
             console.print(f"Up after {time.perf_counter() - started:.0f} s at {url}")
-            speed = ask(url, prompt, console)
+            speed = ask(url, arguments.prompt, console)
         plan.show(plan.read(written), console)
         console.print(speed, highlight=False)
     except Exception as error:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantizes a bf16 checkpoint to 4-bit weights with the compressed-tensors library.
 
-Round to nearest, symmetric, groups of 128 input channels; the embedding and the head that is tied
-to it stay bf16.
+Round to nearest, symmetric, groups of 128 input channels. The embedding table, which is the head as
+well, stays bf16 or gets 8 bits with a scale for each row: it holds most of the model's weights.
 """
 
 from __future__ import annotations
@@ -23,22 +23,37 @@ from safetensors.torch import save_file
 from transformers import Gemma3ForCausalLM
 
 GROUP = 128
-SCHEME = QuantizationScheme(
+NOT_SAVED = ("lm_head.weight", "model.embed_tokens.embed_scale")
+"""The head is tied to the table; the table's factor is the model class's own."""
+LINEAR = QuantizationScheme(
     targets=["Linear"],
     weights=QuantizationArgs(num_bits=4, strategy="group", group_size=GROUP, symmetric=True),
+    format="pack-quantized",
+)
+TABLE = QuantizationScheme(
+    targets=["Embedding"],
+    weights=QuantizationArgs(num_bits=8, strategy="channel", symmetric=True),
+    format="pack-quantized",
 )
 
 
-def quantize(source: Path, target: Path) -> None:
-    """Reads the checkpoint in `source` and writes the quantized one into `target`."""
+def quantize(source: Path, target: Path, *, table: bool) -> None:
+    """Reads the checkpoint in `source` and writes the quantized one into `target`.
+
+    `table`: whether the embedding table is quantized, too.
+    """
     model = Gemma3ForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     config = QuantizationConfig(
-        config_groups={"group_0": SCHEME}, ignore=["lm_head"], format="pack-quantized"
+        config_groups={"group_0": LINEAR} | ({"group_1": TABLE} if table else {}),
+        ignore=["lm_head"],
+        format="pack-quantized",
     )
     apply_quantization_config(model, config)
     for module in filter(is_module_quantized, model.modules()):
-        groups = module.weight.detach().unflatten(-1, (-1, GROUP))
-        scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), SCHEME.weights)
+        scheme = module.quantization_scheme.weights
+        size = scheme.group_size or module.weight.shape[-1]
+        groups = module.weight.detach().unflatten(-1, (-1, size))
+        scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), scheme)
         module.weight_scale.data.copy_(scale)
     compressor = ModelCompressor(config)
     compressor.compress_model(model)
@@ -46,7 +61,7 @@ def quantize(source: Path, target: Path) -> None:
     tensors = {
         name: tensor.contiguous()
         for name, tensor in model.state_dict().items()
-        if name != "lm_head.weight"
+        if name not in NOT_SAVED
     }
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     for path in source.glob("*.json"):

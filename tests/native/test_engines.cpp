@@ -5,11 +5,13 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <numeric>
 #include <random>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "cpu/embedding.h"
 #include "cpu/engine.h"
 #include "cpu/floats.h"
 #include "cpu/pack.h"
@@ -179,6 +181,31 @@ void run(const Case& c) {
   p.bias = c.bias ? bias.data() : nullptr;
   p.out = out.data();
   p.out_type = Scalar::float32;
+
+  std::vector<int64_t> ids(static_cast<size_t>(n));
+  std::iota(ids.begin(), ids.end(), 0);
+  std::vector<float> looked_up(static_cast<size_t>(n * columns));
+  cl::look_up({g, p.packed, p.scale, p.scale_type, p.zero, p.zero_type, p.middle, p.table, p.perm,
+               ids.data(), columns, looked_up.data(), Scalar::float32},
+              0, n);
+  double furthest = 0;
+  for (int64_t row = 0; row < n; ++row) {
+    std::vector<double> sum(static_cast<size_t>(columns)), size(static_cast<size_t>(columns));
+    for (int64_t channel = 0; channel < k; ++channel) {
+      const int64_t to = c.reorder ? perm[static_cast<size_t>(channel)] : channel;
+      if (to < 0) continue;
+      sum[static_cast<size_t>(to)] += weight[static_cast<size_t>(row * k + channel)];
+      size[static_cast<size_t>(to)] += magnitude[static_cast<size_t>(row * k + channel)];
+    }
+    for (int64_t i = 0; i < columns; ++i) {
+      const double error =
+          std::abs(looked_up[static_cast<size_t>(row * columns + i)] - sum[static_cast<size_t>(i)]);
+      const double allowed =
+          4 * std::sqrt(static_cast<double>(k)) * 0x1p-24 * size[static_cast<size_t>(i)] + 1e-30;
+      furthest = std::max(furthest, std::isnan(error) ? INFINITY : error / allowed);
+    }
+  }
+  check(furthest <= 1, c, "lookup", "error is " + std::to_string(furthest) + " times the allowed");
 
   for (const std::string& isa : cl::supported_isas()) {
     cl::select_engine(isa);

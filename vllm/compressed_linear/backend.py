@@ -53,6 +53,7 @@ class Capabilities:
     """Kinds of quantised activations, as ``ActivationSpec.kind`` names them."""
     prescale: bool = False
     transforms: bool = False
+    lookup: bool = False
     required_ops: tuple[str, ...] = ()
     cpu_features: frozenset[str] = frozenset()
     min_capability: int | None = None
@@ -78,6 +79,10 @@ class Capabilities:
         ):
             if present is not None and not able:
                 yield f"{what} ({present}) not supported"
+        if d.lookup and not self.lookup:
+            yield "rows by their numbers (an embedding table) are not supported"
+        if d.lookup and (d.transform or d.prescale):
+            yield "rows by their numbers of a weight whose x is transformed or scaled first"
 
     def platform_reasons(self, platform: Platform) -> Iterable[str]:
         """Why nothing at all can run on ``platform``, as far as it is declared."""
@@ -232,6 +237,17 @@ class QuantLinearMethod(ABC):
     ) -> torch.Tensor:
         """x [..., K] of the input dtype, any strides → [..., N] of the output dtype."""
 
+    def embedding(self, tensors: Mapping[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+        """ids int64 [...], each from 0 to N − 1 → those rows of ŵ, [..., in_features] in the order
+        of x's channels, in fp32 and rounded once to the output dtype.
+
+        Only backends whose ``capabilities.lookup`` is true implement it.
+        """
+        raise NotImplementedError(
+            f"backend {self.name} does not look up rows ({self.descriptor}); its capabilities say "
+            f"lookup={self.capabilities.lookup}"
+        )
+
 
 def contract_bound(
     x: torch.Tensor,
@@ -253,7 +269,26 @@ def contract_bound(
     """
     total = x.abs().to(torch.float64) @ magnitude.to(torch.float64).t()
     accumulate = (constant * max(x.shape[-1], 1) ** 0.5 * 2.0**-24 + weight_rounding) * total
-    accumulate = accumulate + input_rounding
+    return _rounded_once(accumulate + input_rounding, expected, output_dtype)
+
+
+def lookup_bound(
+    magnitude: torch.Tensor,
+    expected: torch.Tensor,
+    output_dtype: str,
+    constant: float = QuantLinearMethod.contract_constant,
+    weight_rounding: float = 0.0,
+) -> torch.Tensor:
+    """Largest error the contract allows rows that are looked up, float64 [M, K]: ``contract_bound``
+    for sums of one term. ``magnitude`` and ``expected``: of those rows, [M, K]."""
+    accumulate = (constant * 2.0**-24 + weight_rounding) * magnitude.to(torch.float64)
+    return _rounded_once(accumulate, expected, output_dtype)
+
+
+def _rounded_once(
+    accumulate: torch.Tensor, expected: torch.Tensor, output_dtype: str
+) -> torch.Tensor:
+    """``accumulate`` and one rounding of the output."""
     info = torch.finfo(torch_dtype(output_dtype))
     rounding = expected.to(torch.float64).abs() * info.eps / 2 + info.smallest_normal
     # The result before rounding already lies ``accumulate`` away, which may cross a binade.

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from vllm.compressed_linear import settings
+from vllm.compressed_linear.numerics import dtype_name
 
 SUPPORTED = ((0, 32), (0, 34))
 """vLLM versions [first, beyond) that this package is tested with."""
@@ -164,6 +165,36 @@ the first axis of any tensor. Other models ask a parameter for its ``output_dim`
 def row_reordering(hf_config: Any) -> RowReordering | None:
     """What the model of this configuration reorders in a way that quantized tensors may not fit."""
     return _REORDERING.get(str(getattr(hf_config, "model_type", "")))
+
+
+_READS_TABLES = {"diffusion_gemma": "DiffusionGemma", "diffusion_gemma_text": "DiffusionGemma"}
+"""Model types whose vLLM class multiplies with an embedding table or head by itself."""
+
+
+def reader_of_tables() -> str:
+    """What in vLLM, beside the methods of these layers, reads numbers of the natural weights of
+    embedding tables and output heads; empty when nothing does.
+
+    Speculative decoding compares them with the draft model's and shares them; a head whose dtype
+    is not the model's is cast for every call; GPUs have fused kernels for them; pooling models
+    make classifiers of rows. LoRA asks for dtype and device only.
+    """
+    from vllm.config import get_current_vllm_config_or_none
+
+    if (device := current_device()) != "cpu":
+        return f"vLLM's kernels for {device}"
+    config = get_current_vllm_config_or_none()
+    model = None if config is None else config.model_config
+    if config is None or model is None:
+        return ""
+    if config.speculative_config is not None:
+        return "speculative decoding"
+    if getattr(model, "runner_type", "generate") != "generate":
+        return "pooling"
+    if getattr(model, "head_dtype", model.dtype) != model.dtype:
+        return f"the head's dtype, {dtype_name(model.head_dtype)}"
+    hf_config = getattr(model, "hf_config", None)
+    return _READS_TABLES.get(str(getattr(hf_config, "model_type", "")), "")
 
 
 def holds_experts(layer: torch.nn.Module) -> bool:

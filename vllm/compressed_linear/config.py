@@ -7,6 +7,7 @@ vLLM knows one quantization name, ``compressed_linear``. ``from_config`` picks t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
@@ -24,10 +25,13 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 
 from vllm.compressed_linear import compat
 from vllm.compressed_linear.descriptor import CheckpointScheme
+from vllm.compressed_linear.embedding import (
+    CompressedEmbeddingMethod,
+    CompressedUnquantizedEmbeddingMethod,
+)
 from vllm.compressed_linear.headers import Headers, headers_of, read_headers
 from vllm.compressed_linear.linear import (
     CompressedLinearMethod,
-    CompressedUnquantizedEmbeddingMethod,
     CompressedUnquantizedLinearMethod,
 )
 from vllm.compressed_linear.names import last_word, shard_names
@@ -313,6 +317,8 @@ class CompressedLinearConfig(QuantizationConfig):
             return None
         else:
             return self.delegate(layer, prefix, f"{type(layer).__name__} is not a linear layer")
+        if kind is LayerKind.EMBEDDING and not prefix:
+            prefix = self._only_table_on_disk()
         names = shard_names(prefix, self.packed_modules_mapping)
         resolved = [(name, self.resolve(name, kind)) for name in names]
         if kind is LayerKind.HEAD and not self._has_head_on_disk(prefix):
@@ -330,12 +336,11 @@ class CompressedLinearConfig(QuantizationConfig):
             return self.delegate(layer, prefix, reason)
         schemes = [(n, r) for n, r in resolved if not isinstance(r, Delegated)]
         if any(isinstance(r, CheckpointScheme) for _, r in schemes):
-            if kind is LayerKind.EMBEDDING:
-                return self.delegate(layer, prefix, "quantized embedding tables")
-            return CompressedLinearMethod(prefix, kind, schemes, self.settings)
-        if kind is LayerKind.EMBEDDING:
-            return None
-        if kind is LayerKind.HEAD:
+            method = (
+                CompressedEmbeddingMethod if kind is LayerKind.EMBEDDING else CompressedLinearMethod
+            )
+            return method(prefix, kind, schemes, self.settings)
+        if kind is not LayerKind.LINEAR:
             return CompressedUnquantizedEmbeddingMethod(prefix, self.settings)
         return CompressedUnquantizedLinearMethod(prefix, self.settings)
 
@@ -362,6 +367,15 @@ class CompressedLinearConfig(QuantizationConfig):
         if isinstance(layer, AttentionLayerBase):
             return not self.has_attention_scales()
         return compat.holds_experts(layer) and self._experts_unquantized(prefix)
+
+    def _only_table_on_disk(self) -> str:
+        """What the file calls its embedding table, for models that give theirs no name; empty when
+        there are several or the file is not known."""
+        modules = () if self.headers is None else self.headers.modules
+        tables = [m for m in modules if re.search(r"emb|wte", last_word(m))]
+        quantized = [m for m in tables if self.quantized_on_disk(m)]
+        found = quantized or tables
+        return found[0] if len(found) == 1 else ""
 
     def _has_head_on_disk(self, prefix: str) -> bool:
         """Whether the file has a head of its own, under whichever parent, or is not known."""

@@ -232,7 +232,11 @@ class TransformSpec:
 
 @dataclass(frozen=True)
 class CompressedLinearDescriptor:
-    """One linear layer on one rank, as a backend sees it. All shapes are this rank's."""
+    """One linear layer on one rank, as a backend sees it. All shapes are this rank's.
+
+    ``lookup``: rows of ŵ are asked for by their numbers, too, because an embedding table is what
+    the weight is, alone or tied to an output head.
+    """
 
     in_features: int
     out_features: int
@@ -247,6 +251,7 @@ class CompressedLinearDescriptor:
     activation: ActivationSpec | None = None
     prescale: str | None = None
     transform: TransformSpec | None = None
+    lookup: bool = False
 
     def __post_init__(self) -> None:
         if self.in_features < 0 or self.out_features < 0:
@@ -334,6 +339,8 @@ class CompressedLinearDescriptor:
             parts.append(f"x as {a}")
         if self.transform is not None:
             parts.append(f"{self.transform.kind} {self.transform.side}")
+        if self.lookup:
+            parts.append("looked up")
         parts.append(f"{self.input_dtype} → {self.output_dtype}")
         return ", ".join(parts)
 

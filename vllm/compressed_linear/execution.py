@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,6 +17,7 @@ from vllm.compressed_linear.backend import (
     QuantLinearMethod,
     activation_error,
     contract_bound,
+    lookup_bound,
     weight_magnitude,
 )
 from vllm.compressed_linear.cache import PreparedCache, cache_key
@@ -69,9 +70,11 @@ def prepare(
     settings: Settings,
     pinned: Sequence[Executor] = (),
     cache: PreparedCache | None = None,
+    note: str = "",
 ) -> list[Executor]:
     """Prepare a layer's shards. ``pinned``: executors of an earlier load, whose choice stays.
-    ``cache``: where prepared tensors are looked for and kept; reloads go past it.
+    ``cache``: where prepared tensors are looked for and kept; reloads go past it. ``note`` is for
+    the plan.
 
     Raises ``CheckpointError`` on damaged data, ``NoBackendError`` when no backend can or may run a
     part, ``SelfCheckError`` when one computes wrong numbers, and ``ValueError`` when reloaded
@@ -105,7 +108,9 @@ def prepare(
                 prepare_seconds=obtained.seconds,
                 batch_invariant=method.batch_invariant,
                 chosen_by=selection.chosen_by,
-                note="; ".join(filter(None, (_composite_note(parts, part), contract_note(method)))),
+                note="; ".join(
+                    filter(None, (note, _composite_note(parts, part), contract_note(method)))
+                ),
                 cache=obtained.cache,
                 rejected=rejections(selection),
             ),
@@ -167,6 +172,25 @@ def choose(
         layer=name,
         measurements=tune_file.load(settings.tune_file, platform).measurements,
     )
+
+
+def settle_lookup(
+    name: str,
+    shards: Sequence[LoadedShard],
+    context: LayerContext,
+    platform: Platform,
+    settings: Settings,
+) -> LayerContext:
+    """``context`` without ``lookup`` where the backend that is best at multiplying does not look up
+    rows: an unquantized table has its natural weight for that, so the choice need not suffer."""
+    if not context.lookup:
+        return context
+    plain = replace(context, lookup=False)
+    for part in refine(shards, plain):
+        chosen = choose(name, part.descriptor, platform, settings).chosen
+        if not chosen.can_implement(replace(part.descriptor, lookup=True), platform):
+            return plain
+    return context
 
 
 def _composite_note(parts: Sequence[Part], part: Part) -> str:
@@ -240,16 +264,49 @@ def self_check(
         method.weight_rounding(descriptor),
         0.0 if own is None else activation_error(taken, magnitude, own),
     )
-    error = (y - expected).abs()
-    wrong = ~(error <= bound)
-    if bool(wrong.any()):
-        token, column = (int(i) for i in wrong.nonzero()[0])
-        raise SelfCheckError(
-            f"{name}: backend {method.name} computes wrong numbers for {descriptor}: output "
-            f"channel {rows[column]} is {float(y[token, column]):.6g}, expected "
-            f"{float(expected[token, column]):.6g} ± {float(bound[token, column]):.3g}. Choose "
-            "another with VLLM_COMPRESSED_LINEAR_BACKEND, and report this"
-        )
+    if wrong := _first_wrong(y, expected, bound):
+        (_, column), text = wrong
+        raise SelfCheckError(_complaint(name, method, f"output channel {rows[column]} {text}"))
+    if not descriptor.lookup:
+        return
+    if weights.permutation is not None:
+        order = weights.permutation.to(torch.int64)
+        own = magnitude.new_zeros(len(rows), descriptor.in_features)
+        magnitude = own.index_add_(1, order[order >= 0], magnitude[:, order >= 0])
+    found = method.embedding(tensors, torch.tensor(rows, device=weights.device))
+    bound = lookup_bound(
+        magnitude,
+        ideal,
+        descriptor.output_dtype,
+        method.contract_constant,
+        method.weight_rounding(descriptor),
+    )
+    if wrong := _first_wrong(found.to(torch.float64), ideal, bound):
+        (row, column), text = wrong
+        where = f"channel {column} of row {rows[row]}, looked up, {text}"
+        raise SelfCheckError(_complaint(name, method, where))
+
+
+def _first_wrong(
+    found: torch.Tensor, expected: torch.Tensor, bound: torch.Tensor
+) -> tuple[tuple[int, int], str] | None:
+    """Where the first number lies that is further than ``bound`` off, and what is wrong with it;
+    None if there is none. All float64 [rows, columns]."""
+    wrong = ~((found - expected).abs() <= bound)
+    if not bool(wrong.any()):
+        return None
+    row, column = (int(i) for i in wrong.nonzero()[0])
+    return (row, column), (
+        f"is {float(found[row, column]):.6g}, expected {float(expected[row, column]):.6g} ± "
+        f"{float(bound[row, column]):.3g}"
+    )
+
+
+def _complaint(name: str, method: QuantLinearMethod, what: str) -> str:
+    return (
+        f"{name}: backend {method.name} computes wrong numbers for {method.descriptor}: {what}. "
+        "Choose another with VLLM_COMPRESSED_LINEAR_BACKEND, and report this"
+    )
 
 
 def _reach(descriptor: CompressedLinearDescriptor, weights: CompressedWeights) -> float:

@@ -19,7 +19,7 @@ import torch
 from vllm.compressed_linear import tune_file
 from vllm.compressed_linear.config import CompressedLinearConfig, format_of, formats
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
-from vllm.compressed_linear.execution import choose
+from vllm.compressed_linear.execution import choose, settle_lookup
 from vllm.compressed_linear.headers import Headers, read_headers
 from vllm.compressed_linear.late_facts import Case, Hints, PartShape, cases, read_case
 from vllm.compressed_linear.linear import detect_platform
@@ -83,6 +83,7 @@ class LayerPlan:
     kind: str
     cases: tuple[CasePlan, ...]
     unquantized: tuple[str, ...] = ()
+    note: str = ""
     other_ranks: tuple[tuple[int, tuple[CasePlan, ...]], ...] = ()
 
     @property
@@ -159,6 +160,7 @@ def _layers_json(plan: LayerPlan, names: list[str]) -> dict[str, Any]:
         "names": names,
         "kind": str(plan.kind),
         "unquantized": list(plan.unquantized),
+        "note": plan.note,
         "cases": plain(plan.cases),
         "other_ranks": {str(rank): plain(found) for rank, found in plan.other_ranks},
     }
@@ -397,6 +399,7 @@ class _Explainer:
 
     def layer(self, layout: ModelLayout, layer: LayerLayout) -> LayerPlan:
         """Raises ``CheckpointError`` where headers contradict the configuration."""
+        layer = self._settled(layer)
         found = tuple(
             CasePlan(
                 case.facts,
@@ -407,7 +410,20 @@ class _Explainer:
             )
             for case in self._layer_cases(layout, layer)
         )
-        return LayerPlan(layer.name, layer.kind, found, layer.reasons)
+        note = layer.notes[layer.context.lookup]
+        return LayerPlan(layer.name, layer.kind, found, layer.reasons, note)
+
+    def _settled(self, layer: LayerLayout) -> LayerLayout:
+        """Where rows of a tied table that is not quantized are looked up, as at load."""
+        if layer.dense is None:
+            return layer
+        try:
+            context = settle_lookup(
+                layer.name, [layer.dense], layer.context, self.platform, self.settings
+            )
+        except NoBackendError:  # which the case will say
+            context = layer.context
+        return replace(layer, context=context)
 
     def _layer_cases(self, layout: ModelLayout, layer: LayerLayout) -> tuple[Case, ...]:
         if layer.dense is not None:

@@ -79,6 +79,8 @@ def _weight_in_words(d: CompressedLinearDescriptor, dtype: str) -> str:
         parts.append(f"x as {'dynamic' if a.dynamic else 'static'} {a.element} per {a.granularity}")
     if d.transform is not None:
         parts.append(f"{d.transform.kind} of x")
+    if d.lookup:
+        parts.append("looked up")
     if d.bias_dtype is not None:
         parts.append("bias")
     if d.input_dtype != d.output_dtype:
@@ -141,6 +143,8 @@ def _table(groups: Sequence[LayerGroup], dtype: str, width: int) -> Table:
             table.add_row("", words, _runs(part), disk, size(prepared))
         for reason in plan.unquantized:
             table.add_row("", Text(f"not quantized: {reason}", style="dim"), "", "", "")
+        if plan.note:
+            table.add_row("", Text(plan.note, style="dim"), "", "", "")
         table.add_section()
     return table
 
@@ -255,7 +259,8 @@ def _print_left(e: Explanation, console: Console) -> None:
     _print_title("Left to vLLM", console)
     same: dict[Any, list[str]] = {}
     for layer in e.left:
-        key = (NUMBER.sub("#", layer.name), layer.method, layer.reason, layer.refusal)
+        reason = f"{layer.reason}, {size(layer.nbytes)}" if layer.nbytes else layer.reason
+        key = (NUMBER.sub("#", layer.name), layer.method, reason, layer.refusal)
         same.setdefault(key, []).append(layer.name)
     for (_, method, reason, refusal), names in same.items():
         by = f" ({method})" if method else ""

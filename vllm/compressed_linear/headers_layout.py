@@ -21,6 +21,7 @@ from vllm.compressed_linear.model_layout import (
     ModelLayout,
     meta_dense_shard,
 )
+from vllm.compressed_linear.names import last_word
 from vllm.compressed_linear.numerics import dtype_name
 from vllm.compressed_linear.refine import LayerContext
 from vllm.compressed_linear.resolution import Delegated, LayerKind, Unquantized
@@ -39,10 +40,12 @@ def layout_from_headers(
     activations = getattr(torch, dtype)
     layout = ModelLayout(headers=headers, dtype=dtype_name(activations))
     for module, names in headers.modules.items():
-        kind = LayerKind.HEAD if module.rpartition(".")[2] == "lm_head" else LayerKind.LINEAR
+        kind = _kind(module)
         tensors = {name: headers[f"{module}.{name}" if module else name] for name in names}
         bias = "bias" in tensors
-        context = LayerContext(layout.dtype, layout.dtype, layout.dtype if bias else None)
+        lookup = kind is LayerKind.EMBEDDING
+        bias_dtype = layout.dtype if bias else None
+        context = LayerContext(layout.dtype, layout.dtype, bias_dtype, lookup=lookup)
         found = config.resolve(module, kind)
         if ".experts." in f".{module}.":
             layout.left.append(LeftToVllm(module, str(kind), "", "an expert of a mixture"))
@@ -59,6 +62,13 @@ def layout_from_headers(
                 LayerLayout(module, module, kind, context, dense=shard, reasons=(found.reason,))
             )
     return layout
+
+
+def _kind(module: str) -> LayerKind:
+    """What the module is, by its name."""
+    if last_word(module) == "lm_head":
+        return LayerKind.HEAD
+    return LayerKind.EMBEDDING if "embed" in last_word(module) else LayerKind.LINEAR
 
 
 def _is_linear(module: str, tensors: Mapping[str, TensorHeader]) -> bool:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The methods that vLLM's linear and embedding layers call."""
+"""The methods that vLLM's linear layers and output heads call."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,11 @@ from vllm.model_executor.layers.linear import (
     LinearMethodBase,
     UnquantizedLinearMethod,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import (
-    ParallelLMHead,
-    UnquantizedEmbeddingMethod,
-)
 
 from vllm.compressed_linear import compat, tune_file
 from vllm.compressed_linear.cache import PreparedCache
 from vllm.compressed_linear.descriptor import CheckpointScheme, WeightSpec
-from vllm.compressed_linear.execution import Executor, prepare, run
+from vllm.compressed_linear.execution import Executor, prepare, run, settle_lookup
 from vllm.compressed_linear.layout import Role, StoredTensor
 from vllm.compressed_linear.numerics import dense, dtype_name
 from vllm.compressed_linear.parameter import (
@@ -52,12 +49,14 @@ def dense_scheme(dtype: torch.dtype) -> CheckpointScheme:
     )
 
 
-class _Prepared:
-    """Executors of one layer and the names of their tensors on it."""
+class Prepared:
+    """Executors of one layer and the names of their tensors on it. ``looks_up``: whether they give
+    rows by their numbers, too."""
 
     def __init__(self, layer: Any, executors: Sequence[Executor]) -> None:
         self.executors = list(executors)
         self.names = [list(executor.tensors) for executor in executors]
+        self.looks_up = all(executor.descriptor.lookup for executor in executors)
         for index, executor in enumerate(executors):
             for name, tensor in executor.tensors.items():
                 attribute = self.attribute(index, name)
@@ -70,12 +69,20 @@ class _Prepared:
     def attribute(index: int, name: str) -> str:
         return f"prepared{index}_{name}"
 
-    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        tensors = [
+    def tensors(self, layer: Any) -> list[dict[str, torch.Tensor]]:
+        """What each executor's ``prep_weights_for_execution`` returned, by its names."""
+        return [
             {name: getattr(layer, self.attribute(index, name)) for name in names}
             for index, names in enumerate(self.names)
         ]
-        return run(self.executors, tensors, x, bias)
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return run(self.executors, self.tensors(layer), x, bias)
+
+    def embedding(self, layer: Any, ids: torch.Tensor) -> torch.Tensor:
+        """ids [...] → rows [..., K]; of a layer whose descriptor says ``lookup``."""
+        (executor,), (tensors,) = self.executors, self.tensors(layer)
+        return executor.method.embedding(tensors, ids)
 
 
 def layer_context(layer: Any, params_dtype: torch.dtype) -> LayerContext:
@@ -90,17 +97,21 @@ def layer_context(layer: Any, params_dtype: torch.dtype) -> LayerContext:
     )
 
 
-def _prepare(
+def prepare_layer(
     layer: Any,
     name: str,
     kind: LayerKind,
     shards: Sequence[LoadedShard],
-    params_dtype: torch.dtype,
+    context: LayerContext,
     settings: Settings,
-    earlier: _Prepared | None,
+    earlier: Prepared | None,
     *,
     dummy: bool,
-) -> _Prepared:
+    note: str = "",
+) -> Prepared:
+    """Prepare ``shards`` and hang the result on ``layer``. ``name``, ``kind`` and ``note`` are for
+    the plan, ``earlier`` is what was prepared before a reload, and ``dummy`` weights are not worth
+    being kept."""
     if earlier is None:
         PLAN.plan_file = settings.plan_file
         PLAN.layer_started()
@@ -108,19 +119,20 @@ def _prepare(
         name,
         kind,
         shards,
-        layer_context(layer, params_dtype),
+        context,
         detect_platform(),
         settings,
         earlier.executors if earlier is not None else (),
         None if dummy or not settings.cache else _opened_cache(settings.cache, compat.model_name()),
+        note,
     )
-    prepared = _Prepared(layer, executors)
+    prepared = Prepared(layer, executors)
     if earlier is None:
-        _finished(settings)
+        layer_finished(settings)
     return prepared
 
 
-def _finished(settings: Settings) -> None:
+def layer_finished(settings: Settings) -> None:
     """One layer is done; after the last one say what was chosen, once for each process."""
     if not PLAN.layer_finished():
         return
@@ -161,7 +173,7 @@ def detect_platform() -> Platform:
 
 
 class CompressedLinearMethod(LinearMethodBase):
-    """Linear layer or lm_head of which at least one shard is quantized.
+    """Linear layer or output head of which at least one shard is quantized.
 
     ``schemes``: for each logical weight of the layer, its name in the checkpoint and the format's
     word on it. A layer whose partitions outnumber them (fused on disk) shares the only one.
@@ -179,7 +191,7 @@ class CompressedLinearMethod(LinearMethodBase):
         self.schemes = list(schemes)
         self.settings = settings
         self.sources: list[ShardSource] = []
-        self.prepared: _Prepared | None = None
+        self.prepared: Prepared | None = None
 
     def create_weights(
         self,
@@ -225,15 +237,16 @@ class CompressedLinearMethod(LinearMethodBase):
             return  # already prepared, and nothing was loaded since
         shards = collect_shards(parameters, self.sources, loaded=not self.dummy)
         device = shards[0].device
-        prepared = _prepare(
+        prepared = prepare_layer(
             layer,
-            self.prefix,
-            self.kind,
+            self.plan_name,
+            self.plan_kind,
             shards,
-            self.params_dtype,
+            self.context(layer),
             self.settings,
             self.prepared,
             dummy=self.dummy,
+            note=self.plan_note,
         )
         for name in self.tensor_names:
             delattr(layer, name)
@@ -241,7 +254,26 @@ class CompressedLinearMethod(LinearMethodBase):
             DEVICE_ANCHOR,
             Parameter(torch.empty(0, dtype=torch.uint8, device=device), requires_grad=False),
         )
+        if self.kind is not LayerKind.LINEAR:
+            layer.register_parameter("weight", no_rows(layer, self.params_dtype, device))
         self.prepared = prepared
+
+    @property
+    def plan_name(self) -> str:
+        """What the plan calls the layer; ``plan_kind`` and ``plan_note`` go with it."""
+        return self.prefix
+
+    @property
+    def plan_kind(self) -> LayerKind:
+        return self.kind
+
+    @property
+    def plan_note(self) -> str:
+        return ""
+
+    def context(self, layer: Any) -> LayerContext:
+        """What the layer is apart from its weights."""
+        return layer_context(layer, self.params_dtype)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., K] → [..., N]."""
@@ -249,10 +281,19 @@ class CompressedLinearMethod(LinearMethodBase):
         return self.prepared.apply(layer, x, bias)
 
     def tie_weights(self, layer: Any, embed_tokens: torch.nn.Module) -> Any:
-        raise NotImplementedError(
-            f"{self.prefix}: the checkpoint quantizes it, but the model ties it to the embedding "
-            "table, which is not quantized"
+        """The checkpoint has a head of its own, whatever its config says of tying."""
+        logger.info(
+            "%s: the model's config ties it to the embedding table, but the checkpoint holds it "
+            "quantized, so it is not tied",
+            self.prefix,
         )
+        return layer
+
+
+def no_rows(layer: Any, dtype: torch.dtype, device: torch.device) -> Parameter:
+    """[0, K] in the place of the natural weight of a head or embedding table: vLLM's LoRA asks it
+    for dtype and device, and whatever wants to read rows of it fails at once."""
+    return Parameter(torch.empty(0, layer.embedding_dim, dtype=dtype, device=device), False)
 
 
 def dense_shard(name: str, weight: torch.Tensor) -> LoadedShard:
@@ -273,23 +314,32 @@ def is_plain_matrix(layer: Any) -> bool:
     )
 
 
-class _DenseMethod:
-    """What our two methods for unquantized weights add to vLLM's, which stay their base classes.
+class DenseMethod:
+    """What our methods for unquantized weights add to vLLM's, which stay their base classes.
 
-    ``takes`` says whether a layer is for our kernel; all others are vLLM's as before.
+    ``could_take`` says whether a layer is for our kernel; all others are vLLM's as before.
     """
 
     kind: LayerKind
-    keeps_weight: bool
 
     def __init__(self, prefix: str, settings: Settings) -> None:
         super().__init__()
         self.prefix = prefix
         self.settings = settings
-        self.prepared: _Prepared | None = None
+        self.prepared: Prepared | None = None
 
-    def takes(self, layer: Any) -> bool:
-        return is_plain_matrix(layer) and not layer.weight.is_meta
+    @property
+    def plan_name(self) -> str:
+        """What the plan calls the layer."""
+        return self.prefix
+
+    def plan_note(self, *, lookup: bool) -> str:
+        """What the plan says of it; ``lookup``: whether its rows are looked up in the prepared
+        copy."""
+        return ""
+
+    def could_take(self, layer: Any) -> bool:
+        return is_plain_matrix(layer)
 
     def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
         super().create_weights(layer, *args, **kwargs)  # type: ignore[misc]
@@ -299,23 +349,41 @@ class _DenseMethod:
     def process_weights_after_loading(self, layer: Any) -> None:
         if self.prepared is not None and layer.weight.numel() == 0:
             return
-        if not self.takes(layer):
+        if layer.weight.is_meta or not self.could_take(layer):
             super().process_weights_after_loading(layer)  # type: ignore[misc]
-            _finished(self.settings)
+            layer_finished(self.settings)
             return
-        weight = layer.weight.data
-        self.prepared = _prepare(
+        self.prepared = self.prepare(layer)
+        self.drop_weight(layer)
+
+    def context(self, layer: Any) -> LayerContext:
+        """What the layer is apart from its weights."""
+        return layer_context(layer, layer.weight.dtype)
+
+    def prepare(self, layer: Any) -> Prepared:
+        """The natural weight, prepared."""
+        name = self.plan_name
+        shards = [dense_shard(name, layer.weight.data)]
+        context = self.context(layer)
+        if self.prepared is None:
+            context = settle_lookup(name, shards, context, detect_platform(), self.settings)
+        else:
+            context = replace(context, lookup=self.prepared.looks_up)
+        return prepare_layer(
             layer,
-            self.prefix,
+            name,
             self.kind,
-            [dense_shard(self.prefix, weight)],
-            weight.dtype,
+            shards,
+            context,
             self.settings,
             self.prepared,
             dummy=self.dummy,
+            note=self.plan_note(lookup=context.lookup),
         )
-        if not self.keeps_weight:
-            layer.weight = Parameter(weight.new_empty(0), requires_grad=False)
+
+    def drop_weight(self, layer: Any) -> None:
+        """Free the natural weight, now that there is a prepared one."""
+        layer.weight = Parameter(layer.weight.data.new_empty(0), requires_grad=False)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if self.prepared is None:
@@ -323,7 +391,7 @@ class _DenseMethod:
         return self.prepared.apply(layer, x, bias)
 
 
-class CompressedUnquantizedLinearMethod(_DenseMethod, UnquantizedLinearMethod):
+class CompressedUnquantizedLinearMethod(DenseMethod, UnquantizedLinearMethod):
     """Linear layer that the checkpoint leaves unquantized, on our dense kernel.
 
     A subclass of vLLM's method because routers, MLA and online quantization ask for that type.
@@ -331,18 +399,3 @@ class CompressedUnquantizedLinearMethod(_DenseMethod, UnquantizedLinearMethod):
     """
 
     kind = LayerKind.LINEAR
-    keeps_weight = False
-
-
-class CompressedUnquantizedEmbeddingMethod(_DenseMethod, UnquantizedEmbeddingMethod):
-    """lm_head that the checkpoint leaves unquantized.
-
-    ``layer.weight`` stays as it is: it may be the embedding table too, and speculative decoding
-    and LoRA read it.
-    """
-
-    kind = LayerKind.HEAD
-    keeps_weight = True
-
-    def takes(self, layer: Any) -> bool:
-        return isinstance(layer, ParallelLMHead) and super().takes(layer)

@@ -43,7 +43,8 @@ class LayerLayout:
     ``name``: what the model class calls it, and the plan. ``path``: where it is in the model.
     ``sources``: the shards of a layer of which at least one is quantized. ``dense``: this rank's
     weight (a meta tensor) of an unquantized one. ``reasons``: which rule left which shard
-    unquantized.
+    unquantized. ``notes``: what else the plan says, if rows are not looked up in the prepared copy
+    and if they are.
     """
 
     name: str
@@ -53,18 +54,21 @@ class LayerLayout:
     sources: tuple[ShardSource, ...] = ()
     dense: LoadedShard | None = None
     reasons: tuple[str, ...] = ()
+    notes: tuple[str, str] = ("", "")
 
 
 @dataclass(frozen=True)
 class LeftToVllm:
     """A layer with weights that vLLM's own code runs, and why. ``refusal``: what that code says if
-    it will not run it on this machine."""
+    it will not run it on this machine. ``nbytes``: of its weights, where vLLM keeps them as they
+    are."""
 
     name: str
     kind: str
     method: str
     reason: str
     refusal: str = ""
+    nbytes: int = 0
 
 
 @dataclass
@@ -181,9 +185,12 @@ def _add(
     delegated: dict[str, PlanEntry],
 ) -> None:
     from vllm.model_executor.layers.linear import LinearBase
-    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+    from vllm.model_executor.layers.vocab_parallel_embedding import (
+        UnquantizedEmbeddingMethod,
+        VocabParallelEmbedding,
+    )
 
-    from vllm.compressed_linear import linear
+    from vllm.compressed_linear import embedding, linear
 
     method = getattr(module, "quant_method", None)
     if method is None:
@@ -194,36 +201,38 @@ def _add(
     elif isinstance(method, linear.CompressedLinearMethod):
         layout.layers.append(
             LayerLayout(
-                method.prefix,
+                method.plan_name,
                 name,
-                method.kind,
-                linear.layer_context(module, method.params_dtype),
+                method.plan_kind,
+                method.context(module),
                 tuple(method.sources),
                 reasons=_reasons(quant_config, method.prefix, method.kind),
+                notes=(method.plan_note,) * 2,
             )
         )
-    elif isinstance(
-        method,
-        (linear.CompressedUnquantizedLinearMethod, linear.CompressedUnquantizedEmbeddingMethod),
-    ) and linear.is_plain_matrix(module):
-        head = isinstance(method, linear.CompressedUnquantizedEmbeddingMethod)
-        kind = LayerKind.HEAD if head else LayerKind.LINEAR
-        weight = module.weight.data
+    elif isinstance(method, linear.DenseMethod) and method.could_take(module):
         layout.layers.append(
             LayerLayout(
-                method.prefix,
+                method.plan_name,
                 name,
-                kind,
-                linear.layer_context(module, weight.dtype),
-                dense=linear.dense_shard(method.prefix, weight),
-                reasons=_reasons(quant_config, method.prefix, kind),
+                method.kind,
+                method.context(module),
+                dense=linear.dense_shard(method.plan_name, module.weight.data),
+                reasons=_reasons(quant_config, method.plan_name, method.kind),
+                notes=(method.plan_note(lookup=False), method.plan_note(lookup=True)),
             )
         )
+    elif isinstance(method, embedding.TiedHeadMethod) or getattr(method, "table", None) is not None:
+        return  # shown with the table
     elif isinstance(module, (LinearBase, VocabParallelEmbedding)):
-        reason = "embedding tables are only looked up"
+        reason, nbytes = "embedding tables are only looked up", 0
+        by = type(method).__name__
         if isinstance(module, LinearBase):
             reason = f"{type(module).__name__} is one of vLLM's special cases"
-        layout.left.append(LeftToVllm(name, type(module).__name__, type(method).__name__, reason))
+        elif isinstance(method, UnquantizedEmbeddingMethod):
+            by = UnquantizedEmbeddingMethod.__name__  # ours leaves it to that one
+            nbytes = module.weight.numel() * module.weight.element_size()
+        layout.left.append(LeftToVllm(name, type(module).__name__, by, reason, nbytes=nbytes))
 
 
 def _reasons(config: CompressedLinearConfig, prefix: str, kind: LayerKind) -> tuple[str, ...]:

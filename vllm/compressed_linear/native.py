@@ -11,6 +11,8 @@ Ops are reached as ``torch.ops.compressed_linear.<name>`` after ``load()``:
 * ``linear(x, packed, scale, zero, bias, perm, table, n, k, group_size, element, element_bias,
   out_dtype, row_scale=None, prescale=None, activation=None, activation_group=-1,
   activation_maximum=0.0, input_scale=None, input_zero=None) -> Tensor`` [m, n], see below
+* ``embedding(ids, packed, scale, zero, perm, table, n, k, group_size, element, element_bias,
+  channels, out_dtype, row_scale=None) -> Tensor`` [m, channels], see below
 * ``isa()``, ``supported_isas()``, ``select_isa(name)`` (for tests), ``layout_id()``
 * ``op_calls(name)``, ``op_call_lines()``, ``reset_op_calls()``
 
@@ -25,6 +27,10 @@ without groups) and ``maximum``; input_scale: float32 [1] and input_zero: int32 
 static. ``element`` is ``uint1`` … ``uint8``, ``e4m3``, ``e5m2``, ``bf16``, ``fp16`` or ``fp32``.
 Sums are fp32; the AVX-512 path takes denormals of activations and partial products as zero. A
 row's result does not depend on the other rows nor on the number of threads.
+
+``embedding`` gives rows of the same row_scale · ŵ, of which ``ids`` int64 [m] holds the numbers, in
+fp32 and rounded once. Column c is the weight of channel c of x: with ``perm`` the sum over the k
+with perm[k] = c. ``channels`` is the width of x, k without ``perm``.
 
 For 8-bit integer activations there is a layout of its own (``layout_id_int8()``), and engines of
 their own (``isa_int8()``, ``supported_isas_int8()``, ``select_isa_int8(name)``):
@@ -164,6 +170,25 @@ def _fake_linear(
     return x.new_empty((x.shape[0], n), dtype=out_dtype)
 
 
+def _fake_embedding(
+    ids: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor | None,
+    zero: torch.Tensor | None,
+    perm: torch.Tensor | None,
+    table: torch.Tensor | None,
+    n: int,
+    k: int,
+    group_size: int,
+    element: str,
+    element_bias: int,
+    channels: int,
+    out_dtype: torch.dtype,
+    row_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    return packed.new_empty((ids.shape[0], channels), dtype=out_dtype)
+
+
 def _fake_unpack_rows(
     packed: torch.Tensor, n: int, k: int, group_size: int, element: str
 ) -> torch.Tensor:
@@ -206,5 +231,6 @@ def _register_fakes() -> None:
     torch.library.register_fake("compressed_linear::unpack_rows_int8", _fake_unpack_rows)
     torch.library.register_fake("compressed_linear::pack_rows_int8", _fake_pack_rows)
     torch.library.register_fake("compressed_linear::linear", _fake_linear)
+    torch.library.register_fake("compressed_linear::embedding", _fake_embedding)
     torch.library.register_fake("compressed_linear::unpack_rows", _fake_unpack_rows)
     torch.library.register_fake("compressed_linear::pack_rows", _fake_pack_rows)

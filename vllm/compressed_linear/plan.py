@@ -84,6 +84,11 @@ class Plan:
         self.expected += 1
         self.expected_bytes += nbytes
 
+    def withdraw(self, nbytes: int) -> None:
+        """An expected layer of ``nbytes`` has no weight of its own: it is tied to another."""
+        self.expected -= 1
+        self.expected_bytes -= nbytes
+
     def add(self, entry: PlanEntry, part: int = 0) -> None:
         """Record what runs (part ``part`` of) a layer; a reload replaces the entry."""
         self.entries[(entry.name, part)] = entry

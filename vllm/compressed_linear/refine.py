@@ -34,13 +34,15 @@ from vllm.compressed_linear.weights import (
 
 @dataclass(frozen=True)
 class LayerContext:
-    """What a layer is apart from its weights: dtypes and place in the tensor-parallel group."""
+    """What a layer is apart from its weights: dtypes, place in the tensor-parallel group, and
+    whether it is an embedding table, whose rows are looked up."""
 
     input_dtype: str
     output_dtype: str
     bias_dtype: str | None = None
     tp_rank: int = 0
     tp_size: int = 1
+    lookup: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ def refine(shards: Sequence[LoadedShard], context: LayerContext) -> list[Part]:
             activation=shards[begin].source.scheme.activation,
             prescale=None if weights.prescale is None else "float32",
             transform=shards[begin].source.scheme.transform,
+            lookup=context.lookup,
         )
         parts.append(Part(offset, descriptor, weights))
         offset += weights.n

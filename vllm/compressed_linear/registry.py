@@ -95,6 +95,8 @@ def _validate(cls: type[QuantLinearMethod]) -> None:
     missing += [name for name in ("name", "capabilities") if not hasattr(cls, name)]
     if not (_estimates(cls) or hasattr(cls, "cost")):
         missing.append("seconds(descriptor, platform, m)")
+    if hasattr(cls, "capabilities") and cls.capabilities.lookup:
+        missing += ["embedding"] if cls.embedding is QuantLinearMethod.embedding else []
     if missing:
         raise TypeError(f"backend {_identity(cls)} lacks {', '.join(missing)}")
 

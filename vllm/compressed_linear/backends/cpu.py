@@ -82,6 +82,7 @@ class CpuBackend(QuantLinearMethod):
         zero_kinds=frozenset({"integer", "float"}),
         channel_order=True,
         padded_order=True,
+        lookup=True,
         required_ops=(NATIVE_LIBRARY,),
     )
 
@@ -242,6 +243,26 @@ def _prepared_dtype(d: CompressedLinearDescriptor) -> str:
     # multiplied in behind the sum.
     grouped = d.activation.granularity == "group"
     return "float32" if grouped and d.activation.scale_dtype == "float32" else "bfloat16"
+
+    def embedding(self, tensors: Mapping[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+        d = self.descriptor
+        out = torch.ops.compressed_linear.embedding(
+            ids.reshape(-1).contiguous(),
+            tensors["packed"],
+            tensors.get("scale"),
+            tensors.get("zero"),
+            tensors.get("perm"),
+            tensors.get("table"),
+            d.n,
+            d.k,
+            d.group_size,
+            self.element,
+            d.weight.element.bias,
+            d.in_features,
+            self.output_dtype,
+            tensors.get("row_scale"),
+        )
+        return out.reshape(*ids.shape, d.in_features)
 
 
 def _kernel_element(element: ElementType) -> str:

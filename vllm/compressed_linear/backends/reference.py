@@ -28,6 +28,24 @@ CHUNK_ELEMENTS = 4 << 20
 CALLS = CallCounter()
 
 
+def _dequantized(
+    rows: slice | torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor | None,
+    zero: torch.Tensor | None,
+    table: torch.Tensor,
+) -> torch.Tensor:
+    """``rows`` of ŵ before the second-level scale, fp32 [rows, K]."""
+    part = codes[rows]
+    values = table[part.to(torch.int64)] if table.numel() else part.to(torch.float32)
+    if scale is None:
+        return values
+    values = values.unflatten(1, (scale.shape[1], -1))
+    if zero is not None:
+        values = values - zero[rows].to(torch.float32).unsqueeze(-1)
+    return (values * widen_scale(scale[rows]).unsqueeze(-1)).flatten(1)
+
+
 @torch.library.custom_op("compressed_linear::reference_linear", mutates_args=())
 def reference_linear(
     x: torch.Tensor,
@@ -63,14 +81,7 @@ def reference_linear(
     step = max(CHUNK_ELEMENTS // max(codes.shape[1], 1), 1)
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
-        part = codes[rows]
-        values = table[part.to(torch.int64)] if table.numel() else part.to(torch.float32)
-        if scale is not None:
-            values = values.unflatten(1, (scale.shape[1], -1))
-            if zero is not None:
-                values = values - zero[rows].to(torch.float32).unsqueeze(-1)
-            values = (values * widen_scale(scale[rows]).unsqueeze(-1)).flatten(1)
-        out[:, rows] = taken @ values.t()
+        out[:, rows] = taken @ _dequantized(rows, codes, scale, zero, table).t()
     if row_scale is not None:
         out *= row_scale
     if bias is not None:
@@ -103,6 +114,49 @@ def _(
     return x.new_empty(x.shape[0], codes.shape[0], dtype=output_dtype)
 
 
+@torch.library.custom_op("compressed_linear::reference_embedding", mutates_args=())
+def reference_embedding(
+    ids: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor | None,
+    zero: torch.Tensor | None,
+    row_scale: torch.Tensor | None,
+    order: torch.Tensor | None,
+    table: torch.Tensor,
+    channels: int,
+    output_dtype: torch.dtype,
+) -> torch.Tensor:
+    """ids [M] → rows of ŵ [M, channels] in the order of x's channels. ``table``: as above."""
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < codes.shape[0]:
+        raise ValueError(
+            f"compressed_linear::reference_embedding: ids run from {int(ids.min())} to "
+            f"{int(ids.max())}, expected 0 to {codes.shape[0] - 1}"
+        )
+    rows = _dequantized(ids, codes, scale, zero, table)
+    if row_scale is not None:
+        rows *= row_scale[ids].unsqueeze(-1)
+    if order is not None:
+        kept = order >= 0
+        out = rows.new_zeros(len(ids), channels)
+        rows = out.index_add_(1, order[kept].to(torch.int64), rows[:, kept])
+    return rows.to(output_dtype)
+
+
+@reference_embedding.register_fake
+def _(
+    ids: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor | None,
+    zero: torch.Tensor | None,
+    row_scale: torch.Tensor | None,
+    order: torch.Tensor | None,
+    table: torch.Tensor,
+    channels: int,
+    output_dtype: torch.dtype,
+) -> torch.Tensor:
+    return codes.new_empty(ids.shape[0], channels, dtype=output_dtype)
+
+
 class ReferenceBackend(QuantLinearMethod):
     """Runs any descriptor, on any device."""
 
@@ -132,6 +186,7 @@ class ReferenceBackend(QuantLinearMethod):
         activations=activation_kinds(),
         prescale=True,
         transforms=True,
+        lookup=True,
     )
 
     def __init__(self, descriptor: CompressedLinearDescriptor) -> None:
@@ -213,3 +268,17 @@ class ReferenceBackend(QuantLinearMethod):
             torch_dtype(d.output_dtype),
         )
         return out.reshape(*x.shape[:-1], d.out_features)
+
+    def embedding(self, tensors: Mapping[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+        out = torch.ops.compressed_linear.reference_embedding(
+            ids.reshape(-1),
+            tensors["codes"],
+            tensors.get("scale"),
+            tensors.get("zero"),
+            tensors.get("row_scale"),
+            tensors.get("order"),
+            tensors["table"],
+            self.descriptor.in_features,
+            torch_dtype(self.descriptor.output_dtype),
+        )
+        return out.reshape(*ids.shape, self.descriptor.in_features)

@@ -123,12 +123,8 @@ class CompressedTensorsConfig(CompressedLinearConfig):
         group = self._group(names, module_class)
         if group is None:
             return Unquantized("no config group targets it")
-        if isinstance(group.resolution, CheckpointScheme):
-            if kind is LayerKind.EMBEDDING:
-                return Delegated("quantized embedding tables")
-            if (found := self.unquantized_on_disk(module)) is not None:
-                return found
-        return group.resolution
+        quantized = isinstance(group.resolution, CheckpointScheme)
+        return (self.unquantized_on_disk(module) if quantized else None) or group.resolution
 
     def _group(self, names: Sequence[str], module_class: str) -> _Group | None:
         """The group that the library's ``match_targets`` would choose: names go before regexes,

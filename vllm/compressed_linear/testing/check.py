@@ -13,11 +13,12 @@ import math
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
 
-from vllm.compressed_linear.backend import QuantLinearMethod, Verdict
+from vllm.compressed_linear.backend import QuantLinearMethod, Verdict, lookup_bound
 from vllm.compressed_linear.cost import MIX
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
 from vllm.compressed_linear.numerics import torch_dtype
@@ -96,8 +97,11 @@ def check_case(
                 run.isolation(tensors)
                 if backend.batch_invariant:
                     run.invariance(tensors)
+            looks_up = run.lookup(tensors, platform)
     if tensors is not None and compiled and not run.failures:
         run.compiled(tensors)
+        if looks_up:
+            run.compiled_lookup(tensors)
     return run.result()
 
 
@@ -238,7 +242,13 @@ class _Run:
             return
         x, out = x.reshape(-1, x.shape[-1])[rows], out.reshape(-1, out.shape[-1])[rows]
         expected = self.problem.expected(x, bias)
-        allowed = self.problem.bound(x, expected, self.backend)
+        self.hold(check, out, expected, self.problem.bound(x, expected, self.backend))
+
+    def hold(
+        self, check: str, out: torch.Tensor, expected: torch.Tensor, allowed: torch.Tensor
+    ) -> None:
+        """Hold ``out`` against the exact result and the largest error, both float64 of its shape
+        [rows, columns]."""
         got = out.to(torch.float64)
         largest = torch.finfo(out.dtype).max
         # Where the exact result is at the edge of the output's range, infinity is right too.
@@ -309,6 +319,76 @@ class _Run:
                 part = self.apply("batch invariance", tensors, x[rows].contiguous(), bias)
                 if whole is not None and part is not None and not _same_bits(part, whole[rows]):
                     self.fail("batch invariance", f"rows [{start}, {start + count}) alone differ")
+
+    def lookup(self, tensors: Tensors, platform: Platform) -> bool:
+        """Rows by their numbers, if the backend says it looks them up; returns whether it does."""
+        asked = replace(self.descriptor, lookup=True)
+        check = "can_implement with lookup"
+        verdict = self.attempt(check, lambda: self.backend.can_implement(asked, platform))
+        if not verdict:
+            return False
+        if not self.backend.capabilities.lookup:
+            self.fail(check, "accepted what its capabilities do not declare")
+        n = asked.n
+        every = torch.arange(n, device=self.problem.weight.device)
+        forms = {
+            "ids [N]": every,
+            "ids of nothing": every[:0],
+            "ids [2, 3]": (torch.arange(6, device=every.device) * 7 % n).reshape(2, 3),
+            "one id often": every[-1:].expand(20),
+            "every other id": every[::2],
+        }
+        whole = None
+        for check, ids in forms.items():
+            rows = self.rows(check, asked, tensors, ids)
+            whole = rows if whole is None else whole
+            if rows is not None and whole is not None and not _same_bits(rows, whole[ids]):
+                self.fail(check, "a row has other bits than beside all others")
+        return True
+
+    def rows(
+        self,
+        check: str,
+        descriptor: CompressedLinearDescriptor,
+        tensors: Tensors,
+        ids: torch.Tensor,
+        look_up: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> torch.Tensor | None:
+        """Look up ``ids`` with a fresh instance (or ``look_up``) and hold the rows against ŵ."""
+        call = look_up or functools.partial(self.backend(descriptor).embedding, tensors)
+        out = self.attempt(check, lambda: call(ids))
+        if out is None:
+            return None
+        shape = (*ids.shape, descriptor.in_features)
+        dtype = torch_dtype(descriptor.output_dtype)
+        if not isinstance(out, torch.Tensor) or out.shape != shape or out.dtype != dtype:
+            self.fail(check, f"gave {_shape_of(out)}, expected {dtype} of shape {list(shape)}")
+            return None
+        if out.numel():
+            expected = self.problem.weight[ids.flatten()]
+            allowed = lookup_bound(
+                self.problem.magnitude[ids.flatten()],
+                expected,
+                descriptor.output_dtype,
+                self.backend.contract_constant,
+                self.backend.weight_rounding(descriptor),
+            )
+            self.hold(check, out.reshape(-1, shape[-1]), expected, allowed)
+        return out
+
+    def compiled_lookup(self, tensors: Tensors) -> None:
+        """torch.compile traces ``embedding`` in one graph that serves any number of ids."""
+        asked = replace(self.descriptor, lookup=True)
+        method = self.backend(asked)
+        torch.compiler.reset()
+        traced = torch.compile(
+            lambda ids: method.embedding(tensors, ids), fullgraph=True, backend="eager"
+        )
+        for count in (5, 2, 64):
+            ids = torch.arange(count, device=self.problem.weight.device) % asked.n
+            torch._dynamo.mark_dynamic(ids, 0)
+            with torch.compiler.set_stance("default" if count == 5 else "fail_on_recompile"):
+                self.rows(f"torch.compile, {count} ids", asked, tensors, ids, traced)
 
     def compiled(self, tensors: Tensors) -> None:
         """torch.compile traces ``apply`` in one graph that serves every M."""
