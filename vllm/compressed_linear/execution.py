@@ -271,8 +271,8 @@ def self_check(
         return
     if weights.permutation is not None:
         order = weights.permutation.to(torch.int64)
-        own = magnitude.new_zeros(len(rows), descriptor.in_features)
-        magnitude = own.index_add_(1, order[order >= 0], magnitude[:, order >= 0])
+        stored = magnitude.new_zeros(len(rows), descriptor.in_features)
+        magnitude = stored.index_add_(1, order[order >= 0], magnitude[:, order >= 0])
     found = method.embedding(tensors, torch.tensor(rows, device=weights.device))
     bound = lookup_bound(
         magnitude,

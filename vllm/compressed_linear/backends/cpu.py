@@ -234,16 +234,6 @@ class CpuBackend(QuantLinearMethod):
         )
         return out if x.dim() == 2 else out.reshape(*x.shape[:-1], d.out_features)
 
-
-def _prepared_dtype(d: CompressedLinearDescriptor) -> str:
-    """The narrowest dtype that holds x as it is multiplied."""
-    if d.activation is None:
-        return d.input_dtype if d.prescale is None else "float32"
-    # Only scales of groups that are no powers of two stay in x; others keep few bits, or are
-    # multiplied in behind the sum.
-    grouped = d.activation.granularity == "group"
-    return "float32" if grouped and d.activation.scale_dtype == "float32" else "bfloat16"
-
     def embedding(self, tensors: Mapping[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
         d = self.descriptor
         out = torch.ops.compressed_linear.embedding(
@@ -263,6 +253,16 @@ def _prepared_dtype(d: CompressedLinearDescriptor) -> str:
             tensors.get("row_scale"),
         )
         return out.reshape(*ids.shape, d.in_features)
+
+
+def _prepared_dtype(d: CompressedLinearDescriptor) -> str:
+    """The narrowest dtype that holds x as it is multiplied."""
+    if d.activation is None:
+        return d.input_dtype if d.prescale is None else "float32"
+    # Only scales of groups that are no powers of two stay in x; others keep few bits, or are
+    # multiplied in behind the sum.
+    grouped = d.activation.granularity == "group"
+    return "float32" if grouped and d.activation.scale_dtype == "float32" else "bfloat16"
 
 
 def _kernel_element(element: ElementType) -> str:
