@@ -146,6 +146,6 @@ void linear(const Problem& p, const Parallel& parallel) {
 
 }  // namespace
 
-const Engine kEngineGeneric = {"generic", &linear};
+const Engine kEngineGeneric = {"generic", &linear, &repack_plain};
 
 }  // namespace compressed_linear::cpu

@@ -14,6 +14,7 @@ import torch
 
 from vllm.compressed_linear import native, numerics
 from vllm.compressed_linear.backend import Capabilities, QuantLinearMethod
+from vllm.compressed_linear.backends.cpu_preparation import pack_codes, pack_scales
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
 from vllm.compressed_linear.numerics import ElementType, torch_dtype
 from vllm.compressed_linear.platform import NATIVE_LIBRARY, Platform
@@ -126,17 +127,15 @@ class CpuBackend(QuantLinearMethod):
         d = self.descriptor
         tiles = -(-d.n // native.TILE)
         tile_bytes = ops.packed_tile_bytes(d.k, d.group_size, self.element)
-        tensors = {"packed": torch.empty(tiles, tile_bytes, dtype=torch.uint8)}
-        for name, dtype in (("scale", _scale_dtype(d)), ("zero", _zero_dtype(d))):
-            if dtype is not None:
-                tensors[name] = torch.zeros(tiles, d.groups, native.TILE, dtype=dtype)
-        for start, stop in weights.chunks(native.TILE):
-            rows = weights.rows(start, stop)
-            codes = rows.codes.contiguous()
-            ops.pack_rows(tensors["packed"], codes, start, d.n, d.group_size, self.element)
-            for name, values in (("scale", rows.scale), ("zero", rows.zero)):
-                if name in tensors and values is not None:
-                    _put_tiles(tensors[name], values, start, f"{name} of {d}")
+        packed = torch.empty(tiles, tile_bytes, dtype=torch.uint8)
+        pack_codes(packed, weights, d, self.element)
+        tensors = {
+            name: torch.empty(tiles, d.groups, native.TILE, dtype=dtype)
+            for name, dtype in (("scale", _scale_dtype(d)), ("zero", _zero_dtype(d)))
+            if dtype is not None
+        }
+        pack_scales(tensors, weights, d)
+        tensors["packed"] = packed
         if weights.permutation is not None:
             tensors["perm"] = weights.permutation.to(torch.int32).contiguous()
         if weights.row_scale is not None:
@@ -198,18 +197,3 @@ def _table(element: ElementType) -> torch.Tensor | None:
     values = element.table()
     table = values.to(torch.bfloat16)
     return table if torch.equal(table.to(torch.float32), values) else values
-
-
-def _put_tiles(target: torch.Tensor, values: torch.Tensor, start: int, what: str) -> None:
-    """Writes [rows, G] values of output channels from ``start`` on into [tiles, G, 16]."""
-    exact = values.to(target.dtype)
-    if not values.is_floating_point() and not torch.equal(exact.to(values.dtype), values):
-        raise ValueError(
-            f"{what}: zero points run from {int(values.min())} to {int(values.max())}, "
-            "expected 0 to 256"
-        )
-    missing = -len(exact) % native.TILE
-    if missing:
-        exact = torch.nn.functional.pad(exact, (0, 0, 0, missing))
-    tiles = exact.unflatten(0, (-1, native.TILE)).transpose(1, 2)
-    target[start // native.TILE : start // native.TILE + len(tiles)] = tiles
