@@ -98,19 +98,15 @@ void set_positions(const char* op, cpu::CodeSource& source, const Tensor& stored
 
 // Checks where the rows go and packs them. `what` they come from is named where codes are wrong,
 // which is only known when they have been packed.
-void repack(const char* op, const char* what, cpu::Repack& job, const Tensor& packed,
-            int64_t row_start) {
+void repack(const char* op, const char* what, cpu::Repack& job, int64_t packed_bytes) {
   const Geometry& g = job.geometry;
-  check_packed(op, packed, g);
-  job.row_begin = row_start;
-  job.packed = static_cast<uint8_t*>(packed.mutable_data_ptr());
-  if (row_start < 0 || row_start % cpu::kTile != 0)
-    fail(op, "row_start is ", row_start, ", expected a multiple of ", cpu::kTile);
+  if (job.row_begin < 0 || job.row_begin % cpu::kTile != 0)
+    fail(op, "row_start is ", job.row_begin, ", expected a multiple of ", cpu::kTile);
   if (job.row_end() > g.n || (job.row_end() % cpu::kTile != 0 && job.row_end() != g.n))
     fail(op, "rows end at ", job.row_end(), ", expected a multiple of ", cpu::kTile,
          " or n = ", g.n);
-  if (job.row_end() == row_start) return;
-  if (row_start == 0) cpu::advise_huge_pages(job.packed, packed.numel());
+  if (job.row_end() == job.row_begin) return;
+  if (job.row_begin == 0) cpu::advise_huge_pages(job.packed, packed_bytes);
   if (cpu::is_coded(g.element)) cpu::plan_fields(job);
   // Floats in groups that need filling up: nothing that a checkpoint has.
   const bool plain = !cpu::is_coded(g.element) && !g.identity();
@@ -155,14 +151,11 @@ void pack_rows(Tensor packed, Tensor rows, int64_t row_start, int64_t n, int64_t
   check_plain(op, "rows", rows);
   check_type(op, "rows", rows, row_type(element));
   if (rows.dim() != 2) fail(op, "rows has shape ", shape_text(rows), ", expected [rows, k]");
-  cpu::Repack job{};
-  job.geometry = geometry_of(op, n, rows.size(1), group_size, element);
-  job.source.order = cpu::CodeOrder::n_major;
-  job.source.rows = rows.size(0);
-  job.source.planes = 1;
-  job.source.widths[0] = 8;
-  set_stored(job.source, rows);
-  repack(op, "rows", job, packed, row_start);
+  const Geometry g = geometry_of(op, n, rows.size(1), group_size, element);
+  check_packed(op, packed, g);
+  cpu::Repack job = cpu::from_rows(g, rows.const_data_ptr(), rows.size(0), row_start,
+                                   static_cast<uint8_t*>(packed.mutable_data_ptr()));
+  repack(op, "rows", job, packed.numel());
   counter("pack_rows/" + element_name) += 1;
 }
 
@@ -202,7 +195,10 @@ void repack_codes(Tensor packed, Tensor stored, std::string order, Tensor k_at,
   source.n_first = n_first;
   set_positions(op, source, stored, k_at, n_at);
   job.geometry = geometry_of(op, n, k_at.size(k_at.dim() - 1), group_size, element);
-  repack(op, "stored", job, packed, row_start);
+  check_packed(op, packed, job.geometry);
+  job.row_begin = row_start;
+  job.packed = static_cast<uint8_t*>(packed.mutable_data_ptr());
+  repack(op, "stored", job, packed.numel());
   counter(std::string("repack_codes/") + cpu::engine().isa + "/" + element_name) += 1;
 }
 

@@ -111,6 +111,22 @@ void touch_pages(uint8_t* memory, int64_t begin, int64_t end) {
   for (int64_t at = begin; at < end; at += kPage) static_cast<volatile uint8_t*>(memory)[at] = 0;
 }
 
+Repack from_rows(const Geometry& geometry, const void* rows, int64_t count, int64_t row_begin,
+                 uint8_t* packed) {
+  Repack job{};
+  job.geometry = geometry;
+  job.source.order = CodeOrder::n_major;
+  job.source.data = static_cast<const uint8_t*>(rows);
+  job.source.row_bytes = geometry.k * row_element_bytes(geometry.element);
+  job.source.bytes = count * job.source.row_bytes;
+  job.source.planes = 1;
+  job.source.widths[0] = 8;
+  job.source.rows = count;
+  job.row_begin = row_begin;
+  job.packed = packed;
+  return job;
+}
+
 void plan_fields(Repack& job) {
   const Geometry& g = job.geometry;
   const CodeSource& s = job.source;

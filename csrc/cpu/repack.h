@@ -81,7 +81,7 @@ constexpr WrongCodes wrong_codes(Element element) {
 
 constexpr bool is_wrong(Element element, uint8_t code) {
   const WrongCodes wrong = wrong_codes(element);
-  return ((code & wrong.mask) + wrong.add & wrong.bits) != 0;
+  return (((code & wrong.mask) + wrong.add) & wrong.bits) != 0;
 }
 static_assert(is_wrong({Kind::e4m3, 8}, 0xff) && !is_wrong({Kind::e4m3, 8}, 0xfe) &&
                   is_wrong({Kind::e5m2, 8}, 0x7c) && !is_wrong({Kind::e5m2, 8}, 0xfb) &&
@@ -91,6 +91,10 @@ static_assert(is_wrong({Kind::e4m3, 8}, 0xff) && !is_wrong({Kind::e4m3, 8}, 0xfe
 // Writes the tiles of strips [strip_begin, strip_end) that the source covers. Channels beyond n and
 // positions that no input channel has get the code of zero. Returns false where it met wrong codes.
 using RepackFunction = bool (*)(const Repack&, int64_t strip_begin, int64_t strip_end);
+
+// A job from `count` rows [k] of bytes or floats, the first of them output channel `row_begin`.
+Repack from_rows(const Geometry& geometry, const void* rows, int64_t count, int64_t row_begin,
+                 uint8_t* packed);
 
 // Of elements that are codes: makes fields and windows in call_arena(), where they stay valid until
 // its next use.

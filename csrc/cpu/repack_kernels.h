@@ -391,7 +391,7 @@ struct RepackLoop {
   void codes_of_rows(int64_t tile_begin, int64_t tile_end) {
     Lanes* lanes = reinterpret_cast<Lanes*>(columns);  // [strip][planes][parts]
     const int64_t strips = (tile_end - tile_begin + kStrip - 1) / kStrip;
-    for (int64_t strip = 0; strip < strips; ++strip)
+    for (int64_t strip = 0; strip < (s.rows > 0 ? strips : 0); ++strip)
       for (int plane = 0; plane < s.planes; ++plane)
         for (int64_t part = 0; part < kStrip * kParts; ++part) {
           const int64_t channel = first_channel(tile_begin + strip * kStrip) + part * kLanes;
@@ -406,7 +406,8 @@ struct RepackLoop {
       const int64_t end = std::min(begin + kChunk, g.padded_k);
       for (int64_t strip = 0; strip < strips; ++strip) {
         const int64_t first = tile_begin + strip * kStrip;
-        read_rows(lanes + strip * s.planes * kStrip * kParts, kStrip * kParts, begin, end);
+        if (s.rows > 0)
+          read_rows(lanes + strip * s.planes * kStrip * kParts, kStrip * kParts, begin, end);
         for (int64_t tile = first; tile < std::min(first + kStrip, tile_end); ++tile)
           finish(quads + (tile - first) * kChunkQuads * kTile, tile, begin, end);
       }

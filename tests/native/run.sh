@@ -8,3 +8,4 @@ build="${1:-$root/build/native-tests}"
 cmake -S "$root" -B "$build" -DCMAKE_BUILD_TYPE=None -DCOMPRESSED_LINEAR_NATIVE_TESTS=ON > /dev/null
 cmake --build "$build" --parallel 2 > "$build/build.log" || { cat "$build/build.log"; exit 1; }
 "$build/test_engines"
+"$build/test_repack"
