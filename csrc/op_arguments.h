@@ -49,6 +49,8 @@ inline const char* type_name(ScalarType type) {
       return "uint8";
     case ScalarType::Char:
       return "int8";
+    case ScalarType::Short:
+      return "int16";
     case ScalarType::Int:
       return "int32";
     case ScalarType::Long:

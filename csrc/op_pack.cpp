@@ -1,16 +1,147 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
+#include <atomic>
 
 #include "counters.h"
-#include "cpu/pack.h"
+#include "cpu/repack.h"
 #include "op_arguments.h"
 #include "ops.h"
 
 namespace compressed_linear {
+namespace {
+
+using cpu::CodeOrder;
+
+CodeOrder parse_order(const char* op, const std::string& name) {
+  if (name == "n_major") return CodeOrder::n_major;
+  if (name == "k_words") return CodeOrder::k_words;
+  if (name == "k_major") return CodeOrder::k_major;
+  fail(op, "order is '", name, "', expected n_major, k_words or k_major");
+}
+
+void set_stored(cpu::CodeSource& source, const Tensor& stored) {
+  const int64_t unit = stored.element_size();
+  source.data = static_cast<const uint8_t*>(stored.const_data_ptr());
+  source.bytes = stored.numel() * unit;
+  source.row_bytes = stored.size(1) * unit;
+  source.container_bits = static_cast<int>(8 * unit);
+}
+
+void check_stored(const char* op, const Tensor& stored) {
+  check_plain(op, "stored", stored);
+  switch (stored.scalar_type()) {
+    case ScalarType::Byte:
+    case ScalarType::Char:
+    case ScalarType::Short:
+    case ScalarType::Int:
+    case ScalarType::Long:
+      break;
+    default:
+      fail(op, "stored is ", type_name(stored.scalar_type()),
+           ", expected uint8, int8, int16, int32 or int64");
+  }
+  if (stored.dim() != 2) fail(op, "stored has shape ", shape_text(stored), ", expected two axes");
+}
+
+// Largest entry; fails on one below `least`.
+int64_t check_positions(const char* op, const char* what, const Tensor& positions, int64_t least) {
+  check_plain(op, what, positions);
+  check_type(op, what, positions, ScalarType::Int);
+  const int32_t* at = static_cast<const int32_t*>(positions.const_data_ptr());
+  int64_t most = -1;
+  for (int64_t i = 0; i < positions.numel(); ++i) {
+    if (at[i] < least) fail(op, what, " holds ", at[i], ", expected ", least, " or more");
+    most = std::max<int64_t>(most, at[i]);
+  }
+  return most;
+}
+
+// Every field that k_at and n_at name lies inside of `stored`.
+void set_positions(const char* op, cpu::CodeSource& source, const Tensor& stored,
+                   const Tensor& k_at, const std::optional<Tensor>& n_at) {
+  const bool k_major = source.order == CodeOrder::k_major;
+  if (k_at.dim() != (k_major ? 1 : 2) || (!k_major && k_at.size(0) != source.planes))
+    fail(op, "k_at has shape ", shape_text(k_at), ", expected ",
+         k_major ? "[k]" : "[one per width, k]");
+  if (n_at.has_value() != k_major)
+    fail(op, "n_at is ", k_major ? "missing" : "given", ", but order is ",
+         k_major ? "k_major" : "not k_major");
+  const int64_t last_k = check_positions(op, "k_at", k_at, INT32_MIN);
+  source.k_at = static_cast<const int32_t*>(k_at.const_data_ptr());
+  int64_t bits = source.row_bytes * 8;
+  if (k_major) {
+    check_shape<2>(op, "n_at", *n_at, {source.planes, source.rows});
+    check_positions(op, "n_at", *n_at, 0);
+    source.n_at = static_cast<const int32_t*>(n_at->const_data_ptr());
+    if (last_k >= stored.size(0))
+      fail(op, "k_at runs to row ", last_k, ", but stored has shape ", shape_text(stored));
+  } else {
+    const int64_t first_axis = source.order == CodeOrder::n_major ? 0 : 1;
+    if (source.n_first + source.rows > stored.size(first_axis))
+      fail(op, "output channels run to ", source.n_first + source.rows, ", but stored has shape ",
+           shape_text(stored));
+    if (first_axis == 1) {
+      if (source.container_bits > 32)
+        fail(op, "stored is int64, expected at most 32 bits for order k_words");
+      bits = stored.size(0) * source.container_bits;
+    }
+  }
+  const int32_t* at = k_major ? source.n_at : source.k_at;
+  const int64_t count = k_major ? source.rows : k_at.size(1);
+  for (int plane = 0; plane < source.planes; ++plane) {
+    for (int64_t i = plane * count; i < (plane + 1) * count; ++i)
+      if (at[i] >= 0 && at[i] + source.widths[plane] > bits)
+        fail(op, k_major ? "n_at" : "k_at", " holds bit ", at[i], ", but stored has ", bits,
+             " bits along that axis");
+  }
+}
+
+// Checks where the rows go and packs them. `what` they come from is named where codes are wrong,
+// which is only known when they have been packed.
+void repack(const char* op, const char* what, cpu::Repack& job, int64_t packed_bytes) {
+  const Geometry& g = job.geometry;
+  if (job.row_begin < 0 || job.row_begin % cpu::kTile != 0)
+    fail(op, "row_start is ", job.row_begin, ", expected a multiple of ", cpu::kTile);
+  if (job.row_end() > g.n || (job.row_end() % cpu::kTile != 0 && job.row_end() != g.n))
+    fail(op, "rows end at ", job.row_end(), ", expected a multiple of ", cpu::kTile,
+         " or n = ", g.n);
+  if (job.row_end() == job.row_begin) return;
+  if (job.row_begin == 0) cpu::advise_huge_pages(job.packed, packed_bytes);
+  if (cpu::is_coded(g.element)) cpu::plan_fields(job);
+  // Floats in groups that need filling up: nothing that a checkpoint has.
+  const bool plain = !cpu::is_coded(g.element) && !g.identity();
+  const cpu::RepackFunction function = plain ? &cpu::repack_plain : cpu::engine().repack;
+  std::atomic<bool> good{true};
+  parallel_tiles(job.tile_begin() / cpu::kStrip, (job.tile_end() + cpu::kStrip - 1) / cpu::kStrip,
+                 [&](int64_t begin, int64_t end) {
+                   if (!function(job, begin, end)) good = false;
+                 });
+  if (good) return;
+  if (g.element.kind == Kind::integer)
+    fail(op, what, " holds codes of more than ", g.element.bits, " bits");
+  fail(op, what, " holds codes of infinity or NaN, expected finite numbers");
+}
+
+}  // namespace
 
 int64_t packed_tile_bytes(int64_t k, int64_t group_size, std::string element) {
   constexpr const char* op = "packed_tile_bytes";
   return geometry_of(op, 0, k, group_size, parse_element(op, element)).tile_bytes();
+}
+
+void place(Tensor packed) {
+  constexpr const char* op = "place";
+  check_plain(op, "packed", packed);
+  if (packed.dim() < 1) fail(op, "packed has shape [], expected [tiles, ...]");
+  const int64_t tiles = packed.size(0);
+  if (packed.numel() == 0) return;
+  const int64_t bytes = packed.numel() * packed.element_size();
+  const int64_t strip_bytes = bytes / tiles * cpu::kStrip;
+  uint8_t* memory = static_cast<uint8_t*>(packed.mutable_data_ptr());
+  cpu::advise_huge_pages(memory, bytes);
+  parallel_tiles(0, (tiles + cpu::kStrip - 1) / cpu::kStrip, [&](int64_t begin, int64_t end) {
+    cpu::touch_pages(memory, begin * strip_bytes, std::min(end * strip_bytes, bytes));
+  });
 }
 
 void pack_rows(Tensor packed, Tensor rows, int64_t row_start, int64_t n, int64_t group_size,
@@ -22,36 +153,53 @@ void pack_rows(Tensor packed, Tensor rows, int64_t row_start, int64_t n, int64_t
   if (rows.dim() != 2) fail(op, "rows has shape ", shape_text(rows), ", expected [rows, k]");
   const Geometry g = geometry_of(op, n, rows.size(1), group_size, element);
   check_packed(op, packed, g);
-  const int64_t row_end = row_start + rows.size(0);
-  if (row_start < 0 || row_start % cpu::kTile != 0)
-    fail(op, "row_start is ", row_start, ", expected a multiple of ", cpu::kTile);
-  if (row_end > n || (row_end % cpu::kTile != 0 && row_end != n))
-    fail(op, "rows end at ", row_end, ", expected a multiple of ", cpu::kTile, " or n = ", n);
-  if (element.kind == Kind::integer && element.bits < 8) {
-    const uint8_t* codes = static_cast<const uint8_t*>(rows.const_data_ptr());
-    uint8_t seen = 0;
-    for (int64_t i = 0; i < rows.numel(); ++i) seen |= codes[i];
-    if (seen >> element.bits) fail(op, "rows holds codes of more than ", element.bits, " bits");
-  }
-  if (element.kind == Kind::e4m3 || element.kind == Kind::e5m2) {
-    // The kernels know no infinities and no NaN among weights.
-    const uint8_t* codes = static_cast<const uint8_t*>(rows.const_data_ptr());
-    const uint8_t first = element.kind == Kind::e4m3 ? 0x7f : 0x7c;
-    uint8_t largest = 0;
-    for (int64_t i = 0; i < rows.numel(); ++i)
-      largest = std::max<uint8_t>(largest, codes[i] & 0x7fu);
-    if (largest >= first)
-      fail(op, "rows holds codes of infinity or NaN, expected finite ", element_name, " numbers");
-  }
-  const void* from = rows.const_data_ptr();
-  uint8_t* to = static_cast<uint8_t*>(packed.mutable_data_ptr());
-  if (row_start == 0) cpu::advise_huge_pages(to, packed.numel());
-  const int64_t tile_begin = row_start / cpu::kTile;
-  const int64_t tile_end = (row_end + cpu::kTile - 1) / cpu::kTile;
-  parallel_tiles(tile_begin, tile_end, [&](int64_t begin, int64_t end) {
-    cpu::pack_tiles(g, from, row_start, row_end, begin, end, to);
-  });
+  cpu::Repack job = cpu::from_rows(g, rows.const_data_ptr(), rows.size(0), row_start,
+                                   static_cast<uint8_t*>(packed.mutable_data_ptr()));
+  repack(op, "rows", job, packed.numel());
   counter("pack_rows/" + element_name) += 1;
+}
+
+void repack_codes(Tensor packed, Tensor stored, std::string order, Tensor k_at,
+                  std::optional<Tensor> n_at, std::vector<int64_t> widths, int64_t flip,
+                  int64_t n_first, int64_t rows, int64_t blank, int64_t blank_code,
+                  int64_t row_start, int64_t n, int64_t group_size, std::string element_name) {
+  constexpr const char* op = "repack_codes";
+  const Element element = parse_element(op, element_name);
+  if (!cpu::is_coded(element)) fail(op, "element is '", element_name, "', expected codes");
+  cpu::Repack job{};
+  cpu::CodeSource& source = job.source;
+  source.order = parse_order(op, order);
+  check_stored(op, stored);
+  set_stored(source, stored);
+
+  int64_t bits = 0;
+  for (const int64_t width : widths) {
+    if (width < 1 || width > 8) fail(op, "widths holds ", width, ", expected 1 to 8");
+    bits += width;
+    if (source.planes == cpu::kMaxPlanes) break;
+    source.widths[source.planes++] = static_cast<int>(width);
+  }
+  if (bits != element.bits)
+    fail(op, "widths add up to ", bits, " bits, expected ", element.bits, " for ", element_name);
+  if (flip < 0 || flip >> bits != 0) fail(op, "flip is ", flip, ", expected ", bits, " bits");
+  source.flip = static_cast<uint8_t>(flip);
+  if (rows < 0 || blank < 0 || n_first < 0)
+    fail(op, "rows, blank and n_first are ", rows, ", ", blank, " and ", n_first,
+         ", expected 0 or more");
+  source.rows = rows;
+  source.blank = blank;
+  if (blank_code < 0 || blank_code > 255 ||
+      cpu::is_wrong(element, static_cast<uint8_t>(blank_code)))
+    fail(op, "blank_code is ", blank_code, ", expected a code of ", element_name);
+  source.blank_code = static_cast<uint8_t>(blank_code);
+  source.n_first = n_first;
+  set_positions(op, source, stored, k_at, n_at);
+  job.geometry = geometry_of(op, n, k_at.size(k_at.dim() - 1), group_size, element);
+  check_packed(op, packed, job.geometry);
+  job.row_begin = row_start;
+  job.packed = static_cast<uint8_t*>(packed.mutable_data_ptr());
+  repack(op, "stored", job, packed.numel());
+  counter(std::string("repack_codes/") + cpu::engine().isa + "/" + element_name) += 1;
 }
 
 Tensor unpack_rows(Tensor packed, int64_t n, int64_t k, int64_t group_size,

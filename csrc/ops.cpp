@@ -47,6 +47,12 @@ STABLE_TORCH_LIBRARY(compressed_linear, m) {
   m.def(
       "pack_rows(Tensor(a!) packed, Tensor rows, int row_start, int n, int group_size, "
       "str element) -> ()");
+  m.def("place(Tensor(a!) packed) -> ()");
+  m.def(
+      "repack_codes(Tensor(a!) packed, Tensor stored, str order, Tensor k_at, Tensor? n_at, "
+      "int[] widths, int flip, int n_first, int rows, int blank, int blank_code, int row_start, "
+      "int n, "
+      "int group_size, str element) -> ()");
   m.def("unpack_rows(Tensor packed, int n, int k, int group_size, str element) -> Tensor");
   m.def(
       "linear(Tensor x, Tensor packed, Tensor? scale, Tensor? zero, Tensor? bias, Tensor? perm, "
@@ -87,6 +93,8 @@ STABLE_TORCH_LIBRARY(compressed_linear, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(compressed_linear, CPU, m) {
   m.impl("pack_rows", TORCH_BOX(&pack_rows));
+  m.impl("place", TORCH_BOX(&place));
+  m.impl("repack_codes", TORCH_BOX(&repack_codes));
   m.impl("unpack_rows", TORCH_BOX(&unpack_rows));
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("embedding", TORCH_BOX(&embedding));

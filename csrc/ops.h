@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 namespace compressed_linear {
 
@@ -17,6 +18,11 @@ using torch::stable::Tensor;
 int64_t packed_tile_bytes(int64_t k, int64_t group_size, std::string element);
 void pack_rows(Tensor packed, Tensor rows, int64_t row_start, int64_t n, int64_t group_size,
                std::string element);
+void place(Tensor packed);
+void repack_codes(Tensor packed, Tensor stored, std::string order, Tensor k_at,
+                  std::optional<Tensor> n_at, std::vector<int64_t> widths, int64_t flip,
+                  int64_t n_first, int64_t rows, int64_t blank, int64_t blank_code,
+                  int64_t row_start, int64_t n, int64_t group_size, std::string element);
 Tensor unpack_rows(Tensor packed, int64_t n, int64_t k, int64_t group_size, std::string element);
 Tensor linear(Tensor x, Tensor packed, std::optional<Tensor> scale, std::optional<Tensor> zero,
               std::optional<Tensor> bias, std::optional<Tensor> perm, std::optional<Tensor> table,

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "layout.h"
+#include "repack.h"
 
 namespace compressed_linear::cpu {
 
@@ -62,6 +63,7 @@ struct Parallel {
 struct Engine {
   const char* isa;
   void (*linear)(const Problem&, const Parallel&);
+  RepackFunction repack;
 };
 
 // One per translation unit; the last is plain C++ and always there.

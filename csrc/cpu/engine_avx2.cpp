@@ -185,6 +185,6 @@ void linear(const Problem& p, const Parallel& parallel) { run_linear<FmaCore>(p,
 
 }  // namespace
 
-const Engine kEngineAvx2 = {"avx2", &linear};
+const Engine kEngineAvx2 = {"avx2", &linear, &repack_avx2};
 
 }  // namespace compressed_linear::cpu

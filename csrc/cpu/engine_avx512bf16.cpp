@@ -365,6 +365,6 @@ void linear(const Problem& p, const Parallel& parallel) {
 
 }  // namespace
 
-const Engine kEngineAvx512Bf16 = {"avx512bf16", &linear};
+const Engine kEngineAvx512Bf16 = {"avx512bf16", &linear, &repack_avx512};
 
 }  // namespace compressed_linear::cpu

@@ -152,6 +152,6 @@ void linear(const Problem& given, const Parallel& parallel) {
 
 }  // namespace
 
-const Engine kEngineGeneric = {"generic", &linear};
+const Engine kEngineGeneric = {"generic", &linear, &repack_plain};
 
 }  // namespace compressed_linear::cpu

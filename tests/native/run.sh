@@ -9,3 +9,4 @@ cmake -S "$root" -B "$build" -DCMAKE_BUILD_TYPE=None -DCOMPRESSED_LINEAR_NATIVE_
 cmake --build "$build" --parallel 2 > "$build/build.log" || { cat "$build/build.log"; exit 1; }
 "$build/test_engines"
 "$build/test_int8_engines"
+"$build/test_repack"

@@ -14,7 +14,7 @@
 #include "cpu/embedding.h"
 #include "cpu/engine.h"
 #include "cpu/floats.h"
-#include "cpu/pack.h"
+#include "cpu/repack.h"
 
 namespace cl = compressed_linear::cpu;
 using cl::Kind;
@@ -114,7 +114,9 @@ void run(const Case& c) {
     }
   }
   Bytes packed(static_cast<size_t>(g.tiles * g.tile_bytes()));
-  cl::pack_tiles(g, rows.data(), 0, n, 0, g.tiles, packed.data());
+  cl::Repack job = cl::from_rows(g, rows.data(), n, 0, packed.data());
+  if (cl::is_coded(c.element)) cl::plan_fields(job);
+  cl::repack_plain(job, 0, (g.tiles + cl::kStrip - 1) / cl::kStrip);
   Bytes back(rows.size());
   cl::unpack_tiles(g, packed.data(), 0, g.tiles, back.data());
   check(back == rows, c, "packer", "unpacking does not give back what was packed");

@@ -127,6 +127,26 @@ class Packing:
             return -(-length // self.run) * self.run_words
         return -(-length * self.bits // self.container_bits)
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Bits of each plane, low bits first; without planes the code is one."""
+        return self.planes or (self.bits,)
+
+    def bit_positions(self, start: int, length: int) -> torch.Tensor:
+        """int64 [planes, length]: first bit of the fields of elements [start, start + length) in
+        the stream of containers, counted from the lowest bit of the first one."""
+        element = torch.arange(start, start + length)
+        block = element // self.run * (self.run_words * self.container_bits)
+        slot = element % self.run
+        if self.order:
+            slot = torch.tensor(self.order).argsort()[slot]
+        below, rows = 0, []
+        for width in self.widths:
+            # The containers of a plane begin after those of the planes below it.
+            rows.append(block + below * self.container_bits * bool(self.planes) + slot * width)
+            below += width
+        return torch.stack(rows)
+
     def __str__(self) -> str:
         parts = [f"{self.bits}-bit in {self.container} along {self.axis}"]
         if self.planes:

@@ -7,6 +7,11 @@ Ops are reached as ``torch.ops.compressed_linear.<name>`` after ``load()``:
 * ``pack_rows(packed!, rows, row_start, n, group_size, element)``: writes codes uint8 [rows, k] (or
   floats of the element's dtype) as output channels from ``row_start``, a multiple of 16, on; the
   chunk must end at a multiple of 16 or at n
+* ``repack_codes(packed!, stored, order, k_at, n_at, widths, flip, n_first, rows, blank,
+  blank_code, row_start, n, group_size, element)``: the same from codes (not floats) as a
+  checkpoint has them, see below
+* ``place(packed!)``: asks for huge pages for a new tensor [tiles, ...], and lets the threads that
+  ``linear`` reads it with be the first to write to it; its content is undefined
 * ``unpack_rows(packed, n, k, group_size, element) -> Tensor`` [n, k]: the inverse, all rows
 * ``linear(x, packed, scale, zero, bias, perm, table, n, k, group_size, element, element_bias,
   out_dtype, row_scale=None, prescale=None, activation=None, activation_group=-1,
@@ -27,6 +32,15 @@ without groups) and ``maximum``; input_scale: float32 [1] and input_zero: int32 
 static. ``element`` is ``uint1`` … ``uint8``, ``e4m3``, ``e5m2``, ``bf16``, ``fp16`` or ``fp32``.
 Sums are fp32; the AVX-512 path takes denormals of activations and partial products as zero. A
 row's result does not depend on the other rows nor on the number of threads.
+
+``repack_codes`` reads ``stored``, integers of two axes in which codes are streams of bits, lowest
+first: ``n_major`` [N, containers along K], ``k_words`` [containers along K, N] (up to 32 bits each)
+or ``k_major`` [K, containers along N]. A code is fields of ``widths`` bits, lowest first, with
+``flip`` xored in. k_at: int32 [fields, k], the bit at which channel k's field begins, or in
+``k_major`` [k], its row; negative for a channel of code 0. n_at (``k_major`` only): int32 [fields,
+rows], the bit of each output channel. The first output channel is ``n_first`` along N; ``rows`` of
+them are stored and ``blank`` more are all ``blank_code``. They become output channels from
+``row_start`` on.
 
 ``embedding`` gives rows of the same row_scale · ŵ, of which ``ids`` int64 [m] holds the numbers, in
 fp32 and rounded once. Column c is the weight of channel c of x: with ``perm`` the sum over the k
@@ -226,10 +240,36 @@ def _fake_linear_int8(
     return x.new_empty((x.shape[0], n), dtype=out_dtype)
 
 
+def _fake_place(packed: torch.Tensor) -> None:
+    return None
+
+
+def _fake_repack_codes(
+    packed: torch.Tensor,
+    stored: torch.Tensor,
+    order: str,
+    k_at: torch.Tensor,
+    n_at: torch.Tensor | None,
+    widths: list[int],
+    flip: int,
+    n_first: int,
+    rows: int,
+    blank: int,
+    blank_code: int,
+    row_start: int,
+    n: int,
+    group_size: int,
+    element: str,
+) -> None:
+    return None
+
+
 def _register_fakes() -> None:
     torch.library.register_fake("compressed_linear::linear_int8", _fake_linear_int8)
     torch.library.register_fake("compressed_linear::unpack_rows_int8", _fake_unpack_rows)
     torch.library.register_fake("compressed_linear::pack_rows_int8", _fake_pack_rows)
+    torch.library.register_fake("compressed_linear::place", _fake_place)
+    torch.library.register_fake("compressed_linear::repack_codes", _fake_repack_codes)
     torch.library.register_fake("compressed_linear::linear", _fake_linear)
     torch.library.register_fake("compressed_linear::embedding", _fake_embedding)
     torch.library.register_fake("compressed_linear::unpack_rows", _fake_unpack_rows)

@@ -134,6 +134,19 @@ class ShardSource:
         )
 
 
+@dataclass(frozen=True)
+class StoredCodes:
+    """The codes of a shard as stored, for a backend that reads them without a detour.
+
+    ``skips``: along each logical axis, how many elements come before this rank's first one.
+    """
+
+    stored: StoredTensor
+    tensor: torch.Tensor
+    packing: Packing | None
+    skips: Mapping[str, int]
+
+
 @dataclass
 class LoadedShard:
     """This rank's part of one logical weight, as stored. ``packings``: which of a tensor's
@@ -207,6 +220,18 @@ class LoadedShard:
         if self.source.scheme.weight.element.kind == "float" and codes.is_floating_point():
             return codes.view(torch.uint8)
         return codes
+
+    def stored_codes(self) -> StoredCodes:
+        """The codes as the checkpoint has them."""
+        stored = self.stored(Role.CODES)
+        assert stored is not None
+        packing = self.packing(stored)
+        skips = {
+            axis: part.skip
+            for axis, part in zip(stored.axes, self.source.slices(stored, packing), strict=True)
+            if part is not None
+        }
+        return StoredCodes(stored, self.tensors[stored.name], packing, skips)
 
     def scale(self) -> torch.Tensor | None:
         """[n, groups kept] in the checkpoint's dtype (uint8 for e8m0), or None."""
@@ -375,14 +400,7 @@ class CompressedWeights:
 
     def rows(self, start: int, stop: int) -> StandardWeights:
         """Rows [start, stop) in standard layout: codes [n, k], scale [n, G], zero [n, G]."""
-        parts = []
-        offset = 0
-        for index, shard in enumerate(self.shards):
-            begin = max(start - offset, 0)
-            end = min(stop - offset, shard.source.n + shard.source.padding)
-            if begin < end:
-                parts.append(self._shard_rows(index, begin, end))
-            offset += shard.source.n + shard.source.padding
+        parts = [self._shard_rows(*run) for run in self._runs(start, stop)]
         if not parts:
             return self._shard_rows(0, 0, 0)
         if len(parts) == 1:
@@ -393,6 +411,23 @@ class CompressedWeights:
             _cat([p.zero for p in parts]),
         )
 
+    def scales(self, start: int, stop: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Scale and zero [n, G] of rows [start, stop), as in ``rows``, without their codes."""
+        parts = [self._shard_row_scales(*run) for run in self._runs(start, stop)]
+        if len(parts) == 1:
+            return parts[0]
+        return _cat([scale for scale, _ in parts]), _cat([zero for _, zero in parts])
+
+    def _runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """(shard, begin, end): the shards that rows [start, stop) come from, with their rows."""
+        offset = 0
+        for index, shard in enumerate(self.shards):
+            total = shard.source.n + shard.source.padding
+            begin, end = max(start - offset, 0), min(stop - offset, total)
+            if begin < end:
+                yield index, begin, end
+            offset += total
+
     def _shard_rows(self, index: int, start: int, stop: int) -> StandardWeights:
         shard = self.shards[index]
         real = min(stop, shard.source.n)
@@ -402,17 +437,31 @@ class CompressedWeights:
             codes = codes.index_select(1, order.clamp(min=0))
             if self._plan.padded:
                 codes = codes.masked_fill(order < 0, 0)
-        scale, zero = self._shard_scales(index)
-        rows = slice(min(start, real), real)
         pad = (stop - start) - codes.shape[0]
+        return StandardWeights(
+            _pad_rows(codes, pad, self.blank_code(index)),
+            *self._shard_row_scales(index, start, stop),
+        )
+
+    def blank_code(self, index: int) -> int:
+        """The code of a shard's rows of padding, whose scales are 0."""
+        scale, zero = self._shard_scales(index)
         # A scale of 0 makes any code mean zero, but e8m0 has no 0.
         powers = scale is not None and scale.dtype == torch.uint8
-        blank = _zero_code(shard.source.scheme.weight.element) if powers and zero is None else 0
-        return StandardWeights(
-            _pad_rows(codes, pad, blank),
-            None if scale is None else _pad_rows(scale[rows], pad),
-            None if zero is None else _pad_rows(zero[rows], pad),
+        element = self.shards[index].source.scheme.weight.element
+        return _zero_code(element) if powers and zero is None else 0
+
+    def _shard_row_scales(
+        self, index: int, start: int, stop: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        real = min(stop, self.shards[index].source.n)
+        rows = slice(min(start, real), real)
+        pad = (stop - start) - (rows.stop - rows.start)
+        scale, zero = (
+            None if values is None else _pad_rows(values[rows], pad)
+            for values in self._shard_scales(index)
         )
+        return scale, zero
 
     def _shard_scales(self, index: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         if index not in self._scales:
@@ -421,8 +470,7 @@ class CompressedWeights:
             zero = shard.zero_in_codes() if self._zero_points else None
             if self._plan is not None:
                 group_of = self._plan.group_of.to(shard.device)
-                scale = None if scale is None else scale.index_select(1, group_of)
-                zero = None if zero is None else zero.index_select(1, group_of)
+                scale, zero = _columns(scale, group_of), _columns(zero, group_of)
             self._scales[index] = scale, zero
         return self._scales[index]
 
@@ -440,6 +488,13 @@ class CompressedWeights:
                 parts.append(torch.zeros(blank, shard.source.k, device=shard.device))
             offset += total
         return torch.cat(parts) if parts else torch.zeros(0, self.shards[0].source.k)
+
+
+def _columns(values: torch.Tensor | None, index: torch.Tensor) -> torch.Tensor | None:
+    """``values[:, index]``, without a copy where that changes nothing."""
+    if values is None or torch.equal(index, torch.arange(values.shape[1], device=index.device)):
+        return values
+    return values.index_select(1, index)
 
 
 def _pad_rows(tensor: torch.Tensor, rows: int, value: int = 0) -> torch.Tensor:

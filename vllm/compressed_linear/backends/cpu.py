@@ -15,7 +15,8 @@ import torch
 
 from vllm.compressed_linear import native, numerics
 from vllm.compressed_linear.backend import Capabilities, QuantLinearMethod
-from vllm.compressed_linear.backends.tiles import put_tiles, scale_dtype, zero_dtype
+from vllm.compressed_linear.backends.cpu_preparation import pack_codes, pack_scales
+from vllm.compressed_linear.backends.tiles import scale_dtype, zero_dtype
 from vllm.compressed_linear.cost import roofline
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor, activation_kinds
 from vllm.compressed_linear.numerics import ElementType, torch_dtype
@@ -179,17 +180,15 @@ class CpuBackend(QuantLinearMethod):
         d = self.descriptor
         tiles = -(-d.n // native.TILE)
         tile_bytes = ops.packed_tile_bytes(d.k, d.group_size, self.element)
-        tensors = {"packed": torch.empty(tiles, tile_bytes, dtype=torch.uint8)}
-        for name, dtype in (("scale", scale_dtype(d)), ("zero", zero_dtype(d))):
-            if dtype is not None:
-                tensors[name] = torch.zeros(tiles, d.groups, native.TILE, dtype=dtype)
-        for start, stop in weights.chunks(native.TILE):
-            rows = weights.rows(start, stop)
-            codes = rows.codes.contiguous()
-            ops.pack_rows(tensors["packed"], codes, start, d.n, d.group_size, self.element)
-            for name, values in (("scale", rows.scale), ("zero", rows.zero)):
-                if name in tensors and values is not None:
-                    put_tiles(tensors[name], values, start, f"{name} of {d}")
+        packed = torch.empty(tiles, tile_bytes, dtype=torch.uint8)
+        pack_codes(packed, weights, d, self.element)
+        tensors = {
+            name: torch.empty(tiles, d.groups, native.TILE, dtype=dtype)
+            for name, dtype in (("scale", scale_dtype(d)), ("zero", zero_dtype(d)))
+            if dtype is not None
+        }
+        pack_scales(tensors, weights, d)
+        tensors["packed"] = packed
         if weights.permutation is not None:
             tensors["perm"] = weights.permutation.to(torch.int32).contiguous()
         for name in ("row_scale", "prescale", "input_scale", "input_zero"):

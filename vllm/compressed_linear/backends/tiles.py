@@ -30,7 +30,9 @@ def put_tiles(target: torch.Tensor, values: torch.Tensor, start: int, what: str)
     Raises ``ValueError`` for integers that the target's dtype does not hold.
     """
     exact = values.to(target.dtype)
-    if not values.is_floating_point() and not torch.equal(exact.to(values.dtype), values):
+    # bfloat16, what integer zero points become, holds every uint8.
+    plain = values.is_floating_point() or values.dtype == torch.uint8
+    if not plain and not torch.equal(exact.to(values.dtype), values):
         raise ValueError(
             f"{what}: zero points run from {int(values.min())} to {int(values.max())}, "
             "expected 0 to 256"
