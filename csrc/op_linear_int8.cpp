@@ -4,7 +4,7 @@
 #include "counters.h"
 #include "cpu/int8_engine.h"
 #include "cpu/int8_pack.h"
-#include "cpu/pack.h"
+#include "cpu/repack.h"
 #include "op_arguments.h"
 #include "ops.h"
 

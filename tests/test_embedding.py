@@ -356,7 +356,9 @@ def test_a_table_is_explained_from_headers_alone(tmp_path: Path) -> None:
     said = explain(str(tmp_path / "model"), platform=detect_platform())
     (table,) = [layer for layer in said.layers if layer.kind == "embedding"]
     assert table.name == "model.embed_tokens"
-    assert "512x128, uint4, g32, float32 scale, looked up" in str(table.likely.parts[0].descriptor)
+    assert "512x128, uint4b8, g32, float32 scale, looked up" in str(
+        table.likely.parts[0].descriptor
+    )
 
 
 def test_an_id_beyond_the_table_is_an_error(tmp_path: Path) -> None:

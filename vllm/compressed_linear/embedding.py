@@ -118,11 +118,10 @@ class CompressedUnquantizedEmbeddingMethod(DenseMethod, UnquantizedEmbeddingMeth
         self.reader = ""
 
     def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
+        super().create_weights(layer, *args, **kwargs)
         self.reader = compat.reader_of_tables()
-        if isinstance(layer, ParallelLMHead):
-            super().create_weights(layer, *args, **kwargs)
-        else:  # the plan expects a head, tied or not
-            UnquantizedEmbeddingMethod.create_weights(self, layer, *args, **kwargs)
+        if not isinstance(layer, ParallelLMHead):  # the plan expects the head, tied or not
+            PLAN.withdraw(_nbytes(layer.weight))
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
         """``layer``: the head. Returns what the model is to use as its head."""
@@ -141,7 +140,7 @@ class CompressedUnquantizedEmbeddingMethod(DenseMethod, UnquantizedEmbeddingMeth
         layer.weight = embed_tokens.weight
         if type(method) is UnquantizedEmbeddingMethod:  # the model builds its table without us
             method = type(self)(embed_tokens.prefix, self.settings)
-            method.reader = self.reader
+            method.reader, method.dummy = self.reader, self.dummy
             embed_tokens.quant_method = method
         if isinstance(method, CompressedUnquantizedEmbeddingMethod):
             if method.heads.layers:  # one of them is enough for the one table

@@ -227,7 +227,7 @@ class LoadedShard:
         assert stored is not None
         packing = self.packing(stored)
         skips = {
-            axis: part.skip
+            str(axis): part.skip
             for axis, part in zip(stored.axes, self.source.slices(stored, packing), strict=True)
             if part is not None
         }

@@ -15,7 +15,8 @@ import torch
 from vllm.compressed_linear import native
 from vllm.compressed_linear.backends.tiles import put_tiles
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
-from vllm.compressed_linear.layout import Packing, ZeroBump, torch_dtype
+from vllm.compressed_linear.layout import Packing, ZeroBump
+from vllm.compressed_linear.numerics import torch_dtype
 from vllm.compressed_linear.weights import CompressedWeights, LoadedShard, StoredCodes
 
 logger = logging.getLogger(__name__)
