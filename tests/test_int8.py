@@ -335,7 +335,12 @@ def test_calls_are_counted_by_path(isa: str) -> None:
 
 @pytest.mark.parametrize(
     ("tier", "expected"),
-    [("generic", {"generic"}), ("avx2", {"avx2", "avxvnni"}), ("avx512bf16", set(ISAS))],
+    [
+        ("generic", {"generic"}),
+        ("avx2", {"avx2", "avxvnni"}),
+        ("avx512", {"avx512bw"}),
+        ("avx512bf16", set(ISAS)),
+    ],
 )
 def test_the_variable_keeps_to_its_tier(tier: str, expected: set[str]) -> None:
     if tier not in native.supported_isas():

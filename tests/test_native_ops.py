@@ -15,6 +15,11 @@ import pytest
 import torch
 
 from vllm.compressed_linear import native
+from vllm.compressed_linear.backends.cpu import CpuBackend
+from vllm.compressed_linear.numerics import uint
+from vllm.compressed_linear.platform import Platform
+from vllm.compressed_linear.settings import CPU_ISA
+from vllm.compressed_linear.testing import Case
 
 pytestmark = pytest.mark.skipif(native.available() is not None, reason=str(native.available()))
 
@@ -202,15 +207,20 @@ def test_many_rows(isa: str) -> None:
     wide.check(x, wide(x))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("element", ["uint4", "uint5", "fp16", "bf16"])
+@pytest.mark.parametrize(
+    ("element", "dtype"),
+    [(element, torch.bfloat16) for element in [*INTEGERS, *DENSE]]
+    + [(element, dtype) for element in ("uint4", "uint5", "fp16", "bf16") for dtype in DTYPES[1:]],
+    ids=str,
+)
 def test_a_row_has_the_same_bits_in_any_company(isa: str, element: str, dtype: torch.dtype) -> None:
     """K is cut and added in one order, whatever the number of rows and of threads."""
-    for shape in [(150, 384, 128), (70, 640, 20)]:
-        layer = make_layer(shape, element, "integer" if element == "uint5" else None)
+    zero = "integer" if element in INTEGERS[::2] else None
+    for shape in [(150, 384, 128), (70, 640, 20), (40, 176, 16)]:
+        layer = make_layer(shape, element, zero)
         x = torch.randn(310, layer.k).to(dtype)
         full = layer(x, out_dtype=dtype)
-        for m in (1, 2, 3, 5, 6, 7, 16, 64):
+        for m in (1, 2, 3, 4, 5, 6, 8, 9, 12, 13, 64):
             assert torch.equal(layer(x[:m], out_dtype=dtype), full[:m]), m
         assert torch.equal(layer(x[205:206], out_dtype=dtype), full[205:206])
         threads = torch.get_num_threads()
@@ -423,6 +433,16 @@ def ask_isa(wanted: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_environment_selects_the_instruction_set() -> None:
     assert ask_isa("generic").stdout.split()[-1] == "generic"
+
+
+@pytest.mark.parametrize("tier", ["generic", "avx2", "avx512", "avx512bf16"])
+def test_plans_name_the_instruction_set_that_runs(
+    tier: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(CPU_ISA, raising=False)
+    descriptor = Case(uint(4)).build().descriptor
+    assert CpuBackend.variant(descriptor, Platform.parse(f"cpu:{tier}")) == tier
+    assert CpuBackend.variant(descriptor, Platform.detect()) == ISAS[0]
 
 
 def test_an_unknown_instruction_set_is_an_error_that_names_the_known() -> None:

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Codes to bf16 in AVX-512 registers. An element type is a struct with
+// Codes to bf16 pairs for the dot products. An element type is a struct with
 //
 //   kBits                  of a code; a block of a tile is kBits rows of 64 bytes
 //   kHalves                whether half a block may be asked for alone
@@ -12,83 +12,10 @@
 
 #include <immintrin.h>
 
-#include "engine.h"
-#include "floats.h"
+#include "decode_avx512.h"
 
 namespace compressed_linear::cpu {
 namespace {  // see layout.h
-
-// The bf16 value of every code, repeated up to 128 entries, so that bits above a code of at most
-// five bits need no masking: vpermw looks at five. For e4m3 and e5m2, the subnormals.
-struct Table {
-  __m512i rows[4];
-
-  explicit Table(const Problem& p) {
-    const Element element = p.geometry.element;
-    alignas(64) uint16_t values[128];
-    const int64_t last = (int64_t{1} << element.bits) - 1;
-    for (int64_t i = 0; i < 128; ++i)
-      values[i] = element.kind == Kind::e4m3   ? to_bf16(from_e4m3(static_cast<uint8_t>(i & 7)))
-                  : element.kind == Kind::e5m2 ? to_bf16(from_e5m2(static_cast<uint8_t>(i & 3)))
-                  : p.table != nullptr         ? p.table[i & last]
-                                               : to_bf16(static_cast<float>(i & last) - p.middle);
-    for (int i = 0; i < 4; ++i) rows[i] = _mm512_load_si512(values + 32 * i);
-  }
-};
-
-inline __m512i load_row(const uint8_t* at) { return _mm512_loadu_si512(at); }
-
-// Shifts so that bit From of each 16-bit half lands on bit To.
-template <int From, int To>
-inline __m512i place(__m512i row) {
-  if constexpr (From > To) return _mm512_srli_epi16(row, From - To);
-  if constexpr (From < To) return _mm512_slli_epi16(row, To - From);
-  return row;
-}
-
-// The low `Bits` bits of each half from `low`, the others from `high`.
-template <int Bits>
-inline __m512i join(__m512i low, __m512i high) {
-  return _mm512_ternarylogic_epi32(_mm512_set1_epi16((1 << Bits) - 1), low, high, 0xCA);
-}
-
-// Codes of pair P at the bottom of both halves of each lane; bits above are undefined.
-template <int Bits, int P>
-inline __m512i codes(const uint8_t* block) {
-  using Plane = Planes<Bits>;
-  constexpr int kWide = Plane::four ? 4 : Plane::two ? 2 : 0;
-  __m512i code = _mm512_setzero_si512();
-  if constexpr (Plane::four) {
-    code = place<4 * (P % 4), 0>(load_row(block + Plane::four_at + kRowBytes * (P / 4)));
-  }
-  if constexpr (Plane::two) {
-    const __m512i row = load_row(block + Plane::two_at + kRowBytes * (P / 8));
-    if constexpr (Plane::four) {
-      code = join<4>(code, place<2 * (P % 8), 4>(row));
-    } else {
-      code = place<2 * (P % 8), 0>(row);
-    }
-  }
-  if constexpr (Plane::one) {
-    constexpr int kAt = Plane::four && Plane::two ? 6 : kWide;
-    const __m512i row = load_row(block + Plane::one_at);
-    if constexpr (kAt == 0) {
-      code = place<P, 0>(row);
-    } else {
-      code = join<kAt>(code, place<P, kAt>(row));
-    }
-  }
-  return code;
-}
-
-template <int Bits>
-inline __m512i look_up(__m512i code, const Table& table) {
-  if constexpr (Bits <= 5) return _mm512_permutexvar_epi16(code, table.rows[0]);
-  const __m512i low = _mm512_permutex2var_epi16(table.rows[0], code, table.rows[1]);
-  if constexpr (Bits == 6) return low;
-  const __m512i high = _mm512_permutex2var_epi16(table.rows[2], code, table.rows[3]);
-  return _mm512_mask_blend_epi16(_mm512_test_epi16_mask(code, _mm512_set1_epi16(64)), low, high);
-}
 
 // Integers of up to seven bits and codes of a table.
 template <int Bits>
@@ -111,29 +38,6 @@ struct Integer<8> {
     const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes)));
     const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes + 1)));
     return (__m512i)_mm512_cvtne2ps_pbh(high, low);
-  }
-};
-
-// 8-bit floats: the exponent is moved and its bias exchanged; what has no exponent (and would be
-// a denormal, which vdpbf16ps takes for zero) comes from the table.
-template <int Mantissa>
-struct Float8 {
-  static constexpr int kBits = 8;
-  static constexpr bool kHalves = false, kSequential = false;
-  static constexpr int kShift = 7 - Mantissa;
-  static constexpr int kBias = 127 - ((1 << (6 - Mantissa)) - 1);
-  static constexpr int kExponent = 0x7f & ~((1 << Mantissa) - 1);
-  template <int P>
-  static __m512i pair(const uint8_t* block, const Table& table) {
-    const __m512i code = _mm512_cvtepi8_epi16(
-        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + 2 * kTile * P)));
-    const __m512i moved = _mm512_slli_epi16(code, kShift);
-    const __m512i normal = _mm512_add_epi16(
-        _mm512_and_si512(moved, _mm512_set1_epi16(0x7f << kShift)), _mm512_set1_epi16(kBias << 7));
-    const __m512i magnitude = _mm512_mask_permutexvar_epi16(
-        normal, _mm512_testn_epi16_mask(code, _mm512_set1_epi16(kExponent)), code, table.rows[0]);
-    return _mm512_ternarylogic_epi32(_mm512_set1_epi16(static_cast<int16_t>(0x8000)), code,
-                                     magnitude, 0xCA);
   }
 };
 
@@ -176,37 +80,6 @@ inline auto with_decoder(Element element, const Action& action) {
       return action(Integer<7>{});
     default:
       return action(Integer<8>{});
-  }
-}
-
-// data[index .. index + 15] in fp32.
-inline __m512 load_sixteen(const void* data, Scalar type, int64_t index) {
-  const char* at = static_cast<const char*>(data) + index * size_of(type);
-  switch (type) {
-    case Scalar::bfloat16: {
-      const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
-      return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-    }
-    case Scalar::float16:
-      return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
-    case Scalar::e4m3: {
-      // As fp16 with eight less in its exponent, which keeps the subnormals; the copy of the sign
-      // below the sign is cleared.
-      const __m256i code =
-          _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
-      const __m256i half = _mm256_and_si256(_mm256_slli_epi16(code, 7),
-                                            _mm256_set1_epi16(static_cast<int16_t>(0xbfff)));
-      return _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0f));
-    }
-    case Scalar::e8m0: {
-      const __m512i code =
-          _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
-      const __mmask16 least = _mm512_testn_epi32_mask(code, code);
-      return _mm512_castsi512_ps(
-          _mm512_mask_mov_epi32(_mm512_slli_epi32(code, 23), least, _mm512_set1_epi32(0x00400000)));
-    }
-    default:
-      return _mm512_loadu_ps(at);
   }
 }
 

@@ -28,17 +28,19 @@ const std::vector<Candidate>& candidates() {
     std::vector<Candidate> found;
 #ifdef COMPRESSED_LINEAR_X86
     __builtin_cpu_init();
-    std::string avx512, avx2;
+    std::string avx2, avx512, avx512bf16;
+    require(avx2, __builtin_cpu_supports("avx2"), "avx2");
+    require(avx2, __builtin_cpu_supports("fma"), "fma");
+    require(avx2, __builtin_cpu_supports("f16c"), "f16c");
+    avx512 = avx2;
     require(avx512, __builtin_cpu_supports("avx512f"), "avx512f");
     require(avx512, __builtin_cpu_supports("avx512bw"), "avx512bw");
     require(avx512, __builtin_cpu_supports("avx512vl"), "avx512vl");
     require(avx512, __builtin_cpu_supports("avx512dq"), "avx512dq");
-    require(avx512, __builtin_cpu_supports("avx512bf16"), "avx512bf16");
-    require(avx2, __builtin_cpu_supports("avx2"), "avx2");
-    require(avx2, __builtin_cpu_supports("fma"), "fma");
-    require(avx2, __builtin_cpu_supports("f16c"), "f16c");
-    if (!avx2.empty()) avx512 += (avx512.empty() ? "" : ", ") + avx2;
-    found.push_back({&kEngineAvx512Bf16, avx512});
+    avx512bf16 = avx512;
+    require(avx512bf16, __builtin_cpu_supports("avx512bf16"), "avx512bf16");
+    found.push_back({&kEngineAvx512Bf16, avx512bf16});
+    found.push_back({&kEngineAvx512, avx512});
     found.push_back({&kEngineAvx2, avx2});
 #endif
     found.push_back({&kEngineGeneric, ""});

@@ -1,15 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // The blocked multiplication that the vector engines share. A Core supplies the registers:
 //
-//   Acc                    fp32 partial sums of the 16 channels of a tile
-//   Weights, Activation    one step of a tile (64 bytes) and one broadcast 32-bit word of x
-//   kStep                  input channels per step: 2 (bf16 pairs) or 1 (fp32)
+//   Acc                    fp32 partial sums of a tile, possibly several for a channel
+//   Weights, Activation    one step of a tile, and x of one step and row, broadcast
+//   kStep, kStepBytes      input channels per step, and bytes of one decoded step of a tile
+//   kWords                 32-bit words of x in a step: 1 (fp32, or a bf16 pair) or 2 (fp32 pair)
 //   kRows, kTiles          the register block: rows of x by tiles
-//   kMaxParts              words of x per step: fp32 activations are 3 exact bf16 parts, fp16 are 2
-//   zero, load, broadcast, mac, scale_into
-//   parts(type), split(row, ...)       how a row of x becomes words
-//   decode(...)                        weights of one chunk and tile into steps of 64 bytes
+//   kMaxParts              most parts of x: fp32 activations are 3 exact bf16 parts, fp16 are 2
+//   zero, load, broadcast, mac
+//   sum, add_offset, scale_into        one fp32 sum per channel of a tile, and what is done to it
+//   parts(type), split(problem, row, ...)   how a row of x becomes words
+//   decode(...)                        weights of one chunk and tile into steps of kStepBytes
 //   copy_row(problem, m, ...)          the same for a row of x that needs no conversion, or false
+//   panel_rows(problem, rows)          most rows of a panel: kRows, or what few_rows takes
 //   few_rows_tiles(call)               tiles per unit of few_rows, 0 if it does not apply
 //   few_rows(call, begin, end)         units of a path for few rows that decodes in registers
 //
@@ -27,14 +30,14 @@
 namespace compressed_linear::cpu {
 namespace {  // see layout.h
 
-constexpr int64_t kPanelsPerUnit = 48;          // rows that share one decoding of a chunk: 288
+constexpr int64_t kRowsPerUnit = 288;           // share one decoding of a chunk
 constexpr int64_t kTilesPerUnit = 16;           // sums of a unit stay in the second-level cache
 constexpr int64_t kActivationBytes = 16 << 20;  // rows of x prepared at once
 
 struct MicroArgs {
-  const uint8_t* weights;  // tile t, step i: weights + t * tile_stride + 64 i
+  const uint8_t* weights;  // tile t, step i: weights + t * tile_stride + i * kStepBytes
   int64_t tile_stride;
-  const uint32_t* x;  // [step][part][row]
+  const uint32_t* x;  // [step][part][row][word]
   const Segment* segments;
   int64_t segment_count;
   const float* scale;           // [segment][tile][16]
@@ -53,31 +56,38 @@ void micro_kernel(const MicroArgs& a) {
       for (int t = 0; t < Tiles; ++t) acc[r][t] = Core::zero();
     const int64_t first = segment.begin / Core::kStep;
     const int64_t last = (segment.end + Core::kStep - 1) / Core::kStep;
-    const uint8_t* w = a.weights + first * kRowBytes;
-    const uint32_t* x = a.x + first * Parts * Rows;
-    for (int64_t i = first; i < last; ++i, w += kRowBytes, x += Parts * Rows) {
+    constexpr int kStepWords = Parts * Rows * Core::kWords;
+    const uint8_t* w = a.weights + first * Core::kStepBytes;
+    const uint32_t* x = a.x + first * kStepWords;
+    for (int64_t i = first; i < last; ++i, w += Core::kStepBytes, x += kStepWords) {
       typename Core::Weights weights[Tiles];
       for (int t = 0; t < Tiles; ++t) weights[t] = Core::load(w + t * a.tile_stride);
       for (int q = 0; q < Parts; ++q)
         for (int r = 0; r < Rows; ++r) {
-          const typename Core::Activation activation = Core::broadcast(x + q * Rows + r);
+          const typename Core::Activation activation =
+              Core::broadcast(x + (q * Rows + r) * Core::kWords);
           for (int t = 0; t < Tiles; ++t) acc[r][t] = Core::mac(acc[r][t], weights[t], activation);
         }
     }
     // Unrolled, or the accumulators would go through memory.
-    if (a.negated_offset != nullptr) {
+    typename Core::Sum sums[Rows][Tiles];
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
+      for (int t = 0; t < Tiles; ++t) sums[r][t] = Core::sum(acc[r][t]);
+    if (a.negated_offset != nullptr) {
+#pragma GCC unroll 16
       for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
         for (int t = 0; t < Tiles; ++t)
-          acc[r][t] = Core::add_offset(acc[r][t], a.row_sums[s * Rows + r],
-                                       a.negated_offset + (s * Tiles + t) * kTile);
+          sums[r][t] = Core::add_offset(sums[r][t], a.row_sums[s * Rows + r],
+                                        a.negated_offset + (s * Tiles + t) * kTile);
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
       for (int t = 0; t < Tiles; ++t)
-        Core::scale_into(a.totals + (r * Tiles + t) * kTile, acc[r][t], scale + t * kTile);
+        Core::scale_into(a.totals + (r * Tiles + t) * kTile, sums[r][t], scale + t * kTile);
   }
 }
 
@@ -133,10 +143,10 @@ struct Call {
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
       const int64_t rows = panels.rows(panel), begin = panels.begin(panel);
       for (int64_t r = 0; r < rows; ++r) {
-        uint32_t* words = x + begin * row_words + r;
+        uint32_t* words = x + begin * row_words + r * Core::kWords;
         if (plain && Core::copy_row(p, row0 + begin + r, words, rows)) continue;
         prepare_row(p, row0 + begin + r, row, row + g.padded_k);
-        Core::split(row, g.padded_k, parts, words, rows);
+        Core::split(p, row, parts, words, rows * Core::kWords);
         if (!offset) continue;
         float* sums = row_sums + begin * segment_count + r;
         for (int64_t c = 0; c < chunk_count(g); ++c)
@@ -159,7 +169,7 @@ struct Call {
   void multiply(int64_t panel0, int64_t panel1, int64_t tile0, int64_t tile1) const {
     const int64_t row_begin = panels.begin(panel0), rows = panels.begin(panel1) - row_begin;
 
-    constexpr int64_t kSlabBytes = kChunk / Core::kStep * kRowBytes * Core::kTiles;
+    constexpr int64_t kSlabBytes = kChunk / Core::kStep * Core::kStepBytes * Core::kTiles;
     const int64_t scale_floats = kChunk * Core::kTiles * kTile;
     const int64_t total_floats = rows * (tile1 - tile0) * kTile;
     uint8_t* slab = static_cast<uint8_t*>(worker_arena().reserve(
@@ -194,7 +204,7 @@ struct Call {
         float* block = totals + (tile - tile0) * kTile * rows;
         for (int64_t panel = panel0; panel < panel1; ++panel) {
           const int64_t begin = panels.begin(panel), height = panels.rows(panel);
-          args.x = x + begin * row_words + k0 / Core::kStep * parts * height;
+          args.x = x + begin * row_words + k0 / Core::kStep * parts * height * Core::kWords;
           args.row_sums = row_sums + begin * segment_count + first * height;
           args.totals = block + (begin - row_begin) * tiles * kTile;
           micro_kernel_for<Core>(height, tiles, parts)(args);
@@ -216,7 +226,7 @@ void run_linear(const Problem& given, const Parallel& parallel) {
   const Geometry& g = p.geometry;
   if (p.m == 0 || g.n == 0) return;
   const int64_t parts = Core::parts(prepared_type(p));
-  const int64_t row_words = g.padded_k / Core::kStep * parts;
+  const int64_t row_words = g.padded_k / Core::kStep * parts * Core::kWords;
   const bool offset = has_offset(p);
   const int64_t bound = segment_bound(g);
   const int64_t row_bytes = (row_words + (offset ? bound : 0)) * 4;
@@ -252,10 +262,10 @@ void run_linear(const Problem& given, const Parallel& parallel) {
                     row_words,
                     offset,
                     row0,
-                    Panels(rows, Core::kRows),
+                    Panels(rows, Core::panel_rows(p, rows)),
                     reinterpret_cast<uint32_t*>(memory),
                     reinterpret_cast<float*>(memory + x_bytes),
-                    kPanelsPerUnit,
+                    kRowsPerUnit / Core::kRows,
                     kTilesPerUnit};
     // Small units when there are few, so that every thread gets its share.
     if (rows <= 2 * Core::kRows) call.tiles_per_unit = Core::kTiles;

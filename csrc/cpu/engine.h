@@ -69,6 +69,7 @@ struct Engine {
 // One per translation unit; the last is plain C++ and always there.
 #ifdef COMPRESSED_LINEAR_X86
 extern const Engine kEngineAvx512Bf16;
+extern const Engine kEngineAvx512;
 extern const Engine kEngineAvx2;
 #endif
 extern const Engine kEngineGeneric;

@@ -1,184 +1,336 @@
 // SPDX-License-Identifier: Apache-2.0
 // AVX2 with FMA: weights and activations are widened to fp32, which is exact, and multiplied there.
+// A channel has two sums, of even and of odd input channels, added at the end of each segment.
 #include <immintrin.h>
 
+#include <utility>
+
+#include "decode_avx2.h"
 #include "driver.h"
+#include "prefetch.h"
 
 namespace compressed_linear::cpu {
 namespace {
 
-// Codes of one pair for eight channels: even input channel in the low half of each lane.
-template <int Bits>
-inline __m256i codes(const uint8_t* block, int pair) {
-  using Plane = Planes<Bits>;
-  const auto row = [block](int64_t at, int shift, int mask) {
-    const __m256i lanes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + at));
-    return _mm256_and_si256(_mm256_srli_epi32(lanes, shift), _mm256_set1_epi32(mask * 0x10001));
-  };
-  __m256i code = _mm256_setzero_si256();
-  if constexpr (Plane::four)
-    code = row(Plane::four_at + kRowBytes * (pair / 4), 4 * (pair % 4), 15);
-  if constexpr (Plane::two) {
-    const __m256i two = row(Plane::two_at + kRowBytes * (pair / 8), 2 * (pair % 8), 3);
-    code = Plane::four ? _mm256_or_si256(code, _mm256_slli_epi32(two, 4)) : two;
-  }
-  if constexpr (Plane::one) {
-    constexpr int kAt = (Plane::four ? 4 : 0) + (Plane::two ? 2 : 0);
-    code = _mm256_or_si256(code, _mm256_slli_epi32(row(Plane::one_at, pair, 1), kAt));
-  }
-  return code;
+constexpr int kGroups = static_cast<int>(kPairs) / 2;  // of two pairs, in a block
+constexpr int64_t kHalf = kTile / 2;
+
+// ---- eight channels ---------------------------------------------------------------------------
+
+// Of half a tile; half: counted in the whole matrix.
+inline int64_t scale_index(const Problem& p, int64_t half, int64_t group) {
+  return (half / 2 * p.geometry.groups + group) * kTile + half % 2 * kHalf;
 }
 
-inline void store(float* out, __m256i even, __m256i odd) {
-  _mm256_storeu_ps(out, _mm256_cvtepi32_ps(even));
-  _mm256_storeu_ps(out + kTile, _mm256_cvtepi32_ps(odd));
+inline __m256 scales(const Problem& p, int64_t half, int64_t group) {
+  if (p.scale == nullptr) return _mm256_set1_ps(1.0f);
+  return load_eight(p.scale, p.scale_type, scale_index(p, half, group));
 }
 
-template <int Bits>
-void decode_block(const uint8_t* block, const float* table, __m256i middle, float* out) {
-  const __m256i low_half = _mm256_set1_epi32(0xffff);
-  for (int pair = 0; pair < kPairs; ++pair, out += 2 * kTile)
-    for (int half = 0; half < 2; ++half) {
-      const __m256i code = codes<Bits>(block + half * kRowBytes / 2, pair);
-      const __m256i even = _mm256_and_si256(code, low_half), odd = _mm256_srli_epi32(code, 16);
-      float* to = out + half * kTile / 2;
-      if (table != nullptr) {
-        _mm256_storeu_ps(to, _mm256_i32gather_ps(table, even, 4));
-        _mm256_storeu_ps(to + kTile, _mm256_i32gather_ps(table, odd, 4));
+inline __m256 negated_offsets(const Problem& p, int64_t half, int64_t group) {
+  __m256 offset = _mm256_set1_ps(p.offset);
+  if (p.zero != nullptr)
+    offset = _mm256_add_ps(load_eight(p.zero, p.zero_type, scale_index(p, half, group)), offset);
+  return _mm256_xor_ps(_mm256_set1_ps(-0.0f), offset);
+}
+
+inline PairLanes no_sums() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+
+inline PairLanes multiply_add(PairLanes weights, __m256 x, PairLanes sum) {
+  return {_mm256_fmadd_ps(weights.near, x, sum.near), _mm256_fmadd_ps(weights.far, x, sum.far)};
+}
+
+// Even and odd input channels together, and eight output channels in order.
+template <bool Quads>
+inline __m256 even_and_odd(PairLanes sum) {
+  const __m256 both = _mm256_hadd_ps(sum.near, sum.far);
+  if constexpr (!Quads) return both;
+  return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(both), 0xD8));
+}
+
+// x of one pair of input channels, from two words.
+inline __m256 broadcast_pair(const void* x) {
+  double words;
+  std::memcpy(&words, x, sizeof(words));
+  return _mm256_castpd_ps(_mm256_set1_pd(words));
+}
+
+inline void scale_into_total(float* total, __m256 sum, __m256 scale) {
+  _mm256_storeu_ps(total, _mm256_fmadd_ps(scale, sum, _mm256_loadu_ps(total)));
+}
+
+// ---- few rows: decode in registers, touch every weight once -----------------------------------
+
+constexpr int kFewRows = 4;
+// Half tiles at once, so that no more than eight registers hold sums.
+template <class Code>
+constexpr int halves_at_once(int rows) {
+  return rows > 2 ? 1 : rows == 2 || Code::kSequential ? 2 : 4;
+}
+
+struct FewRowsArgs {
+  const Problem& p;
+  const Segment* segments;
+  int64_t segment_count;
+  const float* x;         // [slot][row][2]
+  const float* row_sums;  // [segment][row], null without offset
+  int64_t row, tile;      // first of each
+  int64_t tiles;          // of the strip
+};
+
+// x and sums: [row] of this group, [half][row]
+template <int Group, class Code, int Rows, int Halves>
+inline void few_rows_group(const Code& code, const uint8_t* blocks, int half, const float* x,
+                           PairLanes (*sums)[Rows]) {
+  if (!Code::kSequential && (Halves > 1 || half == 0))
+    prefetch_share<Group, kGroups, (Halves + 1) / 2 * Code::kBits>(blocks);
+#pragma GCC unroll 4
+  for (int h = 0; h < Halves; ++h) {
+    PairLanes first, second;
+    const int at = Halves == 1 ? half : h % 2;
+    code.template group<Group>(blocks + h / 2 * kRowBytes * Code::kBits, at, first, second);
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) {
+      const float* pair = x + 2 * r;
+      sums[h][r] = multiply_add(first, broadcast_pair(pair), sums[h][r]);
+      sums[h][r] = multiply_add(second, broadcast_pair(pair + 2 * Rows), sums[h][r]);
+    }
+  }
+}
+
+// Groups First, First + 1, ... of one block of half tiles that follow each other. sums: [half][row]
+template <int First, class Code, int Rows, int Halves, int... Group>
+inline void few_rows_block(const Code& code, const uint8_t* blocks, int half, const float* x,
+                           PairLanes* memory, std::integer_sequence<int, Group...>) {
+  PairLanes sums[Halves][Rows];
+#pragma GCC unroll 4
+  for (int h = 0; h < Halves; ++h)
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) sums[h][r] = memory[h * Rows + r];
+  (few_rows_group<First + Group, Code, Rows, Halves>(code, blocks, half, x + Group * 4 * Rows,
+                                                     sums),
+   ...);
+#pragma GCC unroll 4
+  for (int h = 0; h < Halves; ++h)
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) memory[h * Rows + r] = sums[h][r];
+}
+
+// Channels [k, k + 32), or those sixteen of them that belong to the segment, of all half tiles of
+// the strip.
+template <class Code, int Rows, int Halves>
+void few_rows_strip(const Code& code, const uint8_t* blocks, int64_t halves, int64_t k,
+                    int64_t width, const float* x, PairLanes* sums) {
+  constexpr int64_t kBlockBytes = kRowBytes * Code::kBits;
+  for (int64_t half = 0; half < halves; half += Halves) {
+    const uint8_t* block = blocks + half / 2 * kBlockBytes;
+    const int odd = static_cast<int>(half % 2);
+    PairLanes* to = sums + half * Rows;
+    if (width == kBlock) {
+      few_rows_block<0, Code, Rows, Halves>(code, block, odd, x, to,
+                                            std::make_integer_sequence<int, kGroups>());
+    } else if constexpr (Code::kHalfBlocks) {
+      constexpr std::make_integer_sequence<int, kGroups / 2> kSome;
+      if (k % kBlock == 0) {
+        few_rows_block<0, Code, Rows, Halves>(code, block, odd, x, to, kSome);
       } else {
-        store(to, _mm256_sub_epi32(even, middle), _mm256_sub_epi32(odd, middle));
+        few_rows_block<kGroups / 2, Code, Rows, Halves>(code, block, odd, x, to, kSome);
       }
     }
-}
-
-void decode_bytes(const uint8_t* block, float* out) {
-  for (int pair = 0; pair < kPairs; ++pair, out += 2 * kTile)
-    for (int half = 0; half < 2; ++half) {
-      const __m128i bytes = _mm_loadu_si128(
-          reinterpret_cast<const __m128i*>(block + 2 * kTile * pair + half * kTile));
-      const __m128i even = _mm_srai_epi16(_mm_slli_epi16(bytes, 8), 8);
-      const __m128i odd = _mm_srai_epi16(bytes, 8);
-      store(out + half * kTile / 2, _mm256_cvtepi16_epi32(even), _mm256_cvtepi16_epi32(odd));
-    }
-}
-
-// Both are what fp16 makes of their bits, e4m3 with another bias: fp16 keeps all subnormals.
-void decode_float8(const uint8_t* block, Kind kind, float* out) {
-  const __m256 scale = _mm256_set1_ps(kind == Kind::e4m3 ? 256.0f : 1.0f);
-  for (int pair = 0; pair < kPairs; ++pair, out += 2 * kTile)
-    for (int half = 0; half < 2; ++half) {
-      const __m128i bytes = _mm_loadu_si128(
-          reinterpret_cast<const __m128i*>(block + 2 * kTile * pair + half * kTile));
-      const auto widen = [&](__m128i high_bytes, float* to) {
-        __m128i bits = high_bytes;
-        if (kind == Kind::e4m3)
-          bits = _mm_or_si128(_mm_and_si128(bits, _mm_set1_epi16(static_cast<int16_t>(0x8000))),
-                              _mm_srli_epi16(_mm_and_si128(bits, _mm_set1_epi16(0x7f00)), 1));
-        _mm256_storeu_ps(to, _mm256_mul_ps(_mm256_cvtph_ps(bits), scale));
-      };
-      widen(_mm_slli_epi16(bytes, 8), out + half * kTile / 2);
-      widen(_mm_and_si128(bytes, _mm_set1_epi16(static_cast<int16_t>(0xff00))),
-            out + kTile + half * kTile / 2);
-    }
-}
-
-void decode_bf16(const uint8_t* block, float* out) {
-  for (int pair = 0; pair < kPairs; ++pair, out += 2 * kTile)
-    for (int half = 0; half < 2; ++half) {
-      const __m256i lanes = _mm256_loadu_si256(
-          reinterpret_cast<const __m256i*>(block + kRowBytes * pair + half * kRowBytes / 2));
-      float* to = out + half * kTile / 2;
-      _mm256_storeu_ps(to, _mm256_castsi256_ps(_mm256_slli_epi32(lanes, 16)));
-      _mm256_storeu_ps(to + kTile, _mm256_castsi256_ps(_mm256_and_si256(
-                                       lanes, _mm256_set1_epi32(static_cast<int>(0xffff0000u)))));
-    }
-}
-
-void decode_integers_or_bf16(int bits, const uint8_t* block, const float* table, __m256i middle,
-                             float* out) {
-  switch (bits) {
-    case 1:
-      return decode_block<1>(block, table, middle, out);
-    case 2:
-      return decode_block<2>(block, table, middle, out);
-    case 3:
-      return decode_block<3>(block, table, middle, out);
-    case 4:
-      return decode_block<4>(block, table, middle, out);
-    case 5:
-      return decode_block<5>(block, table, middle, out);
-    case 6:
-      return decode_block<6>(block, table, middle, out);
-    case 7:
-      return decode_block<7>(block, table, middle, out);
-    case 8:
-      return decode_bytes(block, out);
-    default:
-      return decode_bf16(block, out);
   }
 }
+
+template <class Code, int Rows>
+void few_rows_kernel(const FewRowsArgs& a) {
+  constexpr int kHalves = halves_at_once<Code>(Rows);
+  const Geometry& g = a.p.geometry;
+  const Code code(a.p);
+  const int64_t stride = g.block_stride(a.tile), halves = 2 * a.tiles;
+  const uint8_t* blocks = a.p.packed + g.block_at(a.tile, 0);
+  const float* x = a.x;
+  PairLanes sums[2 * kStrip * Rows];
+  alignas(32) float totals[Rows][kStrip * kTile] = {};
+  for (int64_t s = 0; s < a.segment_count; ++s) {
+    for (PairLanes& sum : sums) sum = no_sums();
+    for (int64_t k = a.segments[s].begin; k < a.segments[s].end;) {
+      const int64_t left = a.segments[s].end - k,
+                    width = left < kBlock - k % kBlock ? left : kBlock - k % kBlock;
+      const auto strip = kHalves == 4 && a.tiles % 2 != 0 ? &few_rows_strip < Code, Rows,
+                 kHalves == 4 ? 2 : kHalves >             : &few_rows_strip<Code, Rows, kHalves>;
+      strip(code, blocks, halves, k, width, x, sums);
+      k += width;
+      if (k % kBlock == 0) blocks += stride;
+      x += width * Rows;
+    }
+    for (int64_t half = 0; half < halves; ++half) {
+      const int64_t group = a.segments[s].group, at = 2 * a.tile + half;
+      const __m256 scale = scales(a.p, at, group);
+      __m256 offset = _mm256_setzero_ps();
+      if (a.row_sums != nullptr) offset = negated_offsets(a.p, at, group);
+      for (int r = 0; r < Rows; ++r) {
+        __m256 sum = even_and_odd<Code::kQuads>(sums[half * Rows + r]);
+        if (a.row_sums != nullptr)
+          sum = _mm256_fmadd_ps(_mm256_set1_ps(a.row_sums[s * Rows + r]), offset, sum);
+        scale_into_total(totals[r] + half * kHalf, sum, scale);
+      }
+    }
+  }
+  for (int r = 0; r < Rows; ++r)
+    store_row(a.p, a.row + r, a.tile * kTile, a.tiles * kTile, totals[r]);
+}
+
+using FewRowsKernel = void (*)(const FewRowsArgs&);
+
+FewRowsKernel few_rows_kernel_for(const Problem& p, int64_t rows) {
+  return with_decoder(p, [rows](auto decoder) -> FewRowsKernel {
+    using Code = typename decltype(decoder)::type;
+    if (rows == 1) return &few_rows_kernel<Code, 1>;
+    if (rows == 2) return &few_rows_kernel<Code, 2>;
+    if (rows == 3) return &few_rows_kernel<Code, 3>;
+    return &few_rows_kernel<Code, 4>;
+  });
+}
+static_assert(kFewRows == 4, "few_rows_kernel_for knows that many");
+
+// ---- the core for driver.h --------------------------------------------------------------------
+
+// Whether no segment cuts what a decoder gives out of order, so that pairs may be taken in its
+// order. Depends on the geometry only: every path adds in the same order.
+inline bool in_slots(const Problem& p) {
+  return with_decoder(p, [&p](auto decoder) {
+    constexpr int64_t kUnit = decltype(decoder)::type::kHalfBlocks ? kBlock / 2 : kBlock;
+    return p.geometry.padded_group % kUnit == 0;
+  });
+}
+
+inline void store_pair(uint8_t* out, PairLanes low, PairLanes high) {
+  float* lanes = reinterpret_cast<float*>(out);
+  _mm256_store_ps(lanes, low.near);
+  _mm256_store_ps(lanes + 8, low.far);
+  _mm256_store_ps(lanes + 16, high.near);
+  _mm256_store_ps(lanes + 24, high.far);
+}
+
+template <class Code>
+inline PairLanes ordered(PairLanes lanes) {
+  if constexpr (!Code::kQuads) return lanes;
+  return {_mm256_permute2f128_ps(lanes.near, lanes.far, 0x20),
+          _mm256_permute2f128_ps(lanes.near, lanes.far, 0x31)};
+}
+
+template <class Code, int Group>
+inline void decode_group(const Code& code, const uint8_t* block, bool slots, uint8_t* out) {
+  constexpr int64_t kPairBytes = 2 * kTile * sizeof(float);
+  constexpr int kFirst = Code::pair_of_slot(2 * Group), kSecond = Code::pair_of_slot(2 * Group + 1);
+  PairLanes first[2], second[2];
+  for (int half = 0; half < 2; ++half)
+    code.template group<Group>(block, half, first[half], second[half]);
+  store_pair(out + (slots ? 2 * Group : kFirst) * kPairBytes, ordered<Code>(first[0]),
+             ordered<Code>(first[1]));
+  store_pair(out + (slots ? 2 * Group + 1 : kSecond) * kPairBytes, ordered<Code>(second[0]),
+             ordered<Code>(second[1]));
+}
+
+template <class Code, int... Group>
+inline void decode_block(const Code& code, const uint8_t* block, bool slots, uint8_t* out,
+                         std::integer_sequence<int, Group...>) {
+  (decode_group<Code, Group>(code, block, slots, out), ...);
+}
+
+struct Sums {
+  PairLanes low, high;  // channels 0 to 7 and 8 to 15
+};
+struct Channels {
+  __m256 low, high;
+};
 
 struct FmaCore {
-  struct Acc {
-    __m256 low, high;
-  };
-  using Weights = Acc;
+  using Acc = Sums;
+  using Sum = Channels;
+  using Weights = Sums;
   using Activation = __m256;
-  static constexpr int kStep = 1, kMaxParts = 1, kRows = 6, kTiles = 1;
+  static constexpr int kStep = 2, kStepBytes = 2 * kTile * sizeof(float), kWords = 2;
+  static constexpr int kMaxParts = 1, kRows = 3, kTiles = 1;
 
-  static Acc zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+  static Acc zero() { return {no_sums(), no_sums()}; }
   static Weights load(const uint8_t* at) {
     const float* lanes = reinterpret_cast<const float*>(at);
-    return {_mm256_loadu_ps(lanes), _mm256_loadu_ps(lanes + 8)};
+    return {{_mm256_load_ps(lanes), _mm256_load_ps(lanes + 8)},
+            {_mm256_load_ps(lanes + 16), _mm256_load_ps(lanes + 24)}};
   }
-  static Activation broadcast(const uint32_t* word) { return _mm256_set1_ps(float_of(*word)); }
-  static Acc mac(Acc acc, Weights weights, Activation activation) {
-    return {_mm256_fmadd_ps(weights.low, activation, acc.low),
-            _mm256_fmadd_ps(weights.high, activation, acc.high)};
+  static Activation broadcast(const uint32_t* words) { return broadcast_pair(words); }
+  static Acc mac(Acc acc, Weights weights, Activation x) {
+    return {multiply_add(weights.low, x, acc.low), multiply_add(weights.high, x, acc.high)};
   }
-  static Acc add_offset(Acc acc, float row_sum, const float* negated_offset) {
-    const __m256 sum = _mm256_set1_ps(row_sum);
-    return {_mm256_fmadd_ps(sum, _mm256_loadu_ps(negated_offset), acc.low),
-            _mm256_fmadd_ps(sum, _mm256_loadu_ps(negated_offset + 8), acc.high)};
+  static Sum sum(Acc acc) { return {even_and_odd<false>(acc.low), even_and_odd<false>(acc.high)}; }
+  static Sum add_offset(Sum sum, float row_sum, const float* negated_offset) {
+    const __m256 x = _mm256_set1_ps(row_sum);
+    return {_mm256_fmadd_ps(x, _mm256_loadu_ps(negated_offset), sum.low),
+            _mm256_fmadd_ps(x, _mm256_loadu_ps(negated_offset + kHalf), sum.high)};
   }
-  static void scale_into(float* total, Acc acc, const float* scale) {
-    _mm256_storeu_ps(total,
-                     _mm256_fmadd_ps(_mm256_loadu_ps(scale), acc.low, _mm256_loadu_ps(total)));
-    _mm256_storeu_ps(total + 8, _mm256_fmadd_ps(_mm256_loadu_ps(scale + 8), acc.high,
-                                                _mm256_loadu_ps(total + 8)));
+  static void scale_into(float* total, Sum sum, const float* scale) {
+    scale_into_total(total, sum.low, _mm256_loadu_ps(scale));
+    scale_into_total(total + kHalf, sum.high, _mm256_loadu_ps(scale + kHalf));
   }
 
   static int64_t parts(Scalar) { return 1; }
-  static void split(const float* row, int64_t padded_k, int64_t, uint32_t* out, int64_t stride) {
-    for (int64_t i = 0; i < padded_k; ++i) out[i * stride] = bits_of(row[i]);
+  static void split(const Problem& p, const float* row, int64_t, uint32_t* out, int64_t stride) {
+    int pairs[kPairs];
+    const bool slots = in_slots(p);
+    with_decoder(p, [&](auto decoder) {
+      for (int i = 0; i < kPairs; ++i)
+        pairs[i] = slots ? decltype(decoder)::type::pair_of_slot(i) : i;
+    });
+    for (int64_t k = 0; k < p.geometry.padded_k; k += kBlock)
+      for (int i = 0; i < kPairs; ++i, out += stride)
+        std::memcpy(out, row + k + 2 * pairs[i], 2 * sizeof(float));
   }
   static void decode(const Problem& p, int64_t tile, int64_t k0, int64_t width, uint8_t* slab) {
-    const Geometry& g = p.geometry;
-    float values[128];
-    const float* table = nullptr;
-    if (p.wide_table != nullptr) table = p.wide_table;
-    if (p.table != nullptr) {
-      for (int64_t i = 0; i < int64_t{1} << g.element.bits; ++i) values[i] = from_bf16(p.table[i]);
-      table = values;
-    }
-    const __m256i middle = _mm256_set1_epi32(static_cast<int>(p.middle));
-    float* out = reinterpret_cast<float*>(slab);
-    for (int64_t k = 0; k < width; k += kBlock, out += kBlock * kTile) {
-      const uint8_t* block = p.packed + g.block_at(tile, k0 + k);
-      if (g.element.kind == Kind::e4m3 || g.element.kind == Kind::e5m2) {
-        decode_float8(block, g.element.kind, out);
-      } else if (g.element.kind == Kind::float32) {
-        load_scalars(block, Scalar::float32, 0, kBlock * kTile, out);
-      } else if (g.element.kind == Kind::float16) {
-        load_scalars(block, Scalar::float16, 0, kBlock * kTile, out);
-      } else {
-        decode_integers_or_bf16(g.element.bits, block, table, middle, out);
+    const uint8_t* block = p.packed + p.geometry.block_at(tile, k0);
+    const int64_t stride = p.geometry.block_stride(tile);
+    const bool slots = in_slots(p);
+    with_decoder(p, [&](auto decoder) {
+      using Code = typename decltype(decoder)::type;
+      const Code code(p);
+      for (int64_t k = 0; k < width; k += kBlock) {
+        for (int64_t line = 0; line < Code::kBits; ++line)  // the next chunk of this tile
+          _mm_prefetch(
+              reinterpret_cast<const char*>(block + kChunk / kBlock * stride + line * kRowBytes),
+              _MM_HINT_T0);
+        decode_block(code, block, slots, slab, std::make_integer_sequence<int, kGroups>());
+        block += stride;
+        slab += kPairs * kStepBytes;
+      }
+    });
+  }
+  static bool copy_row(const Problem&, int64_t, uint32_t*, int64_t) { return false; }
+
+  static bool are_few(const Problem& p, int64_t rows) {
+    return rows <= kFewPanels * kFewRows && in_slots(p);
+  }
+  static int64_t panel_rows(const Problem& p, int64_t rows) {
+    return are_few(p, rows) ? kFewRows : kRows;
+  }
+  static int64_t few_rows_tiles(const Call<FmaCore>& call) {
+    return are_few(call.p, call.panels.begin(call.panels.count)) ? kStrip : 0;
+  }
+  static void few_rows(const Call<FmaCore>& call, int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t tile = unit * kStrip, left = call.g.tiles - tile;
+      for (int64_t panel = 0; panel < call.panels.count; ++panel) {
+        const int64_t row = call.panels.begin(panel), rows = call.panels.rows(panel);
+        few_rows_kernel_for(call.p,
+                            rows)({call.p, call.segments, call.segment_count,
+                                   reinterpret_cast<const float*>(call.x + row * call.row_words),
+                                   call.offset ? call.row_sums + row * call.segment_count : nullptr,
+                                   call.row0 + row, tile, left < kStrip ? left : kStrip});
       }
     }
   }
-  static bool copy_row(const Problem&, int64_t, uint32_t*, int64_t) { return false; }
-  static int64_t few_rows_tiles(const Call<FmaCore>&) { return 0; }
-  static void few_rows(const Call<FmaCore>&, int64_t, int64_t) {}
+
+ private:
+  // Up to this many panels decode anew for each; beyond, decoding once for all rows is cheaper.
+  static constexpr int64_t kFewPanels = 2;
 };
 
 void linear(const Problem& p, const Parallel& parallel) { run_linear<FmaCore>(p, parallel); }

@@ -16,8 +16,7 @@ namespace {
 constexpr int kRegisterRows = 6, kRegisterTiles = 4;
 static_assert(kRegisterTiles == kStrip, "the blocks of a register block follow each other");
 
-// ---- decoding into memory
-// -------------------------------------------------------------------------
+// ---- decoding into memory ---------------------------------------------------------------------
 
 template <class Code, int... P>
 inline void decode_block(const uint8_t* block, const Table& table, uint8_t* out,
@@ -198,25 +197,25 @@ FewRowsKernel few_rows_kernel_for(int64_t rows, int64_t parts) {
   return &FewRows<Code, Rows, 1>::run;
 }
 
-// ---- cores for driver.h -------------------------------------------------------------------------
+// ---- the core for driver.h --------------------------------------------------------------------
 
-struct Lanes {
+// Weights that are exact in bf16.
+struct DotCore {
   using Acc = __m512;
+  using Sum = __m512;
+  using Weights = __m512bh;
+  using Activation = __m512bh;
+  static constexpr int kStep = 2, kStepBytes = kRowBytes, kWords = 1, kMaxParts = 3;
   static constexpr int kRows = kRegisterRows, kTiles = kRegisterTiles;
   static Acc zero() { return _mm512_setzero_ps(); }
+  static Sum sum(Acc acc) { return acc; }
+  static int64_t panel_rows(const Problem&, int64_t) { return kRows; }
   static Acc add_offset(Acc acc, float row_sum, const float* negated_offset) {
     return _mm512_fmadd_ps(_mm512_set1_ps(row_sum), _mm512_loadu_ps(negated_offset), acc);
   }
   static void scale_into(float* total, Acc acc, const float* scale) {
     _mm512_storeu_ps(total, _mm512_fmadd_ps(_mm512_loadu_ps(scale), acc, _mm512_loadu_ps(total)));
   }
-};
-
-// Weights that are exact in bf16.
-struct DotCore : Lanes {
-  using Weights = __m512bh;
-  using Activation = __m512bh;
-  static constexpr int kStep = 2, kMaxParts = 3;
   static Weights load(const uint8_t* at) { return (__m512bh)_mm512_loadu_si512(at); }
   static Activation broadcast(const uint32_t* word) {
     return (__m512bh)_mm512_set1_epi32(static_cast<int>(*word));
@@ -236,8 +235,9 @@ struct DotCore : Lanes {
     value = finite ? value - float_of(bits & 0xffff0000u) : 0.0f;
     return bits >> 16;
   }
-  static void split(const float* row, int64_t padded_k, int64_t parts, uint32_t* out,
+  static void split(const Problem& p, const float* row, int64_t parts, uint32_t* out,
                     int64_t stride) {
+    const int64_t padded_k = p.geometry.padded_k;
     if (parts == 1) {
       for (int64_t i = 0; i < padded_k / 2; ++i)
         out[i * stride] = (bits_of(row[2 * i]) >> 16) | (bits_of(row[2 * i + 1]) & 0xffff0000u);
@@ -304,60 +304,11 @@ struct DotCore : Lanes {
   }
 };
 
-// Weights of fp16 and fp32, and tables of values that bf16 cannot hold.
-struct FmaCore : Lanes {
-  using Weights = __m512;
-  using Activation = __m512;
-  static constexpr int kStep = 1, kMaxParts = 1;
-  static Weights load(const uint8_t* at) { return _mm512_loadu_ps(at); }
-  static Activation broadcast(const uint32_t* word) { return _mm512_set1_ps(float_of(*word)); }
-  static Acc mac(Acc acc, Weights weights, Activation activation) {
-    return _mm512_fmadd_ps(weights, activation, acc);
-  }
-  static int64_t parts(Scalar) { return 1; }
-  static void split(const float* row, int64_t padded_k, int64_t, uint32_t* out, int64_t stride) {
-    for (int64_t i = 0; i < padded_k; ++i) out[i * stride] = bits_of(row[i]);
-  }
-  static void decode(const Problem& p, int64_t tile, int64_t k0, int64_t width, uint8_t* out) {
-    const Geometry& g = p.geometry;
-    float* lanes = reinterpret_cast<float*>(out);
-    for (int64_t k = 0; k < width; k += kBlock, lanes += kBlock * kTile) {
-      const uint8_t* block = p.packed + g.block_at(tile, k0 + k);
-      if (g.element.kind == Kind::integer) {
-        with_decoder(g.element, [&](auto code) {
-          decode_table<decltype(code)::kBits>(block, p.wide_table, lanes,
-                                              std::make_integer_sequence<int, kPairs>());
-        });
-      } else {
-        const Scalar type = g.element.kind == Kind::float32 ? Scalar::float32 : Scalar::float16;
-        load_scalars(block, type, 0, kBlock * kTile, lanes);
-      }
-    }
-  }
-  template <int Bits, int... P>
-  static void decode_table(const uint8_t* block, const float* table, float* lanes,
-                           std::integer_sequence<int, P...>) {
-    if constexpr (Bits < 8) {
-      const __m512i mask = _mm512_set1_epi32((1 << Bits) - 1);
-      const auto put = [&](int pair, __m512i code) {
-        _mm512_storeu_ps(lanes + 2 * pair * kTile,
-                         _mm512_i32gather_ps(_mm512_and_si512(code, mask), table, 4));
-        _mm512_storeu_ps(
-            lanes + (2 * pair + 1) * kTile,
-            _mm512_i32gather_ps(_mm512_and_si512(_mm512_srli_epi32(code, 16), mask), table, 4));
-      };
-      (put(P, codes<Bits, P>(block)), ...);
-    }
-  }
-  static bool copy_row(const Problem&, int64_t, uint32_t*, int64_t) { return false; }
-  static int64_t few_rows_tiles(const Call<FmaCore>&) { return 0; }
-  static void few_rows(const Call<FmaCore>&, int64_t, int64_t) {}
-};
-
+// Weights of fp16 and fp32, and tables of values that bf16 cannot hold, are multiplied in fp32.
 void linear(const Problem& p, const Parallel& parallel) {
   const Kind kind = p.geometry.element.kind;
   if (kind == Kind::float16 || kind == Kind::float32 || p.wide_table != nullptr) {
-    run_linear<FmaCore>(p, parallel);
+    kEngineAvx512.linear(p, parallel);
   } else {
     run_linear<DotCore>(p, parallel);
   }

@@ -288,7 +288,7 @@ int main() {
       const cl::Element element =
           coded ? cl::Element{Kind::integer, variant + 1} : dense[variant - 8];
       for (const Scalar x_type : types)
-        for (const int64_t m : {1, 2, 9, 40}) {
+        for (const int64_t m : {1, 2, 4, 9, 40}) {
           const bool zero = coded && count % 3 != 0, reorder = count % 4 == 1;
           const bool table = coded && variant < 7 && count % 5 == 0;
           Case c{"",   shape,          element, x_type, scale_types[count % 5],

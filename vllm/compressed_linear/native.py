@@ -113,7 +113,7 @@ def available() -> str | None:
 
 
 def isa() -> str:
-    """Instruction set in use: avx512bf16, avx2 or generic."""
+    """Instruction set in use: avx512bf16, avx512, avx2 or generic."""
     load()
     return str(torch.ops.compressed_linear.isa())
 
