@@ -80,8 +80,8 @@ struct OffsetCodes {
   template <int P>
   Pair pair(const uint8_t* block) const {
     // (codes & mask) | 0x4300
-    const __m512i words = _mm512_ternarylogic_epi32(
-        codes<Bits, P>(block), _mm512_set1_epi16((1 << Bits) - 1), _mm512_set1_epi16(0x4300), 0xEA);
+    const __m512i code = codes<Bits, P>(block), mask = _mm512_set1_epi16((1 << Bits) - 1);
+    const __m512i words = _mm512_ternarylogic_epi32(code, mask, _mm512_set1_epi16(0x4300), 0xEA);
     const Pair pair = widen_words(words);
     return {_mm512_sub_ps(pair.even, middle), _mm512_sub_ps(pair.odd, middle)};
   }
@@ -424,6 +424,6 @@ void linear(const Problem& p, const Parallel& parallel) { run_linear<FmaCore>(p,
 
 }  // namespace
 
-const Engine kEngineAvx512 = {"avx512", &linear};
+const Engine kEngineAvx512 = {"avx512", &linear, &repack_avx512};
 
 }  // namespace compressed_linear::cpu
