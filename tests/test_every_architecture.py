@@ -16,9 +16,9 @@ import torch
 
 from model_loading import engine_args, init_distributed
 from vllm.compressed_linear.config import NAME, RefusedByVllmError
+from vllm.compressed_linear.embedding import CompressedUnquantizedEmbeddingMethod
 from vllm.compressed_linear.linear import (
     CompressedLinearMethod,
-    CompressedUnquantizedEmbeddingMethod,
     CompressedUnquantizedLinearMethod,
 )
 
