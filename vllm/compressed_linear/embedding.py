@@ -23,6 +23,7 @@ from vllm.compressed_linear.linear import (
     CompressedLinearMethod,
     DenseMethod,
     layer_context,
+    layer_finished,
     no_rows,
 )
 from vllm.compressed_linear.plan import PLAN
@@ -116,11 +117,13 @@ class CompressedUnquantizedEmbeddingMethod(DenseMethod, UnquantizedEmbeddingMeth
         self.heads = TiedHeads(prefix)
         self.table: Any = None
         self.reader = ""
+        self.announced = False
 
     def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
         super().create_weights(layer, *args, **kwargs)
         self.reader = compat.reader_of_tables()
-        if not isinstance(layer, ParallelLMHead):  # the plan expects the head, tied or not
+        self.announced = isinstance(layer, ParallelLMHead)
+        if not self.announced:  # the plan expects the head, tied or not
             PLAN.withdraw(_nbytes(layer.weight))
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
@@ -174,8 +177,10 @@ class CompressedUnquantizedEmbeddingMethod(DenseMethod, UnquantizedEmbeddingMeth
             return
         if self.is_ours(layer):
             super().process_weights_after_loading(layer)
-        else:
-            UnquantizedEmbeddingMethod.process_weights_after_loading(self, layer)
+            return
+        UnquantizedEmbeddingMethod.process_weights_after_loading(self, layer)
+        if self.announced:  # a model that only embeds hides its head in a layer of another type
+            layer_finished(self.settings)
 
     def context(self, layer: Any) -> LayerContext:
         lookup = bool(self.heads.layers) and not self.reader
