@@ -5,6 +5,8 @@ and what loading then chooses."""
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -428,16 +430,16 @@ def test_options_of_the_command(call: Callable[..., Result], tmp_path: Path) -> 
         (("tune", "MODEL", "--tp", "3"), "3"),
     ],
 )
-def test_errors_are_one_line(
-    arguments: tuple[str, ...], message: str, call: Callable[..., Result], tmp_path: Path
-) -> None:
+def test_errors_are_one_line(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.json"
     damaged.write_text("{")
     places = {"MODEL": str(checkpoint(MODEL)), "DAMAGED": str(damaged)}
-    result = call(*(places.get(argument, argument) for argument in arguments))
-    assert result.exit_code == 1, result.output
+    command = [sys.executable, "-m", "vllm.compressed_linear.cli"]
+    command += [places.get(argument, argument) for argument in arguments]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1, result.stderr
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
+    assert len(errors) == 1, result.stderr
     assert message in errors[0]
 
 
