@@ -187,9 +187,10 @@ void run(const Case& c) {
   std::vector<int64_t> ids(static_cast<size_t>(n));
   std::iota(ids.begin(), ids.end(), 0);
   std::vector<float> looked_up(static_cast<size_t>(n * columns));
-  cl::look_up({g, p.packed, p.scale, p.scale_type, p.zero, p.zero_type, p.middle, p.table, p.perm,
-               ids.data(), columns, looked_up.data(), Scalar::float32},
-              0, n);
+  cl::look_up(
+      {g, p.packed, p.scale, p.scale_type, p.zero, p.zero_type, p.row_scale, p.middle, p.table,
+       p.wide_table, p.perm, ids.data(), columns, looked_up.data(), Scalar::float32},
+      0, n);
   double furthest = 0;
   for (int64_t row = 0; row < n; ++row) {
     std::vector<double> sum(static_cast<size_t>(columns)), size(static_cast<size_t>(columns));
