@@ -166,14 +166,23 @@ inline const void* tiled_data(const char* op, const char* what, const std::optio
   return tensor->const_data_ptr();
 }
 
-// The second-level scale of each output channel: the data of float32 [n], or null.
-inline const float* row_scale_data(const char* op, const std::optional<Tensor>& row_scale,
-                                   int64_t n) {
-  if (!row_scale.has_value()) return nullptr;
-  check_plain(op, "row_scale", *row_scale);
-  check_type(op, "row_scale", *row_scale, ScalarType::Float);
-  check_shape<1>(op, "row_scale", *row_scale, {n});
-  return static_cast<const float*>(row_scale->const_data_ptr());
+// One number for each channel (or one number): the data of float32 [length], or null.
+inline const float* number_data(const char* op, const char* what,
+                                const std::optional<Tensor>& numbers, int64_t length) {
+  if (!numbers.has_value()) return nullptr;
+  check_plain(op, what, *numbers);
+  check_type(op, what, *numbers, ScalarType::Float);
+  check_shape<1>(op, what, *numbers, {length});
+  return static_cast<const float*>(numbers->const_data_ptr());
+}
+
+// The one static zero point of x: the data of int32 [1], or null.
+inline const int32_t* input_zero_data(const char* op, const std::optional<Tensor>& input_zero) {
+  if (!input_zero.has_value()) return nullptr;
+  check_plain(op, "input_zero", *input_zero);
+  check_type(op, "input_zero", *input_zero, ScalarType::Int);
+  check_shape<1>(op, "input_zero", *input_zero, {1});
+  return static_cast<const int32_t*>(input_zero->const_data_ptr());
 }
 
 // The values of small codes: the data of [2^bits], bfloat16 or float32; both null without a table.
@@ -222,6 +231,58 @@ inline void run_parallel(int64_t count, void (*body)(void*, int64_t, int64_t), v
 template <class Body>
 void parallel_tiles(int64_t begin, int64_t end, const Body& body) {
   torch::stable::parallel_for(begin, end, 1, body);
+}
+
+// Output channels [begin, end) of n, as they are packed: whole tiles, but for the last of all.
+inline void check_row_range(const char* op, int64_t begin, int64_t end, int64_t n) {
+  if (begin < 0 || begin % cpu::kTile != 0)
+    fail(op, "row_start is ", begin, ", expected a multiple of ", cpu::kTile);
+  if (end > n || (end % cpu::kTile != 0 && end != n))
+    fail(op, "rows end at ", end, ", expected a multiple of ", cpu::kTile, " or n = ", n);
+}
+
+// What every product with a packed weight is given, into the fields of `p`, whose geometry is set.
+inline void read_operands(const char* op, cpu::Problem& p, const Tensor& x, const Tensor& packed,
+                          const std::optional<Tensor>& scale, const std::optional<Tensor>& zero,
+                          const std::optional<Tensor>& row_scale, const std::optional<Tensor>& bias,
+                          const std::optional<Tensor>& perm,
+                          const std::optional<Tensor>& prescale) {
+  const Geometry& g = p.geometry;
+  check_packed(op, packed, g);
+  p.packed = static_cast<const uint8_t*>(packed.const_data_ptr());
+
+  if (!x.is_cpu()) fail(op, "x is not on the CPU");
+  if (x.dim() != 2) fail(op, "x has shape ", shape_text(x), ", expected [m, k]");
+  p.m = x.size(0);
+  p.x = x.const_data_ptr();
+  p.x_type = float_type(op, "x", x.scalar_type());
+  p.x_row_stride = x.stride(0);
+  p.x_column_stride = x.stride(1);
+  p.perm = perm_data(op, perm, g.k, x.size(1));
+  if (p.perm == nullptr && x.size(1) != g.k)
+    fail(op, "x has shape ", shape_text(x), ", expected [m, ", g.k, "]");
+
+  p.scale = tiled_data(op, "scale", scale, g);
+  if (scale.has_value()) p.scale_type = scale_type(op, "scale", scale->scalar_type());
+  p.zero = tiled_data(op, "zero", zero, g);
+  if (zero.has_value()) p.zero_type = float_type(op, "zero", zero->scalar_type());
+  p.row_scale = number_data(op, "row_scale", row_scale, g.n);
+  p.prescale = number_data(op, "prescale", prescale, g.k);
+  if (bias.has_value()) {
+    check_plain(op, "bias", *bias);
+    check_shape<1>(op, "bias", *bias, {g.n});
+    p.bias = bias->const_data_ptr();
+    p.bias_type = float_type(op, "bias", bias->scalar_type());
+  }
+}
+
+// A new tensor [m, n] for the result, which `p` is told of.
+inline Tensor make_output(const char* op, cpu::Problem& p, const Tensor& x, ScalarType out_dtype) {
+  p.out_type = float_type(op, "out_dtype", out_dtype);
+  const std::array<int64_t, 2> shape = {p.m, p.geometry.n};
+  Tensor out = torch::stable::new_empty(x, {shape.data(), 2}, out_dtype);
+  p.out = out.mutable_data_ptr();
+  return out;
 }
 
 }  // namespace compressed_linear

@@ -20,7 +20,7 @@ Tensor embedding(Tensor ids, Tensor packed, std::optional<Tensor> scale, std::op
   if (scale.has_value()) l.scale_type = scale_type(op, "scale", scale->scalar_type());
   l.zero = tiled_data(op, "zero", zero, l.geometry);
   if (zero.has_value()) l.zero_type = float_type(op, "zero", zero->scalar_type());
-  l.row_scale = row_scale_data(op, row_scale, n);
+  l.row_scale = number_data(op, "row_scale", row_scale, n);
   const TableData values = table_data(op, table, element, element_name);
   l.table = values.narrow;
   l.wide_table = values.wide;

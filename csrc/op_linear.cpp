@@ -72,18 +72,6 @@ cpu::Activation parse_activation(const char* op, const std::string& kind, int64_
   return a;
 }
 
-// The one number of a static scale or zero point.
-float one_number(const char* op, const char* what, const std::optional<Tensor>& tensor,
-                 ScalarType type) {
-  if (!tensor.has_value()) fail(op, what, " is needed for this activation");
-  check_plain(op, what, *tensor);
-  check_type(op, what, *tensor, type);
-  check_shape<1>(op, what, *tensor, {1});
-  return type == ScalarType::Int
-             ? static_cast<float>(*static_cast<const int32_t*>(tensor->const_data_ptr()))
-             : *static_cast<const float*>(tensor->const_data_ptr());
-}
-
 }  // namespace
 
 Tensor linear(Tensor x, Tensor packed, std::optional<Tensor> scale, std::optional<Tensor> zero,
@@ -97,32 +85,7 @@ Tensor linear(Tensor x, Tensor packed, std::optional<Tensor> scale, std::optiona
   const Element element = parse_element(op, element_name);
   cpu::Problem p{};
   p.geometry = geometry_of(op, n, k, group_size, element);
-  const Geometry& g = p.geometry;
-  check_packed(op, packed, g);
-  p.packed = static_cast<const uint8_t*>(packed.const_data_ptr());
-
-  if (!x.is_cpu()) fail(op, "x is not on the CPU");
-  if (x.dim() != 2) fail(op, "x has shape ", shape_text(x), ", expected [m, k]");
-  p.m = x.size(0);
-  p.x = x.const_data_ptr();
-  p.x_type = float_type(op, "x", x.scalar_type());
-  p.x_row_stride = x.stride(0);
-  p.x_column_stride = x.stride(1);
-  p.perm = perm_data(op, perm, k, x.size(1));
-  if (p.perm == nullptr && x.size(1) != k)
-    fail(op, "x has shape ", shape_text(x), ", expected [m, ", k, "]");
-
-  p.scale = tiled_data(op, "scale", scale, g);
-  if (scale.has_value()) p.scale_type = scale_type(op, "scale", scale->scalar_type());
-  p.zero = tiled_data(op, "zero", zero, g);
-  if (zero.has_value()) p.zero_type = float_type(op, "zero", zero->scalar_type());
-  p.row_scale = row_scale_data(op, row_scale, n);
-  if (bias.has_value()) {
-    check_plain(op, "bias", *bias);
-    check_shape<1>(op, "bias", *bias, {n});
-    p.bias = bias->const_data_ptr();
-    p.bias_type = float_type(op, "bias", bias->scalar_type());
-  }
+  read_operands(op, p, x, packed, scale, zero, row_scale, bias, perm, prescale);
   const TableData values = table_data(op, table, element, element_name);
   p.table = values.narrow;
   p.wide_table = values.wide;
@@ -135,26 +98,22 @@ Tensor linear(Tensor x, Tensor packed, std::optional<Tensor> scale, std::optiona
     p.offset = table.has_value() ? 0.0f : static_cast<float>(element_bias) - p.middle;
   }
 
-  if (prescale.has_value()) {
-    check_plain(op, "prescale", *prescale);
-    check_type(op, "prescale", *prescale, ScalarType::Float);
-    check_shape<1>(op, "prescale", *prescale, {k});
-    p.prescale = static_cast<const float*>(prescale->const_data_ptr());
-  }
   if (activation.has_value()) {
     p.activation = parse_activation(op, *activation, activation_group, activation_maximum);
     cpu::Activation& a = p.activation;
-    if (!a.dynamic || a.scale_type == Scalar::e4m3)
-      a.scale = one_number(op, "input_scale", input_scale, ScalarType::Float);
-    if (!a.dynamic && !a.symmetric)
-      a.zero = one_number(op, "input_zero", input_zero, ScalarType::Int);
+    if (!a.dynamic || a.scale_type == Scalar::e4m3) {
+      const float* number = number_data(op, "input_scale", input_scale, 1);
+      if (number == nullptr) fail(op, "input_scale is needed for this activation");
+      a.scale = *number;
+    }
+    if (!a.dynamic && !a.symmetric) {
+      const int32_t* number = input_zero_data(op, input_zero);
+      if (number == nullptr) fail(op, "input_zero is needed for this activation");
+      a.zero = static_cast<float>(*number);
+    }
   }
 
-  p.out_type = float_type(op, "out_dtype", out_dtype);
-  const std::array<int64_t, 2> shape = {p.m, n};
-  Tensor out = torch::stable::new_empty(x, {shape.data(), 2}, out_dtype);
-  p.out = out.mutable_data_ptr();
-
+  Tensor out = make_output(op, p, x, out_dtype);
   const cpu::Engine& engine = cpu::engine();
   engine.linear(p, {&run_parallel, static_cast<int64_t>(torch::stable::get_num_threads())});
   linear_counter(engine, element, element_name) += 1;

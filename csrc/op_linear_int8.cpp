@@ -61,10 +61,7 @@ void pack_rows_int8(Tensor packed, Tensor rows, int64_t row_start, int64_t n, in
   const Geometry g = quads_of(op, n, rows.size(1), group_size, bits);
   check_packed(op, packed, g);
   const int64_t row_end = row_start + rows.size(0);
-  if (row_start < 0 || row_start % cpu::kTile != 0)
-    fail(op, "row_start is ", row_start, ", expected a multiple of ", cpu::kTile);
-  if (row_end > n || (row_end % cpu::kTile != 0 && row_end != n))
-    fail(op, "rows end at ", row_end, ", expected a multiple of ", cpu::kTile, " or n = ", n);
+  check_row_range(op, row_start, row_end, n);
   const uint8_t* codes = static_cast<const uint8_t*>(rows.const_data_ptr());
   uint32_t seen = 0;
   for (int64_t i = 0; i < rows.numel(); ++i) seen |= codes[i];
@@ -131,62 +128,10 @@ Tensor linear_int8(Tensor x, Tensor packed, std::optional<Tensor> scale, std::op
   cpu::Problem& p = problem.linear;
   p.geometry = quads_of(op, n, k, group_size, bits);
   const Geometry& g = p.geometry;
-  check_packed(op, packed, g);
-  p.packed = static_cast<const uint8_t*>(packed.const_data_ptr());
-
-  if (!x.is_cpu()) fail(op, "x is not on the CPU");
-  if (x.dim() != 2) fail(op, "x has shape ", shape_text(x), ", expected [m, k]");
-  p.m = x.size(0);
-  p.x = x.const_data_ptr();
-  p.x_type = float_type(op, "x", x.scalar_type());
-  p.x_row_stride = x.stride(0);
-  p.x_column_stride = x.stride(1);
-  if (perm.has_value()) {
-    check_plain(op, "perm", *perm);
-    check_type(op, "perm", *perm, ScalarType::Int);
-    check_shape<1>(op, "perm", *perm, {k});
-    p.perm = static_cast<const int32_t*>(perm->const_data_ptr());
-    check_perm(op, p.perm, k, x.size(1));
-  } else if (x.size(1) != k) {
-    fail(op, "x has shape ", shape_text(x), ", expected [m, ", k, "]");
-  }
-
-  const std::array<int64_t, 3> tiled = {g.tiles, g.groups, cpu::kTile};
-  if (scale.has_value()) {
-    check_plain(op, "scale", *scale);
-    check_shape<3>(op, "scale", *scale, tiled);
-    p.scale = scale->const_data_ptr();
-    p.scale_type = scale_type(op, "scale", scale->scalar_type());
-  }
-  if (zero.has_value()) {
-    check_plain(op, "zero", *zero);
-    check_shape<3>(op, "zero", *zero, tiled);
-    p.zero = zero->const_data_ptr();
-    p.zero_type = float_type(op, "zero", zero->scalar_type());
-  }
-  if (row_scale.has_value()) {
-    check_plain(op, "row_scale", *row_scale);
-    check_type(op, "row_scale", *row_scale, ScalarType::Float);
-    check_shape<1>(op, "row_scale", *row_scale, {n});
-    p.row_scale = static_cast<const float*>(row_scale->const_data_ptr());
-  }
-  if (prescale.has_value()) {
-    check_plain(op, "prescale", *prescale);
-    check_type(op, "prescale", *prescale, ScalarType::Float);
-    check_shape<1>(op, "prescale", *prescale, {k});
-    p.prescale = static_cast<const float*>(prescale->const_data_ptr());
-  }
-  if (bias.has_value()) {
-    check_plain(op, "bias", *bias);
-    check_shape<1>(op, "bias", *bias, {n});
-    p.bias = bias->const_data_ptr();
-    p.bias_type = float_type(op, "bias", bias->scalar_type());
-  }
-  const int64_t largest = int64_t{1} << bits;
-  if (element_bias < 0 || element_bias > largest)
-    fail(op, "element_bias is ", element_bias, ", expected 0 to ", largest);
+  read_operands(op, p, x, packed, scale, zero, row_scale, bias, perm, prescale);
+  check_element_bias(op, g.element, element_bias);
   // Beside zero points, codes count from the middle: what is added and taken away stays small.
-  p.middle = static_cast<float>(zero.has_value() ? largest / 2 : element_bias);
+  p.middle = static_cast<float>(zero.has_value() ? int64_t{1} << (bits - 1) : element_bias);
   p.offset = static_cast<float>(element_bias) - p.middle;
 
   cpu::ActivationRule& rule = problem.activation;
@@ -197,20 +142,12 @@ Tensor linear_int8(Tensor x, Tensor packed, std::optional<Tensor> scale, std::op
   if (!(maximum > 0) || !std::isfinite(maximum))
     fail(op, "maximum is ", maximum, ", expected a positive number");
   rule.maximum = static_cast<float>(maximum);
-  if (input_scale.has_value()) {
-    check_plain(op, "input_scale", *input_scale);
-    check_type(op, "input_scale", *input_scale, ScalarType::Float);
-    check_shape<1>(op, "input_scale", *input_scale, {1});
-    rule.scale = *static_cast<const float*>(input_scale->const_data_ptr());
-  }
+  if (const float* number = number_data(op, "input_scale", input_scale, 1)) rule.scale = *number;
   if (input_zero.has_value() != (input_scale.has_value() && !symmetric))
     fail(op, "input_zero is ", input_zero.has_value() ? "given" : "missing",
          ", expected one where static scales are not symmetric");
-  if (input_zero.has_value()) {
-    check_plain(op, "input_zero", *input_zero);
-    check_type(op, "input_zero", *input_zero, ScalarType::Int);
-    check_shape<1>(op, "input_zero", *input_zero, {1});
-    rule.zero = *static_cast<const int32_t*>(input_zero->const_data_ptr());
+  if (const int32_t* number = input_zero_data(op, input_zero)) {
+    rule.zero = *number;
     if (rule.zero < -128 || rule.zero > 127)
       fail(op, "input_zero is ", rule.zero, ", expected -128 to 127");
   }
@@ -225,11 +162,7 @@ Tensor linear_int8(Tensor x, Tensor packed, std::optional<Tensor> scale, std::op
     problem.code_sums = static_cast<const int32_t*>(code_sums->const_data_ptr());
   }
 
-  p.out_type = float_type(op, "out_dtype", out_dtype);
-  const std::array<int64_t, 2> shape = {p.m, n};
-  Tensor out = torch::stable::new_empty(x, {shape.data(), 2}, out_dtype);
-  p.out = out.mutable_data_ptr();
-
+  Tensor out = make_output(op, p, x, out_dtype);
   const cpu::IntegerEngine& engine = cpu::integer_engine();
   engine.linear(problem, {&run_parallel, static_cast<int64_t>(torch::stable::get_num_threads())});
   path_counter(engine, bits) += 1;

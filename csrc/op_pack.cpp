@@ -100,11 +100,7 @@ void set_positions(const char* op, cpu::CodeSource& source, const Tensor& stored
 // which is only known when they have been packed.
 void repack(const char* op, const char* what, cpu::Repack& job, int64_t packed_bytes) {
   const Geometry& g = job.geometry;
-  if (job.row_begin < 0 || job.row_begin % cpu::kTile != 0)
-    fail(op, "row_start is ", job.row_begin, ", expected a multiple of ", cpu::kTile);
-  if (job.row_end() > g.n || (job.row_end() % cpu::kTile != 0 && job.row_end() != g.n))
-    fail(op, "rows end at ", job.row_end(), ", expected a multiple of ", cpu::kTile,
-         " or n = ", g.n);
+  check_row_range(op, job.row_begin, job.row_end(), g.n);
   if (job.row_end() == job.row_begin) return;
   if (job.row_begin == 0) cpu::advise_huge_pages(job.packed, packed_bytes);
   if (cpu::is_coded(g.element)) cpu::plan_fields(job);
