@@ -78,8 +78,7 @@ inline float dynamic_scale(const Activation& a, float largest) {
 }
 
 // values[k], in the order of the weights, becomes q, or q times what differs within the row.
-// Returns the factor that is left out. `largest`, `lowest`, `highest`: of all rows, where they
-// share one dynamic scale.
+// Returns the factor that is left out.
 inline float quantise_row(const Activation& a, float* values, int64_t k) {
   const Rounding round(a);
   if (!a.symmetric) {

@@ -137,5 +137,21 @@ inline __m512 load_sixteen(const void* data, Scalar type, int64_t index) {
   }
 }
 
+// The scales of the sixteen channels of a tile and group.
+inline __m512 scales(const Problem& p, int64_t tile, int64_t group) {
+  if (p.scale == nullptr) return _mm512_set1_ps(1.0f);
+  return load_sixteen(p.scale, p.scale_type, (tile * p.geometry.groups + group) * kTile);
+}
+
+// What load_negated_offset of rows.h gives.
+inline __m512 negated_offsets(const Problem& p, int64_t tile, int64_t group) {
+  __m512 offset = _mm512_set1_ps(p.offset);
+  if (p.zero != nullptr) {
+    const int64_t at = (tile * p.geometry.groups + group) * kTile;
+    offset = _mm512_add_ps(load_sixteen(p.zero, p.zero_type, at), offset);
+  }
+  return _mm512_xor_ps(_mm512_set1_ps(-0.0f), offset);
+}
+
 }  // namespace
 }  // namespace compressed_linear::cpu

@@ -3,7 +3,7 @@
 //
 //   kBits                  of a code; a block of a tile is kBits rows of 64 bytes
 //   kHalves                whether half a block may be asked for alone
-//   kSequential            see few_rows_half
+//   kSequential            see FewRows
 //   pair<P>(block, table)  the bf16 pairs (k = 2P, 2P + 1) of the sixteen channels of a block
 //
 // pair<P> reads the rows of its half of the block only, so that the compiler keeps them in

@@ -8,6 +8,7 @@
 
 #include "decode_avx512bf16.h"
 #include "driver.h"
+#include "prefetch.h"
 
 namespace compressed_linear::cpu {
 namespace {
@@ -39,9 +40,6 @@ void decode_chunk(const Problem& p, const uint8_t* packed, int64_t stride, int64
 
 // ---- few rows: decode in registers, touch every weight once -----------------------------------
 
-// Ahead in the strip, into the second-level cache: into the first, too few lines can be on their
-// way at once. Measured: 4 KB to 64 KB are alike.
-constexpr int64_t kPrefetchBytes = 8192;
 // Up to this many panels decode anew for each; beyond, decoding into memory once for all rows is
 // cheaper. Measured at N = K = 4096 on Zen 4.
 constexpr int64_t few_panels(Element element) {
@@ -131,6 +129,7 @@ struct FewRows {
       for (int r = 0; r < Rows; ++r)
         for (int t = 0; t < kTiles; ++t) sums.acc[r][t] = _mm512_setzero_ps();
       for (int64_t k = a.segments[s].begin; k < a.segments[s].end;) {
+        // Into the second-level cache: all of a block at once is too much for the first.
         if constexpr (!kSequential)
           if (k % kBlock == 0)
             for (int64_t at = 0; at < kStripBytes; at += kRowBytes)
@@ -163,18 +162,13 @@ struct FewRows {
     const int64_t group = a.segments[s].group;
 #pragma GCC unroll 8
     for (int t = 0; t < kTiles; ++t) {
-      const int64_t at = ((a.tile + t) * p.geometry.groups + group) * kTile;
       if (a.row_sums != nullptr) {
-        const __m512 zero =
-            p.zero == nullptr ? _mm512_setzero_ps() : load_sixteen(p.zero, p.zero_type, at);
-        const __m512 offset =
-            _mm512_sub_ps(_mm512_setzero_ps(), _mm512_add_ps(zero, _mm512_set1_ps(p.offset)));
+        const __m512 offset = negated_offsets(p, a.tile + t, group);
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; ++r)
           acc[r][t] = _mm512_fmadd_ps(_mm512_set1_ps(a.row_sums[s * Rows + r]), offset, acc[r][t]);
       }
-      const __m512 scale =
-          p.scale == nullptr ? _mm512_set1_ps(1.0f) : load_sixteen(p.scale, p.scale_type, at);
+      const __m512 scale = scales(p, a.tile + t, group);
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) {
         float* total = &totals[r][t * kTile];
