@@ -39,6 +39,16 @@ struct Avx2Core {
   static Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
   static Float convert(Reg value) { return _mm256_cvtepi32_ps(value); }
 
+  // For MaddCore: bytes and codes of 16-bit lanes, widened with and without sign; products.
+  static Reg low_bytes(Reg a) { return _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8); }
+  static Reg high_bytes(Reg a) { return _mm256_srai_epi16(a, 8); }
+  static Reg low_codes(Reg a) { return _mm256_and_si256(a, _mm256_set1_epi16(0xff)); }
+  static Reg high_codes(Reg a) { return _mm256_srli_epi16(a, 8); }
+  static Reg multiply_bytes(Reg codes, Reg bytes) { return _mm256_maddubs_epi16(codes, bytes); }
+  static Reg multiply_words(Reg a, Reg b) { return _mm256_madd_epi16(a, b); }
+  static Reg add_pairs(Reg a) { return _mm256_madd_epi16(a, _mm256_set1_epi16(1)); }
+  static Reg add(Reg a, Reg b) { return _mm256_add_epi32(a, b); }
+
   // Shifts so that bit From of each byte lands on bit To; bits that cross bytes are junk.
   template <int From, int To>
   static Reg place(Reg row) {

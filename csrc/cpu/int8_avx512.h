@@ -31,6 +31,16 @@ struct Avx512Core {
   static Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
   static Float convert(Reg value) { return _mm512_cvtepi32_ps(value); }
 
+  // For MaddCore: bytes and codes of 16-bit lanes, widened with and without sign; products.
+  static Reg low_bytes(Reg a) { return _mm512_srai_epi16(_mm512_slli_epi16(a, 8), 8); }
+  static Reg high_bytes(Reg a) { return _mm512_srai_epi16(a, 8); }
+  static Reg low_codes(Reg a) { return _mm512_and_si512(a, _mm512_set1_epi16(0xff)); }
+  static Reg high_codes(Reg a) { return _mm512_srli_epi16(a, 8); }
+  static Reg multiply_bytes(Reg codes, Reg bytes) { return _mm512_maddubs_epi16(codes, bytes); }
+  static Reg multiply_words(Reg a, Reg b) { return _mm512_madd_epi16(a, b); }
+  static Reg add_pairs(Reg a) { return _mm512_madd_epi16(a, _mm512_set1_epi16(1)); }
+  static Reg add(Reg a, Reg b) { return _mm512_add_epi32(a, b); }
+
   // Shifts so that bit From of each byte lands on bit To; bits that cross bytes are junk.
   template <int From, int To>
   static Reg place(Reg row) {
