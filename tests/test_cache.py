@@ -488,6 +488,27 @@ def test_unquantized_weights_are_kept_too(tmp_path: Path) -> None:
         assert what_the_cache_did() == expected
 
 
+@pytest.mark.parametrize("backend", ["cpu_int8", "cpu_int8_fast"])
+def test_weights_of_integer_kernels_are_kept_apart(backend: str, tmp_path: Path) -> None:
+    from vllm.compressed_linear.descriptor import ActivationSpec
+    from vllm.compressed_linear.numerics import uint
+
+    found = shard(quant=Quant("ct", bits=4))
+    rules = BackendRules.parse(backend)
+    if backend == "cpu_int8":
+        activation = ActivationSpec(uint(8, 128), True, "token")
+        scheme = replace(found.source.scheme, activation=activation)
+        found = replace(found, source=replace(found.source, scheme=scheme))
+    else:
+        prepared(PreparedCache(tmp_path), found)
+    expected = prepared(None, found, settings=Settings(rules)).tensors
+    for did in ("miss", "hit"):
+        executor = prepared(PreparedCache(tmp_path), found, settings=Settings(rules))
+        assert what_the_cache_did() == did
+        assert executor.method.name == backend
+        assert equal(executor.tensors, expected)
+
+
 @pytest.mark.parametrize("bits", [3, 8])
 def test_other_elements_are_kept_as_they_are(bits: int, tmp_path: Path) -> None:
     quant = Quant("ct", bits=bits, group_size=-1)

@@ -19,8 +19,9 @@ from vllm.compressed_linear import settings
 from vllm.compressed_linear.cli import app
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
 from vllm.compressed_linear.explain import explain
-from vllm.compressed_linear.explain_text import compress_names, in_words, print_explanation, size
+from vllm.compressed_linear.explain_text import in_words, print_explanation
 from vllm.compressed_linear.linear import detect_platform
+from vllm.compressed_linear.text import compress_names, size
 
 PLAIN = "llmcompressor-w4a16-sym-g128"
 MIXED = "gptqmodel-gptq-dynamic"

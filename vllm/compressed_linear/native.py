@@ -143,6 +143,12 @@ def supported_isas_int8() -> list[str]:
     return str(torch.ops.compressed_linear.supported_isas_int8()).split()
 
 
+def layout_id_int8() -> str:
+    """The same for the layout of integer activations."""
+    load()
+    return str(torch.ops.compressed_linear.layout_id_int8())
+
+
 def call_counts() -> dict[str, int]:
     """Calls since the start or the last reset, for example ``{"linear/avx512bf16/uint4": 12}``."""
     load()

@@ -145,6 +145,12 @@ class CpuInt8Backend(QuantLinearMethod):
             call_seconds=_CALL_SECONDS,
         )
 
+    @classmethod
+    def layout_version(
+        cls, descriptor: CompressedLinearDescriptor, platform: Platform
+    ) -> str | None:
+        return native.layout_id_int8()
+
     def prep_weights_for_execution(self, weights: CompressedWeights) -> dict[str, torch.Tensor]:
         native.load()
         ops = torch.ops.compressed_linear
