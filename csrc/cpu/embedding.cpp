@@ -31,13 +31,19 @@ void add_plane(const uint8_t* plane, int64_t channel, int shift, uint8_t* codes)
   }
 }
 
+// The 32 bytes of one output channel of a block of 8-bit codes.
+void read_bytes(const uint8_t* block, int64_t channel, uint8_t* codes) {
+  for (int64_t pair = 0; pair < kPairs; ++pair)
+    std::memcpy(codes + 2 * pair, block + (pair * kTile + channel) * 2, 2);
+}
+
 // values[32] of one output channel of a block of integers.
 void read_integers(const Lookup& l, const uint8_t* block, int64_t channel, float* values) {
   const int bits = l.geometry.element.bits;
   uint8_t codes[kBlock] = {};
   if (bits == 8) {
-    for (int64_t k = 0; k < kBlock; ++k)
-      codes[k] = block[(k / 2 * kTile + channel) * 2 + k % 2] ^ 0x80u;
+    read_bytes(block, channel, codes);
+    for (uint8_t& code : codes) code ^= 0x80u;
   } else {
     int shift = 0;
     if (bits & 4) {
@@ -75,12 +81,14 @@ void read_block(const Lookup& l, const uint8_t* block, int64_t channel, float* v
       }
       break;
     case Kind::e4m3:
-    case Kind::e5m2:
-      for (int64_t k = 0; k < kBlock; ++k) {
-        const uint8_t code = block[(k / 2 * kTile + channel) * 2 + k % 2];
-        values[k] = l.geometry.element.kind == Kind::e4m3 ? from_e4m3(code) : from_e5m2(code);
-      }
+    case Kind::e5m2: {
+      uint8_t codes[kBlock];
+      read_bytes(block, channel, codes);
+      for (int64_t k = 0; k < kBlock; ++k)
+        values[k] =
+            l.geometry.element.kind == Kind::e4m3 ? from_e4m3(codes[k]) : from_e5m2(codes[k]);
       break;
+    }
     case Kind::float16:
     case Kind::float32: {
       const Scalar type =

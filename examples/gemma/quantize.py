@@ -2,7 +2,7 @@
 """Quantizes a bf16 checkpoint to 4-bit weights with the compressed-tensors library.
 
 Round to nearest, symmetric, groups of 128 input channels. The embedding table, which is the head as
-well, stays bf16 or gets 8 bits with a scale for each row: it holds most of the model's weights.
+well, stays bf16 or gets 8 bits in the same groups: it holds most of the model's weights.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LINEAR = QuantizationScheme(
 )
 TABLE = QuantizationScheme(
     targets=["Embedding"],
-    weights=QuantizationArgs(num_bits=8, strategy="channel", symmetric=True),
+    weights=QuantizationArgs(num_bits=8, strategy="group", group_size=GROUP, symmetric=True),
     format="pack-quantized",
 )
 
@@ -50,9 +50,8 @@ def quantize(source: Path, target: Path, *, table: bool) -> None:
     )
     apply_quantization_config(model, config)
     for module in filter(is_module_quantized, model.modules()):
+        groups = module.weight.detach().unflatten(-1, (-1, GROUP))
         scheme = module.quantization_scheme.weights
-        size = scheme.group_size or module.weight.shape[-1]
-        groups = module.weight.detach().unflatten(-1, (-1, size))
         scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), scheme)
         module.weight_scale.data.copy_(scale)
     compressor = ModelCompressor(config)
