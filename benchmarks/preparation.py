@@ -156,7 +156,7 @@ def render(title: str, results: list[dict[str, Any]]) -> Table:
     table = Table(title=title)
     columns = [c for c in ("prepared", "standard", "plain", "copied") if c in results[0]]
     for column in ("layout", *columns):
-        table.add_column(column, justify="left" if column == "layout" else "right")
+        table.add_column(column, justify="left" if column == "layout" else "right", no_wrap=True)
     for found in results:
         cells = [f"{found[c] * 1e3:.1f} ms, {found['bytes'] / found[c] / 1e9:.2f}" for c in columns]
         table.add_row(found["layout"], *cells)
@@ -184,7 +184,7 @@ def main() -> None:
     }
     title = f"{native.isa()}, {arguments.threads} thread(s), GB/s of packed codes"
     layouts = layouts_table(arguments.layouts, arguments.n, arguments.k, arguments.repetitions)
-    console = Console()
+    console = Console(width=110)
     console.print(render(f"N = {arguments.n}, K = {arguments.k}: {title}", layouts))
     record["layouts"] = layouts
     if arguments.block:
