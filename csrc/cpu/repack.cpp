@@ -216,49 +216,59 @@ void plan_fields(Repack& job) {
 namespace {
 
 // `width` bits of a little-endian stream of bytes.
-uint32_t read_bits(const uint8_t* stream, int64_t bit, int width) {
+uint32_t read_bits(const uint8_t* stream, uint64_t bit, unsigned width) {
   uint32_t value = stream[bit / 8];
   if (bit % 8 + width > 8) value |= uint32_t{stream[bit / 8 + 1]} << 8;
-  return (value >> (bit % 8)) & ((1u << width) - 1);
+  return value >> (bit % 8);
 }
 
-// The same of the stream that runs down a column of containers.
-uint32_t read_column(const CodeSource& s, int64_t row, int64_t n) {
+// Container `row` of the stream that runs down column `n`.
+uint64_t read_container(const CodeSource& s, int64_t row, int64_t n) {
   uint32_t container = 0;
   std::memcpy(&container, s.data + row * s.row_bytes + n * s.container_bits / 8,
               static_cast<size_t>(s.container_bits / 8));
   return container;
 }
 
-uint8_t read_code(const Repack& job, int64_t n, int64_t position) {
-  const CodeSource& s = job.source;
-  uint32_t code = 0;
-  int below = 0;
-  for (int plane = 0; plane < s.planes; ++plane) {
-    const int width = s.widths[plane];
-    const Field f = job.fields[plane * job.geometry.padded_k + position];
-    const uint32_t mask = (1u << width) - 1;
-    uint32_t value;
-    if (f.word < 0) {
-      code |= static_cast<uint32_t>(f.shift) << below;
-      below += width;
-      continue;
-    }
-    if (s.order == CodeOrder::n_major) {
-      value =
-          read_bits(s.data + (s.n_first + n) * s.row_bytes, int64_t{f.word} * 32 + f.shift, width);
-    } else if (s.order == CodeOrder::k_major) {
-      value = read_bits(s.data + f.word * s.row_bytes, s.n_at[plane * s.rows + n], width);
-    } else {
-      uint64_t wide = read_column(s, f.word, s.n_first + n);
-      if (f.shift + width > s.container_bits)
-        wide |= uint64_t{read_column(s, f.word + 1, s.n_first + n)} << s.container_bits;
-      value = static_cast<uint32_t>(wide >> f.shift) & mask;
-    }
-    code |= (value ^ (uint32_t{s.flip} >> below & mask)) << below;
-    below += width;
+// Adds one plane, read by `stored(field)`, to the codes of all positions.
+template <class Stored>
+void add_plane(const Repack& job, int plane, int below, uint8_t* line, const Stored& stored) {
+  const int64_t count = job.geometry.padded_k;
+  const uint32_t mask = (1u << job.source.widths[plane]) - 1;
+  const uint32_t flip = uint32_t{job.source.flip} >> below & mask;
+  const Field* fields = job.fields + plane * count;
+  for (int64_t p = 0; p < count; ++p) {
+    const uint32_t value = fields[p].word < 0 ? static_cast<uint32_t>(fields[p].shift)
+                                              : (stored(fields[p]) & mask) ^ flip;
+    line[p] = static_cast<uint8_t>(line[p] | value << below);
   }
-  return static_cast<uint8_t>(code);
+}
+
+// Codes of output channel `n` of the source, in the order of the stored positions.
+void read_line(const Repack& job, int64_t n, uint8_t* line) {
+  const CodeSource& s = job.source;
+  std::memset(line, 0, static_cast<size_t>(job.geometry.padded_k));
+  for (int plane = 0, below = 0; plane < s.planes; below += s.widths[plane++]) {
+    const unsigned width = static_cast<unsigned>(s.widths[plane]);
+    if (s.order == CodeOrder::n_major) {
+      const uint8_t* row = s.data + (s.n_first + n) * s.row_bytes;
+      add_plane(job, plane, below, line, [=](Field f) {
+        return read_bits(row, static_cast<uint64_t>(f.word) * 32 + static_cast<uint64_t>(f.shift),
+                         width);
+      });
+    } else if (s.order == CodeOrder::k_major) {
+      const auto bit = static_cast<uint64_t>(s.n_at[plane * s.rows + n]);
+      add_plane(job, plane, below, line,
+                [&, bit](Field f) { return read_bits(s.data + f.word * s.row_bytes, bit, width); });
+    } else {
+      add_plane(job, plane, below, line, [&](Field f) {
+        uint64_t wide = read_container(s, f.word, s.n_first + n);
+        if (f.shift + static_cast<int>(width) > s.container_bits)
+          wide |= read_container(s, f.word + 1, s.n_first + n) << s.container_bits;
+        return static_cast<uint32_t>(wide >> f.shift);
+      });
+    }
+  }
 }
 
 }  // namespace
@@ -279,10 +289,10 @@ bool repack_plain(const Repack& job, int64_t strip_begin, int64_t strip_end) {
       if (n >= s.rows) {
         std::memset(line, s.blank_code, static_cast<size_t>(line_bytes));
       } else if (is_coded(g.element)) {
-        for (int64_t p = 0; p < g.padded_k; ++p) {
-          line[p] = read_code(job, n, p);
-          good = good && !is_wrong(g.element, line[p]);
-        }
+        read_line(job, n, line);
+        uint8_t wrong = 0;
+        for (int64_t p = 0; p < g.padded_k; ++p) wrong |= is_wrong(g.element, line[p]);
+        good = good && wrong == 0;
       } else {
         const uint8_t* from = s.data + (s.n_first + n) * s.row_bytes;
         for (int64_t group = 0; group < g.groups; ++group)

@@ -19,7 +19,9 @@
 namespace compressed_linear::cpu {
 namespace {  // see layout.h
 
-inline constexpr int64_t kChunkQuads = kChunk / 4;
+// Positions of k_major that are read of all tiles of a unit before they are written: their quads
+// stay in the first cache.
+inline constexpr int64_t kRowChunk = 64;
 // Strips that take a chunk each before the next chunk: longer pieces of the rows of sources that
 // have channels side by side.
 inline constexpr int64_t kUnitStrips = 4;
@@ -28,13 +30,14 @@ inline constexpr int64_t kFloatWords = 256;
 
 template <class V>
 struct RepackLoop {
+  static_assert(kRowChunk % kBlock == 0 && kUnitStrips * kStrip * kRowChunk >= kChunk, "");
   using Reg = typename V::Reg;
   static constexpr int64_t kLanes = V::kLanes, kParts = kTile / kLanes;
 
   const Repack& job;
   const Geometry& g;
   const CodeSource& s;
-  uint32_t* quads;    // [kStrip][kChunkQuads][kTile]
+  uint32_t* quads;  // [kChunk / 4][kTile]; in k_major [kUnitStrips * kStrip][kRowChunk / 4][kTile]
   uint32_t* columns;  // [words][kTile]
   bool good = true;
 
@@ -180,88 +183,122 @@ struct RepackLoop {
     for (const uint32_t lane : lanes) good = good && lane == 0;
   }
 
-  // Where the codes of kLanes output channels lie in a stored row of k_major.
+  // Where the codes of kLanes output channels lie in a stored row of k_major: words of a window of
+  // kLanes words, and the bits in them. `next` is where a code ends that begins in `index`.
   struct Lanes {
     Reg index, next, shift, up;
-    int64_t byte;  // first byte of a window of kLanes words
+  };
+  // What the lanes of a strip have in common for one plane.
+  struct StripWindow {
+    int64_t byte;  // where the window begins, if one holds the whole strip, else -1
+    int64_t bytes[kStrip * kParts];  // each part's own
     bool straddle;
   };
 
-  // False if the codes do not lie within one window. A channel that is not stored takes another's.
-  bool find_lanes(int64_t channel, int plane, Lanes& found) const {
-    const int32_t* at = s.n_at + plane * s.rows;
-    int32_t bits[kLanes], lowest = INT32_MAX;
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      bits[lane] = at[std::min(channel + lane, s.rows - 1)];
-      lowest = std::min(lowest, bits[lane]);
-    }
-    found.byte = lowest / 8;
-    found.straddle = false;
+  // False if the codes of kLanes channels do not lie within one window. Channels that are not
+  // stored take another's place.
+  bool find_lanes(int64_t channel, int plane, int64_t byte, Lanes& found, bool& straddle) const {
     alignas(64) uint32_t index[kLanes], next[kLanes], shift[kLanes], up[kLanes];
     for (int64_t lane = 0; lane < kLanes; ++lane) {
-      const uint32_t from = static_cast<uint32_t>(bits[lane] - found.byte * 8);
+      const uint32_t from = static_cast<uint32_t>(bit_of(channel + lane, plane) - byte * 8);
       index[lane] = from / 32;
       next[lane] = (from + static_cast<uint32_t>(s.widths[plane]) - 1) / 32;
       shift[lane] = from % 32;
       up[lane] = 32 - shift[lane];  // a shift by 32 gives 0
       if (next[lane] >= kLanes) return false;
-      found.straddle = found.straddle || next[lane] != index[lane];
+      straddle = straddle || next[lane] != index[lane];
     }
-    found.index = V::load(index);
-    found.next = V::load(next);
-    found.shift = V::load(shift);
-    found.up = V::load(up);
+    found = {V::load(index), V::load(next), V::load(shift), V::load(up)};
     return true;
   }
 
-  // Quads of positions [begin, end), a chunk or less, of the tiles whose lanes these are:
-  // [planes][parts].
-  void read_rows(const Lanes* lanes, int64_t parts, int64_t begin, int64_t end) {
-    int below = 0;
-    for (int plane = 0; plane < s.planes; ++plane, lanes += parts) {
-      const int width = s.widths[plane];
-      const Reg mask = V::set1((1u << width) - 1);
-      const Reg flip = V::set1(uint32_t{s.flip} >> below & ((1u << width) - 1));
-      const Wrong wrong(g.element);
-      Reg met = V::set1(0);
-      for (int64_t p = begin; p < end; p += 4) {
-        const Field* fields = job.fields + plane * g.padded_k + p;
-        const bool all_stored = fields[0].word >= 0 && fields[1].word >= 0 && fields[2].word >= 0 &&
-                                fields[3].word >= 0;
-        int64_t rows[4];
-        for (int i = 0; i < 4; ++i) rows[i] = fields[i].word * s.row_bytes;
-        for (int64_t part = 0; part < parts; ++part) {
-          const Lanes& lane = lanes[part];
-          uint32_t* out = quads + part / kParts * kChunkQuads * kTile + (p - begin) / 4 * kTile +
-                          part % kParts * kLanes;
+  int64_t bit_of(int64_t channel, int plane) const {
+    return s.n_at[plane * s.rows + std::min(channel, s.rows - 1)];
+  }
+
+  int64_t first_byte(int64_t channel, int64_t count, int plane) const {
+    int64_t bit = INT64_MAX;
+    for (int64_t i = 0; i < count; ++i) bit = std::min(bit, bit_of(channel + i, plane));
+    return bit / 8;
+  }
+
+  bool find_strip(int64_t channel, int plane, Lanes* lanes, StripWindow& window) const {
+    constexpr int64_t kStripParts = kStrip * kParts;
+    window.byte = first_byte(channel, kStrip * kTile, plane);
+    window.straddle = false;
+    bool shared = true;
+    for (int64_t part = 0; shared && part < kStripParts; ++part)
+      shared =
+          find_lanes(channel + part * kLanes, plane, window.byte, lanes[part], window.straddle);
+    if (shared) return true;
+    window.byte = -1;
+    for (int64_t part = 0; part < kStripParts; ++part) {
+      const int64_t first = channel + part * kLanes;
+      window.bytes[part] = first_byte(first, kLanes, plane);
+      if (!find_lanes(first, plane, window.bytes[part], lanes[part], window.straddle)) return false;
+    }
+    return true;
+  }
+
+  // One plane of the quads of positions [begin, end) of strips: lanes [strips][kStrip * kParts].
+  void read_rows(const Lanes* lanes, const StripWindow* windows, int64_t strips, int plane,
+                 int below, int64_t begin, int64_t end) {
+    constexpr int64_t kStripParts = kStrip * kParts;
+    const uint32_t ones = (1u << s.widths[plane]) - 1;
+    const Reg mask = V::set1(ones), flip = V::set1(uint32_t{s.flip} >> below & ones);
+    const Wrong wrong(g.element);
+    Reg met = V::set1(0);
+    for (int64_t p = begin; p < end; p += 4) {
+      const Field* fields = job.fields + plane * g.padded_k + p;
+      int64_t rows[4];
+      bool stored = true;
+      for (int i = 0; i < 4; ++i) {
+        stored = stored && fields[i].word >= 0;
+        rows[i] = std::max(fields[i].word, 0) * s.row_bytes;
+        // The rows of the next pass: a page apart or more, no hardware foresees them.
+        if (p + kRowChunk < g.padded_k) {
+          const int64_t next = std::max(fields[i + kRowChunk].word, 0) * s.row_bytes;
+          for (int64_t strip = 0; strip < strips; strip += kStrip / 2)
+            _mm_prefetch(reinterpret_cast<const char*>(s.data + next) +
+                             std::max<int64_t>(windows[strip].byte, 0),
+                         _MM_HINT_T0);
+        }
+      }
+      for (int64_t strip = 0; strip < strips; ++strip) {
+        const StripWindow& window = windows[strip];
+        Reg words[4];
+        if (window.byte >= 0)
+          for (int i = 0; i < 4; ++i) words[i] = load_window(rows[i] + window.byte);
+        for (int64_t part = 0; part < kStripParts; ++part) {
+          const Lanes& lane = lanes[strip * kStripParts + part];
+          if (window.byte < 0)
+            for (int i = 0; i < 4; ++i) words[i] = load_window(rows[i] + window.bytes[part]);
+          uint32_t* out = quads + (strip * kStrip + part / kParts) * kRowChunk / 4 * kTile +
+                          (p - begin) / 4 * kTile + part % kParts * kLanes;
           Reg quad = V::set1(0);
           for (int i = 0; i < 4; ++i) {
-            Reg value = V::set1(static_cast<uint32_t>(fields[i].shift));
-            if (all_stored || fields[i].word >= 0) {
-              const Reg window = load_window(rows[i] + lane.byte);
-              value = V::shift_right_each(V::pick(window, lane.index), lane.shift);
-              if (lane.straddle)
-                value = V::or_(value, V::shift_left_each(V::pick(window, lane.next), lane.up));
-              value = V::xor_(V::and_(value, mask), flip);
-            }
+            Reg value = V::shift_right_each(V::pick(words[i], lane.index), lane.shift);
+            if (window.straddle)
+              value = V::or_(value, V::shift_left_each(V::pick(words[i], lane.next), lane.up));
+            value = V::xor_(V::and_(value, mask), flip);
+            if (!stored && fields[i].word < 0)
+              value = V::set1(static_cast<uint32_t>(fields[i].shift));
             quad = V::or_(quad, V::shift_left(value, V::count(8 * i)));
           }
           if (plane > 0) quad = V::or_(V::load(out), V::shift_left(quad, V::count(below)));
           V::store(out, quad);
-          // Lanes of channels that are not stored hold another's codes.
           met = V::or_(met, wrong.among(quad));
         }
       }
-      note(met);
-      below += width;
     }
+    note(met);
   }
 
   Reg load_window(int64_t byte) const {
     constexpr int64_t kBytes = kLanes * 4;
     if (byte + kBytes <= s.bytes) return V::load(s.data + byte);
     alignas(64) uint8_t rest[kBytes] = {};
-    std::memcpy(rest, s.data + byte, static_cast<size_t>(s.bytes - byte));
+    if (byte < s.bytes) std::memcpy(rest, s.data + byte, static_cast<size_t>(s.bytes - byte));
     return V::load(rest);
   }
 
@@ -389,28 +426,26 @@ struct RepackLoop {
   }
 
   void codes_of_rows(int64_t tile_begin, int64_t tile_end) {
-    Lanes* lanes = reinterpret_cast<Lanes*>(columns);  // [strip][planes][parts]
+    constexpr int64_t kStripParts = kStrip * kParts;
     const int64_t strips = (tile_end - tile_begin + kStrip - 1) / kStrip;
-    for (int64_t strip = 0; strip < (s.rows > 0 ? strips : 0); ++strip)
-      for (int plane = 0; plane < s.planes; ++plane)
-        for (int64_t part = 0; part < kStrip * kParts; ++part) {
-          const int64_t channel = first_channel(tile_begin + strip * kStrip) + part * kLanes;
-          Lanes* found = lanes + (strip * s.planes + plane) * kStrip * kParts + part;
-          if (!find_lanes(channel, plane, *found)) {
-            // No known checkpoint lays codes that far apart.
-            good = good && repack_plain(job, tile_begin / kStrip, (tile_end + kStrip - 1) / kStrip);
-            return;
-          }
+    Lanes* lanes = reinterpret_cast<Lanes*>(columns);  // [planes][strips][kStripParts]
+    StripWindow windows[kMaxPlanes][kUnitStrips];
+    const bool stored = first_channel(tile_begin) < s.rows;
+    for (int plane = 0; plane < (stored ? s.planes : 0); ++plane)
+      for (int64_t strip = 0; strip < strips; ++strip)
+        if (!find_strip(first_channel(tile_begin) + strip * kStrip * kTile, plane,
+                        lanes + (plane * strips + strip) * kStripParts, windows[plane][strip])) {
+          // No known checkpoint lays codes that far apart.
+          good = repack_plain(job, tile_begin / kStrip, (tile_end + kStrip - 1) / kStrip) && good;
+          return;
         }
-    for (int64_t begin = 0; begin < g.padded_k; begin += kChunk) {
-      const int64_t end = std::min(begin + kChunk, g.padded_k);
-      for (int64_t strip = 0; strip < strips; ++strip) {
-        const int64_t first = tile_begin + strip * kStrip;
-        if (s.rows > 0)
-          read_rows(lanes + strip * s.planes * kStrip * kParts, kStrip * kParts, begin, end);
-        for (int64_t tile = first; tile < std::min(first + kStrip, tile_end); ++tile)
-          finish(quads + (tile - first) * kChunkQuads * kTile, tile, begin, end);
-      }
+    for (int64_t begin = 0; begin < g.padded_k; begin += kRowChunk) {
+      const int64_t end = std::min(begin + kRowChunk, g.padded_k);
+      for (int plane = 0, below = 0; plane < (stored ? s.planes : 0); below += s.widths[plane++])
+        read_rows(lanes + plane * strips * kStripParts, windows[plane], strips, plane, below, begin,
+                  end);
+      for (int64_t tile = tile_begin; tile < tile_end; ++tile)
+        finish(quads + (tile - tile_begin) * kRowChunk / 4 * kTile, tile, begin, end);
     }
   }
 
@@ -462,7 +497,7 @@ struct RepackLoop {
 
 template <class V>
 bool repack_with(const Repack& job, int64_t strip_begin, int64_t strip_end) {
-  const int64_t quad_words = kStrip * kChunkQuads * kTile;
+  const int64_t quad_words = kUnitStrips * kStrip * kRowChunk / 4 * kTile;
   uint32_t* memory = static_cast<uint32_t*>(worker_arena().reserve(
       static_cast<size_t>(quad_words + RepackLoop<V>::column_words(job)) * 4));
   RepackLoop<V> loop{job, job.geometry, job.source, memory, memory + quad_words};
