@@ -41,7 +41,8 @@ struct Avx512Core {
   // The low Bits bits of each byte from `low`, the others from `high`.
   template <int Bits>
   static Reg join(Reg low, Reg high) {
-    return _mm512_ternarylogic_epi32(_mm512_set1_epi8((1 << Bits) - 1), low, high, 0xCA);
+    // The mask comes last, so that it is not what the result overwrites.
+    return _mm512_ternarylogic_epi32(low, high, _mm512_set1_epi8((1 << Bits) - 1), 0xE4);
   }
   template <int Mask>
   static Reg keep(Reg row) {

@@ -71,12 +71,12 @@ template <class Core, int Bits, int J>
     using Plane = Planes<Bits>;
     constexpr int kMask = (1 << Bits) - 1;
     Reg code{};
-    constexpr int64_t kTwo = Plane::four ? 4 : 0, kOne = kTwo + (Plane::two ? 2 : 0);  // first rows
     if constexpr (Plane::four) {
-      code = Core::template place<plane_bit(4, J), 0>(Core::load(block + plane_row(4, J) * stride));
+      code = Core::template place<plane_bit(4, J), 0>(
+          Core::load(block + (plane_first(Bits, 4) + plane_row(4, J)) * stride));
     }
     if constexpr (Plane::two) {
-      const Reg row = Core::load(block + (kTwo + plane_row(2, J)) * stride);
+      const Reg row = Core::load(block + (plane_first(Bits, 2) + plane_row(2, J)) * stride);
       if constexpr (Plane::four) {
         code = Core::template join<4>(code, Core::template place<plane_bit(2, J), 4>(row));
       } else {
@@ -85,7 +85,7 @@ template <class Core, int Bits, int J>
     }
     if constexpr (Plane::one) {
       constexpr int kAt = Bits - 1;
-      const Reg row = Core::load(block + kOne * stride);
+      const Reg row = Core::load(block);
       if constexpr (kAt == 0) {
         code = Core::template place<plane_bit(1, J), 0>(row);
       } else {
