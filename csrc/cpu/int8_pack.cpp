@@ -22,7 +22,7 @@ void put_channel(const uint8_t* codes, int bits, uint8_t* block, int64_t stride,
         std::memcpy(&four, codes + quad * kQuad, kQuad);
         lane |= ((four >> shift) & mask) << plane_bit(width, quad);
       }
-      std::memcpy(block + (plane_first(bits, width) + row) * stride, &lane, kQuad);
+      std::memcpy(block + plane_position(bits, width, row) * stride, &lane, kQuad);
     }
     shift += width;
   }
@@ -64,7 +64,7 @@ void unpack_quads_block(const Geometry& g, const uint8_t* packed, int64_t tile, 
     if ((bits & width) == 0) continue;
     const auto mask = static_cast<uint8_t>((1u << width) - 1);
     for (int64_t quad = 0; quad < kQuads; ++quad) {
-      const uint8_t* row = block + (plane_first(bits, width) + plane_row(width, quad)) * stride;
+      const uint8_t* row = block + plane_position(bits, width, plane_row(width, quad)) * stride;
       const int bit = plane_bit(width, quad);
       for (int64_t i = 0; i < kQuad; ++i)
         for (int64_t channel = 0; channel < kTile; ++channel) {
