@@ -31,6 +31,21 @@ struct Avx512Core {
   static Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
   static Float convert(Reg value) { return _mm512_cvtepi32_ps(value); }
 
+  static void quantize(const float* x, int64_t count, QuantizedGroup by, int8_t* q) {
+    const Float scale = set(by.scale), most = set(1024.0f), least = set(-1024.0f);
+    const Reg zero = set(by.zero);
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      const Float value =
+          _mm512_max_ps(_mm512_min_ps(_mm512_div_ps(load(x + i), scale), most), least);
+      const Reg code =
+          _mm512_cvt_roundps_epi32(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i),
+                       _mm512_cvtsepi32_epi8(_mm512_add_epi32(code, zero)));
+    }
+    quantize_values(x + i, count - i, by, q + i);
+  }
+
   // Shifts so that bit From of each byte lands on bit To; bits that cross bytes are junk.
   template <int From, int To>
   static Reg place(Reg row) {

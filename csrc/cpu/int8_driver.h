@@ -9,6 +9,7 @@
 //                              four bytes of x for every lane, and the dot product of four unsigned
 //                              codes with them; Narrow: the codes have at most seven bits
 //   kTellNarrow                whether that makes a difference
+//   quantize                   what quantize_values does
 //   and the arithmetic of whole registers
 //
 // The work: rows of x are quantised into panels of at most kRows interleaved rows. A unit is a run
@@ -329,7 +330,7 @@ struct IntegerCall {
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
       const int64_t rows = panels.rows(panel), begin = panels.begin(panel);
       for (int64_t r = 0; r < rows; ++r) {
-        quantize_row(p, row0 + begin + r, row, row + g.padded_k, q, by);
+        quantize_row(p, row0 + begin + r, row, row + g.padded_k, q, by, Core::quantize);
         int32_t* words = x + begin * (g.padded_k / kQuad) + r;
         for (int64_t i = 0; i < g.padded_k / kQuad; ++i)
           std::memcpy(words + i * rows, q + i * kQuad, kQuad);
