@@ -49,6 +49,22 @@ struct Avx2Core {
   static Reg add_pairs(Reg a) { return _mm256_madd_epi16(a, _mm256_set1_epi16(1)); }
   static Reg add(Reg a, Reg b) { return _mm256_add_epi32(a, b); }
 
+  static void quantize(const float* x, int64_t count, QuantizedGroup by, int8_t* q) {
+    const Float scale = set(by.scale), most = set(1024.0f), least = set(-1024.0f);
+    const Reg zero = set(by.zero);
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      const Float value =
+          _mm256_max_ps(_mm256_min_ps(_mm256_div_ps(load(x + i), scale), most), least);
+      const Float even = _mm256_round_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+      const Reg code = _mm256_add_epi32(_mm256_cvttps_epi32(even), zero);
+      const __m128i words =
+          _mm_packs_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(q + i), _mm_packs_epi16(words, words));
+    }
+    quantize_values(x + i, count - i, by, q + i);
+  }
+
   // Shifts so that bit From of each byte lands on bit To; bits that cross bytes are junk.
   template <int From, int To>
   static Reg place(Reg row) {

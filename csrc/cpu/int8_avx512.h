@@ -41,6 +41,21 @@ struct Avx512Core {
   static Reg add_pairs(Reg a) { return _mm512_madd_epi16(a, _mm512_set1_epi16(1)); }
   static Reg add(Reg a, Reg b) { return _mm512_add_epi32(a, b); }
 
+  static void quantize(const float* x, int64_t count, QuantizedGroup by, int8_t* q) {
+    const Float scale = set(by.scale), most = set(1024.0f), least = set(-1024.0f);
+    const Reg zero = set(by.zero);
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      const Float value =
+          _mm512_max_ps(_mm512_min_ps(_mm512_div_ps(load(x + i), scale), most), least);
+      const Reg code =
+          _mm512_cvt_roundps_epi32(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i),
+                       _mm512_cvtsepi32_epi8(_mm512_add_epi32(code, zero)));
+    }
+    quantize_values(x + i, count - i, by, q + i);
+  }
+
   // Shifts so that bit From of each byte lands on bit To; bits that cross bytes are junk.
   template <int From, int To>
   static Reg place(Reg row) {
@@ -51,7 +66,8 @@ struct Avx512Core {
   // The low Bits bits of each byte from `low`, the others from `high`.
   template <int Bits>
   static Reg join(Reg low, Reg high) {
-    return _mm512_ternarylogic_epi32(_mm512_set1_epi8((1 << Bits) - 1), low, high, 0xCA);
+    // The mask comes last, so that it is not what the result overwrites.
+    return _mm512_ternarylogic_epi32(low, high, _mm512_set1_epi8((1 << Bits) - 1), 0xE4);
   }
   template <int Mask>
   static Reg keep(Reg row) {

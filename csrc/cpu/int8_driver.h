@@ -9,6 +9,7 @@
 //                              four bytes of x for every lane, and the dot product of four unsigned
 //                              codes with them; Narrow: the codes have at most seven bits
 //   kTellNarrow                whether that makes a difference
+//   quantize                   what quantize_values does
 //   and the arithmetic of whole registers
 //
 // The work: rows of x are quantised into panels of at most kRows interleaved rows. A unit is a run
@@ -71,12 +72,12 @@ template <class Core, int Bits, int J>
     using Plane = Planes<Bits>;
     constexpr int kMask = (1 << Bits) - 1;
     Reg code{};
-    constexpr int64_t kTwo = Plane::four ? 4 : 0, kOne = kTwo + (Plane::two ? 2 : 0);  // first rows
     if constexpr (Plane::four) {
-      code = Core::template place<plane_bit(4, J), 0>(Core::load(block + plane_row(4, J) * stride));
+      code = Core::template place<plane_bit(4, J), 0>(
+          Core::load(block + plane_position(Bits, 4, plane_row(4, J)) * stride));
     }
     if constexpr (Plane::two) {
-      const Reg row = Core::load(block + (kTwo + plane_row(2, J)) * stride);
+      const Reg row = Core::load(block + plane_position(Bits, 2, plane_row(2, J)) * stride);
       if constexpr (Plane::four) {
         code = Core::template join<4>(code, Core::template place<plane_bit(2, J), 4>(row));
       } else {
@@ -85,7 +86,7 @@ template <class Core, int Bits, int J>
     }
     if constexpr (Plane::one) {
       constexpr int kAt = Bits - 1;
-      const Reg row = Core::load(block + kOne * stride);
+      const Reg row = Core::load(block);
       if constexpr (kAt == 0) {
         code = Core::template place<plane_bit(1, J), 0>(row);
       } else {
@@ -125,21 +126,11 @@ struct Kernel {
     if constexpr (Bits == 8) step<0>(block + quad * a.row_stride, 0, x, acc);
   }
 
-  [[gnu::always_inline]] static void whole_blocks(const KernelArgs& a, int64_t count,
-                                                  const uint8_t*& block, const int32_t*& x,
-                                                  Sums& acc) {
-    // Known when compiling where a kernel takes whole strips.
-    const int64_t stride = Tiles == kStrip ? kStrip * kRowBytes : a.row_stride;
-    for (int64_t i = 0; i < count; ++i, block += a.block_stride, x += kQuads * Rows) {
-      step<0>(block, stride, x, acc);
-      step<1>(block, stride, x + Rows, acc);
-      step<2>(block, stride, x + 2 * Rows, acc);
-      step<3>(block, stride, x + 3 * Rows, acc);
-      step<4>(block, stride, x + 4 * Rows, acc);
-      step<5>(block, stride, x + 5 * Rows, acc);
-      step<6>(block, stride, x + 6 * Rows, acc);
-      step<7>(block, stride, x + 7 * Rows, acc);
-    }
+  template <int... I>
+  [[gnu::always_inline]] static void whole_block(const uint8_t* block, int64_t stride,
+                                                 const int32_t* x, Sums& acc,
+                                                 std::integer_sequence<int, I...>) {
+    (step<quad_order(Bits, I)>(block, stride, x + quad_order(Bits, I) * Rows, acc), ...);
   }
 
   static void begin_segment(const KernelArgs& a, int64_t s, Sums& acc) {
@@ -201,8 +192,10 @@ struct Kernel {
           odd_step(a, block, quad, x, acc);
         block += a.block_stride;
       }
-      whole_blocks(a, left / kQuads, block, x, acc);
-      left %= kQuads;
+      // Known when compiling where a kernel takes whole strips.
+      const int64_t stride = Tiles == kStrip ? kStrip * kRowBytes : a.row_stride;
+      for (; left >= kQuads; left -= kQuads, block += a.block_stride, x += kQuads * Rows)
+        whole_block(block, stride, x, acc, std::make_integer_sequence<int, kQuads>());
       for (int64_t quad = 0; quad < left; ++quad, x += Rows) odd_step(a, block, quad, x, acc);
       if (piece.last) {
         end_segment(a, piece.segment, acc);
@@ -337,7 +330,7 @@ struct IntegerCall {
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
       const int64_t rows = panels.rows(panel), begin = panels.begin(panel);
       for (int64_t r = 0; r < rows; ++r) {
-        quantize_row(p, row0 + begin + r, row, row + g.padded_k, q, by);
+        quantize_row(p, row0 + begin + r, row, row + g.padded_k, q, by, Core::quantize);
         int32_t* words = x + begin * (g.padded_k / kQuad) + r;
         for (int64_t i = 0; i < g.padded_k / kQuad; ++i)
           std::memcpy(words + i * rows, q + i * kQuad, kQuad);

@@ -74,7 +74,8 @@ void linear(const IntegerProblem& p, const Parallel& parallel) {
     const int64_t left = p.linear.m - row0;
     const int64_t rows = left < rows_at_once ? left : rows_at_once;
     for (int64_t r = 0; r < rows; ++r)
-      quantize_row(p, row0 + r, row, row + g.padded_k, q + r * g.padded_k, by + r * x_group_count);
+      quantize_row(p, row0 + r, row, row + g.padded_k, q + r * g.padded_k, by + r * x_group_count,
+                   quantize_values);
     const Call call{p, x_group_count, row0, rows, q, by};
     parallel.run(
         g.tiles,

@@ -11,13 +11,8 @@ namespace {
 // One channel of a block: 32 codes to its 4 bytes of every row.
 void put_channel(const uint8_t* codes, int bits, uint8_t* block, int64_t stride, int64_t channel) {
   block += channel * kQuad;
-  if (bits == 8) {
-    for (int64_t quad = 0; quad < kQuads; ++quad)
-      std::memcpy(block + quad * stride, codes + quad * kQuad, kQuad);
-    return;
-  }
   int shift = 0;
-  for (const int width : {4, 2, 1}) {
+  for (const int width : {8, 4, 2, 1}) {
     if ((bits & width) == 0) continue;
     const uint32_t mask = ((1u << width) - 1) * 0x01010101u;
     for (int row = 0; row < width; ++row) {
@@ -27,9 +22,8 @@ void put_channel(const uint8_t* codes, int bits, uint8_t* block, int64_t stride,
         std::memcpy(&four, codes + quad * kQuad, kQuad);
         lane |= ((four >> shift) & mask) << plane_bit(width, quad);
       }
-      std::memcpy(block + row * stride, &lane, kQuad);
+      std::memcpy(block + plane_position(bits, width, row) * stride, &lane, kQuad);
     }
-    block += width * stride;
     shift += width;
   }
 }
@@ -70,7 +64,7 @@ void unpack_quads_block(const Geometry& g, const uint8_t* packed, int64_t tile, 
     if ((bits & width) == 0) continue;
     const auto mask = static_cast<uint8_t>((1u << width) - 1);
     for (int64_t quad = 0; quad < kQuads; ++quad) {
-      const uint8_t* row = block + plane_row(width, quad) * stride;
+      const uint8_t* row = block + plane_position(bits, width, plane_row(width, quad)) * stride;
       const int bit = plane_bit(width, quad);
       for (int64_t i = 0; i < kQuad; ++i)
         for (int64_t channel = 0; channel < kTile; ++channel) {
@@ -78,7 +72,6 @@ void unpack_quads_block(const Geometry& g, const uint8_t* packed, int64_t tile, 
           codes[(quad * kQuad + i) * kTile + channel] |= static_cast<uint8_t>(code << shift);
         }
     }
-    block += width * stride;
     shift += width;
   }
 }

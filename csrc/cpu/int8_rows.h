@@ -51,6 +51,15 @@ void for_each_segment(const Geometry& g, int64_t activation_group, const Add& ad
 // Adding and subtracting it rounds half to even what is below 2^22.
 constexpr float kRounder = 12582912.0f;
 
+// As an integer that orders as the number does, and back.
+inline int32_t ordered(float value) {
+  const auto bits = static_cast<int32_t>(bits_of(value));
+  return bits ^ (bits >> 31 & 0x7fffffff);
+}
+inline float from_ordered(int32_t key) {
+  return float_of(static_cast<uint32_t>(key ^ (key >> 31 & 0x7fffffff)));
+}
+
 // Largest |x| as bits, which orders NaN above infinity.
 inline uint32_t largest_bits(const float* row, int64_t count) {
   uint32_t largest = 0;
@@ -79,11 +88,13 @@ inline QuantizedGroup quantize_rule(const ActivationRule& rule, const float* row
     const float scale = float_of(largest) / rule.maximum;
     return {scale == 0.0f ? 1.0f : scale, 0};
   }
-  float low = 0.0f, high = 0.0f;
+  int32_t lowest = 0, highest = 0;  // as integers, whose loop becomes vectors
   for (int64_t i = 0; i < count; ++i) {
-    low = row[i] < low ? row[i] : low;
-    high = row[i] > high ? row[i] : high;
+    const int32_t key = ordered(row[i]);
+    lowest = key < lowest ? key : lowest;
+    highest = key > highest ? key : highest;
   }
+  const float low = from_ordered(lowest), high = from_ordered(highest);
   float scale = (high - low) / 255.0f;
   if (scale == 0.0f) scale = 1.0f;
   if ((bits_of(scale) & kInfinityBits) == kInfinityBits) return {nan, 0};
@@ -107,9 +118,11 @@ inline void quantize_values(const float* x, int64_t count, QuantizedGroup by, in
 
 // Row m of x as bytes in the order of the packed weights, q[padded_k], with the groups' scales and
 // zeros at by[0], by[stride], ... Channels that are padding or gathered from nowhere hold the zero.
-// row[padded_k] and scratch[k] are scratch.
-inline void quantize_row(const IntegerProblem& p, int64_t m, float* row, float* scratch, int8_t* q,
-                         QuantizedGroup* by) {
+// row[padded_k] and scratch[k] are scratch. quantize: quantize_values, or what gives the same
+// bytes.
+template <class Quantize>
+void quantize_row(const IntegerProblem& p, int64_t m, float* row, float* scratch, int8_t* q,
+                  QuantizedGroup* by, const Quantize& quantize) {
   const Geometry& g = p.linear.geometry;
   prepare_row(p.linear, m, row, scratch);
   const ActivationRule& rule = p.activation;
@@ -118,7 +131,7 @@ inline void quantize_row(const IntegerProblem& p, int64_t m, float* row, float* 
   for (int64_t x_group = 0; x_group < count; ++x_group) {
     const int64_t end = x_group_end(g, rule.group, x_group);
     by[x_group] = quantize_rule(rule, row + begin, end - begin);
-    quantize_values(row + begin, end - begin, by[x_group], q + begin);
+    quantize(row + begin, end - begin, by[x_group], q + begin);
     begin = end;
   }
   std::memset(q + begin, 0, static_cast<size_t>(g.padded_k - begin));

@@ -8,7 +8,6 @@ nobody asked for it, which is another numerical contract, so it is only taken wh
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -20,8 +19,7 @@ from vllm.compressed_linear.backends.tiles import put_tiles, scale_dtype, zero_d
 from vllm.compressed_linear.cost import roofline
 from vllm.compressed_linear.descriptor import ActivationSpec, CompressedLinearDescriptor
 from vllm.compressed_linear.numerics import INT8, torch_dtype
-from vllm.compressed_linear.platform import NATIVE_LIBRARY, Platform
-from vllm.compressed_linear.settings import CPU_ISA
+from vllm.compressed_linear.platform import NATIVE_LIBRARY, Platform, cpu_features
 from vllm.compressed_linear.weights import CompressedWeights
 
 
@@ -114,13 +112,11 @@ class CpuInt8Backend(QuantLinearMethod):
 
     @classmethod
     def variant(cls, descriptor: CompressedLinearDescriptor, platform: Platform) -> str:
-        forced = os.environ.get(CPU_ISA)
-        if forced and platform == Platform.detect():
+        # On this machine what is taken in fact, also where an instruction set is forced.
+        if platform.features == cpu_features() and native.available() is None:
             return native.isa_int8()
         if {"avx512", "avx512_vnni"} <= platform.features:
             return "avx512vnni"
-        if "avx_vnni" in platform.features:
-            return "avxvnni"
         if "avx512" in platform.features:
             return "avx512bw"
         return "avx2" if "avx2" in platform.features else "generic"
