@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="ENGINE", help="run these and keep the rest")
     parser.add_argument("--directory", type=Path, default=machine.BUILD / "step")
     arguments = parser.parse_args()
+    # So that the process that is waited for is ended too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     arguments.directory.mkdir(parents=True, exist_ok=True)
     model = models.ALL[arguments.model]
     engines = model.engines()
