@@ -153,13 +153,11 @@ def serving(file: Path) -> str:
 def step(file: Path) -> str:
     """Where one decode step of vLLM's worker spends its time."""
     report = json.loads(file.read_text())
-    rows = [
-        [name, *(f"{run['ms'].get(name, 0.0):.2f}" for run in report["runs"])]
-        for name in report["kinds"]
-    ]
-    totals = [f"{sum(run['ms'].values()):.2f}" for run in report["runs"]]
+    runs = list(report["runs"].values())
+    rows = [[name, *(f"{run['ms'][name]:.2f}" for run in runs)] for name in report["kinds"]]
+    totals = [f"{sum(run['ms'].values()):.2f}" for run in runs]
     rows.append(["step", *totals])
-    head = ["ms", *(run["name"] for run in report["runs"])]
+    head = ["ms", *(run["name"] for run in runs)]
     about = report["machine"]
     caption = _caption(
         f"{report['title']}, {report['streams']} stream(s), median of {report['steps']} steps, "

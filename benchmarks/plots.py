@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib as mpl
@@ -92,18 +93,21 @@ def decode(report: Report) -> Figure:
     return figure
 
 
-def draw(results: Path, images: Path) -> list[Path]:
-    """Every plot that the records in ``results`` allow; returns the files."""
-    figures: dict[str, Figure] = {}
+def figures(results: Path) -> Iterator[tuple[str, Figure]]:
+    """Every plot that the records in ``results`` allow, with its name."""
     if records := reports(results / "linear"):
-        figures["linear-one-token"] = one_token(records)
-        for report in records:
-            figures[f"linear-{report['scheme']}"] = over_rows(report)
+        yield "linear-one-token", one_token(records)
+        for file in sorted((results / "linear").glob("*.json")):
+            yield f"linear-{file.stem}", over_rows(json.loads(file.read_text()))
     for file in sorted((results / "serve").glob("*.json")):
-        figures[f"serve-{file.stem}"] = decode(json.loads(file.read_text()))
+        yield f"serve-{file.stem}", decode(json.loads(file.read_text()))
+
+
+def draw(results: Path, images: Path) -> list[Path]:
+    """Writes ``figures``; returns the files."""
     images.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, figure in figures.items():
+    for name, figure in figures(results):
         written.append(images / f"{name}.png")
         figure.savefig(written[-1], dpi=100)
         plt.close(figure)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,8 @@ from benchmarks import machine
 from benchmarks.serving import models
 from benchmarks.serving.step_worker import KINDS, STEPS
 from benchmarks.serving.vllm_engine import VllmEngine
+
+USUAL = ("ours", "vllm", "ours-bf16", "vllm-bf16")
 
 
 def run(engine: VllmEngine, streams: int, log: Path) -> dict[str, Any]:
@@ -46,36 +49,40 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default="gemma-3-270m", choices=models.ALL)
     parser.add_argument("--streams", type=int, default=1)
-    parser.add_argument("--only", nargs="+", default=["ours", "vllm", "ours-bf16", "vllm-bf16"])
+    parser.add_argument("--only", nargs="+", metavar="ENGINE", help="run these and keep the rest")
     parser.add_argument("--directory", type=Path, default=machine.BUILD / "step")
     arguments = parser.parse_args()
+    # So that the process that is waited for is ended too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     arguments.directory.mkdir(parents=True, exist_ok=True)
     model = models.ALL[arguments.model]
     engines = model.engines()
-    report: dict[str, Any] = {
+    name = f"{arguments.model}-{arguments.streams}"
+    file = arguments.directory / f"{name}.json"
+    report: dict[str, Any] = {"runs": {}}
+    if arguments.only and file.is_file():
+        report = json.loads(file.read_text())
+    report |= {
         "title": model.title,
         "streams": arguments.streams,
         "steps": STEPS,
         "kinds": KINDS,
         "machine": machine.about(),
-        "runs": [],
     }
-    name = f"{arguments.model}-{arguments.streams}"
-    for key in arguments.only:
+    for key in arguments.only or USUAL:
         engine = engines.get(key)
         if not isinstance(engine, VllmEngine):
             parser.error(f"{key} is no vLLM engine of {arguments.model}")
-        report["runs"].append(
-            run(engine, arguments.streams, arguments.directory / f"{name}-{key}.log")
-        )
-    (arguments.directory / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+        log = arguments.directory / f"{name}-{key}.log"
+        report["runs"][key] = run(engine, arguments.streams, log)
+        file.write_text(json.dumps(report, indent=1) + "\n")
     table = Table(title=f"ms of a decode step, {model.title}", title_justify="left")
     table.add_column("")
-    for result in report["runs"]:
+    for result in report["runs"].values():
         table.add_column(result["name"], justify="right")
     for part in KINDS:
-        table.add_row(part, *(f"{result['ms'][part]:.2f}" for result in report["runs"]))
-    table.add_row("step", *(f"{result['wall_ms']:.2f}" for result in report["runs"]))
+        table.add_row(part, *(f"{result['ms'][part]:.2f}" for result in report["runs"].values()))
+    table.add_row("step", *(f"{result['wall_ms']:.2f}" for result in report["runs"].values()))
     Console().print(table)
 
 
