@@ -13,12 +13,15 @@
 //   decode(...)                        weights of one chunk and tile into steps of kStepBytes
 //   copy_row(problem, m, ...)          the same for a row of x that needs no conversion, or false
 //   panel_rows(problem, rows)          most rows of a panel: kRows, or what few_rows takes
-//   few_rows_tiles(call)               tiles per unit of few_rows, 0 if it does not apply
-//   few_rows(call, begin, end)         units of a path for few rows that decodes in registers
+//   load_sum(sums)                     one fp32 sum per channel of a tile, back from memory
+//   takes_few_rows(call)               whether there is a path for few rows, which decodes in
+//                                      registers and works on whole strips:
+//   FewRows, kCutStrips                its kernels, and whether they take strips of fewer tiles too
 //
 // Rows of x are interleaved in panels of at most kRows; a unit of work is a run of panels times a
 // run of tiles. Per output the order of additions is: steps of a segment in order into one
-// accumulator, then segments in order. None of the blocking changes it.
+// accumulator, then segments in order. None of the blocking changes it, and neither does cutting K
+// among threads: then the sums of segments are kept, and added when all are there.
 #pragma once
 
 #include <cstring>
@@ -33,6 +36,9 @@ namespace {  // see layout.h
 constexpr int64_t kRowsPerUnit = 288;           // share one decoding of a chunk
 constexpr int64_t kTilesPerUnit = 16;           // sums of a unit stay in the second-level cache
 constexpr int64_t kActivationBytes = 16 << 20;  // rows of x prepared at once
+constexpr int64_t kStripLanes = kStrip * kTile;
+constexpr int64_t kLeastPartBytes = 16 << 10;  // packed weights of a strip worth a thread's while
+constexpr int64_t kSumBytes = 4 << 20;         // sums of segments kept at once
 
 struct MicroArgs {
   const uint8_t* weights;  // tile t, step i: weights + t * tile_stride + i * kStepBytes
@@ -91,6 +97,19 @@ void micro_kernel(const MicroArgs& a) {
   }
 }
 
+// Work of the path for few rows: one panel, one strip, some of its segments.
+struct FewRowsArgs {
+  const Problem& p;
+  const Segment* segments;
+  int64_t segment_count;
+  int64_t channel;        // stored one where the first segment's chunk begins
+  const uint32_t* x;      // [step][part][row][word] from there on
+  const float* row_sums;  // [segment][row], null without offset
+  int64_t row, tile;      // first of each
+  int64_t tiles;
+  float* sums;  // [segment][row][kStripLanes] to leave sums in, or null to finish the rows
+};
+
 using MicroKernel = void (*)(const MicroArgs&);
 
 template <class Core, int Rows, int Tiles>
@@ -132,6 +151,8 @@ struct Call {
   uint32_t* x;      // panel i at x + begin(i) * row_words
   float* row_sums;  // panel i at row_sums + begin(i) * segment_count: [segment][row]
   int64_t panels_per_unit, tiles_per_unit;
+  int64_t k_parts;  // of every strip, for few rows
+  float* sums;      // of a strip and panel: see sums_of; null if K is not cut
 
   int64_t panel_units() const { return (panels.count + panels_per_unit - 1) / panels_per_unit; }
   int64_t tile_units() const { return (g.tiles + tiles_per_unit - 1) / tiles_per_unit; }
@@ -164,6 +185,69 @@ struct Call {
     const int64_t tile0 = unit / panel_units() * tiles_per_unit;
     const int64_t tile1 = tile0 + tiles_per_unit < g.tiles ? tile0 + tiles_per_unit : g.tiles;
     multiply(panel0, panel1, tile0, tile1);
+  }
+
+  int64_t strips() const { return (g.tiles + kStrip - 1) / kStrip; }
+  int64_t strip_tiles(int64_t strip) const {
+    const int64_t left = g.tiles - strip * kStrip;
+    return left < kStrip ? left : kStrip;
+  }
+  bool takes(int64_t strip) const { return Core::kCutStrips || strip_tiles(strip) == kStrip; }
+
+  // [segment][row of the panel][kStripLanes]
+  float* sums_of(int64_t strip, int64_t panel) const {
+    const int64_t rows_before = strip * panels.begin(panels.count) + panels.begin(panel);
+    return sums + rows_before * segment_count * kStripLanes;
+  }
+
+  // Units count the parts of K of each strip.
+  void multiply_few_rows(int64_t unit_begin, int64_t unit_end) const {
+    const typename Core::FewRows kernels(p);
+    for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
+      const int64_t strip = unit / k_parts, part = unit % k_parts, tile = strip * kStrip;
+      if (!takes(strip)) {
+        if (part == 0) multiply(0, panels.count, tile, g.tiles);
+        continue;
+      }
+      const int64_t chunk = chunk_count(g) * part / k_parts;
+      const int64_t first = chunk_first[chunk];
+      const int64_t count = chunk_first[chunk_count(g) * (part + 1) / k_parts] - first;
+      for (int64_t panel = 0; panel < panels.count; ++panel) {
+        const int64_t begin = panels.begin(panel), height = panels.rows(panel);
+        const uint32_t* words = x + begin * row_words;
+        kernels.run({p, segments + first, count, chunk * kChunk,
+                     words + chunk * (kChunk / Core::kStep) * parts * height * Core::kWords,
+                     offset ? row_sums + begin * segment_count + first * height : nullptr,
+                     row0 + begin, tile, strip_tiles(strip),
+                     sums ? sums_of(strip, panel) + first * height * kStripLanes : nullptr},
+                    height, parts);
+      }
+    }
+  }
+
+  // Adds the sums of segments that parts of K left, in order.
+  void add_parts(int64_t strip) const {
+    if (!takes(strip)) return;
+    const int64_t tile = strip * kStrip, tiles = strip_tiles(strip);
+    for (int64_t panel = 0; panel < panels.count; ++panel) {
+      const int64_t height = panels.rows(panel);
+      const float* from = sums_of(strip, panel);
+      float* totals = static_cast<float*>(
+          worker_arena().reserve(static_cast<size_t>(height * kStripLanes) * sizeof(float)));
+      std::memset(totals, 0, static_cast<size_t>(height * kStripLanes) * sizeof(float));
+      for (int64_t s = 0; s < segment_count; ++s)
+        for (int64_t t = 0; t < tiles; ++t) {
+          float scale[kTile];
+          load_scale(p, tile + t, segments[s].group, scale);
+          for (int64_t r = 0; r < height; ++r)
+            Core::scale_into(totals + r * kStripLanes + t * kTile,
+                             Core::load_sum(from + (s * height + r) * kStripLanes + t * kTile),
+                             scale);
+        }
+      for (int64_t r = 0; r < height; ++r)
+        store_row(p, row0 + panels.begin(panel) + r, tile * kTile, tiles * kTile,
+                  totals + r * kStripLanes);
+    }
   }
 
   void multiply(int64_t panel0, int64_t panel1, int64_t tile0, int64_t tile1) const {
@@ -220,6 +304,19 @@ struct Call {
   }
 };
 
+// Parts of K for each strip: several where there are too few strips for the threads.
+inline int64_t count_k_parts(const Geometry& g, int64_t rows, int64_t segments, int64_t threads) {
+  const int64_t strips = (g.tiles + kStrip - 1) / kStrip;
+  if (strips == 0 || strips >= 2 * threads ||
+      strips * rows * segments * kStripLanes * 4 > kSumBytes)
+    return 1;
+  int64_t parts = (4 * threads + strips - 1) / strips;
+  const int64_t worthwhile = kStrip * g.tile_bytes() / kLeastPartBytes;
+  if (parts > worthwhile) parts = worthwhile;
+  if (parts > chunk_count(g)) parts = chunk_count(g);
+  return parts > 1 ? parts : 1;
+}
+
 template <class Core>
 void run_linear(const Problem& given, const Parallel& parallel) {
   Problem p = given;
@@ -238,8 +335,13 @@ void run_linear(const Problem& given, const Parallel& parallel) {
   const int64_t sum_bytes = round_up(offset ? rows_at_once * bound * 4 : 0, 64);
   const int64_t segment_bytes = round_up(bound * static_cast<int64_t>(sizeof(Segment)), 64);
   const int64_t factor_bytes = p.activation.present ? round_up(p.m * 4, 64) : 0;
+  // One thread has all the strips to itself.
+  const int64_t k_parts =
+      parallel.threads > 1 ? count_k_parts(g, rows_at_once, bound, parallel.threads) : 1;
+  const int64_t kept_bytes =
+      k_parts > 1 ? round_up(g.tiles, kStrip) * kTile * rows_at_once * bound * 4 : 0;
   uint8_t* memory = static_cast<uint8_t*>(call_arena().reserve(static_cast<size_t>(
-      factor_bytes + x_bytes + sum_bytes + segment_bytes + (chunk_count(g) + 1) * 4)));
+      factor_bytes + kept_bytes + x_bytes + sum_bytes + segment_bytes + (chunk_count(g) + 1) * 4)));
   if (p.activation.present) {
     p.input_factor = reinterpret_cast<float*>(memory);
     memory += factor_bytes;
@@ -247,6 +349,8 @@ void run_linear(const Problem& given, const Parallel& parallel) {
         worker_arena().reserve(static_cast<size_t>(g.padded_k + g.k) * sizeof(float)));
     measure_tensor(p, row, row + g.padded_k);
   }
+  float* sums = k_parts > 1 ? reinterpret_cast<float*>(memory) : nullptr;
+  memory += kept_bytes;
   Segment* segments = reinterpret_cast<Segment*>(memory + x_bytes + sum_bytes);
   int32_t* chunk_first = reinterpret_cast<int32_t*>(memory + x_bytes + sum_bytes + segment_bytes);
   const int64_t segment_count = make_segments(g, segments, chunk_first);
@@ -266,7 +370,9 @@ void run_linear(const Problem& given, const Parallel& parallel) {
                     reinterpret_cast<uint32_t*>(memory),
                     reinterpret_cast<float*>(memory + x_bytes),
                     kRowsPerUnit / Core::kRows,
-                    kTilesPerUnit};
+                    kTilesPerUnit,
+                    k_parts,
+                    sums};
     // Small units when there are few, so that every thread gets its share.
     if (rows <= 2 * Core::kRows) call.tiles_per_unit = Core::kTiles;
     while (call.tiles_per_unit > Core::kTiles &&
@@ -285,12 +391,21 @@ void run_linear(const Problem& given, const Parallel& parallel) {
     } else {
       parallel.run(call.panels.count, prepare, &call);
     }
-    if (const int64_t tiles = Core::few_rows_tiles(call); tiles > 0) {
-      parallel.run((g.tiles + tiles - 1) / tiles,
-                   [](void* context, int64_t begin, int64_t end) {
-                     Core::few_rows(*static_cast<Context*>(context), begin, end);
-                   },
-                   &call);
+    if (Core::takes_few_rows(call)) {
+      parallel.run(
+          call.strips() * k_parts,
+          [](void* context, int64_t begin, int64_t end) {
+            static_cast<Context*>(context)->multiply_few_rows(begin, end);
+          },
+          &call);
+      if (sums != nullptr)
+        parallel.run(
+            call.strips(),
+            [](void* context, int64_t begin, int64_t end) {
+              for (int64_t strip = begin; strip < end; ++strip)
+                static_cast<Context*>(context)->add_parts(strip);
+            },
+            &call);
     } else {
       parallel.run(
           call.panel_units() * call.tile_units(),

@@ -68,16 +68,6 @@ constexpr int halves_at_once(int rows) {
   return rows > 2 ? 1 : rows == 2 || Code::kSequential ? 2 : 4;
 }
 
-struct FewRowsArgs {
-  const Problem& p;
-  const Segment* segments;
-  int64_t segment_count;
-  const float* x;         // [slot][row][2]
-  const float* row_sums;  // [segment][row], null without offset
-  int64_t row, tile;      // first of each
-  int64_t tiles;          // of the strip
-};
-
 // x and sums: [row] of this group, [half][row]
 template <int Group, class Code, int Rows, int Halves>
 inline void few_rows_group(const Code& code, const uint8_t* blocks, int half, const float* x,
@@ -146,8 +136,8 @@ void few_rows_kernel(const FewRowsArgs& a) {
   const Geometry& g = a.p.geometry;
   const Code code(a.p);
   const int64_t stride = g.block_stride(a.tile), halves = 2 * a.tiles;
-  const uint8_t* blocks = a.p.packed + g.block_at(a.tile, 0);
-  const float* x = a.x;
+  const uint8_t* blocks = a.p.packed + g.block_at(a.tile, a.channel);
+  const float* x = reinterpret_cast<const float*>(a.x);  // [slot][row][2]
   PairLanes sums[2 * kStrip * Rows];
   alignas(32) float totals[Rows][kStrip * kTile] = {};
   for (int64_t s = 0; s < a.segment_count; ++s) {
@@ -171,10 +161,15 @@ void few_rows_kernel(const FewRowsArgs& a) {
         __m256 sum = even_and_odd<Code::kQuads>(sums[half * Rows + r]);
         if (a.row_sums != nullptr)
           sum = _mm256_fmadd_ps(_mm256_set1_ps(a.row_sums[s * Rows + r]), offset, sum);
-        scale_into_total(totals[r] + half * kHalf, sum, scale);
+        if (a.sums != nullptr) {
+          _mm256_store_ps(a.sums + (s * Rows + r) * kStripLanes + half * kHalf, sum);
+        } else {
+          scale_into_total(totals[r] + half * kHalf, sum, scale);
+        }
       }
     }
   }
+  if (a.sums != nullptr) return;
   for (int r = 0; r < Rows; ++r)
     store_row(a.p, a.row + r, a.tile * kTile, a.tiles * kTile, totals[r]);
 }
@@ -263,6 +258,9 @@ struct FmaCore {
     return {multiply_add(weights.low, x, acc.low), multiply_add(weights.high, x, acc.high)};
   }
   static Sum sum(Acc acc) { return {even_and_odd<false>(acc.low), even_and_odd<false>(acc.high)}; }
+  static Sum load_sum(const float* sums) {
+    return {_mm256_load_ps(sums), _mm256_load_ps(sums + kHalf)};
+  }
   static Sum add_offset(Sum sum, float row_sum, const float* negated_offset) {
     const __m256 x = _mm256_set1_ps(row_sum);
     return {_mm256_fmadd_ps(x, _mm256_loadu_ps(negated_offset), sum.low),
@@ -311,22 +309,16 @@ struct FmaCore {
   static int64_t panel_rows(const Problem& p, int64_t rows) {
     return are_few(p, rows) ? kFewRows : kRows;
   }
-  static int64_t few_rows_tiles(const Call<FmaCore>& call) {
-    return are_few(call.p, call.panels.begin(call.panels.count)) ? kStrip : 0;
+  static bool takes_few_rows(const Call<FmaCore>& call) {
+    return are_few(call.p, call.panels.begin(call.panels.count));
   }
-  static void few_rows(const Call<FmaCore>& call, int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t tile = unit * kStrip, left = call.g.tiles - tile;
-      for (int64_t panel = 0; panel < call.panels.count; ++panel) {
-        const int64_t row = call.panels.begin(panel), rows = call.panels.rows(panel);
-        few_rows_kernel_for(call.p,
-                            rows)({call.p, call.segments, call.segment_count,
-                                   reinterpret_cast<const float*>(call.x + row * call.row_words),
-                                   call.offset ? call.row_sums + row * call.segment_count : nullptr,
-                                   call.row0 + row, tile, left < kStrip ? left : kStrip});
-      }
+  struct FewRows {
+    explicit FewRows(const Problem&) {}
+    void run(const FewRowsArgs& a, int64_t rows, int64_t) const {
+      few_rows_kernel_for(a.p, rows)(a);
     }
-  }
+  };
+  static constexpr bool kCutStrips = true;
 
  private:
   // Up to this many panels decode anew for each; beyond, decoding once for all rows is cheaper.

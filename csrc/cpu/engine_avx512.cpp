@@ -198,15 +198,6 @@ constexpr int kFewTiles = 4;
 static_assert(kFewTiles == kStrip, "the blocks of the tiles follow each other");
 constexpr int kAllPairs = static_cast<int>(kPairs);
 
-struct FewRowsArgs {
-  const Problem& p;
-  const Segment* segments;
-  int64_t segment_count;
-  const float* x;         // [k][row]
-  const float* row_sums;  // [segment][row], null without offset
-  int64_t row, tile;      // first of each
-};
-
 template <int P, class Code, int Rows>
 inline void few_rows_tile(const Code& code, const uint8_t* block, int t, const float* x,
                           __m512 (*acc)[kFewTiles]) {
@@ -253,8 +244,8 @@ void few_rows_kernel(const FewRowsArgs& a) {
   const Problem& p = a.p;
   const Code code(p);
   constexpr int64_t kStripBlockBytes = kFewTiles * kRowBytes * Code::kBits;
-  const uint8_t* blocks = p.packed + p.geometry.block_at(a.tile, 0);
-  const float* x = a.x;
+  const uint8_t* blocks = p.packed + p.geometry.block_at(a.tile, a.channel);
+  const float* x = reinterpret_cast<const float*>(a.x);  // [k][row]
   alignas(64) float totals[Rows][kFewTiles * kTile] = {};
   for (int64_t s = 0; s < a.segment_count; ++s) {
     __m512 acc[Rows][kFewTiles];
@@ -291,6 +282,12 @@ void few_rows_kernel(const FewRowsArgs& a) {
         for (int r = 0; r < Rows; ++r)
           acc[r][t] = _mm512_fmadd_ps(_mm512_set1_ps(a.row_sums[s * Rows + r]), offset, acc[r][t]);
       }
+      if (a.sums != nullptr) {
+#pragma GCC unroll 6
+        for (int r = 0; r < Rows; ++r)
+          _mm512_store_ps(a.sums + (s * Rows + r) * kStripLanes + t * kTile, acc[r][t]);
+        continue;
+      }
       const __m512 scale = scales(p, a.tile + t, group);
 #pragma GCC unroll 6
       for (int r = 0; r < Rows; ++r) {
@@ -299,6 +296,7 @@ void few_rows_kernel(const FewRowsArgs& a) {
       }
     }
   }
+  if (a.sums != nullptr) return;
   for (int r = 0; r < Rows; ++r)
     store_row(p, a.row + r, a.tile * kTile, kFewTiles * kTile, totals[r]);
 }
@@ -340,6 +338,7 @@ struct FmaCore {
     return _mm512_fmadd_ps(weights, x, acc);
   }
   static Sum sum(Acc acc) { return acc; }
+  static Sum load_sum(const float* sums) { return _mm512_load_ps(sums); }
   static Sum add_offset(Sum sum, float row_sum, const float* negated_offset) {
     return _mm512_fmadd_ps(_mm512_set1_ps(row_sum), _mm512_loadu_ps(negated_offset), sum);
   }
@@ -376,28 +375,18 @@ struct FmaCore {
   static int64_t panel_rows(const Problem& p, int64_t rows) {
     return are_few(p, rows) ? kFewRows : kRows;
   }
-  static int64_t few_rows_tiles(const Call<FmaCore>& call) {
-    return are_few(call.p, call.panels.begin(call.panels.count)) ? kFewTiles : 0;
+  static bool takes_few_rows(const Call<FmaCore>& call) {
+    return are_few(call.p, call.panels.begin(call.panels.count));
   }
-  static void few_rows(const Call<FmaCore>& call, int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t tile = unit * kFewTiles;
-      if (tile + kFewTiles > call.g.tiles) {
-        call.multiply(0, call.panels.count, tile, call.g.tiles);
-        continue;
-      }
-      for (int64_t panel = 0; panel < call.panels.count; ++panel) {
-        const int64_t row = call.panels.begin(panel), rows = call.panels.rows(panel);
-        const FewRowsKernel kernel = with_decoder(call.p, [rows](auto decoder) {
-          return few_rows_kernel_for<typename decltype(decoder)::type>(rows);
-        });
-        kernel({call.p, call.segments, call.segment_count,
-                reinterpret_cast<const float*>(call.x + row * call.row_words),
-                call.offset ? call.row_sums + row * call.segment_count : nullptr, call.row0 + row,
-                tile});
-      }
+  struct FewRows {
+    explicit FewRows(const Problem&) {}
+    void run(const FewRowsArgs& a, int64_t rows, int64_t) const {
+      with_decoder(a.p, [rows](auto decoder) {
+        return few_rows_kernel_for<typename decltype(decoder)::type>(rows);
+      })(a);
     }
-  }
+  };
+  static constexpr bool kCutStrips = false;
 
  private:
   // Up to this many panels decode anew for each; beyond, decoding once for all rows is cheaper.

@@ -56,18 +56,8 @@ constexpr int64_t few_panels(Element element) {
   return kByBits[element.bits];
 }
 
-struct FewRowsArgs {
-  const Problem& p;
-  const Table& table;
-  const Segment* segments;
-  int64_t segment_count;
-  const uint32_t* x;      // [step][part][row]
-  const float* row_sums;  // [segment][row], null without offset
-  int64_t row, tile;      // first of each
-};
-
 template <class Code, int Rows, int Parts>
-struct FewRows {
+struct FewRowsKernel {
   static constexpr int kTiles = kRegisterTiles;
   static constexpr int64_t kBlockBytes = kRowBytes * Code::kBits;
   // Plain weights are read in the order in which they lie in memory, which is what processors
@@ -116,16 +106,16 @@ struct FewRows {
     }
   }
 
-  static void run(const FewRowsArgs& a) {
+  static void run(const FewRowsArgs& a, const Table& given) {
     const Problem& p = a.p;
-    const Table table = a.table;
+    const Table table = given;
     constexpr int64_t kStripBytes = kTiles * kBlockBytes;
     constexpr int kHalfPairs = static_cast<int>(kPairs) / 2;
-    const uint8_t* blocks = p.packed + p.geometry.block_at(a.tile, 0);
+    const uint8_t* blocks = p.packed + p.geometry.block_at(a.tile, a.channel);
     const uint32_t* x = a.x;
     alignas(64) float totals[Rows][kTiles * kTile] = {};
     for (int64_t s = 0; s < a.segment_count; ++s) {
-      FewRows sums;
+      FewRowsKernel sums;
       for (int r = 0; r < Rows; ++r)
         for (int t = 0; t < kTiles; ++t) sums.acc[r][t] = _mm512_setzero_ps();
       for (int64_t k = a.segments[s].begin; k < a.segments[s].end;) {
@@ -150,14 +140,15 @@ struct FewRows {
         blocks += kStripBytes;
         x += kPairs * Parts * Rows;
       }
-      sums.scale(a, s, totals);
+      sums.finish(a, s, totals);
     }
+    if (a.sums != nullptr) return;
     for (int r = 0; r < Rows; ++r)
       store_row(p, a.row + r, a.tile * kTile, kTiles * kTile, totals[r]);
   }
 
-  [[gnu::always_inline]] void scale(const FewRowsArgs& a, int64_t s,
-                                    float (*totals)[kTiles * kTile]) {
+  [[gnu::always_inline]] void finish(const FewRowsArgs& a, int64_t s,
+                                     float (*totals)[kTiles * kTile]) {
     const Problem& p = a.p;
     const int64_t group = a.segments[s].group;
 #pragma GCC unroll 8
@@ -167,6 +158,12 @@ struct FewRows {
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; ++r)
           acc[r][t] = _mm512_fmadd_ps(_mm512_set1_ps(a.row_sums[s * Rows + r]), offset, acc[r][t]);
+      }
+      if (a.sums != nullptr) {
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r)
+          _mm512_store_ps(a.sums + (s * Rows + r) * kStripLanes + t * kTile, acc[r][t]);
+        continue;
       }
       const __m512 scale = scales(p, a.tile + t, group);
 #pragma GCC unroll 8
@@ -178,17 +175,17 @@ struct FewRows {
   }
 };
 
-using FewRowsKernel = void (*)(const FewRowsArgs&);
+using FewRowsFunction = void (*)(const FewRowsArgs&, const Table&);
 
 template <class Code, int Rows = kRegisterRows>
-FewRowsKernel few_rows_kernel_for(int64_t rows, int64_t parts) {
+FewRowsFunction few_rows_kernel_for(int64_t rows, int64_t parts) {
   if constexpr (Rows == 1) {
-    if (parts == 3) return &FewRows<Code, 1, 3>::run;
-    if (parts == 2) return &FewRows<Code, 1, 2>::run;
+    if (parts == 3) return &FewRowsKernel<Code, 1, 3>::run;
+    if (parts == 2) return &FewRowsKernel<Code, 1, 2>::run;
   } else if (rows < Rows) {
     return few_rows_kernel_for<Code, Rows - 1>(rows, parts);
   }
-  return &FewRows<Code, Rows, 1>::run;
+  return &FewRowsKernel<Code, Rows, 1>::run;
 }
 
 // ---- the core for driver.h --------------------------------------------------------------------
@@ -203,6 +200,7 @@ struct DotCore {
   static constexpr int kRows = kRegisterRows, kTiles = kRegisterTiles;
   static Acc zero() { return _mm512_setzero_ps(); }
   static Sum sum(Acc acc) { return acc; }
+  static Sum load_sum(const float* sums) { return _mm512_load_ps(sums); }
   static int64_t panel_rows(const Problem&, int64_t) { return kRows; }
   static Acc add_offset(Acc acc, float row_sum, const float* negated_offset) {
     return _mm512_fmadd_ps(_mm512_set1_ps(row_sum), _mm512_loadu_ps(negated_offset), acc);
@@ -269,33 +267,24 @@ struct DotCore {
 
   // Segments must be whole blocks or halves; several rows of several parts would need too many
   // registers.
-  static int64_t few_rows_tiles(const Call<DotCore>& call) {
+  static bool takes_few_rows(const Call<DotCore>& call) {
     const Geometry& g = call.g;
     const int64_t rows = call.panels.rows(0);
     const bool few = call.panels.count <= few_panels(g.element) && (rows == 1 || call.parts == 1);
     const int64_t unit = with_decoder(
         g.element, [](auto code) { return decltype(code)::kHalves ? kBlock / 2 : kBlock; });
-    return few && (g.groups == 1 || g.padded_group % unit == 0) ? kRegisterTiles : 0;
+    return few && (g.groups == 1 || g.padded_group % unit == 0);
   }
-  static void few_rows(const Call<DotCore>& call, int64_t begin, int64_t end) {
-    const Table table(call.p);
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t tile = unit * kRegisterTiles;
-      if (tile + kRegisterTiles > call.g.tiles) {
-        call.multiply(0, call.panels.count, tile, call.g.tiles);
-        continue;
-      }
-      for (int64_t panel = 0; panel < call.panels.count; ++panel) {
-        const int64_t row = call.panels.begin(panel), rows = call.panels.rows(panel);
-        const FewRowsKernel kernel = with_decoder(call.g.element, [&](auto code) {
-          return few_rows_kernel_for<decltype(code)>(rows, call.parts);
-        });
-        kernel({call.p, table, call.segments, call.segment_count, call.x + row * call.row_words,
-                call.offset ? call.row_sums + row * call.segment_count : nullptr, call.row0 + row,
-                tile});
-      }
+  struct FewRows {
+    const Table table;
+    explicit FewRows(const Problem& p) : table(p) {}
+    void run(const FewRowsArgs& a, int64_t rows, int64_t parts) const {
+      with_decoder(a.p.geometry.element, [&](auto code) {
+        return few_rows_kernel_for<decltype(code)>(rows, parts);
+      })(a, table);
     }
-  }
+  };
+  static constexpr bool kCutStrips = false;
 };
 
 // Weights of fp16 and fp32, and tables of values that bf16 cannot hold, are multiplied in fp32.

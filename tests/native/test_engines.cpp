@@ -308,6 +308,24 @@ int main() {
           ++count;
         }
     }
+  // So narrow and deep that K is cut among threads.
+  for (const int bits : {2, 4, 8})
+    for (const int64_t m : {1, 3, 9}) {
+      Case c{"",
+             {100, 1664, 32},
+             {Kind::integer, bits},
+             types[m % 3],
+             Scalar::bfloat16,
+             m % 2 == 1,
+             true,
+             bits == 4,
+             false,
+             bits == 2,
+             m};
+      c.what = "deep uint" + std::to_string(bits) + " m=" + std::to_string(m);
+      run(c);
+      ++count;
+    }
   std::printf("%d cases on", count);
   for (const std::string& isa : cl::supported_isas()) std::printf(" %s", isa.c_str());
   std::printf(": %d failures\n", failures);
