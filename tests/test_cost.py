@@ -93,14 +93,14 @@ def test_fewer_bits_are_faster_for_one_token() -> None:
     assert times == sorted(times)
 
 
-def test_exact_activations_of_more_parts_take_longer() -> None:
+def test_exact_activations_of_more_bits_take_longer() -> None:
     platform = Platform.parse("cpu:avx512bf16")
     times = [
         cpu.CpuBackend.seconds(layer(uint(4, 8), x), platform, 256)
         for x in ("bfloat16", "float16", "float32")
     ]
     assert times[1] > 1.9 * times[0]
-    assert times[2] > 2.9 * times[0]
+    assert times[2] > 1.9 * times[0]  # in fp32, at half the rate of bf16
 
 
 @pytest.mark.skipif(native.available() is not None, reason=str(native.available()))

@@ -6,7 +6,7 @@
 //   kStep, kStepBytes      input channels per step, and bytes of one decoded step of a tile
 //   kWords                 32-bit words of x in a step: 1 (fp32, or a bf16 pair) or 2 (fp32 pair)
 //   kRows, kTiles          the register block: rows of x by tiles
-//   kMaxParts              most parts of x: fp32 activations are 3 exact bf16 parts, fp16 are 2
+//   kMaxParts              most parts of x: fp16 activations are two exact bf16 parts
 //   zero, load, broadcast, mac
 //   sum, add_offset, scale_into        one fp32 sum per channel of a tile, and what is done to it
 //   parts(type), split(problem, row, ...)   how a row of x becomes words
@@ -115,7 +115,6 @@ using MicroKernel = void (*)(const MicroArgs&);
 template <class Core, int Rows, int Tiles>
 MicroKernel micro_kernel_for(int64_t parts) {
   if constexpr (Core::kMaxParts > 1) {
-    if (parts == 3) return &micro_kernel<Core, Rows, Tiles, 3>;
     if (parts == 2) return &micro_kernel<Core, Rows, Tiles, 2>;
   }
   return &micro_kernel<Core, Rows, Tiles, 1>;
