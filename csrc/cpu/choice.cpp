@@ -1,16 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "choice.h"
 
-namespace compressed_linear::cpu {
+#ifdef COMPRESSED_LINEAR_ARM
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 
-#ifdef COMPRESSED_LINEAR_X86
+namespace compressed_linear::cpu {
 namespace {
 
-void require(std::string& missing, bool present, const char* feature) {
+[[maybe_unused]] void require(std::string& missing, bool present, const char* feature) {
   if (present) return;
   if (!missing.empty()) missing += ", ";
   missing += feature;
 }
+
+#if defined(COMPRESSED_LINEAR_X86)
 
 // GCC 12 does not know the feature's name, so: leaf 7, subleaf 1, EAX bit 4.
 bool has_avx_vnni() {
@@ -40,12 +45,30 @@ MissingFeatures detect() {
   return missing;
 }
 
+#elif defined(COMPRESSED_LINEAR_ARM)
+
+MissingFeatures detect() {
+  const unsigned long first = getauxval(AT_HWCAP), second = getauxval(AT_HWCAP2);
+  MissingFeatures missing;
+  require(missing.neon, (first & HWCAP_ASIMD) != 0, "asimd");
+  missing.dotprod = missing.neon;
+  require(missing.dotprod, (first & HWCAP_ASIMDDP) != 0, "asimddp");
+  missing.i8mm = missing.neon;
+  require(missing.i8mm, (second & HWCAP2_I8MM) != 0, "i8mm");
+  return missing;
+}
+
+#else
+
+MissingFeatures detect() { return {}; }
+
+#endif
+
 }  // namespace
 
 const MissingFeatures& missing_features() {
   static const MissingFeatures missing = detect();
   return missing;
 }
-#endif
 
 }  // namespace compressed_linear::cpu

@@ -15,6 +15,9 @@ const std::vector<Candidate<Engine>>& candidates() {
       {&kEngineAvx512, missing_features().avx512},
       {&kEngineAvx2, missing_features().avx2},
 #endif
+#ifdef COMPRESSED_LINEAR_ARM
+      {&kEngineNeon, missing_features().neon},
+#endif
       {&kEngineGeneric, ""},
   };
   return list;

@@ -57,8 +57,11 @@ void micro_kernel(const MicroArgs& a) {
   const float* scale = a.scale;
   for (int64_t s = 0; s < a.segment_count; ++s, scale += Tiles * kTile) {
     const Segment segment = a.segments[s];
+    // Unrolled here and below, or the accumulators would go through memory.
     typename Core::Acc acc[Rows][Tiles];
+#pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
       for (int t = 0; t < Tiles; ++t) acc[r][t] = Core::zero();
     const int64_t first = segment.begin / Core::kStep;
     const int64_t last = (segment.end + Core::kStep - 1) / Core::kStep;
@@ -68,14 +71,16 @@ void micro_kernel(const MicroArgs& a) {
     for (int64_t i = first; i < last; ++i, w += Core::kStepBytes, x += kStepWords) {
       typename Core::Weights weights[Tiles];
       for (int t = 0; t < Tiles; ++t) weights[t] = Core::load(w + t * a.tile_stride);
+#pragma GCC unroll 4
       for (int q = 0; q < Parts; ++q)
+#pragma GCC unroll 16
         for (int r = 0; r < Rows; ++r) {
           const typename Core::Activation activation =
               Core::broadcast(x + (q * Rows + r) * Core::kWords);
+#pragma GCC unroll 8
           for (int t = 0; t < Tiles; ++t) acc[r][t] = Core::mac(acc[r][t], weights[t], activation);
         }
     }
-    // Unrolled, or the accumulators would go through memory.
     typename Core::Sum sums[Rows][Tiles];
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r)

@@ -72,6 +72,9 @@ extern const Engine kEngineAvx512Bf16;
 extern const Engine kEngineAvx512;
 extern const Engine kEngineAvx2;
 #endif
+#ifdef COMPRESSED_LINEAR_ARM
+extern const Engine kEngineNeon;
+#endif
 extern const Engine kEngineGeneric;
 
 // Names of the engines this processor can run, best first.

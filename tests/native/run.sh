@@ -4,10 +4,13 @@
 # Usage: tests/native/run.sh [MODE [BUILD DIRECTORY]]
 #   address   with the address and undefined-behaviour sanitizers (the default)
 #   thread    with the thread sanitizer, some of the cases
+#   arm       for 64-bit Arm, with the undefined-behaviour sanitizer, run by qemu, some of the cases;
+#             needs Debian's packages g++-aarch64-linux-gnu and qemu-user-static, or like ones
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 mode="${1:-address}"
 options=()
+runner=()
 step=1
 case "$mode" in
 address)
@@ -20,8 +23,22 @@ thread)
     # The first report ends the run, also one from a thread of its own.
     export TSAN_OPTIONS="halt_on_error=1 ${TSAN_OPTIONS:-}"
     ;;
+arm)
+    build="${2:-$root/build/native-tests-arm}"
+    runner=(qemu-aarch64-static -cpu max -L /usr/aarch64-linux-gnu)
+    for tool in aarch64-linux-gnu-g++ "${runner[0]}"; do
+        command -v "$tool" > /dev/null || {
+            echo "error: there is no $tool; on Debian it is in g++-aarch64-linux-gnu and" \
+                "qemu-user-static" >&2
+            exit 1
+        }
+    done
+    options+=(-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64
+        -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCOMPRESSED_LINEAR_SANITIZERS=undefined)
+    step=7
+    ;;
 *)
-    echo "error: unknown mode '$mode' (known: address, thread)" >&2
+    echo "error: unknown mode '$mode' (known: address, thread, arm)" >&2
     exit 2
     ;;
 esac
@@ -29,5 +46,5 @@ cmake -S "$root" -B "$build" -DCMAKE_BUILD_TYPE=None -DCOMPRESSED_LINEAR_NATIVE_
     "${options[@]}" > /dev/null
 cmake --build "$build" --parallel 2 > "$build/build.log" || { cat "$build/build.log"; exit 1; }
 for test in test_engines test_int8_engines test_repack; do
-    "$build/$test" "$step"
+    "${runner[@]}" "$build/$test" "$step"
 done
