@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// The blocked multiplication that the vector engines share. A Core supplies the registers:
+// The blocked multiplication that the vector engines share. A Core supplies the registers. It is a
+// RegisterCore of itself and all of the following, or has Blocks (an object that multiplies blocks
+// while a unit of work lasts) and no few rows, and needs nothing of what only these use:
 //
 //   Acc                    fp32 partial sums of a tile, possibly several for a channel
 //   Weights, Activation    one step of a tile, and x of one step and row, broadcast
 //   kStep, kStepBytes      input channels per step, and bytes of one decoded step of a tile
-//   kWords                 32-bit words of x in a step: 1 (fp32, or a bf16 pair) or 2 (fp32 pair)
-//   kRows, kTiles          the register block: rows of x by tiles
-//   kMaxParts              most parts of x: fp32 activations are 3 exact bf16 parts, fp16 are 2
-//   zero, load, broadcast, mac
-//   sum, add_offset, scale_into        one fp32 sum per channel of a tile, and what is done to it
+//   kWords                 32-bit words of x in a step: 1 (fp32, or a bf16 pair), 2 (fp32 pair),
+//   ... kRows, kTiles          the register block: rows of x by tiles kMaxParts              most
+//   parts of x: fp32 activations are 3 exact bf16 parts, fp16 are 2 zero, load, broadcast, mac sum,
+//   add_offset, scale_into        one fp32 sum per channel of a tile, and what is done to it
 //   parts(type), split(problem, row, ...)   how a row of x becomes words
 //   decode(...)                        weights of one chunk and tile into steps of kStepBytes
 //   copy_row(problem, m, ...)          the same for a row of x that needs no conversion, or false
@@ -142,6 +143,17 @@ MicroKernel micro_kernel_for(int64_t rows, int64_t tiles, int64_t parts) {
   return micro_kernel_for<Core, Rows>(tiles, parts);
 }
 
+// Blocks and kHasFewRows of a core whose sums are in vector registers.
+template <class Core>
+struct RegisterCore {
+  struct Blocks {
+    void operator()(const MicroArgs& a, int64_t rows, int64_t tiles, int64_t parts) const {
+      micro_kernel_for<Core>(rows, tiles, parts)(a);
+    }
+  };
+  static constexpr bool kHasFewRows = true;
+};
+
 template <class Core>
 struct Call {
   const Problem& p;
@@ -268,6 +280,7 @@ struct Call {
     float* totals = negated_offset + scale_floats;
     std::memset(totals, 0, static_cast<size_t>(total_floats) * sizeof(float));
 
+    typename Core::Blocks blocks;
     for (int64_t c = 0; c < chunk_count(g); ++c) {
       const int64_t k0 = c * kChunk;
       const int64_t width = g.padded_k - k0 < kChunk ? g.padded_k - k0 : kChunk;
@@ -296,7 +309,7 @@ struct Call {
           args.x = x + begin * row_words + k0 / Core::kStep * parts * height * Core::kWords;
           args.row_sums = row_sums + begin * segment_count + first * height;
           args.totals = block + (begin - row_begin) * tiles * kTile;
-          micro_kernel_for<Core>(height, tiles, parts)(args);
+          blocks(args, height, tiles, parts);
         }
       }
     }
@@ -323,6 +336,25 @@ inline int64_t count_k_parts(const Geometry& g, int64_t rows, int64_t segments, 
 }
 
 template <class Core>
+void run_few_rows(Call<Core>& call, const Parallel& parallel) {
+  using Context = const Call<Core>;
+  parallel.run(
+      call.strips() * call.k_parts,
+      [](void* context, int64_t begin, int64_t end) {
+        static_cast<Context*>(context)->multiply_few_rows(begin, end);
+      },
+      &call);
+  if (call.sums == nullptr) return;
+  parallel.run(
+      call.strips(),
+      [](void* context, int64_t begin, int64_t end) {
+        for (int64_t strip = begin; strip < end; ++strip)
+          static_cast<Context*>(context)->add_parts(strip);
+      },
+      &call);
+}
+
+template <class Core>
 void run_linear(const Problem& given, const Parallel& parallel) {
   Problem p = given;
   const Geometry& g = p.geometry;
@@ -341,8 +373,9 @@ void run_linear(const Problem& given, const Parallel& parallel) {
   const int64_t segment_bytes = round_up(bound * static_cast<int64_t>(sizeof(Segment)), 64);
   const int64_t factor_bytes = p.activation.present ? round_up(p.m * 4, 64) : 0;
   // One thread has all the strips to itself.
-  const int64_t k_parts =
-      parallel.threads > 1 ? count_k_parts(g, rows_at_once, bound, parallel.threads) : 1;
+  const int64_t k_parts = Core::kHasFewRows && parallel.threads > 1
+                              ? count_k_parts(g, rows_at_once, bound, parallel.threads)
+                              : 1;
   const int64_t kept_bytes =
       k_parts > 1 ? round_up(g.tiles, kStrip) * kTile * rows_at_once * bound * 4 : 0;
   uint8_t* memory = static_cast<uint8_t*>(call_arena().reserve(static_cast<size_t>(
@@ -396,30 +429,19 @@ void run_linear(const Problem& given, const Parallel& parallel) {
     } else {
       parallel.run(call.panels.count, prepare, &call);
     }
-    if (Core::takes_few_rows(call)) {
-      parallel.run(
-          call.strips() * k_parts,
-          [](void* context, int64_t begin, int64_t end) {
-            static_cast<Context*>(context)->multiply_few_rows(begin, end);
-          },
-          &call);
-      if (sums != nullptr)
-        parallel.run(
-            call.strips(),
-            [](void* context, int64_t begin, int64_t end) {
-              for (int64_t strip = begin; strip < end; ++strip)
-                static_cast<Context*>(context)->add_parts(strip);
-            },
-            &call);
-    } else {
-      parallel.run(
-          call.panel_units() * call.tile_units(),
-          [](void* context, int64_t begin, int64_t end) {
-            for (int64_t unit = begin; unit < end; ++unit)
-              static_cast<Context*>(context)->multiply_unit(unit);
-          },
-          &call);
+    if constexpr (Core::kHasFewRows) {
+      if (Core::takes_few_rows(call)) {
+        run_few_rows(call, parallel);
+        continue;
+      }
     }
+    parallel.run(
+        call.panel_units() * call.tile_units(),
+        [](void* context, int64_t begin, int64_t end) {
+          for (int64_t unit = begin; unit < end; ++unit)
+            static_cast<Context*>(context)->multiply_unit(unit);
+        },
+        &call);
   }
 }
 

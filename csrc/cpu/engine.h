@@ -68,6 +68,8 @@ struct Engine {
 
 // One per translation unit; the last is plain C++ and always there.
 #ifdef COMPRESSED_LINEAR_X86
+extern const Engine kEngineAmx;
+extern const Engine kEngineAmxEmulated;  // in the native tests only
 extern const Engine kEngineAvx512Bf16;
 extern const Engine kEngineAvx512;
 extern const Engine kEngineAvx2;

@@ -261,7 +261,7 @@ inline Row<T, Count> make_row(const Value& value) {
 }
 
 template <class Lanes>
-struct FmaCore {
+struct FmaCore : RegisterCore<FmaCore<Lanes>> {
   static constexpr int kAll = kParts<Lanes>, kLanes = Lanes::kLanes;
   using Acc = Row<typename Lanes::Sums, kAll>;
   struct Vector {  // as a template argument a vector type would lose its alignment
