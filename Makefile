@@ -26,12 +26,14 @@ CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.hpp
 export VLLM_CPU_KVCACHE_SPACE ?= 2
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: help setup test lint test-unit test-native test-e2e test-slow demo serve bench bench-serve bench-step docs clean
+.PHONY: help setup test lint test-unit test-native test-native-tsan test-native-arm test-e2e test-slow demo serve bench bench-serve bench-step docs clean
 
 help:
 	@echo 'make setup        make .venv, install vLLM and this project, build csrc'
 	@echo 'make test         lint, types, unit, native and end-to-end tests'
 	@echo 'make lint | test-unit | test-native | test-e2e   one part of it'
+	@echo 'make test-native-tsan  the native tests under the thread sanitizer, minutes to compile'
+	@echo 'make test-native-arm   the native tests for 64-bit Arm in qemu; says what it needs'
 	@echo 'make test-slow    what make test leaves out: every architecture of vLLM, minutes'
 	@echo 'make demo         quantize Gemma 3 270M, serve it, ask it, show the plan'
 	@echo 'make serve MODEL=<path or name> [ARGS=...]       serve any checkpoint on loopback'
@@ -79,6 +81,12 @@ test-unit: setup
 
 test-native: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash tests/native/run.sh
+
+test-native-tsan: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash tests/native/run.sh thread
+
+test-native-arm: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash tests/native/run.sh arm
 
 test-e2e: setup
 	$(PYTEST) -m 'e2e and not slow'

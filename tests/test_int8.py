@@ -340,6 +340,7 @@ def test_calls_are_counted_by_path(isa: str) -> None:
         ("avx2", {"avx2", "avxvnni"}),
         ("avx512", {"avx512bw"}),
         ("avx512bf16", set(ISAS)),
+        ("neon", {"i8mm", "dotprod", "neon"}),
     ],
 )
 def test_the_variable_keeps_to_its_tier(tier: str, expected: set[str]) -> None:

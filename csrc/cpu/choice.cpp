@@ -1,25 +1,52 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "choice.h"
 
-namespace compressed_linear::cpu {
+#if defined(COMPRESSED_LINEAR_X86) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
-#ifdef COMPRESSED_LINEAR_X86
+#ifdef COMPRESSED_LINEAR_ARM
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
+namespace compressed_linear::cpu {
 namespace {
 
-void require(std::string& missing, bool present, const char* feature) {
+[[maybe_unused]] void require(std::string& missing, bool present, const char* feature) {
   if (present) return;
   if (!missing.empty()) missing += ", ";
   missing += feature;
 }
 
-// GCC 12 does not know the feature's name, so: leaf 7, subleaf 1, EAX bit 4.
-bool has_avx_vnni() {
-  unsigned eax = 7, ebx = 0, ecx = 1, edx = 0;
-  unsigned highest = 0, unused_b, unused_c, unused_d;
-  __asm__("cpuid" : "=a"(highest), "=b"(unused_b), "=c"(unused_c), "=d"(unused_d) : "a"(0), "c"(0));
-  if (highest < 7) return false;
-  __asm__("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
-  return (eax >> 4 & 1u) != 0;
+#if defined(COMPRESSED_LINEAR_X86)
+
+struct Cpuid {
+  unsigned eax, ebx, ecx, edx;
+};
+
+// Features that GCC 12 does not know by name. All zero where there is no such leaf.
+Cpuid cpuid(unsigned leaf, unsigned subleaf) {
+  const auto ask = [](unsigned eax, unsigned ecx) {
+    Cpuid r;
+    __asm__("cpuid" : "=a"(r.eax), "=b"(r.ebx), "=c"(r.ecx), "=d"(r.edx) : "a"(eax), "c"(ecx));
+    return r;
+  };
+  return ask(0, 0).eax < leaf ? Cpuid{} : ask(leaf, subleaf);
+}
+
+bool bit(unsigned word, int at) { return (word >> at & 1u) != 0; }
+
+// Whether the kernel saves tiles when it changes threads, and lets this process use them. It must
+// be asked: a thread's memory for signals may be too small for them.
+bool may_use_tiles() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, of the state
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 
 MissingFeatures detect() {
@@ -29,7 +56,7 @@ MissingFeatures detect() {
   require(missing.avx2, __builtin_cpu_supports("fma"), "fma");
   require(missing.avx2, __builtin_cpu_supports("f16c"), "f16c");
   missing.avxvnni = missing.avx512 = missing.avx2;
-  require(missing.avxvnni, missing.avx2.empty() && has_avx_vnni(), "avxvnni");
+  require(missing.avxvnni, missing.avx2.empty() && bit(cpuid(7, 1).eax, 4), "avxvnni");
   require(missing.avx512, __builtin_cpu_supports("avx512f"), "avx512f");
   require(missing.avx512, __builtin_cpu_supports("avx512bw"), "avx512bw");
   require(missing.avx512, __builtin_cpu_supports("avx512vl"), "avx512vl");
@@ -37,8 +64,37 @@ MissingFeatures detect() {
   missing.avx512bf16 = missing.avx512vnni = missing.avx512;
   require(missing.avx512bf16, __builtin_cpu_supports("avx512bf16"), "avx512bf16");
   require(missing.avx512vnni, __builtin_cpu_supports("avx512vnni"), "avx512vnni");
+  missing.amx = missing.avx512bf16;
+  missing.amxint8 = missing.avx512vnni;
+  const unsigned leaf = cpuid(7, 0).edx;
+  const bool tiles = bit(leaf, 24);
+  for (std::string* amx : {&missing.amx, &missing.amxint8}) {
+    require(*amx, tiles, "amx-tile");
+    require(*amx, !tiles || may_use_tiles(), "the permission to use tiles");
+  }
+  require(missing.amx, bit(leaf, 22), "amx-bf16");
+  require(missing.amxint8, bit(leaf, 25), "amx-int8");
   return missing;
 }
+
+#elif defined(COMPRESSED_LINEAR_ARM)
+
+MissingFeatures detect() {
+  const unsigned long first = getauxval(AT_HWCAP), second = getauxval(AT_HWCAP2);
+  MissingFeatures missing;
+  require(missing.neon, (first & HWCAP_ASIMD) != 0, "asimd");
+  missing.dotprod = missing.neon;
+  require(missing.dotprod, (first & HWCAP_ASIMDDP) != 0, "asimddp");
+  missing.i8mm = missing.neon;
+  require(missing.i8mm, (second & HWCAP2_I8MM) != 0, "i8mm");
+  return missing;
+}
+
+#else
+
+MissingFeatures detect() { return {}; }
+
+#endif
 
 }  // namespace
 
@@ -46,6 +102,5 @@ const MissingFeatures& missing_features() {
   static const MissingFeatures missing = detect();
   return missing;
 }
-#endif
 
 }  // namespace compressed_linear::cpu

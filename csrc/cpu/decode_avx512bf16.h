@@ -12,6 +12,8 @@
 
 #include <immintrin.h>
 
+#include <utility>
+
 #include "decode_avx512.h"
 
 namespace compressed_linear::cpu {
@@ -81,6 +83,34 @@ inline auto with_decoder(Element element, const Action& action) {
     default:
       return action(Integer<8>{});
   }
+}
+
+template <class Code, int... P>
+inline void decode_block(const uint8_t* block, const Table& table, uint8_t* out,
+                         std::integer_sequence<int, P...>) {
+  (_mm512_store_si512(out + kRowBytes * P, Code::template pair<P>(block, table)), ...);
+}
+
+template <class Code>
+void decode_chunk(const Problem& p, const uint8_t* packed, int64_t stride, int64_t width,
+                  uint8_t* out) {
+  const Table table(p);
+  for (int64_t k = 0; k < width; k += kBlock) {
+    for (int64_t line = 0; line < Code::kBits; ++line)  // the next chunk of this tile
+      _mm_prefetch(packed + kChunk / kBlock * stride + line * kRowBytes, _MM_HINT_T0);
+    decode_block<Code>(packed, table, out, std::make_integer_sequence<int, kPairs>());
+    packed += stride;
+    out += kRowBytes * kPairs;
+  }
+}
+
+// Stored channels [k0, k0 + width) of a tile: out[pair][channel][k, k + 1].
+inline void decode_tile(const Problem& p, int64_t tile, int64_t k0, int64_t width, uint8_t* out) {
+  const Geometry& g = p.geometry;
+  const uint8_t* packed = p.packed + g.block_at(tile, k0);
+  const int64_t stride = g.block_stride(tile);
+  with_decoder(g.element,
+               [&](auto code) { decode_chunk<decltype(code)>(p, packed, stride, width, out); });
 }
 
 }  // namespace

@@ -12,8 +12,13 @@ const std::vector<Candidate<Engine>>& candidates() {
   static const std::vector<Candidate<Engine>> list = {
 #ifdef COMPRESSED_LINEAR_X86
       {&kEngineAvx512Bf16, missing_features().avx512bf16},
+      // Not first, although its rate is highest: it has never run on a processor that has it.
+      {&kEngineAmx, missing_features().amx},
       {&kEngineAvx512, missing_features().avx512},
       {&kEngineAvx2, missing_features().avx2},
+#endif
+#ifdef COMPRESSED_LINEAR_ARM
+      {&kEngineNeon, missing_features().neon},
 #endif
       {&kEngineGeneric, ""},
   };

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// The blocked multiplication that the vector engines share. A Core supplies the registers:
+// The blocked multiplication that the vector engines share. A Core supplies the registers. It is a
+// RegisterCore of itself and all of the following, or has Blocks (an object that multiplies blocks
+// while a unit of work lasts) and no few rows, and needs nothing of what only these use:
 //
 //   Acc                    fp32 partial sums of a tile, possibly several for a channel
 //   Weights, Activation    one step of a tile, and x of one step and row, broadcast
 //   kStep, kStepBytes      input channels per step, and bytes of one decoded step of a tile
-//   kWords                 32-bit words of x in a step: 1 (fp32, or a bf16 pair) or 2 (fp32 pair)
+//   kWords                 32-bit words of x in a step: 1 (fp32, or a bf16 pair), 2 (fp32 pair)...
 //   kRows, kTiles          the register block: rows of x by tiles
-//   kMaxParts              most parts of x: fp16 activations are two exact bf16 parts
+//   kMaxParts              most parts of x, see bf16_parts.h
 //   zero, load, broadcast, mac
 //   sum, add_offset, scale_into        one fp32 sum per channel of a tile, and what is done to it
 //   parts(type), split(problem, row, ...)   how a row of x becomes words
@@ -57,8 +59,11 @@ void micro_kernel(const MicroArgs& a) {
   const float* scale = a.scale;
   for (int64_t s = 0; s < a.segment_count; ++s, scale += Tiles * kTile) {
     const Segment segment = a.segments[s];
+    // Unrolled here and below, or the accumulators would go through memory.
     typename Core::Acc acc[Rows][Tiles];
+#pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
       for (int t = 0; t < Tiles; ++t) acc[r][t] = Core::zero();
     const int64_t first = segment.begin / Core::kStep;
     const int64_t last = (segment.end + Core::kStep - 1) / Core::kStep;
@@ -68,14 +73,16 @@ void micro_kernel(const MicroArgs& a) {
     for (int64_t i = first; i < last; ++i, w += Core::kStepBytes, x += kStepWords) {
       typename Core::Weights weights[Tiles];
       for (int t = 0; t < Tiles; ++t) weights[t] = Core::load(w + t * a.tile_stride);
+#pragma GCC unroll 4
       for (int q = 0; q < Parts; ++q)
+#pragma GCC unroll 16
         for (int r = 0; r < Rows; ++r) {
           const typename Core::Activation activation =
               Core::broadcast(x + (q * Rows + r) * Core::kWords);
+#pragma GCC unroll 8
           for (int t = 0; t < Tiles; ++t) acc[r][t] = Core::mac(acc[r][t], weights[t], activation);
         }
     }
-    // Unrolled, or the accumulators would go through memory.
     typename Core::Sum sums[Rows][Tiles];
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r)
@@ -135,6 +142,17 @@ MicroKernel micro_kernel_for(int64_t rows, int64_t tiles, int64_t parts) {
   }
   return micro_kernel_for<Core, Rows>(tiles, parts);
 }
+
+// Blocks and kHasFewRows of a core whose sums are in vector registers.
+template <class Core>
+struct RegisterCore {
+  struct Blocks {
+    void operator()(const MicroArgs& a, int64_t rows, int64_t tiles, int64_t parts) const {
+      micro_kernel_for<Core>(rows, tiles, parts)(a);
+    }
+  };
+  static constexpr bool kHasFewRows = true;
+};
 
 template <class Core>
 struct Call {
@@ -262,6 +280,7 @@ struct Call {
     float* totals = negated_offset + scale_floats;
     std::memset(totals, 0, static_cast<size_t>(total_floats) * sizeof(float));
 
+    typename Core::Blocks blocks;
     for (int64_t c = 0; c < chunk_count(g); ++c) {
       const int64_t k0 = c * kChunk;
       const int64_t width = g.padded_k - k0 < kChunk ? g.padded_k - k0 : kChunk;
@@ -290,7 +309,7 @@ struct Call {
           args.x = x + begin * row_words + k0 / Core::kStep * parts * height * Core::kWords;
           args.row_sums = row_sums + begin * segment_count + first * height;
           args.totals = block + (begin - row_begin) * tiles * kTile;
-          micro_kernel_for<Core>(height, tiles, parts)(args);
+          blocks(args, height, tiles, parts);
         }
       }
     }
@@ -317,6 +336,25 @@ inline int64_t count_k_parts(const Geometry& g, int64_t rows, int64_t segments, 
 }
 
 template <class Core>
+void run_few_rows(Call<Core>& call, const Parallel& parallel) {
+  using Context = const Call<Core>;
+  parallel.run(
+      call.strips() * call.k_parts,
+      [](void* context, int64_t begin, int64_t end) {
+        static_cast<Context*>(context)->multiply_few_rows(begin, end);
+      },
+      &call);
+  if (call.sums == nullptr) return;
+  parallel.run(
+      call.strips(),
+      [](void* context, int64_t begin, int64_t end) {
+        for (int64_t strip = begin; strip < end; ++strip)
+          static_cast<Context*>(context)->add_parts(strip);
+      },
+      &call);
+}
+
+template <class Core>
 void run_linear(const Problem& given, const Parallel& parallel) {
   Problem p = given;
   const Geometry& g = p.geometry;
@@ -335,8 +373,9 @@ void run_linear(const Problem& given, const Parallel& parallel) {
   const int64_t segment_bytes = round_up(bound * static_cast<int64_t>(sizeof(Segment)), 64);
   const int64_t factor_bytes = p.activation.present ? round_up(p.m * 4, 64) : 0;
   // One thread has all the strips to itself.
-  const int64_t k_parts =
-      parallel.threads > 1 ? count_k_parts(g, rows_at_once, bound, parallel.threads) : 1;
+  const int64_t k_parts = Core::kHasFewRows && parallel.threads > 1
+                              ? count_k_parts(g, rows_at_once, bound, parallel.threads)
+                              : 1;
   const int64_t kept_bytes =
       k_parts > 1 ? round_up(g.tiles, kStrip) * kTile * rows_at_once * bound * 4 : 0;
   uint8_t* memory = static_cast<uint8_t*>(call_arena().reserve(static_cast<size_t>(
@@ -390,30 +429,19 @@ void run_linear(const Problem& given, const Parallel& parallel) {
     } else {
       parallel.run(call.panels.count, prepare, &call);
     }
-    if (Core::takes_few_rows(call)) {
-      parallel.run(
-          call.strips() * k_parts,
-          [](void* context, int64_t begin, int64_t end) {
-            static_cast<Context*>(context)->multiply_few_rows(begin, end);
-          },
-          &call);
-      if (sums != nullptr)
-        parallel.run(
-            call.strips(),
-            [](void* context, int64_t begin, int64_t end) {
-              for (int64_t strip = begin; strip < end; ++strip)
-                static_cast<Context*>(context)->add_parts(strip);
-            },
-            &call);
-    } else {
-      parallel.run(
-          call.panel_units() * call.tile_units(),
-          [](void* context, int64_t begin, int64_t end) {
-            for (int64_t unit = begin; unit < end; ++unit)
-              static_cast<Context*>(context)->multiply_unit(unit);
-          },
-          &call);
+    if constexpr (Core::kHasFewRows) {
+      if (Core::takes_few_rows(call)) {
+        run_few_rows(call, parallel);
+        continue;
+      }
     }
+    parallel.run(
+        call.panel_units() * call.tile_units(),
+        [](void* context, int64_t begin, int64_t end) {
+          for (int64_t unit = begin; unit < end; ++unit)
+            static_cast<Context*>(context)->multiply_unit(unit);
+        },
+        &call);
   }
 }
 

@@ -68,9 +68,14 @@ struct Engine {
 
 // One per translation unit; the last is plain C++ and always there.
 #ifdef COMPRESSED_LINEAR_X86
+extern const Engine kEngineAmx;
+extern const Engine kEngineAmxEmulated;  // in the native tests only
 extern const Engine kEngineAvx512Bf16;
 extern const Engine kEngineAvx512;
 extern const Engine kEngineAvx2;
+#endif
+#ifdef COMPRESSED_LINEAR_ARM
+extern const Engine kEngineNeon;
 #endif
 extern const Engine kEngineGeneric;
 

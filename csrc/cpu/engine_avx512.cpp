@@ -330,7 +330,7 @@ inline void decode_block(const Code& code, const uint8_t* block, float* out,
   (store(P, code.template pair<P>(block)), ...);
 }
 
-struct FmaCore {
+struct FmaCore : RegisterCore<FmaCore> {
   using Acc = __m512;
   using Sum = __m512;
   using Weights = __m512;

@@ -7,6 +7,7 @@
 
 #include <utility>
 
+#include "bf16_parts.h"
 #include "decode_avx512bf16.h"
 #include "driver.h"
 #include "prefetch.h"
@@ -17,27 +18,6 @@ namespace {
 // 24 of the 32 registers hold sums.
 constexpr int kRegisterRows = 6, kRegisterTiles = 4;
 static_assert(kRegisterTiles == kStrip, "the blocks of a register block follow each other");
-
-// ---- decoding into memory ---------------------------------------------------------------------
-
-template <class Code, int... P>
-inline void decode_block(const uint8_t* block, const Table& table, uint8_t* out,
-                         std::integer_sequence<int, P...>) {
-  (_mm512_store_si512(out + kRowBytes * P, Code::template pair<P>(block, table)), ...);
-}
-
-template <class Code>
-void decode_chunk(const Problem& p, const uint8_t* packed, int64_t stride, int64_t width,
-                  uint8_t* out) {
-  const Table table(p);
-  for (int64_t k = 0; k < width; k += kBlock) {
-    for (int64_t line = 0; line < Code::kBits; ++line)  // the next chunk of this tile
-      _mm_prefetch(packed + kChunk / kBlock * stride + line * kRowBytes, _MM_HINT_T0);
-    decode_block<Code>(packed, table, out, std::make_integer_sequence<int, kPairs>());
-    packed += stride;
-    out += kRowBytes * kPairs;
-  }
-}
 
 // ---- few rows: decode in registers, touch every weight once -----------------------------------
 
@@ -194,7 +174,7 @@ FewRowsFunction few_rows_kernel_for(int64_t rows, int64_t parts) {
 // ---- the core for driver.h --------------------------------------------------------------------
 
 // Weights that are exact in bf16.
-struct DotCore {
+struct DotCore : RegisterCore<DotCore> {
   using Acc = __m512;
   using Sum = __m512;
   using Weights = __m512bh;
@@ -220,14 +200,6 @@ struct DotCore {
   }
 
   static int64_t parts(Scalar type) { return type == Scalar::float16 ? 2 : 1; }
-  // The leading eight significant bits; what is left is exact. Infinities and NaN leave nothing.
-  static uint32_t take_part(float& value) {
-    uint32_t bits = bits_of(value);
-    const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
-    if ((bits & 0x7fffffffu) > 0x7f800000u) bits |= 0x400000u;
-    value = finite ? value - float_of(bits & 0xffff0000u) : 0.0f;
-    return bits >> 16;
-  }
   static void split(const Problem& p, const float* row, int64_t parts, uint32_t* out,
                     int64_t stride) {
     const int64_t padded_k = p.geometry.padded_k;
@@ -238,19 +210,12 @@ struct DotCore {
     }
     for (int64_t i = 0; i < padded_k / 2; ++i) {
       float even = row[2 * i], odd = row[2 * i + 1];
-      for (int64_t q = 0; q < parts; ++q) {
-        const uint32_t low = take_part(even);
-        out[(i * parts + q) * stride] = low | (take_part(odd) << 16);
-      }
+      for (int64_t q = 0; q < parts; ++q) out[(i * parts + q) * stride] = take_pair(even, odd);
     }
   }
 
   static void decode(const Problem& p, int64_t tile, int64_t k0, int64_t width, uint8_t* out) {
-    const Geometry& g = p.geometry;
-    const uint8_t* packed = p.packed + g.block_at(tile, k0);
-    const int64_t stride = g.block_stride(tile);
-    with_decoder(g.element,
-                 [&](auto code) { decode_chunk<decltype(code)>(p, packed, stride, width, out); });
+    decode_tile(p, tile, k0, width, out);
   }
 
   static bool copy_row(const Problem& p, int64_t m, uint32_t* words, int64_t stride) {

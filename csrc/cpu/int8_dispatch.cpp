@@ -17,6 +17,11 @@ const std::vector<Candidate<IntegerEngine>>& candidates() {
       {&kIntegerEngineAvx512Bw, missing_features().avx512},
       {&kIntegerEngineAvx2, missing_features().avx2},
 #endif
+#ifdef COMPRESSED_LINEAR_ARM
+      {&kIntegerEngineI8mm, missing_features().i8mm},
+      {&kIntegerEngineDotprod, missing_features().dotprod},
+      {&kIntegerEngineNeon, missing_features().neon},
+#endif
       {&kIntegerEngineGeneric, ""},
   };
   return list;
@@ -32,6 +37,7 @@ std::vector<std::string> of_tier(const std::string& tier) {
   if (tier == "generic") return {"generic"};
   if (tier == "avx2") return {"avxvnni", "avx2"};
   if (tier == "avx512") return {"avx512bw"};
+  if (tier == "neon") return {"i8mm", "dotprod", "neon"};
   return {};
 }
 

@@ -46,6 +46,11 @@ extern const IntegerEngine kIntegerEngineAvxVnni;
 extern const IntegerEngine kIntegerEngineAvxVnniEvex;  // in the native tests only
 extern const IntegerEngine kIntegerEngineAvx2;
 #endif
+#ifdef COMPRESSED_LINEAR_ARM
+extern const IntegerEngine kIntegerEngineI8mm;
+extern const IntegerEngine kIntegerEngineDotprod;
+extern const IntegerEngine kIntegerEngineNeon;
+#endif
 extern const IntegerEngine kIntegerEngineGeneric;
 
 // Names of the integer engines this processor can run, best first.

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <numeric>
 #include <random>
@@ -76,6 +77,18 @@ void check(bool good, const Case& c, const char* isa, const std::string& message
   if (good) return;
   ++failures;
   std::printf("FAIL %s on %s: %s\n", c.what.c_str(), isa, message.c_str());
+}
+
+std::vector<const cl::Engine*> engines() {
+  std::vector<const cl::Engine*> found;
+  for (const std::string& isa : cl::supported_isas()) {
+    cl::select_engine(isa);
+    found.push_back(&cl::engine());
+  }
+#if defined(COMPRESSED_LINEAR_X86)
+  if (found.front()->isa == std::string("avx512bf16")) found.push_back(&cl::kEngineAmxEmulated);
+#endif
+  return found;
 }
 
 void run(const Case& c) {
@@ -210,10 +223,10 @@ void run(const Case& c) {
   }
   check(furthest <= 1, c, "lookup", "error is " + std::to_string(furthest) + " times the allowed");
 
-  for (const std::string& isa : cl::supported_isas()) {
-    cl::select_engine(isa);
+  for (const cl::Engine* engine : engines()) {
+    const std::string isa = engine->isa;
     std::fill(out.begin(), out.end(), NAN);
-    cl::engine().linear(p, {&serial, 1});
+    engine->linear(p, {&serial, 1});
     double worst = 0;
     for (int64_t m = 0; m < c.m; ++m)
       for (int64_t row = 0; row < n; ++row) {
@@ -235,14 +248,22 @@ void run(const Case& c) {
     // The same bits from several threads, and for a row on its own.
     const std::vector<float> whole = out;
     std::fill(out.begin(), out.end(), NAN);
-    cl::engine().linear(p, {&threaded, 3});
+    engine->linear(p, {&threaded, 3});
     check(std::memcmp(out.data(), whole.data(), out.size() * 4) == 0, c, isa.c_str(),
           "threads change the result");
+    // Two calls at once.
+    std::vector<float> other(out.size(), NAN);
+    cl::Problem second = p;
+    second.out = other.data();
+    std::thread caller([&] { engine->linear(second, {&threaded, 3}); });
+    engine->linear(p, {&threaded, 3});
+    caller.join();
+    check(out == whole && other == whole, c, isa.c_str(), "calls disturb each other");
     if (c.m > 1) {
       cl::Problem last = p;
       last.m = 1;
       last.x = x.data() + (c.m - 1) * columns * cl::size_of(c.x_type);
-      cl::engine().linear(last, {&serial, 1});
+      engine->linear(last, {&serial, 1});
       check(std::memcmp(out.data(), whole.data() + (c.m - 1) * n, static_cast<size_t>(n) * 4) == 0,
             c, isa.c_str(), "a row on its own differs");
     }
@@ -270,7 +291,9 @@ void check_floats() {
 
 }  // namespace
 
-int main() {
+// Runs each STEP-th case, all of them by default.
+int main(int argc, char** argv) {
+  const int step = argc > 1 ? std::atoi(argv[1]) : 1;
   check_floats();
   const Shape shapes[] = {{70, 384, 128}, {33, 40, 20},  {16, 96, 8},  {20, 33, 1},
                           {17, 100, 100}, {48, 160, 32}, {70, 176, 16}};
@@ -282,14 +305,14 @@ int main() {
   const Scalar types[] = {Scalar::bfloat16, Scalar::float16, Scalar::float32};
   const Scalar scale_types[] = {Scalar::bfloat16, Scalar::float16, Scalar::float32, Scalar::e4m3,
                                 Scalar::e8m0};
-  int count = 0;
+  int count = 0, run_count = 0;
   for (const Shape& shape : shapes)
     for (int variant = 0; variant < 13; ++variant) {
       const bool coded = variant < 8;
       const cl::Element element =
           coded ? cl::Element{Kind::integer, variant + 1} : dense[variant - 8];
       for (const Scalar x_type : types)
-        for (const int64_t m : {1, 2, 4, 9, 40}) {
+        for (const int64_t m : {1, 2, 4, 9, 50}) {
           const bool zero = coded && count % 3 != 0, reorder = count % 4 == 1;
           const bool table = coded && variant < 7 && count % 5 == 0;
           Case c{"",   shape,          element, x_type, scale_types[count % 5],
@@ -304,8 +327,9 @@ int main() {
                    (zero ? " zero" : "") + (reorder ? " reorder" : "") + (table ? " table" : "") +
                    (c.row_scale ? " row_scale" : "") +
                    " scale=" + std::to_string(static_cast<int>(c.scale_type));
+          if (count++ % step != 0) continue;
           run(c);
-          ++count;
+          ++run_count;
         }
     }
   // So narrow and deep that K is cut among threads.
@@ -324,10 +348,10 @@ int main() {
              m};
       c.what = "deep uint" + std::to_string(bits) + " m=" + std::to_string(m);
       run(c);
-      ++count;
+      ++run_count;
     }
-  std::printf("%d cases on", count);
-  for (const std::string& isa : cl::supported_isas()) std::printf(" %s", isa.c_str());
+  std::printf("%d cases on", run_count);
+  for (const cl::Engine* engine : engines()) std::printf(" %s", engine->isa);
   std::printf(": %d failures\n", failures);
   return failures == 0 ? 0 : 1;
 }

@@ -4,6 +4,7 @@
 // access outside. No torch.
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <random>
 #include <string>
@@ -226,10 +227,12 @@ void test_floats() {
 
 }  // namespace
 
-int main() {
+// Runs each STEP-th layout, all of them by default.
+int main(int argc, char** argv) {
+  const int step = argc > 1 ? std::atoi(argv[1]) : 1;
   const std::vector<std::vector<int>> planes = {{1},    {2},    {2, 1},    {4},
                                                 {4, 1}, {4, 2}, {4, 2, 1}, {8}};
-  int count = 0;
+  int count = 0, run_count = 0;
   for (const CodeOrder order : {CodeOrder::n_major, CodeOrder::k_words, CodeOrder::k_major})
     for (int bits = 1; bits <= 8; ++bits)
       for (const int container : {8, 16, 32})
@@ -246,17 +249,18 @@ int main() {
           const int64_t stored_k =
               reorder ? 1 + below(4000 / (count % 3 == 0 ? 1 : 20)) : k + below(9);
           const int64_t n = 1 + below(150), rows = variant % 5 == 0 ? below(n + 1) : n;
+          if (count++ % step != 0) continue;
           test_codes("order " + std::to_string(static_cast<int>(order)) + " bits " +
                          std::to_string(bits) + " in " + std::to_string(container) + " planes " +
                          std::to_string(l.widths.size()) + (l.dense ? " dense" : "") + " n " +
                          std::to_string(n) + " rows " + std::to_string(rows) + " k " +
                          std::to_string(k) + (reorder ? " reorder" : ""),
                      l, element, n, rows, stored_k, k, group == 0 ? k : group, reorder);
-          ++count;
+          ++run_count;
         }
   test_wrong_codes();
   test_floats();
-  std::printf("%d layouts on", count);
+  std::printf("%d layouts on", run_count);
   for (const std::string& isa : cl::supported_isas()) std::printf(" %s", isa.c_str());
   std::printf(": %d failures\n", failures);
   return failures == 0 ? 0 : 1;

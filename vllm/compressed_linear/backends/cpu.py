@@ -2,7 +2,7 @@
 """Our own CPU kernels: codes stay packed in memory and are decoded in registers.
 
 Every width from 1 to 8 bits, any group size, bf16/fp16/fp32 weights and activations; AVX-512 with
-or without bf16 dot products, AVX2, or plain C++, whichever the processor has (``native.isa``).
+or without bf16 dot products, AVX2, NEON, or plain C++, whichever the processor has (``native.isa``).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vllm.compressed_linear.weights import CompressedWeights
 @dataclass(frozen=True)
 class _Speed:
     """Of one core: weights decoded a second (narrow: up to 5 bits), and the share that multiplying
-    reaches of the machine's best rate. Measured on a Zen 4 core."""
+    reaches of the machine's best rate. Measured on a Zen 4 core; "neon" is an estimate."""
 
     arithmetic: str
     efficiency: float
@@ -40,6 +40,7 @@ _SPEEDS = {
     "avx512bf16": _Speed("bf16", 0.95, 50e9, 25e9),
     "avx512": _Speed("fp32", 0.9, 50e9, 27e9),
     "avx2": _Speed("fp32", 0.88, 35e9, 20e9),
+    "neon": _Speed("fp32", 0.8, 10e9, 6e9),
     "generic": _Speed("fp32", 0.05, 1e9, 1e9),
 }
 _PARTS = {"bfloat16": 1, "float16": 2}
@@ -112,7 +113,7 @@ class CpuBackend(QuantLinearMethod):
             return forced
         if "avx512" in platform.features:
             return "avx512bf16" if "avx512_bf16" in platform.features else "avx512"
-        return "avx2" if "avx2" in platform.features else "generic"
+        return next((isa for isa in ("avx2", "neon") if isa in platform.features), "generic")
 
     @classmethod
     def seconds(cls, descriptor: CompressedLinearDescriptor, platform: Platform, m: int) -> float:
