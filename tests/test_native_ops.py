@@ -226,7 +226,7 @@ def test_a_row_has_the_same_bits_in_any_company(isa: str, element: str, dtype: t
         assert torch.equal(layer(x[205:206], out_dtype=dtype), full[205:206])
         threads = torch.get_num_threads()
         try:
-            for number in (1, 2, 5):
+            for number in (1, 3):
                 torch.set_num_threads(number)
                 assert torch.equal(layer(x, out_dtype=dtype), full)
                 for m in (1, 3, 7):
