@@ -3,6 +3,7 @@
 
 Every width from 1 to 8 bits, any group size, bf16/fp16/fp32 weights and activations; AVX-512 with
 or without bf16 dot products, AVX2, NEON, or plain C++, whichever the processor has (``native.isa``).
+AMX only where it is asked for by name: it has never run on a processor that has it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from vllm.compressed_linear.weights import CompressedWeights
 @dataclass(frozen=True)
 class _Speed:
     """Of one core: weights decoded a second (narrow: up to 5 bits), and the share that multiplying
-    reaches of the machine's best rate. Measured on a Zen 4 core; "neon" is an estimate."""
+    reaches of the machine's best rate. Measured on a Zen 4 core; "amx" and "neon" are guesses."""
 
     arithmetic: str
     efficiency: float
@@ -37,6 +38,7 @@ class _Speed:
 
 
 _SPEEDS = {
+    "amx": _Speed("bf16", 0.5, 30e9, 20e9),
     "avx512bf16": _Speed("bf16", 0.95, 50e9, 25e9),
     "avx512": _Speed("fp32", 0.9, 50e9, 27e9),
     "avx2": _Speed("fp32", 0.88, 35e9, 20e9),
