@@ -2,8 +2,9 @@
 """Our own CPU kernels: codes stay packed in memory and are decoded in registers.
 
 Every width from 1 to 8 bits, any group size, bf16/fp16/fp32 weights and activations; AVX-512 with
-or without bf16 dot products, AVX2, NEON, or plain C++, whichever the processor has (``native.isa``).
-AMX only where it is asked for by name: it has never run on a processor that has it.
+or without bf16 dot products, AVX2, NEON, or plain C++, whichever the processor has
+(``native.isa``). AMX only where it is asked for by name: it has never run on a processor that has
+it.
 """
 
 from __future__ import annotations
