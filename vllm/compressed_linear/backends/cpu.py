@@ -18,7 +18,12 @@ import torch
 from vllm.compressed_linear import native, numerics
 from vllm.compressed_linear.backend import Capabilities, QuantLinearMethod
 from vllm.compressed_linear.backends.cpu_preparation import pack_codes, pack_scales
-from vllm.compressed_linear.backends.tiles import scale_dtype, zero_dtype
+from vllm.compressed_linear.backends.tiles import (
+    scale_dtype,
+    small_bytes,
+    small_tensors,
+    zero_dtype,
+)
 from vllm.compressed_linear.cost import roofline
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor, activation_kinds
 from vllm.compressed_linear.numerics import ElementType, torch_dtype
@@ -162,19 +167,10 @@ class CpuBackend(QuantLinearMethod):
         for dtype in (scale_dtype(d), zero_dtype(d)):
             if dtype is not None:
                 per_tile += d.groups * native.TILE * dtype.itemsize
-        total = tiles * per_tile
-        if d.channel_order is not None:
-            total += d.k * torch.int32.itemsize
+        total = tiles * per_tile + small_bytes(d, d.activation)
         table = _table(weight.element)
         if table is not None:
             total += table.numel() * table.itemsize
-        if weight.row_scale is not None:
-            total += d.n * torch.float32.itemsize
-        if d.prescale is not None:
-            total += d.k * torch.float32.itemsize
-        if d.activation is not None:
-            total += d.activation.needs_scale * torch.float32.itemsize
-            total += d.activation.needs_zero * torch.int32.itemsize
         return total
 
     @classmethod
@@ -198,12 +194,7 @@ class CpuBackend(QuantLinearMethod):
         }
         pack_scales(tensors, weights, d)
         tensors["packed"] = packed
-        if weights.permutation is not None:
-            tensors["perm"] = weights.permutation.to(torch.int32).contiguous()
-        for name in ("row_scale", "prescale", "input_scale", "input_zero"):
-            values = getattr(weights, name)
-            if values is not None:
-                tensors[name] = values.clone(memory_format=torch.contiguous_format)
+        tensors |= small_tensors(weights, d.activation)
         table = _table(d.weight.element)
         if table is not None:
             tensors["table"] = table

@@ -15,7 +15,13 @@ import torch
 
 from vllm.compressed_linear import native
 from vllm.compressed_linear.backend import Capabilities, QuantLinearMethod
-from vllm.compressed_linear.backends.tiles import put_tiles, scale_dtype, zero_dtype
+from vllm.compressed_linear.backends.tiles import (
+    put_tiles,
+    scale_dtype,
+    small_bytes,
+    small_tensors,
+    zero_dtype,
+)
 from vllm.compressed_linear.cost import roofline
 from vllm.compressed_linear.descriptor import ActivationSpec, CompressedLinearDescriptor
 from vllm.compressed_linear.numerics import INT8, torch_dtype
@@ -145,6 +151,21 @@ class CpuInt8Backend(QuantLinearMethod):
         )
 
     @classmethod
+    def prepared_bytes(cls, descriptor: CompressedLinearDescriptor) -> int | None:
+        d = descriptor
+        activation = cls._activation(d)
+        assert activation is not None
+        if native.available() is not None or not activation.symmetric:
+            return None  # how many sums of codes there are only the kernels know
+        per_tile = torch.ops.compressed_linear.packed_tile_bytes_int8(
+            d.k, d.group_size, f"uint{d.weight.element.bits}"
+        )
+        for dtype in (scale_dtype(d), zero_dtype(d)):
+            if dtype is not None:
+                per_tile += d.groups * native.TILE * dtype.itemsize
+        return -(-d.n // native.TILE) * per_tile + small_bytes(d, activation)
+
+    @classmethod
     def layout_version(
         cls, descriptor: CompressedLinearDescriptor, platform: Platform
     ) -> str | None:
@@ -169,18 +190,7 @@ class CpuInt8Backend(QuantLinearMethod):
             for name, values in (("scale", rows.scale), ("zero", rows.zero)):
                 if name in tensors and values is not None:
                     put_tiles(tensors[name], values, start, f"{name} of {d}")
-        if weights.permutation is not None:
-            tensors["perm"] = weights.permutation.to(torch.int32).contiguous()
-        for name in ("row_scale", "prescale"):
-            numbers = getattr(weights, name)
-            if numbers is not None:
-                tensors[name] = numbers.clone(memory_format=torch.contiguous_format)
-        if activation.needs_scale:
-            assert weights.input_scale is not None
-            tensors["input_scale"] = weights.input_scale.to(torch.float32).reshape(1).clone()
-        if activation.needs_zero:
-            assert weights.input_zero is not None
-            tensors["input_zero"] = weights.input_zero.to(torch.int32).reshape(1).clone()
+        tensors |= small_tensors(weights, activation)
         if not activation.symmetric:
             tensors["code_sums"] = ops.code_sums_int8(
                 tensors["packed"], d.n, d.k, d.group_size, self.element, _channels(activation)

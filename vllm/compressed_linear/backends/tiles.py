@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scales and zero points beside packed tiles of 16 output channels."""
+"""What stands beside the packed codes of the CPU kernels: scales and zero points in tiles of 16
+output channels, and the small tensors of a layer."""
 
 from __future__ import annotations
 
 import torch
 
 from vllm.compressed_linear import native
-from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
+from vllm.compressed_linear.descriptor import ActivationSpec, CompressedLinearDescriptor
 from vllm.compressed_linear.numerics import torch_dtype
+from vllm.compressed_linear.weights import CompressedWeights
 
 
 def scale_dtype(d: CompressedLinearDescriptor) -> torch.dtype | None:
@@ -42,3 +44,43 @@ def put_tiles(target: torch.Tensor, values: torch.Tensor, start: int, what: str)
         exact = torch.nn.functional.pad(exact, (0, 0, 0, missing))
     tiles = exact.unflatten(0, (-1, native.TILE)).transpose(1, 2)
     target[start // native.TILE : start // native.TILE + len(tiles)] = tiles
+
+
+def small_tensors(
+    weights: CompressedWeights, activation: ActivationSpec | None
+) -> dict[str, torch.Tensor]:
+    """Copies of those that ``weights`` has of: ``perm`` int32 [K], ``row_scale`` float32 [N],
+    ``prescale`` float32 [K], and where ``activation`` is static ``input_scale`` float32 [1] and
+    ``input_zero`` int32 [1]."""
+    static = activation is not None and activation.needs_scale
+    shifted = activation is not None and activation.needs_zero
+    found = {
+        "perm": (weights.permutation, torch.int32),
+        "row_scale": (weights.row_scale, torch.float32),
+        "prescale": (weights.prescale, torch.float32),
+        "input_scale": (weights.input_scale if static else None, torch.float32),
+        "input_zero": (weights.input_zero if shifted else None, torch.int32),
+    }
+    tensors = {
+        name: values.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        for name, (values, dtype) in found.items()
+        if values is not None
+    }
+    for name in ("input_scale", "input_zero"):
+        if name in tensors:
+            tensors[name] = tensors[name].reshape(1)
+    return tensors
+
+
+def small_bytes(d: CompressedLinearDescriptor, activation: ActivationSpec | None) -> int:
+    """What ``small_tensors`` of a layer take."""
+    numbers = 0  # of four bytes each
+    if d.channel_order is not None:
+        numbers += d.k
+    if d.weight.row_scale is not None:
+        numbers += d.n
+    if d.prescale is not None:
+        numbers += d.k
+    if activation is not None:
+        numbers += activation.needs_scale + activation.needs_zero
+    return 4 * numbers
