@@ -6,9 +6,10 @@
 //   Acc                    fp32 partial sums of a tile, possibly several for a channel
 //   Weights, Activation    one step of a tile, and x of one step and row, broadcast
 //   kStep, kStepBytes      input channels per step, and bytes of one decoded step of a tile
-//   kWords                 32-bit words of x in a step: 1 (fp32, or a bf16 pair), 2 (fp32 pair)...
+//   kWords                 32-bit words of x in a step: 1 (fp32, or a bf16 pair), 2 (fp32 pair) or
+//                          those of a block
 //   kRows, kTiles          the register block: rows of x by tiles
-//   kMaxParts              most parts of x, see bf16_parts.h
+//   kMaxParts              most parts of x: fp16 activations are two exact bf16 parts
 //   zero, load, broadcast, mac
 //   sum, add_offset, scale_into        one fp32 sum per channel of a tile, and what is done to it
 //   parts(type), split(problem, row, ...)   how a row of x becomes words
