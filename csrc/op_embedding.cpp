@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <limits>
+
 #include "counters.h"
 #include "cpu/embedding.h"
 #include "op_arguments.h"
@@ -26,7 +28,8 @@ Tensor embedding(Tensor ids, Tensor packed, std::optional<Tensor> scale, std::op
   l.wide_table = values.wide;
   check_element_bias(op, element, element_bias);
   l.bias = static_cast<float>(element_bias);
-  if (channels < 1) fail(op, "channels is ", channels, ", expected at least 1");
+  if (channels < 1 || channels > std::numeric_limits<int32_t>::max())
+    fail(op, "channels is ", channels, ", expected 1 to 2147483647, what perm can name");
   l.perm = perm_data(op, perm, k, channels);
   if (l.perm == nullptr && channels != k)
     fail(op, "channels is ", channels, " without perm, expected k = ", k);
