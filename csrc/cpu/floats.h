@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -132,6 +132,22 @@ inline void load_scalars(const void* data, Scalar type, int64_t index, int64_t c
   }
 }
 
+#if defined(__AVX2__)
+// What to_bf16 gives for each of eight.
+inline void store_eight_bf16(void* to, __m256 values) {
+  const __m256i bits = _mm256_castps_si256(values), high = _mm256_srli_epi32(bits, 16);
+  const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+  const __m256i bias = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, bias), 16);
+  const __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+  const __m256 is_nan = _mm256_cmp_ps(values, values, _CMP_UNORD_Q);
+  const __m256i words = _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(is_nan));
+  // Four halves of each 128 bits, then the two fours together.
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(words, words), 0x08);
+  _mm_storeu_si128(static_cast<__m128i*>(to), _mm256_castsi256_si128(packed));
+}
+#endif
+
 inline void store_scalars(void* data, Scalar type, int64_t index, int64_t count, const float* in) {
   char* to = static_cast<char*>(data) + index * size_of(type);
   if (type == Scalar::float32) {
@@ -139,13 +155,11 @@ inline void store_scalars(void* data, Scalar type, int64_t index, int64_t count,
     return;
   }
   int64_t i = 0;
-  if (type == Scalar::bfloat16) {
-    // Sixteen at once, which the compiler turns into vectors.
-    for (uint16_t halves[16]; i + 16 <= count; i += 16) {
-      for (int64_t j = 0; j < 16; ++j) halves[j] = to_bf16(in[i + j]);
-      std::memcpy(to + 2 * i, halves, sizeof(halves));
-    }
-  }
+#if defined(__AVX2__)
+  // Left to the compiler this becomes vectors in some units only.
+  if (type == Scalar::bfloat16)
+    for (; i + 8 <= count; i += 8) store_eight_bf16(to + 2 * i, _mm256_loadu_ps(in + i));
+#endif
   for (; i < count; ++i) {
     const uint16_t half = type == Scalar::bfloat16 ? to_bf16(in[i]) : to_fp16(in[i]);
     std::memcpy(to + 2 * i, &half, 2);

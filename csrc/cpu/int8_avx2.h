@@ -24,6 +24,10 @@ struct Avx2Core {
     return _mm256_loadu_si256(reinterpret_cast<const Reg*>(at));
   }
   static Float load(const float* at) { return _mm256_loadu_ps(at); }
+  static Float load_bf16(const uint16_t* at) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+  }
   static void store(uint8_t* at, Reg value) {
     _mm256_storeu_si256(reinterpret_cast<Reg*>(at), value);
   }
@@ -35,6 +39,7 @@ struct Avx2Core {
   static Float set(float value) { return _mm256_set1_ps(value); }
   static Reg subtract(Reg a, Reg b) { return _mm256_sub_epi32(a, b); }
   static Reg multiply(Reg a, Reg b) { return _mm256_mullo_epi32(a, b); }
+  static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
   static Float multiply(Float a, Float b) { return _mm256_mul_ps(a, b); }
   static Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
   static Float convert(Reg value) { return _mm256_cvtepi32_ps(value); }

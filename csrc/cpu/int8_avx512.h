@@ -20,6 +20,10 @@ struct Avx512Core {
   static Reg load(const uint8_t* at) { return _mm512_loadu_si512(at); }
   static Reg load(const int32_t* at) { return _mm512_loadu_si512(at); }
   static Float load(const float* at) { return _mm512_loadu_ps(at); }
+  static Float load_bf16(const uint16_t* at) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  }
   static void store(uint8_t* at, Reg value) { _mm512_storeu_si512(at, value); }
   static void store(int32_t* at, Reg value) { _mm512_storeu_si512(at, value); }
   static void store(float* at, Float value) { _mm512_storeu_ps(at, value); }
@@ -27,6 +31,7 @@ struct Avx512Core {
   static Float set(float value) { return _mm512_set1_ps(value); }
   static Reg subtract(Reg a, Reg b) { return _mm512_sub_epi32(a, b); }
   static Reg multiply(Reg a, Reg b) { return _mm512_mullo_epi32(a, b); }
+  static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
   static Float multiply(Float a, Float b) { return _mm512_mul_ps(a, b); }
   static Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
   static Float convert(Reg value) { return _mm512_cvtepi32_ps(value); }

@@ -16,7 +16,11 @@
 // of panels times one strip of four tiles. It walks K in chunks; weights of a chunk are read by
 // panel after panel, either as they are packed or, for many panels, decoded to bytes once. What a
 // chunk's end cuts goes on as integers, so that neither chunks nor panels change a result: per
-// output the integers of a segment are exact and the scaled segments are added in order of K.
+// output the integers of a segment are exact; times the scales of x they are added over a weight
+// group, and times the scales of the weights over the groups, in order of K (int8_rows.h).
+//
+// While a chunk is worked on, the next one is fetched into the cache, a share for every panel:
+// otherwise its first panel waits for memory and the others leave memory idle.
 #pragma once
 
 #include <utility>
@@ -24,6 +28,7 @@
 #include "arena.h"
 #include "int8_rows.h"
 #include "panels.h"
+#include "prefetch.h"
 
 namespace compressed_linear::cpu {
 namespace {  // see layout.h
@@ -31,6 +36,10 @@ namespace {  // see layout.h
 constexpr int64_t kIntegerPanelsPerUnit = 48;
 constexpr int64_t kIntegerActivationBytes = 16 << 20;  // quantised rows held at once
 constexpr int64_t kIntegerChunk = 2048;  // input channels of a strip that panels read in turn
+// How far ahead a panel that is alone fetches codes of 8 bits. On huge pages processors do that by
+// themselves, and best so for narrower codes; on small pages this takes 0.70 ms instead of 0.94
+// (N = K = 4096, Zen 4).
+constexpr int64_t kNextBlock = kQuads * kStrip * kRowBytes;
 // Panels beyond which narrow codes are decoded to bytes first.
 constexpr int64_t kDirectPanels = 3;
 
@@ -49,16 +58,20 @@ struct KernelArgs {
   int64_t piece_count;
   const IntegerSegment* segments;
   int64_t segment_count;
-  int64_t first_segment;        // of the chunk
-  const float* scale;           // [segment - first_segment][tile of strip][16], this first tile
-  const float* negated_offset;  // same shape, or null
-  const int32_t* code_sums;     // [tile][segment][16] from the first tile on, or null
-  const int32_t* start;         // [segment][row] -middle * sum(q - zero_x)
-  const float* row_sums;        // [segment][row] sum(q - zero_x)
-  const int32_t* zero_x;        // [x group][row]
-  const float* scale_x;         // [x group][row], or null to leave it to the end
-  int32_t* partial;             // [row][tile][16]
-  float* totals;                // [row][tile][16]
+  const Problem* problem;    // whose scales and zero points are read
+  int64_t tile;              // the first one
+  const int32_t* code_sums;  // [tile][segment][16] from the first tile on, or null
+  const int32_t* start;      // [segment][row] -middle * sum(q - zero_x)
+  const float* group_sums;   // [group][row] what the offset is multiplied with, or null
+  const int32_t* zero_x;     // [x group][row]
+  const float* scale_x;      // [x group][row], or null to leave it to the end
+  int32_t* partial;          // [row][tile][16] of an unfinished segment
+  float* grouped;            // [row][tile][16] of an unfinished weight group
+  float* totals;             // [row][tile][16]
+  // What to fetch: a block's lines at `fetch` while block fetch_first is worked on, and on from
+  // there with every fetch_every-th block, up to fetch_end.
+  const uint8_t *fetch, *fetch_end;
+  int64_t fetch_first, fetch_every;
 };
 
 // Codes of quad J of a block, one byte each. block: the tile's part of the first row; stride: from
@@ -121,56 +134,126 @@ struct Kernel {
   }
 
   // One quad that is not known when compiling: where segments end inside a block.
-  static void odd_step(const KernelArgs& a, const uint8_t* block, int64_t quad, const int32_t* x,
-                       Sums& acc) {
+  [[gnu::always_inline]] static void odd_step(const KernelArgs& a, const uint8_t* block,
+                                              int64_t quad, const int32_t* x, Sums& acc) {
     if constexpr (Bits == 8) step<0>(block + quad * a.row_stride, 0, x, acc);
   }
 
-  template <int... I>
-  [[gnu::always_inline]] static void whole_block(const uint8_t* block, int64_t stride,
-                                                 const int32_t* x, Sums& acc,
-                                                 std::integer_sequence<int, I...>) {
-    (step<quad_order(Bits, I)>(block, stride, x + quad_order(Bits, I) * Rows, acc), ...);
+  template <bool Fetch, int I>
+  [[gnu::always_inline]] static void block_step(const uint8_t* block, int64_t stride,
+                                                const int32_t* x, Sums& acc, const uint8_t* fetch) {
+    if constexpr (Fetch) prefetch_share_far<I, kQuads, Bits * kStrip>(fetch);
+    step<quad_order(Bits, I)>(block, stride, x + quad_order(Bits, I) * Rows, acc);
   }
 
-  static void begin_segment(const KernelArgs& a, int64_t s, Sums& acc) {
-    const int32_t* zero_x = a.zero_x + a.segments[s].x_group * Rows;
+  template <bool Fetch, int... I>
+  [[gnu::always_inline]] static void whole_block(const uint8_t* block, int64_t stride,
+                                                 const int32_t* x, Sums& acc, const uint8_t* fetch,
+                                                 std::integer_sequence<int, I...>) {
+    (block_step<Fetch, I>(block, stride, x, acc, fetch), ...);
+  }
+
+  [[gnu::always_inline]] static void begin_segment(const KernelArgs& a, int64_t s, Sums& acc) {
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
       const Reg start = Core::set(a.start[s * Rows + r]);
 #pragma GCC unroll 8
+      for (int v = 0; v < Tiles * kVectors; ++v) acc[r][v] = start;
+    }
+    if (a.code_sums == nullptr) return;
+    const int32_t* zero_x = a.zero_x + a.segments[s].x_group * Rows;
+#pragma GCC unroll 8
+    for (int v = 0; v < Tiles * kVectors; ++v) {
+      const Reg sums = Core::load(a.code_sums + (v / kVectors * a.segment_count + s) * kTile +
+                                  v % kVectors * Core::kLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r)
+        acc[r][v] = Core::subtract(acc[r][v], Core::multiply(Core::set(zero_x[r]), sums));
+    }
+  }
+
+  [[gnu::always_inline]] static void end_segment(const KernelArgs& a, int64_t s, Sums& acc) {
+    const IntegerSegment& segment = a.segments[s];
+    Float sums[Rows][Tiles * kVectors];
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < Tiles * kVectors; ++v) sums[r][v] = Core::convert(acc[r][v]);
+    if (a.scale_x != nullptr || !segment.first) {
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) {
+        const Float by =
+            Core::set(a.scale_x == nullptr ? 1.0f : a.scale_x[segment.x_group * Rows + r]);
+        if (segment.first) {
+#pragma GCC unroll 8
+          for (int v = 0; v < Tiles * kVectors; ++v) sums[r][v] = Core::multiply(by, sums[r][v]);
+        } else {
+#pragma GCC unroll 8
+          for (int v = 0; v < Tiles * kVectors; ++v)
+            sums[r][v] = Core::fma(by, sums[r][v], Core::load(a.grouped + lane(r, v)));
+        }
+      }
+    }
+    if (!segment.last) {
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < Tiles * kVectors; ++v) Core::store(a.grouped + lane(r, v), sums[r][v]);
+      return;
+    }
+    const Problem& p = *a.problem;
+    if (a.group_sums != nullptr) {
+#pragma GCC unroll 8
       for (int v = 0; v < Tiles * kVectors; ++v) {
-        acc[r][v] = start;
-        if (a.code_sums == nullptr) continue;
-        const int32_t* sums = a.code_sums + (v / kVectors * a.segment_count + s) * kTile +
-                              v % kVectors * Core::kLanes;
-        acc[r][v] = Core::subtract(start, Core::multiply(Core::set(zero_x[r]), Core::load(sums)));
+        const Float offset = negated_offsets(p, scale_at(a, segment.group, v));
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r)
+          sums[r][v] =
+              Core::fma(Core::set(a.group_sums[segment.group * Rows + r]), offset, sums[r][v]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < Tiles * kVectors; ++v) {
+      const Float scale = scales(p, scale_at(a, segment.group, v));
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) {
+        float* total = a.totals + lane(r, v);
+        Core::store(total, Core::fma(scale, sums[r][v], Core::load(total)));
       }
     }
   }
 
-  static void end_segment(const KernelArgs& a, int64_t s, Sums& acc) {
-    const int64_t at = (s - a.first_segment) * kStrip * kTile;
-    const float* scale_x =
-        a.scale_x == nullptr ? nullptr : a.scale_x + a.segments[s].x_group * Rows;
-#pragma GCC unroll 8
-    for (int v = 0; v < Tiles * kVectors; ++v) {
-      const int64_t lane = v * Core::kLanes;
-      const Float scale = Core::load(a.scale + at + lane);
-#pragma GCC unroll 8
-      for (int r = 0; r < Rows; ++r) {
-        Float value = Core::convert(acc[r][v]);
-        if (a.negated_offset != nullptr)
-          value = Core::fma(Core::set(a.row_sums[s * Rows + r]),
-                            Core::load(a.negated_offset + at + lane), value);
-        if (scale_x != nullptr) value = Core::multiply(value, Core::set(scale_x[r]));
-        float* total = a.totals + r * Tiles * kTile + lane;
-        Core::store(total, Core::fma(scale, value, Core::load(total)));
-      }
-    }
+  // Where the sums of a row and vector begin in partial, grouped and totals.
+  static constexpr int64_t lane(int r, int v) { return (r * Tiles * kVectors + v) * Core::kLanes; }
+
+  // Where the numbers of a group and vector begin among scales and zero points.
+  [[gnu::always_inline]] static int64_t scale_at(const KernelArgs& a, int64_t group, int v) {
+    return ((a.tile + v / kVectors) * a.problem->geometry.groups + group) * kTile +
+           v % kVectors * Core::kLanes;
+  }
+
+  [[gnu::always_inline]] static Float numbers(const void* data, Scalar type, int64_t at) {
+    if (type == Scalar::float32) return Core::load(static_cast<const float*>(data) + at);
+    if (type == Scalar::bfloat16) return Core::load_bf16(static_cast<const uint16_t*>(data) + at);
+    alignas(64) float wide[Core::kLanes];
+    load_scalars(data, type, at, Core::kLanes, wide);
+    return Core::load(wide);
+  }
+
+  [[gnu::always_inline]] static Float scales(const Problem& p, int64_t at) {
+    return p.scale == nullptr ? Core::set(1.0f) : numbers(p.scale, p.scale_type, at);
+  }
+
+  // What load_negated_offset of rows.h gives.
+  [[gnu::always_inline]] static Float negated_offsets(const Problem& p, int64_t at) {
+    Float offset = Core::set(p.offset);
+    if (p.zero != nullptr) offset = Core::add(numbers(p.zero, p.zero_type, at), offset);
+    return Core::multiply(offset, Core::set(-1.0f));
   }
 
   static void run(const KernelArgs& a) {
+    const uint8_t* fetch = a.fetch;
+    int64_t until_fetch = a.fetch_first;
     for (int64_t i = 0; i < a.piece_count; ++i) {
       const Piece piece = a.pieces[i];
       Sums acc;
@@ -180,8 +263,7 @@ struct Kernel {
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
-          for (int v = 0; v < Tiles * kVectors; ++v)
-            acc[r][v] = Core::load(a.partial + (r * Tiles * kVectors + v) * Core::kLanes);
+          for (int v = 0; v < Tiles * kVectors; ++v) acc[r][v] = Core::load(a.partial + lane(r, v));
       }
       const int64_t from = piece.begin - a.chunk_begin;
       const uint8_t* block = a.weights + from / kBlock * a.block_stride;
@@ -194,8 +276,16 @@ struct Kernel {
       }
       // Known when compiling where a kernel takes whole strips.
       const int64_t stride = Tiles == kStrip ? kStrip * kRowBytes : a.row_stride;
-      for (; left >= kQuads; left -= kQuads, block += a.block_stride, x += kQuads * Rows)
-        whole_block(block, stride, x, acc, std::make_integer_sequence<int, kQuads>());
+      for (; left >= kQuads; left -= kQuads, block += a.block_stride, x += kQuads * Rows) {
+        constexpr auto quads = std::make_integer_sequence<int, kQuads>();
+        if (until_fetch-- == 0 && fetch < a.fetch_end) {
+          whole_block<true>(block, stride, x, acc, fetch, quads);
+          fetch += a.fetch_every * Bits * kStrip * kRowBytes;
+          until_fetch = a.fetch_every - 1;
+        } else {
+          whole_block<false>(block, stride, x, acc, nullptr, quads);
+        }
+      }
       for (int64_t quad = 0; quad < left; ++quad, x += Rows) odd_step(a, block, quad, x, acc);
       if (piece.last) {
         end_segment(a, piece.segment, acc);
@@ -203,8 +293,7 @@ struct Kernel {
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
-          for (int v = 0; v < Tiles * kVectors; ++v)
-            Core::store(a.partial + (r * Tiles * kVectors + v) * Core::kLanes, acc[r][v]);
+          for (int v = 0; v < Tiles * kVectors; ++v) Core::store(a.partial + lane(r, v), acc[r][v]);
       }
     }
   }
@@ -309,11 +398,11 @@ struct IntegerCall {
   int64_t row0;   // first row of x in the panels
   Panels panels;  // of rows
   // Of panel i, at begin(i) times what a row takes, [...][row of the panel]:
-  int32_t* x;       // [quad]
-  int32_t* start;   // [segment]
-  float* row_sums;  // [segment]
-  int32_t* zero_x;  // [x group]
-  float* scale_x;   // [x group]
+  int32_t* x;         // [quad]
+  int32_t* start;     // [segment]
+  float* group_sums;  // [group], without offset unused
+  int32_t* zero_x;    // [x group]
+  float* scale_x;     // [x group]
   int64_t panels_per_unit;
 
   int64_t strips() const { return (g.tiles + kStrip - 1) / kStrip; }
@@ -338,15 +427,19 @@ struct IntegerCall {
           zero_x[begin * x_group_count + i * rows + r] = by[i].zero;
           scale_x[begin * x_group_count + i * rows + r] = by[i].scale;
         }
+        float group_sum = 0;
         for (int64_t s = 0; s < segment_count; ++s) {
-          const int64_t length = segments[s].end - segments[s].begin;
-          const int32_t sum = sum_bytes(q + segments[s].begin, length) -
-                              static_cast<int32_t>(length) * by[segments[s].x_group].zero;
-          const int64_t at = begin * segment_count + s * rows + r;
+          const IntegerSegment& segment = segments[s];
+          const int64_t length = segment.end - segment.begin;
+          const int32_t sum = sum_bytes(q + segment.begin, length) -
+                              static_cast<int32_t>(length) * by[segment.x_group].zero;
           // Modulo 2^32, as all these integers; only the sum of a segment need be in range.
-          start[at] =
+          start[begin * segment_count + s * rows + r] =
               static_cast<int32_t>(0u - static_cast<uint32_t>(middle) * static_cast<uint32_t>(sum));
-          row_sums[at] = static_cast<float>(sum);
+          if (!offset) continue;
+          group_sum = add_segment(segment, per_row ? 1.0f : by[segment.x_group].scale,
+                                  static_cast<float>(sum), group_sum);
+          group_sums[begin * g.groups + segment.group * rows + r] = group_sum;
         }
       }
     }
@@ -366,27 +459,25 @@ struct IntegerCall {
     const int bits = g.element.bits;
     const bool decode = bits < 8 && (!direct || tiles < kStrip);
     const int64_t slab_bytes = decode ? round_up(chunk, kBlock) * kStrip * kTile : 0;
-    const int64_t scale_floats = segments_per_chunk() * kStrip * kTile;
     const int64_t total_floats = rows * tiles * kTile;
-    uint8_t* slab = static_cast<uint8_t*>(worker_arena().reserve(
-        static_cast<size_t>(slab_bytes + (2 * scale_floats + 2 * total_floats) * 4)));
-    float* scale = reinterpret_cast<float*>(slab + slab_bytes);
-    float* negated_offset = scale + scale_floats;
-    float* totals = negated_offset + scale_floats;
-    int32_t* partial = reinterpret_cast<int32_t*>(totals + total_floats);
+    uint8_t* slab = static_cast<uint8_t*>(
+        worker_arena().reserve(static_cast<size_t>(slab_bytes + 3 * total_floats * 4)));
+    float* totals = reinterpret_cast<float*>(slab + slab_bytes);
+    float* grouped = totals + total_floats;
+    int32_t* partial = reinterpret_cast<int32_t*>(grouped + total_floats);
     std::memset(totals, 0, static_cast<size_t>(total_floats) * sizeof(float));
 
     prefetch_scales(tile0 + kStrip);
     KernelArgs args{};
     args.segments = segments;
     args.segment_count = segment_count;
+    args.problem = &p.linear;
     for (int64_t c = 0; c < chunks; ++c) {
       const int64_t k0 = c * chunk;
       const int64_t width = g.padded_k - k0 < chunk ? g.padded_k - k0 : chunk;
       args.pieces = pieces + chunk_pieces[c];
       args.piece_count = chunk_pieces[c + 1] - chunk_pieces[c];
       if (args.piece_count == 0) continue;
-      args.first_segment = args.pieces[0].segment;
       args.chunk_begin = k0;
       const uint8_t* packed = p.linear.packed + quads_at(g, tile0, k0);
       if (decode) decode_strip<Core>(bits, packed, tiles, width / kBlock, slab);
@@ -394,12 +485,16 @@ struct IntegerCall {
       const int stored_bits = decode ? 8 : bits;
       args.row_stride = tiles * kRowBytes;
       args.block_stride = stored_bits * args.row_stride;
-      load_scales(args, tile0, tiles, scale, negated_offset);
+      const int64_t packed_bytes = width / kBlock * bits * args.row_stride;
+      const bool alone = panel1 - panel0 == 1;
+      const int64_t ahead = !alone ? packed_bytes : bits == 8 ? kNextBlock : 0;
+      args.fetch_end = ahead == 0 ? nullptr : packed + ahead + packed_bytes;
+      args.fetch_every = panel1 - panel0;
       for (int64_t panel = panel0; panel < panel1; ++panel) {
         const int64_t begin = panels.begin(panel), height = panels.rows(panel);
         args.x = x + begin * (g.padded_k / kQuad);
         args.start = start + begin * segment_count;
-        args.row_sums = row_sums + begin * segment_count;
+        args.group_sums = offset ? group_sums + begin * g.groups : nullptr;
         args.zero_x = zero_x + begin * x_group_count;
         args.scale_x = per_row ? nullptr : scale_x + begin * x_group_count;
         const int64_t step = Core::tiles(static_cast<int>(height));
@@ -408,11 +503,13 @@ struct IntegerCall {
           // Blocks of [row][tile] sums, one for each kernel.
           const int64_t at = ((begin - row_begin) * tiles + t * height) * kTile;
           args.weights = weights + t * kRowBytes;
-          args.scale = scale + t * kTile;
-          args.negated_offset = offset ? negated_offset + t * kTile : nullptr;
+          args.tile = tile0 + t;
+          args.fetch_first = t == 0 ? panel - panel0 : -1;
+          args.fetch = packed + ahead + (panel - panel0) * stored_bits * kStrip * kRowBytes;
           args.code_sums =
               p.code_sums == nullptr ? nullptr : p.code_sums + (tile0 + t) * segment_count * kTile;
           args.partial = partial + at;
+          args.grouped = grouped + at;
           args.totals = totals + at;
           kernel_for<Core>(stored_bits, bits < 8, height, wide)(args);
         }
@@ -434,27 +531,6 @@ struct IntegerCall {
     };
     fetch(p.linear.scale, p.linear.scale_type);
     fetch(p.linear.zero, p.linear.zero_type);
-  }
-
-  // An upper bound of the segments that touch one chunk.
-  int64_t segments_per_chunk() const {
-    int64_t most = 0;
-    for (int64_t c = 0; c < chunks; ++c)
-      if (chunk_pieces[c + 1] - chunk_pieces[c] > most)
-        most = chunk_pieces[c + 1] - chunk_pieces[c];
-    return most;
-  }
-
-  void load_scales(const KernelArgs& a, int64_t tile0, int64_t tiles, float* scale,
-                   float* negated_offset) const {
-    for (int64_t i = 0; i < a.piece_count; ++i)
-      for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t group = segments[a.first_segment + i].group;
-        load_scale(p.linear, tile0 + t, group, scale + (i * kStrip + t) * kTile);
-        if (offset)
-          load_negated_offset(p.linear, tile0 + t, group,
-                              negated_offset + (i * kStrip + t) * kTile);
-      }
   }
 
   void store(int64_t panel, int64_t row_begin, int64_t tile0, int64_t tiles, float* totals) const {
@@ -524,7 +600,7 @@ void run_integer_linear(const IntegerProblem& p, const Parallel& parallel) {
   const int64_t activation_group = p.activation.group;
   const int64_t segment_count = count_segments(g, activation_group);
   const int64_t x_group_count = x_groups(g, activation_group);
-  const int64_t row_bytes = g.padded_k + 8 * (segment_count + x_group_count);
+  const int64_t row_bytes = g.padded_k + 4 * (segment_count + g.groups + 2 * x_group_count);
   int64_t rows_at_once = kIntegerActivationBytes / row_bytes;
   if (rows_at_once < Core::kRows) rows_at_once = Core::kRows;
   if (rows_at_once > p.linear.m) rows_at_once = p.linear.m;
@@ -539,7 +615,7 @@ void run_integer_linear(const IntegerProblem& p, const Parallel& parallel) {
     IntegerSegment* segments = nullptr;
     Piece* pieces = nullptr;
     int32_t *chunk_pieces = nullptr, *x = nullptr, *start = nullptr, *zero_x = nullptr;
-    float *row_sums = nullptr, *scale_x = nullptr;
+    float *group_sums = nullptr, *scale_x = nullptr;
     const auto carve = [&](uint8_t* memory) {
       Carver carver{memory};
       segments = carver.take<IntegerSegment>(segment_count);
@@ -547,7 +623,7 @@ void run_integer_linear(const IntegerProblem& p, const Parallel& parallel) {
       chunk_pieces = carver.take<int32_t>(chunks + 1);
       x = carver.take<int32_t>(rows * (g.padded_k / kQuad));
       start = carver.take<int32_t>(rows * segment_count);
-      row_sums = carver.take<float>(rows * segment_count);
+      group_sums = carver.take<float>(has_offset(p.linear) ? rows * g.groups : 0);
       zero_x = carver.take<int32_t>(rows * x_group_count);
       scale_x = carver.take<float>(rows * x_group_count);
       return carver.used;
@@ -575,7 +651,7 @@ void run_integer_linear(const IntegerProblem& p, const Parallel& parallel) {
                            panels,
                            x,
                            start,
-                           row_sums,
+                           group_sums,
                            zero_x,
                            scale_x,
                            kIntegerPanelsPerUnit};

@@ -21,17 +21,21 @@ struct Call {
     const Problem& linear = p.linear;
     const Geometry& g = linear.geometry;
     uint8_t* codes = static_cast<uint8_t*>(
-        worker_arena().reserve(static_cast<size_t>(g.padded_k + rows * 4) * kTile));
+        worker_arena().reserve(static_cast<size_t>(g.padded_k + 3 * rows * 4) * kTile));
     float* totals = reinterpret_cast<float*>(codes + g.padded_k * kTile);
+    float* grouped = totals + rows * kTile;
+    float* group_sums = grouped + rows * kTile;  // one for each row
     for (int64_t k = 0; k < g.padded_k; k += kBlock)
       unpack_quads_block(g, linear.packed, tile, k, codes + k * kTile);
-    std::memset(totals, 0, static_cast<size_t>(rows * kTile) * sizeof(float));
+    std::memset(codes + g.padded_k * kTile, 0, static_cast<size_t>(3 * rows * kTile) * 4);
+    const bool per_row = p.activation.group == 0;
     for_each_segment(g, p.activation.group, [&](const IntegerSegment& segment) {
       float scale[kTile], negated_offset[kTile];
       load_scale(linear, tile, segment.group, scale);
       load_negated_offset(linear, tile, segment.group, negated_offset);
       for (int64_t r = 0; r < rows; ++r) {
         const QuantizedGroup& group = by[r * x_group_count + segment.x_group];
+        const float scale_x = per_row ? 1.0f : group.scale;
         const int32_t middle = static_cast<int32_t>(linear.middle);
         int32_t acc[kTile] = {}, sum = 0;
         for (int64_t k = segment.begin; k < segment.end; ++k) {
@@ -39,17 +43,19 @@ struct Call {
           sum += value;
           for (int64_t i = 0; i < kTile; ++i) acc[i] += value * (codes[k * kTile + i] - middle);
         }
+        group_sums[r] = add_segment(segment, scale_x, static_cast<float>(sum), group_sums[r]);
         for (int64_t i = 0; i < kTile; ++i) {
-          float value = static_cast<float>(acc[i]);
-          if (has_offset(linear))
-            value = std::fma(static_cast<float>(sum), negated_offset[i], value);
-          if (p.activation.group != 0) value *= group.scale;
-          totals[r * kTile + i] = std::fma(scale[i], value, totals[r * kTile + i]);
+          float& value = grouped[r * kTile + i];
+          value = add_segment(segment, scale_x, static_cast<float>(acc[i]), value);
+          if (!segment.last) continue;
+          if (has_offset(linear)) value = std::fma(group_sums[r], negated_offset[i], value);
+          float& total = totals[r * kTile + i];
+          total = std::fma(scale[i], value, total);
         }
       }
     });
     for (int64_t r = 0; r < rows; ++r) {
-      if (p.activation.group == 0)
+      if (per_row)
         for (int64_t i = 0; i < kTile; ++i) totals[r * kTile + i] *= by[r].scale;
       store_row(linear, row0 + r, tile * kTile, kTile, totals + r * kTile);
     }

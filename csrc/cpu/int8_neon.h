@@ -20,6 +20,9 @@ struct NeonIntegerCore {
   static Reg load(const uint8_t* at) { return vreinterpretq_s32_u8(vld1q_u8(at)); }
   static Reg load(const int32_t* at) { return vld1q_s32(at); }
   static Float load(const float* at) { return vld1q_f32(at); }
+  static Float load_bf16(const uint16_t* at) {
+    return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(at), 16));
+  }
   static void store(uint8_t* at, Reg value) { vst1q_u8(at, vreinterpretq_u8_s32(value)); }
   static void store(int32_t* at, Reg value) { vst1q_s32(at, value); }
   static void store(float* at, Float value) { vst1q_f32(at, value); }
@@ -27,6 +30,7 @@ struct NeonIntegerCore {
   static Float set(float value) { return vdupq_n_f32(value); }
   static Reg subtract(Reg a, Reg b) { return vsubq_s32(a, b); }
   static Reg multiply(Reg a, Reg b) { return vmulq_s32(a, b); }
+  static Float add(Float a, Float b) { return vaddq_f32(a, b); }
   static Float multiply(Float a, Float b) { return vmulq_f32(a, b); }
   static Float fma(Float a, Float b, Float c) { return vfmaq_f32(c, a, b); }
   static Float convert(Reg value) { return vcvtq_f32_s32(value); }

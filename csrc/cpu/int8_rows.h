@@ -13,7 +13,18 @@ namespace {  // see layout.h
 struct IntegerSegment {
   int32_t begin, end;  // multiples of a quad
   int32_t group, x_group;
+  bool first, last;  // of the segments of the weight group
 };
+
+// The order of additions, the same in every engine. Over the segments of a weight group, in order
+// of K, with the scale of x (1 where that waits for the end of the row):
+//   group_value = add_segment(..., float(sum (q - zero_x)(code - middle)), group_value)
+//   group_sum   = add_segment(..., float(sum (q - zero_x)), group_sum)
+// and over the groups, where zero points or an offset take part from the second line on:
+//   total = fma(scale, fma(group_sum, -(zero + offset), group_value), total)
+inline float add_segment(const IntegerSegment& segment, float scale_x, float value, float before) {
+  return segment.first ? scale_x * value : __builtin_fmaf(scale_x, value, before);
+}
 
 // Keeps |sum of (q - zero)(code - middle)| <= 255 * 255 * length below 2^31, and the sum of
 // (q - zero) exact in fp32.
@@ -42,7 +53,8 @@ void for_each_segment(const Geometry& g, int64_t activation_group, const Add& ad
     if (x_end < end) end = x_end;
     if (at + kSegmentLimit < end) end = at + kSegmentLimit;
     add(IntegerSegment{static_cast<int32_t>(at), static_cast<int32_t>(end),
-                       static_cast<int32_t>(group), static_cast<int32_t>(x_group)});
+                       static_cast<int32_t>(group), static_cast<int32_t>(x_group),
+                       at == group * g.padded_group, end == (group + 1) * g.padded_group});
     at = end;
     if (at == x_end) ++x_group;
   }

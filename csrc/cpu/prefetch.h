@@ -27,5 +27,18 @@ inline void prefetch_share(const uint8_t* at) {
 #endif
 }
 
+// The same for lines that begin at `at`, into the second-level cache.
+template <int Share, int Shares, int Lines>
+inline void prefetch_share_far(const uint8_t* at) {
+#pragma GCC unroll 16
+  for (int line = Share * Lines / Shares; line < (Share + 1) * Lines / Shares; ++line) {
+#if defined(__aarch64__)
+    asm volatile("prfm pldl2keep, %0" : : "Q"(at[line * kRowBytes]) : "memory");
+#else
+    asm volatile("prefetcht1 %0" : : "m"(at[line * kRowBytes]) : "memory");
+#endif
+  }
+}
+
 }  // namespace
 }  // namespace compressed_linear::cpu

@@ -42,7 +42,7 @@ class _Speed:
 
 
 _SPEEDS = {
-    "avx512vnni": _Speed("int8", 0.9, 0.6, 60e9),
+    "avx512vnni": _Speed("int8", 0.95, 0.7, 60e9),
     "avxvnni": _Speed("int8", 0.8, 0.5, 60e9),
     "avx512bw": _Speed("int8", 0.4, 0.3, 60e9),
     "avx2": _Speed("int8", 0.4, 0.3, 30e9),
