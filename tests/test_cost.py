@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vllm.compressed_linear import machine, native, registry
-from vllm.compressed_linear.backends import cpu
+from vllm.compressed_linear.backends import cpu, cpu_int8
 from vllm.compressed_linear.cost import MIX, expected_seconds, roofline
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor, ScaleSpec, WeightSpec
 from vllm.compressed_linear.machine import MachineLimits, declared_limits
@@ -101,6 +101,15 @@ def test_exact_activations_of_more_bits_take_longer() -> None:
     ]
     assert times[1] > 1.9 * times[0]
     assert times[2] > 1.9 * times[0]  # in fp32, at half the rate of bf16
+
+
+def test_tiles_that_kernels_do_not_use_do_not_make_them_fast() -> None:
+    plain, tiles = Platform.parse("cpu:avx512bf16"), Platform.parse("cpu:amx")
+    for backend in (cpu.CpuBackend, cpu_int8.CpuInt8FastBackend):
+        of_tiles = backend.seconds(layer(uint(4, 8), "bfloat16"), tiles, 512)
+        assert of_tiles == pytest.approx(
+            backend.seconds(layer(uint(4, 8), "bfloat16"), plain, 512), rel=0.1
+        )
 
 
 @pytest.mark.skipif(native.available() is not None, reason=str(native.available()))

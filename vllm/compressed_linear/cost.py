@@ -36,6 +36,16 @@ def expected_seconds(seconds: Callable[[int], float]) -> float:
     return sum(share * seconds(m) for m, share in MIX.items())
 
 
+_VECTOR_SHARE_OF_AMX = 0.15
+
+
+def vector_share(platform: Platform, arithmetic: str) -> float:
+    """Share of the machine's best rate that is open to kernels without tile instructions: all of
+    it, but on AMX only what dot products of vectors do, by the declared rates."""
+    tiles = "amx" in platform.features and arithmetic != "fp32"
+    return _VECTOR_SHARE_OF_AMX if tiles else 1.0
+
+
 def roofline(
     platform: Platform,
     *,

@@ -24,7 +24,7 @@ from vllm.compressed_linear.backends.tiles import (
     small_tensors,
     zero_dtype,
 )
-from vllm.compressed_linear.cost import roofline
+from vllm.compressed_linear.cost import roofline, vector_share
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor, activation_kinds
 from vllm.compressed_linear.numerics import ElementType, torch_dtype
 from vllm.compressed_linear.platform import NATIVE_LIBRARY, Platform
@@ -127,7 +127,8 @@ class CpuBackend(QuantLinearMethod):
     def seconds(cls, descriptor: CompressedLinearDescriptor, platform: Platform, m: int) -> float:
         d, weight = descriptor, descriptor.weight
         element = weight.element
-        speed = _SPEEDS.get(cls.variant(d, platform), _SPEEDS["generic"])
+        variant = cls.variant(d, platform)
+        speed = _SPEEDS.get(variant, _SPEEDS["generic"])
         read = d.n * d.k * element.bits / 8
         for dtype in (scale_dtype(d), zero_dtype(d)):
             read += 0 if dtype is None else d.n * d.groups * dtype.itemsize
@@ -150,7 +151,8 @@ class CpuBackend(QuantLinearMethod):
             read_bytes=read,
             operations=2.0 * m * d.n * d.k * parts,
             arithmetic=arithmetic,
-            efficiency=speed.efficiency,
+            efficiency=speed.efficiency
+            * (1.0 if variant == "amx" else vector_share(platform, arithmetic)),
             decode_seconds=decode,
             call_seconds=_CALL_SECONDS,
         )

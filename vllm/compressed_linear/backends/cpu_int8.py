@@ -22,7 +22,7 @@ from vllm.compressed_linear.backends.tiles import (
     small_tensors,
     zero_dtype,
 )
-from vllm.compressed_linear.cost import roofline
+from vllm.compressed_linear.cost import roofline, vector_share
 from vllm.compressed_linear.descriptor import ActivationSpec, CompressedLinearDescriptor
 from vllm.compressed_linear.numerics import INT8, torch_dtype
 from vllm.compressed_linear.platform import NATIVE_LIBRARY, Platform, cpu_features
@@ -145,7 +145,8 @@ class CpuInt8Backend(QuantLinearMethod):
             read_bytes=read,
             operations=2.0 * m * d.n * d.k,
             arithmetic=speed.arithmetic,
-            efficiency=speed.grouped if activation.granularity == "group" else speed.efficiency,
+            efficiency=(speed.grouped if activation.granularity == "group" else speed.efficiency)
+            * vector_share(platform, speed.arithmetic),
             decode_seconds=d.n * d.k / (speed.decoded * platform.threads) if narrow else 0.0,
             call_seconds=_CALL_SECONDS,
         )
