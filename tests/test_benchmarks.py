@@ -14,11 +14,11 @@ import pytest
 import torch
 from gguf import GGUFReader
 
-from benchmarks import checkpoint, limits, linear, ours, plots, table, timing
+from benchmarks import checkpoint, limits, linear, markdown, ours, plots, table, timing
 from benchmarks.contender import Contender, copies_for
 from benchmarks.remote import STOCK, CannotRunError, RemoteContender, Vllm, checkpoint_tensors
 from benchmarks.schemes import SCHEMES
-from benchmarks.serving import llama_file, memory, step_worker, workload
+from benchmarks.serving import llama_file, memory, models, step_worker, vllm_engine, workload
 from benchmarks.serving.workload import Stream
 from model_loading import loaded
 from model_loading import logits as model_logits
@@ -152,6 +152,51 @@ def test_memory_of_grandchildren_is_seen() -> None:
 )
 def test_operators_are_told_apart(name: str, shapes: list[list[int]], kind: str) -> None:
     assert step_worker.kind(name, shapes, 262144) == kind
+
+
+def test_a_plan_tells_what_came_from_the_cache(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    layers = [
+        {"bytes_prepared": 10, "prepare_seconds": 0.5, "cache": "hit"},
+        {"bytes_prepared": 10, "prepare_seconds": 0.25, "cache": "miss"},
+        {"bytes_prepared": 0, "prepare_seconds": 0.0, "cache": ""},  # not ours: delegated
+    ]
+    plan.write_text(json.dumps({"layers": layers}))
+    found = vllm_engine.preparation(plan)
+    assert found == {"prepare_s": 0.75, "layers": 2, "from_cache": 1}
+
+
+@pytest.mark.parametrize("name", models.ALL)
+def test_engines_are_listed_before_what_they_serve_is_made(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(shape: checkpoint.Shape, form: checkpoint.Format, directory: Path) -> None:
+        raise AssertionError(f"{directory} is made")
+
+    monkeypatch.setattr(checkpoint, "write", made)
+    engines = models.ALL[name].engines
+    assert "llama" in engines
+    assert {key.removeprefix("vllm-") for key in engines if key.startswith("vllm-")} <= {
+        key.removeprefix("ours-") for key in engines
+    }
+
+
+def test_a_step_of_an_engine_without_profile_has_its_time_only(tmp_path: Path) -> None:
+    runs = {
+        "ours": {"name": "A", "ms": {"linears": 1.5, "Python": 2.0}, "wall_ms": 3.5},
+        "llama": {"name": "B", "ms": {}, "wall_ms": 9.0},
+    }
+    about = {"cpu": "C", "vllm": "1", "date": "today"}
+    report = {"title": "M", "streams": 1, "steps": 4, "kinds": ["linears", "Python"], "runs": runs}
+    file = tmp_path / "step.json"
+    file.write_text(json.dumps(report | {"machine": about}))
+    assert markdown.step(file).splitlines()[:5] == [
+        "| ms | A | B |",
+        "| --- | ---: | ---: |",
+        "| linears | 1.50 |  |",
+        "| Python | 2.00 |  |",
+        "| step | 3.50 | 9.00 |",
+    ]
 
 
 SMALL = checkpoint.Shape(256, 512, 2, 4, 2, 1024, False)

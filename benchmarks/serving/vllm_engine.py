@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from dataclasses import dataclass
@@ -13,8 +14,21 @@ from benchmarks.serving.client import Client
 from benchmarks.serving.memory import watched_children
 from benchmarks.serving.workload import CONTEXT, STREAMS, measure
 from server import serving
+from vllm.compressed_linear import settings
+from vllm.compressed_linear.plan import CACHE_HIT
 
 NAME = "model"
+
+
+def preparation(plan: Path) -> dict[str, Any]:
+    """What the plan that this package wrote says of the weights: seconds until they lay as its
+    kernels want them, layers, and how many of these came from the cache of prepared weights."""
+    layers = [x for x in json.loads(plan.read_text())["layers"] if x["bytes_prepared"]]
+    return {
+        "prepare_s": sum(layer["prepare_seconds"] for layer in layers),
+        "layers": len(layers),
+        "from_cache": sum(layer["cache"] == CACHE_HIT for layer in layers),
+    }
 
 
 @dataclass(frozen=True)
@@ -27,27 +41,48 @@ class VllmEngine:
     variables: tuple[tuple[str, str], ...] = ()
     quantization: str = ""
 
-    def run(self, log: Path, vocabulary: int, restart: bool) -> dict[str, Any]:
+    def run(self, log: Path, vocabulary: int, *, restart: bool, tokens: int) -> dict[str, Any]:
         """The figures of ``workload.measure``, seconds to start with empty caches, with ``restart``
         also those to start again with what that left, and peak memory.
 
-        Raises RuntimeError with vLLM's own errors if it does not start.
+        Both caches count: vLLM's of compiled code, and this package's of prepared weights. Raises
+        RuntimeError with vLLM's own errors if it does not start, or if the second start did not
+        find the weights that the first one prepared.
         """
-        with tempfile.TemporaryDirectory(dir=log.parent, prefix="cache-") as cache:
+        with tempfile.TemporaryDirectory(dir=log.parent, prefix="cache-") as directory:
+            caches = Path(directory)
+            plan = caches / "plan.json"
             environment = {
                 "HF_HUB_OFFLINE": "1",
-                "VLLM_CACHE_ROOT": cache,
+                "VLLM_CACHE_ROOT": str(caches / "vllm"),
                 "VLLM_CPU_KVCACHE_SPACE": "1",
                 "VLLM_NO_USAGE_STATS": "1",
+                settings.CACHE: str(caches / "prepared"),
+                settings.PLAN_FILE: str(plan),
                 **dict(self.variables),
             }
-            first = self._served(log, environment, vocabulary)
+            figures = self._served(log, environment, vocabulary, tokens)
+            if self.ours:
+                figures["weights"] = preparation(plan)
             if not restart:
-                return first
+                return figures
             started = time.perf_counter()
-            with serving(self.model, NAME, log, environment, self._options()):
-                again = time.perf_counter() - started
-        return {**first, "start_again_s": again}
+            with (
+                watched_children() as peak,
+                serving(self.model, NAME, log, environment, self._options()),
+            ):
+                figures["start_again_s"] = time.perf_counter() - started
+            figures["start_again_peak_bytes"] = peak.bytes
+            if self.ours:
+                found = figures["weights_again"] = preparation(plan)
+                if found["from_cache"] != found["layers"]:
+                    raise RuntimeError(f"not all weights came from the cache, see {log}: {found}")
+        return figures
+
+    @property
+    def ours(self) -> bool:
+        """Whether vLLM has this package."""
+        return (settings.ENABLE, "0") not in self.variables
 
     def _options(self) -> list[str]:
         options = ["--max-model-len", str(CONTEXT), "--max-num-seqs", str(max(STREAMS))]
@@ -56,12 +91,14 @@ class VllmEngine:
             options += ["--quantization", self.quantization]
         return options
 
-    def _served(self, log: Path, environment: dict[str, str], vocabulary: int) -> dict[str, Any]:
+    def _served(
+        self, log: Path, environment: dict[str, str], vocabulary: int, tokens: int
+    ) -> dict[str, Any]:
         started = time.perf_counter()
         with (
             watched_children() as peak,
             serving(self.model, NAME, log, environment, self._options()) as url,
         ):
             start = time.perf_counter() - started
-            figures = measure(Client(url, NAME).answer, vocabulary)
+            figures = measure(Client(url, NAME).answer, vocabulary, tokens)
         return {"start_s": start, **figures, "peak_anonymous_bytes": peak.bytes}
