@@ -126,11 +126,12 @@ def serving(file: Path) -> str:
             lines = engine["error"].splitlines()
             rows.append([engine["name"], f"does not start: {lines[-1][:120]}", *[""] * 8])
             continue
-        again = engine.get("start_again_s")
         rows.append(
             [
                 engine["name"],
-                f"{engine['start_s']:.0f}" + ("" if again is None else f", {again:.0f}"),
+                ", ".join(
+                    f"{engine[key]:.0f}" for key in ("start_s", "start_again_s") if key in engine
+                ),
                 ", ".join(
                     f"{engine[key]['prepare_s']:.2f}"
                     for key in ("weights", "weights_again")

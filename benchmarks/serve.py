@@ -47,7 +47,7 @@ def show(report: dict[str, Any], console: Console) -> None:
         decode = engine["decode_tokens_per_s"]
         table.add_row(
             engine["name"],
-            f"{engine['start_s']:.1f}",
+            f"{engine['start_s']:.1f}" if "start_s" in engine else "",
             f"{engine['start_again_s']:.1f}" if "start_again_s" in engine else "",
             f"{engine['first_token_s'] * 1e3:.0f}",
             f"{engine['prefill_tokens_per_s']:.0f}",

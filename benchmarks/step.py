@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,20 +33,7 @@ def run(engine: models.Engine, streams: int, log: Path) -> dict[str, Any]:
     if isinstance(engine, LlamaEngine):
         return {"name": engine.name, "ms": {}, "wall_ms": engine.step_ms(log, streams, STEPS)}
     assert isinstance(engine, VllmEngine)
-    command = [sys.executable, "-m", "benchmarks.serving.step_worker", str(engine.model)]
-    variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", **dict(engine.variables)}
-    with log.open("w") as errors:
-        result = subprocess.run(
-            [*command, str(streams), engine.quantization],
-            cwd=machine.ROOT,
-            env={**os.environ, **variables},
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-        )
-    if result.returncode:
-        raise RuntimeError(f"{engine.name} ended with {result.returncode}, see {log}")
-    return {"name": engine.name, **json.loads(result.stdout)}
+    return {"name": engine.name, **engine.worker("step_worker", log, str(streams))}
 
 
 def main() -> None:

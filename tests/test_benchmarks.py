@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import gguf
 import numpy as np
@@ -18,7 +21,15 @@ from benchmarks import checkpoint, limits, linear, markdown, ours, plots, table,
 from benchmarks.contender import Contender, copies_for
 from benchmarks.remote import STOCK, CannotRunError, RemoteContender, Vllm, checkpoint_tensors
 from benchmarks.schemes import SCHEMES
-from benchmarks.serving import llama_file, memory, models, step_worker, vllm_engine, workload
+from benchmarks.serving import (
+    llama_file,
+    memory,
+    models,
+    step_worker,
+    vllm_engine,
+    vllm_worker,
+    workload,
+)
 from benchmarks.serving.workload import Stream
 from model_loading import loaded
 from model_loading import logits as model_logits
@@ -176,9 +187,40 @@ def test_engines_are_listed_before_what_they_serve_is_made(
     monkeypatch.setattr(checkpoint, "write", made)
     engines = models.ALL[name].engines
     assert "llama" in engines
-    assert {key.removeprefix("vllm-") for key in engines if key.startswith("vllm-")} <= {
-        key.removeprefix("ours-") for key in engines
-    }
+    assert {key.removesuffix("-alone") for key in engines} <= set(engines)
+
+
+class CountingEngine:
+    """Answers every request with a token more at each step, the first request twice as fast."""
+
+    def __init__(self) -> None:
+        self.left: dict[str, tuple[int, int]] = {}
+
+    def add_request(self, request: str, prompt: dict[str, Any], params: Any) -> None:
+        self.left[request] = (0, params.max_tokens)
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.left)
+
+    def step(self) -> list[Any]:
+        found = []
+        for request, (done, wanted) in list(self.left.items()):
+            now = min(done + (2 if request == "0" else 1), wanted)
+            self.left[request] = (now, wanted)
+            if now == wanted:
+                del self.left[request]
+            output = SimpleNamespace(token_ids=[7] * now)
+            found.append(SimpleNamespace(request_id=request, outputs=[output]))
+        return found
+
+
+def test_tokens_of_an_engine_in_this_process_are_counted_by_request() -> None:
+    vllm = vllm_worker.VllmInProcess.__new__(vllm_worker.VllmInProcess)
+    vllm.engine, vllm.numbers = CountingEngine(), itertools.count()
+    fast, slow = vllm.answer([[1, 2], [3, 4]], 4)
+    assert [count for _, count in fast.tokens] == [2, 4]
+    assert [count for _, count in slow.tokens] == [1, 2, 3, 4]
+    assert fast.last < slow.last
 
 
 def test_a_step_of_an_engine_without_profile_has_its_time_only(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -83,6 +83,20 @@ def _ours_plain(model: Callable[[], Path]) -> Maker:
     )
 
 
+def _alone(engines: Mapping[str, Maker], *keys: str) -> dict[str, Maker]:
+    """The same without a server."""
+
+    def maker(make: Maker) -> Maker:
+        def alone() -> Engine:
+            engine = make()
+            assert isinstance(engine, VllmEngine)
+            return replace(engine, name=f"{engine.name}, no server", server=False)
+
+        return alone
+
+    return {f"{key}-alone": maker(engines[key]) for key in keys}
+
+
 def _gemma_quantized(head_bits: int) -> Path:
     from demo import checkpoint as gemma_checkpoint
 
@@ -108,7 +122,7 @@ def _gemma() -> dict[str, Maker]:
     def plain() -> Path:
         return _gemma_source("gemma-3-270m-bf16")
 
-    return {
+    engines = {
         "ours-head8": _ours("4-bit, 8-bit head", head8),
         "ours-head8-fast": _ours("4-bit fast, 8-bit head", head8, FAST),
         "vllm-head8": _stock("4-bit, 8-bit head", head8),
@@ -120,6 +134,7 @@ def _gemma() -> dict[str, Maker]:
             "llama.cpp, Q4_K_M", _gemma_source("gemma-3-270m-q4_k_m.gguf")
         ),
     }
+    return engines | _alone(engines, "ours-head8", "ours-head8-fast", "vllm", "vllm-bf16")
 
 
 def _synthetic(name: str) -> dict[str, Maker]:
@@ -134,13 +149,14 @@ def _synthetic(name: str) -> dict[str, Maker]:
     def gguf() -> Path:
         return _once(MODELS / f"{name}-q4_0.gguf", lambda file: write_llama(shape, file))
 
-    return {
+    engines = {
         **{f"ours-{form}": _ours(title, made(form)) for form, title in FORMS.items()},
         **{f"vllm-{form}": _stock(title, made(form)) for form, title in FORMS.items()},
         "ours-bf16": _ours_plain(made("bf16")),
         "vllm-bf16": _stock("bf16", made("bf16")),
         "llama": lambda: LlamaEngine("llama.cpp, Q4_0 with Q8_0 head", gguf()),
     }
+    return engines | _alone(engines, "ours-gptq", "vllm-gptq", "vllm-bf16")
 
 
 ALL = {

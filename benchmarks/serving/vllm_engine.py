@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import ROOT
 from benchmarks.serving.client import Client
 from benchmarks.serving.memory import watched_children
 from benchmarks.serving.workload import CONTEXT, STREAMS, measure
@@ -18,6 +22,12 @@ from vllm.compressed_linear import settings
 from vllm.compressed_linear.plan import CACHE_HIT
 
 NAME = "model"
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+"""What every vLLM gets."""
 
 
 def preparation(plan: Path) -> dict[str, Any]:
@@ -34,12 +44,14 @@ def preparation(plan: Path) -> dict[str, Any]:
 @dataclass(frozen=True)
 class VllmEngine:
     """``model``: the checkpoint's directory. ``variables``: of the environment, on top of what
-    all engines get. ``quantization``: what the user passes for it, or ""."""
+    all engines get. ``quantization``: what the user passes for it, or "". ``server``: asked over
+    HTTP, else in one process; then its start is not measured."""
 
     name: str
     model: Path
     variables: tuple[tuple[str, str], ...] = ()
     quantization: str = ""
+    server: bool = True
 
     def run(self, log: Path, vocabulary: int, *, restart: bool, tokens: int) -> dict[str, Any]:
         """The figures of ``workload.measure``, seconds to start with empty caches, with ``restart``
@@ -49,14 +61,14 @@ class VllmEngine:
         RuntimeError with vLLM's own errors if it does not start, or if the second start did not
         find the weights that the first one prepared.
         """
+        if not self.server:
+            return self.worker("vllm_worker", log, str(tokens))
         with tempfile.TemporaryDirectory(dir=log.parent, prefix="cache-") as directory:
             caches = Path(directory)
             plan = caches / "plan.json"
             environment = {
-                "HF_HUB_OFFLINE": "1",
+                **ENVIRONMENT,
                 "VLLM_CACHE_ROOT": str(caches / "vllm"),
-                "VLLM_CPU_KVCACHE_SPACE": "1",
-                "VLLM_NO_USAGE_STATS": "1",
                 settings.CACHE: str(caches / "prepared"),
                 settings.PLAN_FILE: str(plan),
                 **dict(self.variables),
@@ -78,6 +90,29 @@ class VllmEngine:
                 if found["from_cache"] != found["layers"]:
                     raise RuntimeError(f"not all weights came from the cache, see {log}: {found}")
         return figures
+
+    def worker(self, module: str, log: Path, *arguments: str) -> dict[str, Any]:
+        """What a module of this package answers that runs vLLM in its own process, and the peak of
+        its memory. What vLLM compiles is kept for the next time."""
+        command = [sys.executable, "-m", f"benchmarks.serving.{module}", str(self.model)]
+        variables = {
+            **ENVIRONMENT,
+            "OMP_NUM_THREADS": "1",
+            "VLLM_CACHE_ROOT": str(log.parent / "compiled"),
+            **dict(self.variables),
+        }
+        with log.open("w") as errors, watched_children() as peak:
+            result = subprocess.run(
+                [*command, *arguments, self.quantization],
+                cwd=ROOT,
+                env={**os.environ, **variables},
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+        if result.returncode:
+            raise RuntimeError(f"{self.name} ended with {result.returncode}, see {log}")
+        return {**json.loads(result.stdout), "peak_anonymous_bytes": peak.bytes}
 
     @property
     def ours(self) -> bool:
