@@ -96,6 +96,34 @@ def kinds(directory: Path) -> str:
     return f"{table(head, rows, len(head) - 1)}\n\n{caption}"
 
 
+def one_token(directory: Path, best: Path) -> str:
+    """Our kernels of older instruction sets for one token, beside those of the best one."""
+    rows = []
+    records = reports(directory)
+    kinds = {report["scheme"]: report for report in reports(best)}
+    for report in records:
+        result = ours_of(report)[0]
+        found, other = row(result, 1), row(ours_of(kinds[report["scheme"]])[0], 1)
+        assert found is not None
+        assert other is not None
+        cached = report["limits"]["cached_gb_per_s"][result["id"].removeprefix("ours/")]
+        rows.append(
+            [
+                report["title"],
+                report["machine"]["isa"],
+                f"{found['median_ms']:.2f}",
+                f"{found['weight_gb_per_s']:.1f}",
+                f"{cached:.1f}",
+                f"{share_of_limit(report, result, 1):.0%}",
+                f"{found['median_ms'] / other['median_ms']:.2f}",
+            ]
+        )
+    best_isa = next(iter(kinds.values()))["machine"]["isa"]
+    head = ["weights", "path", "ms", "GB/s", "decoded from the cache (GB/s)", "of the limit"]
+    head.append(f"time over {best_isa}'s")
+    return f"{table(head, rows, 5)}\n\n{_caption('One token. ' + _about(records))}"
+
+
 def contenders(file: Path) -> str:
     """Everything that computes one kind of weight."""
     report = json.loads(file.read_text())

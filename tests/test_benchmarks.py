@@ -333,6 +333,16 @@ def test_one_token_is_held_against_the_slower_of_reading_and_decoding() -> None:
     assert table.share_of_limit(report, report["results"][0], 1) == pytest.approx(20 / 25)
 
 
+def test_older_paths_stand_beside_the_best(tmp_path: Path) -> None:
+    about = {"isa": "avx2", "cpu": "C", "torch": "2", "vllm": "0", "date": "today"}
+    for name, ms in (("old", 0.8), ("best", 0.5)):
+        (tmp_path / name).mkdir()
+        report = record({"ours/cpu": ms}) | {"machine": about, "threads": 1}
+        (tmp_path / name / "w4.json").write_text(json.dumps(report))
+    lines = markdown.one_token(tmp_path / "old", tmp_path / "best").splitlines()
+    assert lines[2] == "| 4-bit | avx2 | 0.80 | 12.5 | 25.0 | 50% | 1.60 |"
+
+
 def test_plots_are_written(tmp_path: Path) -> None:
     (tmp_path / "linear").mkdir()
     report = record({"ours/cpu": 0.5, "vllm": 2.0})
