@@ -151,7 +151,9 @@ def serving(file: Path) -> str:
     rows = []
     for engine in engines:
         if "error" in engine:
-            lines = engine["error"].splitlines()
+            # That the engine failed is said last, of what before it.
+            said = engine["error"].splitlines()
+            lines = [line for line in said if "See root cause above" not in line]
             rows.append([engine["name"], f"does not start: {lines[-1][:120]}", *[""] * 8])
             continue
         rows.append(
