@@ -96,6 +96,34 @@ def kinds(directory: Path) -> str:
     return f"{table(head, rows, len(head) - 1)}\n\n{caption}"
 
 
+def one_token(directory: Path, best: Path) -> str:
+    """Our kernels of older instruction sets for one token, beside those of the best one."""
+    rows = []
+    records = reports(directory)
+    kinds = {report["scheme"]: report for report in reports(best)}
+    for report in records:
+        result = ours_of(report)[0]
+        found, other = row(result, 1), row(ours_of(kinds[report["scheme"]])[0], 1)
+        assert found is not None
+        assert other is not None
+        cached = report["limits"]["cached_gb_per_s"][result["id"].removeprefix("ours/")]
+        rows.append(
+            [
+                report["title"],
+                report["machine"]["isa"],
+                f"{found['median_ms']:.2f}",
+                f"{found['weight_gb_per_s']:.1f}",
+                f"{cached:.1f}",
+                f"{share_of_limit(report, result, 1):.0%}",
+                f"{found['median_ms'] / other['median_ms']:.2f}",
+            ]
+        )
+    best_isa = next(iter(kinds.values()))["machine"]["isa"]
+    head = ["weights", "path", "ms", "GB/s", "decoded from the cache (GB/s)", "of the limit"]
+    head.append(f"time over {best_isa}'s")
+    return f"{table(head, rows, 5)}\n\n{_caption('One token. ' + _about(records))}"
+
+
 def contenders(file: Path) -> str:
     """Everything that computes one kind of weight."""
     report = json.loads(file.read_text())
@@ -123,44 +151,85 @@ def serving(file: Path) -> str:
     rows = []
     for engine in engines:
         if "error" in engine:
-            lines = engine["error"].splitlines()
-            rows.append([engine["name"], f"does not start: {lines[-1][:120]}", *[""] * 7])
+            # That the engine failed is said last, of what before it.
+            said = engine["error"].splitlines()
+            lines = [line for line in said if "See root cause above" not in line]
+            rows.append([engine["name"], f"does not start: {lines[-1][:120]}", *[""] * 8])
             continue
-        again = engine.get("start_again_s")
         rows.append(
             [
                 engine["name"],
-                f"{engine['start_s']:.0f}" + ("" if again is None else f", {again:.0f}"),
+                ", ".join(
+                    f"{engine[key]:.0f}" for key in ("start_s", "start_again_s") if key in engine
+                ),
+                ", ".join(
+                    f"{engine[key]['prepare_s']:.2f}"
+                    for key in ("weights", "weights_again")
+                    if key in engine
+                ),
                 f"{engine['first_token_s'] * 1e3:.0f}",
                 f"{engine['prefill_tokens_per_s']:.0f}",
                 *(f"{engine['decode_tokens_per_s'][s]:.1f}" for s in streams),
                 f"{engine['peak_anonymous_bytes'] / 1e9:.2f}",
             ]
         )
-    head = ["engine", "start, again (s)", "first token (ms)", "prefill (tokens/s)"]
+    head = [
+        "engine",
+        "start, again (s)",
+        "weights, again (s)",
+        "first token (ms)",
+        "prefill (tokens/s)",
+    ]
     head += [f"{s} stream{'s' * (s != '1')} (tokens/s)" for s in streams] + ["peak (GB)"]
     about = report["machine"]
     caption = _caption(
         f"{report['title']} on {about['cpu']}, one core, torch {about['torch']}, "
         f"vLLM {about['vllm']}, {about['date']}. Prompts of {report['prefill_tokens']} tokens for "
         f"prefill and {report['short_prompt']} else, {report['output_tokens']} tokens of output. "
-        "Started with empty caches, then again with what that left; peak of memory that is no "
-        "file's, of all processes."
+        "Started with empty caches, then again with what that left, prepared weights among it; "
+        "weights: the part of the start in which they are prepared, or found. Peak of memory that "
+        "is no file's, of all processes."
     )
     return f"{table(head, rows, len(head) - 1)}\n\n{caption}"
+
+
+def preparation(file: Path) -> str:
+    """How fast checkpoints become packed weights."""
+    report = json.loads(file.read_text())
+    ways = {"prepared": "at load", "standard": "by standard layout", "copied": "copying the result"}
+    rows = [
+        [
+            found["layout"],
+            f"{found['prepared'] * 1e3:.1f}",
+            *(f"{found['bytes'] / found[way] / 1e9:.2f}" for way in ways),
+        ]
+        for found in report["layouts"]
+    ]
+    head = ["layout on disk", "ms", *(f"{title} (GB/s)" for title in ways.values())]
+    about, first = report["machine"], report["layouts"][0]
+    threads = f"{report['threads']} thread" + "s" * (report["threads"] > 1)
+    caption = _caption(
+        f"GB of packed codes a second, median; N={first['n']}, K={first['k']}, {threads} of "
+        f"{about['cpu']} ({about['isa']}), {about['date']}."
+    )
+    return f"{table(head, rows, 4)}\n\n{caption}"
 
 
 def step(file: Path) -> str:
     """Where one decode step of vLLM's worker spends its time."""
     report = json.loads(file.read_text())
     runs = list(report["runs"].values())
-    rows = [[name, *(f"{run['ms'][name]:.2f}" for run in runs)] for name in report["kinds"]]
-    totals = [f"{sum(run['ms'].values()):.2f}" for run in runs]
-    rows.append(["step", *totals])
+
+    def cells(figures: Sequence[float | None]) -> list[str]:
+        return ["" if figure is None else f"{figure:.2f}" for figure in figures]
+
+    rows = [[name, *cells([run["ms"].get(name) for run in runs])] for name in report["kinds"]]
+    rows.append(["step", *cells([run["wall_ms"] for run in runs])])
     head = ["ms", *(run["name"] for run in runs)]
     about = report["machine"]
     caption = _caption(
-        f"{report['title']}, {report['streams']} stream(s), median of {report['steps']} steps, "
+        f"{report['title']}, {report['streams']} stream{'s' * (report['streams'] > 1)}, median of "
+        f"{report['steps']} steps, "
         f"{about['cpu']}, vLLM {about['vllm']}, {about['date']}."
     )
     return f"{table(head, rows, len(head) - 1)}\n\n{caption}"

@@ -6,14 +6,13 @@ memory), the same through the standard layout, and that with the packer's plain 
 beside them is a copy of the packed bytes into new memory. Calls of all ways alternate; medians are
 reported, in GB/s of packed codes. Also a decoder block of Llama-3-8B's shapes, all its layers.
 
-    python benchmarks/preparation.py --json build/benchmarks/preparation.json
+    python -m benchmarks.preparation
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import statistics
 import time
@@ -26,6 +25,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import machine
 from vllm.compressed_linear import native
 from vllm.compressed_linear.backends.cpu import CpuBackend
 from vllm.compressed_linear.backends.cpu_preparation import pack_standard
@@ -172,14 +172,14 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--block", nargs="*", default=["gptq-4", "awq-4", "compressed-tensors-4"])
     parser.add_argument("--isa", default="", help="an instruction set other than the best")
-    parser.add_argument("--json", type=Path, default=Path("build/benchmarks/preparation.json"))
+    parser.add_argument("--json", type=Path, default=machine.BUILD / "preparation.json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     native.load()
     if arguments.isa:
         torch.ops.compressed_linear.select_isa(arguments.isa)
     record: dict[str, Any] = {
-        "machine": {"processor": platform.processor(), "isa": native.isa()},
+        "machine": machine.about() | {"isa": native.isa()},
         "threads": arguments.threads,
     }
     title = f"{native.isa()}, {arguments.threads} thread(s), GB/s of packed codes"

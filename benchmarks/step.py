@@ -3,15 +3,15 @@
 
 python -m benchmarks.step                          Gemma 3 270M, one stream
 python -m benchmarks.step llama-3.2-1b --streams 16 --only ours vllm
+
+Of llama.cpp it is the whole step: what vLLM's scheduler, worker and sampler may cost at most.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,28 +21,19 @@ from rich.table import Table
 
 from benchmarks import machine
 from benchmarks.serving import models
+from benchmarks.serving.llama_engine import LlamaEngine
 from benchmarks.serving.step_worker import KINDS, STEPS
 from benchmarks.serving.vllm_engine import VllmEngine
 
-USUAL = ("ours", "vllm", "ours-bf16", "vllm-bf16")
+USUAL = ("ours-head8", "ours", "vllm", "vllm-bf16", "llama")
 
 
-def run(engine: VllmEngine, streams: int, log: Path) -> dict[str, Any]:
+def run(engine: models.Engine, streams: int, log: Path) -> dict[str, Any]:
     """The engine's step; RuntimeError if it does not get that far."""
-    command = [sys.executable, "-m", "benchmarks.serving.step_worker", str(engine.model)]
-    variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", **dict(engine.variables)}
-    with log.open("w") as errors:
-        result = subprocess.run(
-            [*command, str(streams), engine.quantization],
-            cwd=machine.ROOT,
-            env={**os.environ, **variables},
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-        )
-    if result.returncode:
-        raise RuntimeError(f"{engine.name} ended with {result.returncode}, see {log}")
-    return {"name": engine.name, **json.loads(result.stdout)}
+    if isinstance(engine, LlamaEngine):
+        return {"name": engine.name, "ms": {}, "wall_ms": engine.step_ms(log, streams, STEPS)}
+    assert isinstance(engine, VllmEngine)
+    return {"name": engine.name, **engine.worker("step_worker", log, str(streams))}
 
 
 def main() -> None:
@@ -56,7 +47,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     arguments.directory.mkdir(parents=True, exist_ok=True)
     model = models.ALL[arguments.model]
-    engines = model.engines()
+    engines = model.engines
     name = f"{arguments.model}-{arguments.streams}"
     file = arguments.directory / f"{name}.json"
     report: dict[str, Any] = {"runs": {}}
@@ -69,19 +60,19 @@ def main() -> None:
         "kinds": KINDS,
         "machine": machine.about(),
     }
-    for key in arguments.only or USUAL:
-        engine = engines.get(key)
-        if not isinstance(engine, VllmEngine):
-            parser.error(f"{key} is no vLLM engine of {arguments.model}")
+    if missing := set(arguments.only or ()) - set(engines):
+        parser.error(f"no engine {', '.join(missing)} (of {model.title}: {', '.join(engines)})")
+    for key in arguments.only or (key for key in USUAL if key in engines):
         log = arguments.directory / f"{name}-{key}.log"
-        report["runs"][key] = run(engine, arguments.streams, log)
+        report["runs"][key] = run(engines[key](), arguments.streams, log)
         file.write_text(json.dumps(report, indent=1) + "\n")
     table = Table(title=f"ms of a decode step, {model.title}", title_justify="left")
     table.add_column("")
     for result in report["runs"].values():
         table.add_column(result["name"], justify="right")
     for part in KINDS:
-        table.add_row(part, *(f"{result['ms'][part]:.2f}" for result in report["runs"].values()))
+        cells = (result["ms"].get(part) for result in report["runs"].values())
+        table.add_row(part, *("" if cell is None else f"{cell:.2f}" for cell in cells))
     table.add_row("step", *(f"{result['wall_ms']:.2f}" for result in report["runs"].values()))
     Console().print(table)
 

@@ -241,8 +241,8 @@ def _load(path: Path, **variables: str) -> None:
 
 
 def benchmark(kind: str, *file: str) -> str:
-    """Results in ``benchmarks/results`` as ``benchmarks/markdown.py`` shows them: ``kinds``, or
-    ``contenders``, ``serving`` or ``step`` with a file's name."""
+    """Results in ``benchmarks/results`` as ``benchmarks/markdown.py`` shows them: ``kinds`` or
+    ``one-token``; ``contenders``, ``serving``, ``step`` or ``preparation`` with a file's name."""
     sys.path.insert(0, str(ROOT))
     try:
         from benchmarks import markdown
@@ -252,6 +252,8 @@ def benchmark(kind: str, *file: str) -> str:
         "kinds": lambda: markdown.kinds(RESULTS / "linear"),
         "contenders": lambda: markdown.contenders(RESULTS / "linear" / f"{file[0]}.json"),
         "serving": lambda: markdown.serving(RESULTS / "serve" / f"{file[0]}.json"),
+        "one-token": lambda: markdown.one_token(RESULTS / "one-token", RESULTS / "linear"),
+        "preparation": lambda: markdown.preparation(RESULTS / f"{file[0]}.json"),
         "step": lambda: markdown.step(RESULTS / "step" / f"{file[0]}.json"),
     }[kind]()
 

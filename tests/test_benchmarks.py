@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import gguf
 import numpy as np
@@ -14,11 +17,19 @@ import pytest
 import torch
 from gguf import GGUFReader
 
-from benchmarks import checkpoint, limits, linear, ours, plots, table, timing
+from benchmarks import checkpoint, limits, linear, markdown, ours, plots, table, timing
 from benchmarks.contender import Contender, copies_for
 from benchmarks.remote import STOCK, CannotRunError, RemoteContender, Vllm, checkpoint_tensors
 from benchmarks.schemes import SCHEMES
-from benchmarks.serving import llama_file, memory, step_worker, workload
+from benchmarks.serving import (
+    llama_file,
+    memory,
+    models,
+    step_worker,
+    vllm_engine,
+    vllm_worker,
+    workload,
+)
 from benchmarks.serving.workload import Stream
 from model_loading import loaded
 from model_loading import logits as model_logits
@@ -154,6 +165,82 @@ def test_operators_are_told_apart(name: str, shapes: list[list[int]], kind: str)
     assert step_worker.kind(name, shapes, 262144) == kind
 
 
+def test_a_plan_tells_what_came_from_the_cache(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    layers = [
+        {"bytes_prepared": 10, "prepare_seconds": 0.5, "cache": "hit"},
+        {"bytes_prepared": 10, "prepare_seconds": 0.25, "cache": "miss"},
+        {"bytes_prepared": 0, "prepare_seconds": 0.0, "cache": ""},  # not ours: delegated
+    ]
+    plan.write_text(json.dumps({"layers": layers}))
+    found = vllm_engine.preparation(plan)
+    assert found == {"prepare_s": 0.75, "layers": 2, "from_cache": 1}
+
+
+@pytest.mark.parametrize("name", models.ALL)
+def test_engines_are_listed_before_what_they_serve_is_made(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(shape: checkpoint.Shape, form: checkpoint.Format, directory: Path) -> None:
+        raise AssertionError(f"{directory} is made")
+
+    monkeypatch.setattr(checkpoint, "write", made)
+    engines = models.ALL[name].engines
+    assert "llama" in engines
+    assert {key.removesuffix("-alone") for key in engines} <= set(engines)
+
+
+class CountingEngine:
+    """Answers every request with a token more at each step, the first request twice as fast."""
+
+    def __init__(self) -> None:
+        self.left: dict[str, tuple[int, int]] = {}
+
+    def add_request(self, request: str, prompt: dict[str, Any], params: Any) -> None:
+        self.left[request] = (0, params.max_tokens)
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.left)
+
+    def step(self) -> list[Any]:
+        found = []
+        for request, (done, wanted) in list(self.left.items()):
+            now = min(done + (2 if request == "0" else 1), wanted)
+            self.left[request] = (now, wanted)
+            if now == wanted:
+                del self.left[request]
+            output = SimpleNamespace(token_ids=[7] * now)
+            found.append(SimpleNamespace(request_id=request, outputs=[output]))
+        return found
+
+
+def test_tokens_of_an_engine_in_this_process_are_counted_by_request() -> None:
+    vllm = vllm_worker.VllmInProcess.__new__(vllm_worker.VllmInProcess)
+    vllm.engine, vllm.numbers = CountingEngine(), itertools.count()
+    fast, slow = vllm.answer([[1, 2], [3, 4]], 4)
+    assert [count for _, count in fast.tokens] == [2, 4]
+    assert [count for _, count in slow.tokens] == [1, 2, 3, 4]
+    assert fast.last < slow.last
+
+
+def test_a_step_of_an_engine_without_profile_has_its_time_only(tmp_path: Path) -> None:
+    runs = {
+        "ours": {"name": "A", "ms": {"linears": 1.5, "Python": 2.0}, "wall_ms": 3.5},
+        "llama": {"name": "B", "ms": {}, "wall_ms": 9.0},
+    }
+    about = {"cpu": "C", "vllm": "1", "date": "today"}
+    report = {"title": "M", "streams": 1, "steps": 4, "kinds": ["linears", "Python"], "runs": runs}
+    file = tmp_path / "step.json"
+    file.write_text(json.dumps(report | {"machine": about}))
+    assert markdown.step(file).splitlines()[:5] == [
+        "| ms | A | B |",
+        "| --- | ---: | ---: |",
+        "| linears | 1.50 |  |",
+        "| Python | 2.00 |  |",
+        "| step | 3.50 | 9.00 |",
+    ]
+
+
 SMALL = checkpoint.Shape(256, 512, 2, 4, 2, 1024, False)
 
 
@@ -244,6 +331,16 @@ def record(ms: dict[str, float]) -> table.Report:
 def test_one_token_is_held_against_the_slower_of_reading_and_decoding() -> None:
     report = record({"ours/cpu": 0.5})
     assert table.share_of_limit(report, report["results"][0], 1) == pytest.approx(20 / 25)
+
+
+def test_older_paths_stand_beside_the_best(tmp_path: Path) -> None:
+    about = {"isa": "avx2", "cpu": "C", "torch": "2", "vllm": "0", "date": "today"}
+    for name, ms in (("old", 0.8), ("best", 0.5)):
+        (tmp_path / name).mkdir()
+        report = record({"ours/cpu": ms}) | {"machine": about, "threads": 1}
+        (tmp_path / name / "w4.json").write_text(json.dumps(report))
+    lines = markdown.one_token(tmp_path / "old", tmp_path / "best").splitlines()
+    assert lines[2] == "| 4-bit | avx2 | 0.80 | 12.5 | 25.0 | 50% | 1.60 |"
 
 
 def test_plots_are_written(tmp_path: Path) -> None:

@@ -22,12 +22,20 @@ class LlamaEngine:
     model: Path
     threads: int = 1
 
-    def run(self, log: Path, vocabulary: int, restart: bool) -> dict[str, Any]:
+    def run(self, log: Path, vocabulary: int, *, restart: bool, tokens: int) -> dict[str, Any]:
         """As ``VllmEngine.run``; the vocabulary is the file's own, and no start leaves caches."""
+        return self._worker(log, tokens)
+
+    def step_ms(self, log: Path, streams: int, tokens: int) -> float:
+        """Milliseconds of a decode step of so many streams."""
+        return float(self._worker(log, tokens, streams)["step_ms"])
+
+    def _worker(self, log: Path, *arguments: int) -> dict[str, Any]:
         command = [str(environments.llama_cpp()), "-m", "benchmarks.serving.llama_worker"]
+        command += [str(self.model), str(self.threads), *map(str, arguments)]
         with log.open("w") as errors, watched_children() as peak:
             result = subprocess.run(
-                [*command, str(self.model), str(self.threads)],
+                command,
                 cwd=ROOT,
                 stdout=subprocess.PIPE,
                 stderr=errors,

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """llama.cpp as an engine, run by the Python of its own environment.
 
-    python -m benchmarks.serving.llama_worker MODEL.gguf THREADS      figures as JSON on stdout
+    python -m benchmarks.serving.llama_worker MODEL.gguf THREADS TOKENS [STREAMS]
+
+Figures come as JSON on stdout; with STREAMS only the milliseconds of a decode step of so many.
 
 It is driven through llama.cpp's own C interface, in this process and without a server: sequences
 that are answered together go into one batch for each step, prompts too, and every token is taken
@@ -13,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -20,7 +23,15 @@ from typing import Any
 
 import llama_cpp
 
-from benchmarks.serving.workload import CONTEXT, STREAMS, Stream, measure
+from benchmarks.serving.workload import (
+    CONTEXT,
+    SHORT_PROMPT,
+    STREAMS,
+    Stream,
+    decode_rate,
+    measure,
+    prompts,
+)
 
 BATCH = 2048
 
@@ -93,14 +104,27 @@ class LlamaCpp:
         return [Stream(tuple(one)) for one in seen]
 
 
+def step_ms(engine: LlamaCpp, streams: int, tokens: int) -> float:
+    """Milliseconds of a decode step of so many streams, all of it."""
+    rates = [
+        decode_rate(engine.answer(prompts(streams, SHORT_PROMPT, engine.vocabulary, seed), tokens))
+        for seed in range(4)
+    ]
+    return streams / statistics.median(rates[1:]) * 1e3
+
+
 def main() -> None:
-    path, threads = sys.argv[1], int(sys.argv[2])
+    path, threads, tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # so that nothing llama.cpp prints is taken for the answer
     started = time.perf_counter()
     engine = LlamaCpp(path, threads)
     start = time.perf_counter() - started
-    figures: dict[str, Any] = {"start_s": start, **measure(engine.answer, engine.vocabulary)}
+    figures: dict[str, Any] = {"start_s": start}
+    if len(sys.argv) > 4:
+        figures["step_ms"] = step_ms(engine, int(sys.argv[4]), tokens)
+    else:
+        figures |= measure(engine.answer, engine.vocabulary, tokens)
     info = ctypes.cast(llama_cpp.llama_print_system_info(), ctypes.c_char_p).value
     figures["system_info"] = (info or b"").decode()
     print(json.dumps(figures), file=answers)

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -17,9 +17,21 @@ from benchmarks.machine import BUILD
 from benchmarks.serving.llama_engine import LlamaEngine
 from benchmarks.serving.llama_file import write_llama
 from benchmarks.serving.vllm_engine import VllmEngine
+from vllm.compressed_linear import settings
 
 MODELS = BUILD / "models"
-STOCK = (("VLLM_COMPRESSED_LINEAR", "0"),)
+Variables = tuple[tuple[str, str], ...]
+STOCK: Variables = ((settings.ENABLE, "0"),)
+FORMS = {
+    "gptq": "GPTQ 4-bit",
+    "awq": "AWQ 4-bit",
+    "w4a16": "compressed-tensors 4-bit",
+    "w8a8": "compressed-tensors W8A8 int8",
+    "fp8": "compressed-tensors W8A8 fp8",
+}
+"""What the synthetic checkpoints come in, by the names of ``benchmarks.checkpoint``."""
+FAST: Variables = ((settings.BACKEND, "*_proj=cpu_int8_fast"),)
+"""Activations of 4-bit layers in 8 bits, as llama.cpp has them; the head's stay as they are."""
 
 
 class Engine(Protocol):
@@ -27,16 +39,22 @@ class Engine(Protocol):
 
     @property
     def name(self) -> str: ...
-    def run(self, log: Path, vocabulary: int, restart: bool) -> dict[str, object]: ...
+    def run(
+        self, log: Path, vocabulary: int, *, restart: bool, tokens: int
+    ) -> dict[str, object]: ...
+
+
+Maker = Callable[[], Engine]
+"""Makes what an engine serves, if it is not there yet, which may take minutes."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """``engines`` makes what they serve first, which may take minutes."""
+    """``engines``: makers by the name that the command line takes."""
 
     title: str
     vocabulary: int
-    engines: Callable[[], dict[str, Engine]]
+    engines: Mapping[str, Maker]
 
 
 def _once(target: Path, write: Callable[[Path], None]) -> Path:
@@ -51,62 +69,98 @@ def _once(target: Path, write: Callable[[Path], None]) -> Path:
     return target
 
 
-def _vllm(plain: Path, quantized: Path) -> dict[str, Engine]:
-    """Ours and stock vLLM, on the quantized checkpoint and on the plain one."""
-    return {
-        "ours": VllmEngine("vLLM with this package, 4-bit", quantized),
-        "vllm": VllmEngine("vLLM, 4-bit", quantized, STOCK),
-        "ours-bf16": VllmEngine(
-            "vLLM with this package, bf16", plain, quantization="compressed_linear"
-        ),
-        "vllm-bf16": VllmEngine("vLLM, bf16", plain, STOCK),
-    }
+def _ours(what: str, model: Callable[[], Path], variables: Variables = ()) -> Maker:
+    return lambda: VllmEngine(f"vLLM with this package, {what}", model(), variables)
 
 
-def _gemma() -> dict[str, Engine]:
-    from demo import WORK
+def _stock(what: str, model: Callable[[], Path]) -> Maker:
+    return lambda: VllmEngine(f"vLLM, {what}", model(), STOCK)
+
+
+def _ours_plain(model: Callable[[], Path]) -> Maker:
+    return lambda: VllmEngine(
+        "vLLM with this package, bf16", model(), quantization="compressed_linear"
+    )
+
+
+def _alone(engines: Mapping[str, Maker], *keys: str) -> dict[str, Maker]:
+    """The same without a server."""
+
+    def maker(make: Maker) -> Maker:
+        def alone() -> Engine:
+            engine = make()
+            assert isinstance(engine, VllmEngine)
+            return replace(engine, name=f"{engine.name}, no server", server=False)
+
+        return alone
+
+    return {f"{key}-alone": maker(engines[key]) for key in keys}
+
+
+def _gemma_quantized(head_bits: int) -> Path:
     from demo import checkpoint as gemma_checkpoint
 
     os.environ.setdefault("TQDM_DISABLE", "1")
-    quantized = gemma_checkpoint(Console(stderr=True))
-    file = WORK / "gemma-3-270m-q4_k_m.gguf"
-    return {
-        **_vllm(WORK / "gemma-3-270m-bf16", quantized),
-        "llama": LlamaEngine("llama.cpp, Q4_K_M", file),
+    return gemma_checkpoint(Console(stderr=True), head_bits)
+
+
+def _gemma_source(name: str) -> Path:
+    """A file or directory that the quantized checkpoint was made from."""
+    from demo import WORK
+
+    _gemma_quantized(16)
+    return WORK / name
+
+
+def _gemma() -> dict[str, Maker]:
+    def head8() -> Path:
+        return _gemma_quantized(8)
+
+    def head16() -> Path:
+        return _gemma_quantized(16)
+
+    def plain() -> Path:
+        return _gemma_source("gemma-3-270m-bf16")
+
+    engines = {
+        "ours-head8": _ours("4-bit, 8-bit head", head8),
+        "ours-head8-fast": _ours("4-bit fast, 8-bit head", head8, FAST),
+        "vllm-head8": _stock("4-bit, 8-bit head", head8),
+        "ours": _ours("4-bit", head16),
+        "vllm": _stock("4-bit", head16),
+        "ours-bf16": _ours_plain(plain),
+        "vllm-bf16": _stock("bf16", plain),
+        "llama": lambda: LlamaEngine(
+            "llama.cpp, Q4_K_M", _gemma_source("gemma-3-270m-q4_k_m.gguf")
+        ),
     }
+    return engines | _alone(engines, "ours-head8", "ours-head8-fast", "vllm", "vllm-bf16")
 
 
-def _synthetic(name: str, *, plain: bool = True) -> Callable[[], dict[str, Engine]]:
-    def made(form: str) -> Path:
+def _synthetic(name: str) -> dict[str, Maker]:
+    shape = checkpoint.SHAPES[name]
+
+    def made(form: str) -> Callable[[], Path]:
         def write(directory: Path) -> None:
-            checkpoint.write(checkpoint.SHAPES[name], checkpoint.FORMATS[form], directory)
+            checkpoint.write(shape, checkpoint.FORMATS[form], directory)
 
-        return _once(MODELS / f"{name}-{form}", write)
+        return lambda: _once(MODELS / f"{name}-{form}", write)
 
-    def engines() -> dict[str, Engine]:
-        quantized = made("w4a16")
-        found = _vllm(made("bf16") if plain else quantized, quantized)
-        if not plain:
-            found = {key: engine for key, engine in found.items() if "bf16" not in key}
-        for form in ("gptq", "awq", "w8a8", "fp8"):
-            model = made(form)
-            found[f"ours-{form}"] = VllmEngine(f"vLLM with this package, {form}", model)
-            found[f"vllm-{form}"] = VllmEngine(f"vLLM, {form}", model, STOCK)
+    def gguf() -> Path:
+        return _once(MODELS / f"{name}-q4_0.gguf", lambda file: write_llama(shape, file))
 
-        def write(file: Path) -> None:
-            write_llama(checkpoint.SHAPES[name], file)
-
-        file = _once(MODELS / f"{name}-q4_0.gguf", write)
-        found["llama"] = LlamaEngine("llama.cpp, Q4_0 with Q8_0 head", file)
-        return found
-
-    return engines
+    engines = {
+        **{f"ours-{form}": _ours(title, made(form)) for form, title in FORMS.items()},
+        **{f"vllm-{form}": _stock(title, made(form)) for form, title in FORMS.items()},
+        "ours-bf16": _ours_plain(made("bf16")),
+        "vllm-bf16": _stock("bf16", made("bf16")),
+        "llama": lambda: LlamaEngine("llama.cpp, Q4_0 with Q8_0 head", gguf()),
+    }
+    return engines | _alone(engines, "ours-gptq", "vllm-gptq", "vllm-bf16")
 
 
 ALL = {
-    "gemma-3-270m": Model("Gemma 3 270M", 262144, _gemma),
+    "gemma-3-270m": Model("Gemma 3 270M", 262144, _gemma()),
     "llama-3.2-1b": Model("Llama 3.2 1B, synthetic weights", 128256, _synthetic("llama-3.2-1b")),
-    "llama-3-8b": Model(
-        "Llama 3 8B, synthetic weights", 128256, _synthetic("llama-3-8b", plain=False)
-    ),
+    "llama-3-8b": Model("Llama 3 8B, synthetic weights", 128256, _synthetic("llama-3-8b")),
 }

@@ -3,8 +3,8 @@
 
     python -m benchmarks.serving.step_worker MODEL STREAMS QUANTIZATION    JSON on stdout
 
-Scheduler, worker and model are in one process here, so a step is all of its work one after the
-other; a server overlaps a part of it. Wall time is that of steps that are not profiled; operators
+Scheduler, worker and model are in one process and thread here, so a step is all of its work one
+after the other. Wall time is that of steps that are not profiled; operators
 are counted by their own time, without what they call; the rest of the wall time is Python.
 """
 
@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.serving.workload import CONTEXT, SHORT_PROMPT, STREAMS, prompts
+from benchmarks.serving.vllm_worker import VllmInProcess
+from benchmarks.serving.workload import CONTEXT, SHORT_PROMPT, prompts
 
 WARM_STEPS, STEPS = 16, 48
 LINEARS, HEAD, ATTENTION = "linears", "lm_head", "attention and KV cache"
@@ -66,23 +67,11 @@ def main() -> None:
     model, streams, quantization = sys.argv[1], int(sys.argv[2]), sys.argv[3] or None
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # so that nothing vLLM prints is taken for the answer
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    from vllm import LLM, SamplingParams
-
     torch._inductor.config.cpp.enable_kernel_profile = True
-    llm = LLM(
-        model,
-        quantization=quantization,
-        max_model_len=CONTEXT,
-        max_num_seqs=max(STREAMS),
-        enable_prefix_caching=False,
-        distributed_executor_backend="uni",
-    )
-    engine = llm.llm_engine
-    vocabulary = llm.model_config.get_vocab_size()
-    params = SamplingParams(temperature=0, max_tokens=CONTEXT // 2, ignore_eos=True)
-    for number, prompt in enumerate(prompts(streams, SHORT_PROMPT, vocabulary, 1)):
-        engine.add_request(str(number), {"prompt_token_ids": prompt}, params)
+    vllm = VllmInProcess(model, quantization)
+    engine, vocabulary = vllm.engine, vllm.vocabulary
+    for prompt in prompts(streams, SHORT_PROMPT, vocabulary, 1):
+        vllm.add(prompt, CONTEXT // 2)
     steps(engine, WARM_STEPS)
     wall = statistics.median(steps(engine, STEPS)) * 1e3
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:

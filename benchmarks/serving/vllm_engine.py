@@ -3,51 +3,121 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import ROOT
 from benchmarks.serving.client import Client
 from benchmarks.serving.memory import watched_children
 from benchmarks.serving.workload import CONTEXT, STREAMS, measure
 from server import serving
+from vllm.compressed_linear import settings
+from vllm.compressed_linear.plan import CACHE_HIT
 
 NAME = "model"
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+"""What every vLLM gets."""
+
+
+def preparation(plan: Path) -> dict[str, Any]:
+    """What the plan that this package wrote says of the weights: seconds until they lay as its
+    kernels want them, layers, and how many of these came from the cache of prepared weights."""
+    layers = [x for x in json.loads(plan.read_text())["layers"] if x["bytes_prepared"]]
+    return {
+        "prepare_s": sum(layer["prepare_seconds"] for layer in layers),
+        "layers": len(layers),
+        "from_cache": sum(layer["cache"] == CACHE_HIT for layer in layers),
+    }
 
 
 @dataclass(frozen=True)
 class VllmEngine:
     """``model``: the checkpoint's directory. ``variables``: of the environment, on top of what
-    all engines get. ``quantization``: what the user passes for it, or ""."""
+    all engines get. ``quantization``: what the user passes for it, or "". ``server``: asked over
+    HTTP, else in one process; then its start is not measured."""
 
     name: str
     model: Path
     variables: tuple[tuple[str, str], ...] = ()
     quantization: str = ""
+    server: bool = True
 
-    def run(self, log: Path, vocabulary: int, restart: bool) -> dict[str, Any]:
+    def run(self, log: Path, vocabulary: int, *, restart: bool, tokens: int) -> dict[str, Any]:
         """The figures of ``workload.measure``, seconds to start with empty caches, with ``restart``
         also those to start again with what that left, and peak memory.
 
-        Raises RuntimeError with vLLM's own errors if it does not start.
+        Both caches count: vLLM's of compiled code, and this package's of prepared weights. Raises
+        RuntimeError with vLLM's own errors if it does not start, or if the second start did not
+        find the weights that the first one prepared.
         """
-        with tempfile.TemporaryDirectory(dir=log.parent, prefix="cache-") as cache:
+        if not self.server:
+            return self.worker("vllm_worker", log, str(tokens))
+        with tempfile.TemporaryDirectory(dir=log.parent, prefix="cache-") as directory:
+            caches = Path(directory)
+            plan = caches / "plan.json"
             environment = {
-                "HF_HUB_OFFLINE": "1",
-                "VLLM_CACHE_ROOT": cache,
-                "VLLM_CPU_KVCACHE_SPACE": "1",
-                "VLLM_NO_USAGE_STATS": "1",
+                **ENVIRONMENT,
+                "VLLM_CACHE_ROOT": str(caches / "vllm"),
+                settings.CACHE: str(caches / "prepared"),
+                settings.PLAN_FILE: str(plan),
                 **dict(self.variables),
             }
-            first = self._served(log, environment, vocabulary)
+            figures = self._served(log, environment, vocabulary, tokens)
+            if self.ours:
+                figures["weights"] = preparation(plan)
             if not restart:
-                return first
+                return figures
             started = time.perf_counter()
-            with serving(self.model, NAME, log, environment, self._options()):
-                again = time.perf_counter() - started
-        return {**first, "start_again_s": again}
+            with (
+                watched_children() as peak,
+                serving(self.model, NAME, log, environment, self._options()),
+            ):
+                figures["start_again_s"] = time.perf_counter() - started
+            figures["start_again_peak_bytes"] = peak.bytes
+            if self.ours:
+                found = figures["weights_again"] = preparation(plan)
+                if found["from_cache"] != found["layers"]:
+                    raise RuntimeError(f"not all weights came from the cache, see {log}: {found}")
+        return figures
+
+    def worker(self, module: str, log: Path, *arguments: str) -> dict[str, Any]:
+        """What a module of this package answers that runs vLLM in its own process, and the peak of
+        its memory. What vLLM compiles is kept for the next time."""
+        command = [sys.executable, "-m", f"benchmarks.serving.{module}", str(self.model)]
+        variables = {
+            **ENVIRONMENT,
+            "OMP_NUM_THREADS": "1",
+            "VLLM_CACHE_ROOT": str(log.parent / "compiled"),
+            **dict(self.variables),
+        }
+        with log.open("w") as errors, watched_children() as peak:
+            result = subprocess.run(
+                [*command, *arguments, self.quantization],
+                cwd=ROOT,
+                env={**os.environ, **variables},
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+        if result.returncode:
+            raise RuntimeError(f"{self.name} ended with {result.returncode}, see {log}")
+        return {**json.loads(result.stdout), "peak_anonymous_bytes": peak.bytes}
+
+    @property
+    def ours(self) -> bool:
+        """Whether vLLM has this package."""
+        return (settings.ENABLE, "0") not in self.variables
 
     def _options(self) -> list[str]:
         options = ["--max-model-len", str(CONTEXT), "--max-num-seqs", str(max(STREAMS))]
@@ -56,12 +126,14 @@ class VllmEngine:
             options += ["--quantization", self.quantization]
         return options
 
-    def _served(self, log: Path, environment: dict[str, str], vocabulary: int) -> dict[str, Any]:
+    def _served(
+        self, log: Path, environment: dict[str, str], vocabulary: int, tokens: int
+    ) -> dict[str, Any]:
         started = time.perf_counter()
         with (
             watched_children() as peak,
             serving(self.model, NAME, log, environment, self._options()) as url,
         ):
             start = time.perf_counter() - started
-            figures = measure(Client(url, NAME).answer, vocabulary)
+            figures = measure(Client(url, NAME).answer, vocabulary, tokens)
         return {"start_s": start, **figures, "peak_anonymous_bytes": peak.bytes}

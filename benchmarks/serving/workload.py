@@ -64,11 +64,14 @@ def decode_rate(streams: Sequence[Stream]) -> float:
     return sum(s.count_at(end) - s.count_at(start) for s in streams) / (end - start)
 
 
-def measure(answer: Answer, vocabulary: int) -> dict[str, Any]:
-    """All figures of one engine. Seeds differ, so nothing is answered from a prefix cache."""
+def measure(answer: Answer, vocabulary: int, tokens: int = OUTPUT_TOKENS) -> dict[str, Any]:
+    """All figures of one engine; decoding is that of ``tokens`` for each prompt.
 
-    def ask(count: int, tokens: int, output: int, seed: int) -> Sequence[Stream]:
-        return answer(prompts(count, tokens, vocabulary, seed), output)
+    Seeds differ, so nothing is answered from a prefix cache.
+    """
+
+    def ask(count: int, prompt: int, output: int, seed: int) -> Sequence[Stream]:
+        return answer(prompts(count, prompt, vocabulary, seed), output)
 
     ask(1, SHORT_PROMPT, 16, 1)  # what is done once, at the first request
     ask(1, PREFILL_TOKENS, 1, 2)
@@ -77,7 +80,7 @@ def measure(answer: Answer, vocabulary: int) -> dict[str, Any]:
     decode = {}
     for streams in STREAMS:
         rates = [
-            decode_rate(ask(streams, SHORT_PROMPT, OUTPUT_TOKENS, 100 * streams + i))
+            decode_rate(ask(streams, SHORT_PROMPT, tokens, 100 * streams + i))
             for i in range(3 if streams == 1 else 1)
         ]
         decode[str(streams)] = statistics.median(rates)

@@ -106,51 +106,80 @@ struct Float8 {
   }
 };
 
-// data[index .. index + 15] in fp32.
-inline __m512 load_sixteen(const void* data, Scalar type, int64_t index) {
-  const char* at = static_cast<const char*>(data) + index * size_of(type);
+// Sixteen values of a type in fp32.
+template <Scalar Type>
+inline __m512 load_sixteen(const char* at) {
+  if constexpr (Type == Scalar::bfloat16) {
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+  } else if constexpr (Type == Scalar::float16) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+  } else if constexpr (Type == Scalar::e4m3) {
+    // As fp16 with eight less in its exponent, which keeps the subnormals; the copy of the sign
+    // below the sign is cleared.
+    const __m256i code =
+        _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+    const __m256i half = _mm256_and_si256(_mm256_slli_epi16(code, 7),
+                                          _mm256_set1_epi16(static_cast<int16_t>(0xbfff)));
+    return _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0f));
+  } else if constexpr (Type == Scalar::e8m0) {
+    const __m512i code =
+        _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+    const __mmask16 least = _mm512_testn_epi32_mask(code, code);
+    return _mm512_castsi512_ps(
+        _mm512_mask_mov_epi32(_mm512_slli_epi32(code, 23), least, _mm512_set1_epi32(0x00400000)));
+  } else {
+    return _mm512_loadu_ps(at);
+  }
+}
+
+template <Scalar Type, int Tiles>
+[[gnu::always_inline]] inline void load_tiles_of(const void* data, int64_t index, int64_t stride,
+                                                 __m512 (&out)[Tiles]) {
+  const char* at = static_cast<const char*>(data) + index * size_of(Type);
+#pragma GCC unroll 8
+  for (int t = 0; t < Tiles; ++t) out[t] = load_sixteen<Type>(at + t * stride * size_of(Type));
+}
+
+// What [tile][group][16] values of a type hold for one group of tiles that follow each other. The
+// type is asked for once for all of them: between the sums of the tiles every branch costs.
+template <int Tiles>
+[[gnu::always_inline]] inline void load_tiles(const void* data, Scalar type, const Problem& p,
+                                              int64_t tile, int64_t group, __m512 (&out)[Tiles]) {
+  const int64_t stride = p.geometry.groups * kTile, index = tile * stride + group * kTile;
   switch (type) {
-    case Scalar::bfloat16: {
-      const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
-      return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-    }
+    case Scalar::bfloat16:
+      return load_tiles_of<Scalar::bfloat16>(data, index, stride, out);
     case Scalar::float16:
-      return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
-    case Scalar::e4m3: {
-      // As fp16 with eight less in its exponent, which keeps the subnormals; the copy of the sign
-      // below the sign is cleared.
-      const __m256i code =
-          _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
-      const __m256i half = _mm256_and_si256(_mm256_slli_epi16(code, 7),
-                                            _mm256_set1_epi16(static_cast<int16_t>(0xbfff)));
-      return _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0f));
-    }
-    case Scalar::e8m0: {
-      const __m512i code =
-          _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
-      const __mmask16 least = _mm512_testn_epi32_mask(code, code);
-      return _mm512_castsi512_ps(
-          _mm512_mask_mov_epi32(_mm512_slli_epi32(code, 23), least, _mm512_set1_epi32(0x00400000)));
-    }
+      return load_tiles_of<Scalar::float16>(data, index, stride, out);
+    case Scalar::e4m3:
+      return load_tiles_of<Scalar::e4m3>(data, index, stride, out);
+    case Scalar::e8m0:
+      return load_tiles_of<Scalar::e8m0>(data, index, stride, out);
     default:
-      return _mm512_loadu_ps(at);
+      return load_tiles_of<Scalar::float32>(data, index, stride, out);
   }
 }
 
-// The scales of the sixteen channels of a tile and group.
-inline __m512 scales(const Problem& p, int64_t tile, int64_t group) {
-  if (p.scale == nullptr) return _mm512_set1_ps(1.0f);
-  return load_sixteen(p.scale, p.scale_type, (tile * p.geometry.groups + group) * kTile);
+// The scales of the sixteen channels of each tile from `tile` on, for a group.
+template <int Tiles>
+[[gnu::always_inline]] inline void load_scales(const Problem& p, int64_t tile, int64_t group,
+                                               __m512 (&out)[Tiles]) {
+  if (p.scale != nullptr) return load_tiles(p.scale, p.scale_type, p, tile, group, out);
+  for (__m512& one : out) one = _mm512_set1_ps(1.0f);
 }
 
-// What load_negated_offset of rows.h gives.
-inline __m512 negated_offsets(const Problem& p, int64_t tile, int64_t group) {
-  __m512 offset = _mm512_set1_ps(p.offset);
-  if (p.zero != nullptr) {
-    const int64_t at = (tile * p.geometry.groups + group) * kTile;
-    offset = _mm512_add_ps(load_sixteen(p.zero, p.zero_type, at), offset);
+// What load_negated_offset of rows.h gives, for each tile from `tile` on.
+template <int Tiles>
+[[gnu::always_inline]] inline void load_negated_offsets(const Problem& p, int64_t tile,
+                                                        int64_t group, __m512 (&out)[Tiles]) {
+  const __m512 offset = _mm512_set1_ps(p.offset), sign = _mm512_set1_ps(-0.0f);
+  if (p.zero == nullptr) {
+    for (__m512& one : out) one = _mm512_xor_ps(sign, offset);
+    return;
   }
-  return _mm512_xor_ps(_mm512_set1_ps(-0.0f), offset);
+  load_tiles(p.zero, p.zero_type, p, tile, group, out);
+  for (__m512& one : out) one = _mm512_xor_ps(sign, _mm512_add_ps(one, offset));
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 
 #include "decode_avx512.h"
 #include "driver.h"
+#include "few_rows_avx512.h"
 #include "prefetch.h"
 
 namespace compressed_linear::cpu {
@@ -280,28 +281,7 @@ void few_rows_kernel(const FewRowsArgs& a) {
         few_rows_block<0, Code, Rows>(code, blocks, x, acc,
                                       std::make_integer_sequence<int, kAllPairs>());
     }
-    const int64_t group = a.segments[s].group;
-#pragma GCC unroll 4
-    for (int t = 0; t < kFewTiles; ++t) {
-      if (a.row_sums != nullptr) {
-        const __m512 offset = negated_offsets(p, a.tile + t, group);
-#pragma GCC unroll 6
-        for (int r = 0; r < Rows; ++r)
-          acc[r][t] = _mm512_fmadd_ps(_mm512_set1_ps(a.row_sums[s * Rows + r]), offset, acc[r][t]);
-      }
-      if (a.sums != nullptr) {
-#pragma GCC unroll 6
-        for (int r = 0; r < Rows; ++r)
-          _mm512_store_ps(a.sums + (s * Rows + r) * kStripLanes + t * kTile, acc[r][t]);
-        continue;
-      }
-      const __m512 scale = scales(p, a.tile + t, group);
-#pragma GCC unroll 6
-      for (int r = 0; r < Rows; ++r) {
-        float* total = &totals[r][t * kTile];
-        _mm512_store_ps(total, _mm512_fmadd_ps(scale, acc[r][t], _mm512_load_ps(total)));
-      }
-    }
+    finish_segment(a, s, acc, totals);
   }
   if (a.sums != nullptr) return;
   for (int r = 0; r < Rows; ++r)

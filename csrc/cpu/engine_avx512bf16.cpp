@@ -10,6 +10,7 @@
 #include "bf16_parts.h"
 #include "decode_avx512bf16.h"
 #include "driver.h"
+#include "few_rows_avx512.h"
 #include "prefetch.h"
 
 namespace compressed_linear::cpu {
@@ -127,38 +128,11 @@ struct FewRowsKernel {
         blocks += kStripBytes;
         x += kPairs * Parts * Rows;
       }
-      sums.finish(a, s, totals);
+      finish_segment(a, s, sums.acc, totals);
     }
     if (a.sums != nullptr) return;
     for (int r = 0; r < Rows; ++r)
       store_row(p, a.row + r, a.tile * kTile, kTiles * kTile, totals[r]);
-  }
-
-  [[gnu::always_inline]] void finish(const FewRowsArgs& a, int64_t s,
-                                     float (*totals)[kTiles * kTile]) {
-    const Problem& p = a.p;
-    const int64_t group = a.segments[s].group;
-#pragma GCC unroll 8
-    for (int t = 0; t < kTiles; ++t) {
-      if (a.row_sums != nullptr) {
-        const __m512 offset = negated_offsets(p, a.tile + t, group);
-#pragma GCC unroll 8
-        for (int r = 0; r < Rows; ++r)
-          acc[r][t] = _mm512_fmadd_ps(_mm512_set1_ps(a.row_sums[s * Rows + r]), offset, acc[r][t]);
-      }
-      if (a.sums != nullptr) {
-#pragma GCC unroll 8
-        for (int r = 0; r < Rows; ++r)
-          _mm512_store_ps(a.sums + (s * Rows + r) * kStripLanes + t * kTile, acc[r][t]);
-        continue;
-      }
-      const __m512 scale = scales(p, a.tile + t, group);
-#pragma GCC unroll 8
-      for (int r = 0; r < Rows; ++r) {
-        float* total = &totals[r][t * kTile];
-        _mm512_store_ps(total, _mm512_fmadd_ps(scale, acc[r][t], _mm512_load_ps(total)));
-      }
-    }
   }
 };
 
