@@ -138,7 +138,12 @@ template <Scalar Type, int Tiles>
                                                  __m512 (&out)[Tiles]) {
   const char* at = static_cast<const char*>(data) + index * size_of(Type);
 #pragma GCC unroll 8
-  for (int t = 0; t < Tiles; ++t) out[t] = load_sixteen<Type>(at + t * stride * size_of(Type));
+  for (int t = 0; t < Tiles; ++t) {
+    // A strip's values are short runs, one for each tile, which end before the processor's own
+    // prefetching has found them; so the next strip's are fetched here.
+    _mm_prefetch(at + (Tiles + t) * stride * size_of(Type), _MM_HINT_T0);
+    out[t] = load_sixteen<Type>(at + t * stride * size_of(Type));
+  }
 }
 
 // What [tile][group][16] values of a type hold for one group of tiles that follow each other. The
