@@ -181,6 +181,7 @@ class CpuInt8Backend(QuantLinearMethod):
         tiles = -(-d.n // native.TILE)
         tile_bytes = ops.packed_tile_bytes_int8(d.k, d.group_size, self.element)
         tensors = {"packed": torch.empty(tiles, tile_bytes, dtype=torch.uint8)}
+        ops.place(tensors["packed"])
         for name, dtype in (("scale", scale_dtype(d)), ("zero", zero_dtype(d))):
             if dtype is not None:
                 tensors[name] = torch.zeros(tiles, d.groups, native.TILE, dtype=dtype)
