@@ -2,14 +2,15 @@
 // The tile instructions of AMX that the engines use, behind one interface with two implementations:
 // the processor's, and plain C++ that gives the same bits and ends the program where the processor
 // would raise an exception. Semantics: Intel 64 and IA-32 Architectures Software Developer's
-// Manual, volume 2, LDTILECFG, TILELOADD, TILESTORED and TDPBF16PS.
+// Manual, volume 2, LDTILECFG, TILELOADD, TILESTORED, TDPBF16PS and TDPBSUD.
 //
 //   configure(config), release()
 //   zero<T>(), load<T>(from, stride), store<T>(to, stride)     stride: bytes from row to row
 //   dot_bf16<C, A, B>()    C[m][n] += sum over pairs (k, k+1) of A[m][k..] B[k..][n]
+//   dot_bytes<C, A, B>()   the same over quads of bytes, signed in A and unsigned in B, to int32
 //
-// A tile is up to 16 rows of up to 64 bytes. B holds a row for each pair of K, as decoded blocks
-// of the packed layout do.
+// A tile is up to 16 rows of up to 64 bytes. B holds a row for each pair or quad of K, as decoded
+// blocks of the packed layouts do.
 #pragma once
 
 #include <cmath>
@@ -58,6 +59,10 @@ struct HardwareTiles {
   template <int C, int A, int B>
   static void dot_bf16() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
+  }
+  template <int C, int A, int B>
+  static void dot_bytes() {
+    asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
   }
 };
 #endif
@@ -110,6 +115,17 @@ class EmulatedTiles {
         odd = flush(std::fma(number(a + 4 * k + 2), number(b + kTileRowBytes * k + 2), odd));
       }
       return flush(flush(sum) + flush(even + odd));
+    });
+  }
+  // Modulo 2^32.
+  template <int C, int A, int B>
+  static void dot_bytes() {
+    dot<C, A, B, uint32_t>([](uint32_t sum, const uint8_t* a, const uint8_t* b, int count) {
+      for (int k = 0; k < count; ++k)
+        for (int i = 0; i < 4; ++i)
+          sum += static_cast<uint32_t>(static_cast<int8_t>(a[4 * k + i]) *
+                                       static_cast<int32_t>(b[kTileRowBytes * k + i]));
+      return sum;
     });
   }
 

@@ -65,10 +65,14 @@ MissingFeatures detect() {
   require(missing.avx512bf16, __builtin_cpu_supports("avx512bf16"), "avx512bf16");
   require(missing.avx512vnni, __builtin_cpu_supports("avx512vnni"), "avx512vnni");
   missing.amx = missing.avx512bf16;
+  missing.amxint8 = missing.avx512vnni;
   const unsigned leaf = cpuid(7, 0).edx;
   require(missing.amx, bit(leaf, 22), "amx-bf16");
-  require(missing.amx, bit(leaf, 24), "amx-tile");
-  if (missing.amx.empty()) require(missing.amx, may_use_tiles(), "the permission to use tiles");
+  require(missing.amxint8, bit(leaf, 25), "amx-int8");
+  for (std::string* tiles : {&missing.amx, &missing.amxint8}) {
+    require(*tiles, bit(leaf, 24), "amx-tile");
+    if (tiles->empty()) require(*tiles, may_use_tiles(), "the permission to use tiles");
+  }
   return missing;
 }
 

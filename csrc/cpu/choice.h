@@ -13,7 +13,7 @@ inline constexpr const char* kIsaVariable = "VLLM_COMPRESSED_LINEAR_CPU_ISA";
 // For each tier of instruction sets what this processor lacks of it; empty where it has all.
 struct MissingFeatures {
 #ifdef COMPRESSED_LINEAR_X86
-  std::string avx2, avxvnni, avx512, avx512bf16, avx512vnni, amx;
+  std::string avx2, avxvnni, avx512, avx512bf16, avx512vnni, amx, amxint8;
 #endif
 #ifdef COMPRESSED_LINEAR_ARM
   std::string neon, dotprod, i8mm;

@@ -12,6 +12,8 @@ const std::vector<Candidate<IntegerEngine>>& candidates() {
   static const std::vector<Candidate<IntegerEngine>> list = {
 #ifdef COMPRESSED_LINEAR_X86
       {&kIntegerEngineAvx512Vnni, missing_features().avx512vnni},
+      // Not first, although its rate is highest: it has never run on a processor that has it.
+      {&kIntegerEngineAmx, missing_features().amxint8},
       // A processor with both runs byte dot products of 256 bits faster than 16-bit ones of 512.
       {&kIntegerEngineAvxVnni, missing_features().avxvnni},
       {&kIntegerEngineAvx512Bw, missing_features().avx512},
@@ -36,6 +38,7 @@ const IntegerEngine& find(const std::string& isa) {
 std::vector<std::string> of_tier(const std::string& tier) {
   if (tier == "generic") return {"generic"};
   if (tier == "avx2") return {"avxvnni", "avx2"};
+  if (tier == "amx") return {"amx"};
   if (tier == "avx512") return {"avx512bw"};
   if (tier == "neon") return {"i8mm", "dotprod", "neon"};
   return {};

@@ -12,6 +12,8 @@
 //   quantize                   what quantize_values does
 //   and the arithmetic of whole registers
 //
+// Blocks, as VectorBlocks below, multiply blocks of outputs, with a Core's registers or otherwise.
+//
 // The work: rows of x are quantised into panels of at most kRows interleaved rows. A unit is a run
 // of panels times one strip of four tiles. It walks K in chunks; weights of a chunk are read by
 // panel after panel, either as they are packed or, for many panels, decoded to bytes once. What a
@@ -33,7 +35,6 @@
 namespace compressed_linear::cpu {
 namespace {  // see layout.h
 
-constexpr int64_t kIntegerPanelsPerUnit = 48;
 constexpr int64_t kIntegerActivationBytes = 16 << 20;  // quantised rows held at once
 constexpr int64_t kIntegerChunk = 2048;  // input channels of a strip that panels read in turn
 // How far ahead a panel that is alone fetches codes of 8 bits. On huge pages processors do that by
@@ -382,7 +383,28 @@ void decode_strip(int bits, const uint8_t* packed, int64_t tiles, int64_t blocks
   }
 }
 
+// Multiplies blocks of rows and tiles with the kernels above, while a unit of work lasts.
 template <class Core>
+struct VectorBlocks {
+  static constexpr int kRows = Core::kRows;  // of a panel
+  static constexpr int64_t kPanelsPerUnit = 48;
+  static constexpr bool kDecodes = true;  // takes narrow codes as they are packed
+  static constexpr int64_t tiles(int64_t rows) { return Core::tiles(static_cast<int>(rows)); }
+
+  explicit VectorBlocks(const IntegerProblem&) {}
+
+  // Puts q[padded_k] where row r of a panel of `rows` rows belongs in KernelArgs::x.
+  void place_row(const int8_t* q, int64_t padded_k, int64_t r, int64_t rows, int32_t* x) const {
+    for (int64_t i = 0; i < padded_k / kQuad; ++i)
+      std::memcpy(x + i * rows + r, q + i * kQuad, kQuad);
+  }
+  // bits and narrow as for kernel_for
+  void operator()(const KernelArgs& a, int bits, bool narrow, int64_t rows, int64_t tiles) const {
+    kernel_for<Core>(bits, narrow, rows, tiles)(a);
+  }
+};
+
+template <class Core, class Blocks>
 struct IntegerCall {
   const IntegerProblem& p;
   const Geometry& g;
@@ -392,13 +414,13 @@ struct IntegerCall {
   const int32_t* chunk_pieces;  // index of each chunk's first piece, chunk_count + 1 entries
   int64_t chunk, chunks;
   int64_t x_group_count;
-  bool direct;    // kernels decode packed codes themselves
+  bool direct;    // blocks decode packed codes themselves
   bool offset;    // a zero-point term remains beside the middle
   bool per_row;   // one activation scale for all of a row
   int64_t row0;   // first row of x in the panels
   Panels panels;  // of rows
   // Of panel i, at begin(i) times what a row takes, [...][row of the panel]:
-  int32_t* x;         // [quad]
+  int32_t* x;         // [quad], or as the blocks place it
   int32_t* start;     // [segment]
   float* group_sums;  // [group], without offset unused
   int32_t* zero_x;    // [x group]
@@ -416,13 +438,12 @@ struct IntegerCall {
     QuantizedGroup* by = reinterpret_cast<QuantizedGroup*>(memory + row_bytes);
     int8_t* q = reinterpret_cast<int8_t*>(by + x_group_count);
     const auto middle = static_cast<int32_t>(p.linear.middle);
+    const Blocks blocks(p);
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
       const int64_t rows = panels.rows(panel), begin = panels.begin(panel);
       for (int64_t r = 0; r < rows; ++r) {
         quantize_row(p, row0 + begin + r, row, row + g.padded_k, q, by, Core::quantize);
-        int32_t* words = x + begin * (g.padded_k / kQuad) + r;
-        for (int64_t i = 0; i < g.padded_k / kQuad; ++i)
-          std::memcpy(words + i * rows, q + i * kQuad, kQuad);
+        blocks.place_row(q, g.padded_k, r, rows, x + begin * (g.padded_k / kQuad));
         for (int64_t i = 0; i < x_group_count; ++i) {
           zero_x[begin * x_group_count + i * rows + r] = by[i].zero;
           scale_x[begin * x_group_count + i * rows + r] = by[i].scale;
@@ -468,6 +489,7 @@ struct IntegerCall {
     std::memset(totals, 0, static_cast<size_t>(total_floats) * sizeof(float));
 
     prefetch_scales(tile0 + kStrip);
+    Blocks blocks(p);
     KernelArgs args{};
     args.segments = segments;
     args.segment_count = segment_count;
@@ -497,7 +519,7 @@ struct IntegerCall {
         args.group_sums = offset ? group_sums + begin * g.groups : nullptr;
         args.zero_x = zero_x + begin * x_group_count;
         args.scale_x = per_row ? nullptr : scale_x + begin * x_group_count;
-        const int64_t step = Core::tiles(static_cast<int>(height));
+        const int64_t step = Blocks::tiles(height);
         for (int64_t t = 0; t < tiles; t += step) {
           const int64_t wide = tiles - t < step ? tiles - t : step;
           // Blocks of [row][tile] sums, one for each kernel.
@@ -511,7 +533,7 @@ struct IntegerCall {
           args.partial = partial + at;
           args.grouped = grouped + at;
           args.totals = totals + at;
-          kernel_for<Core>(stored_bits, bits < 8, height, wide)(args);
+          blocks(args, stored_bits, bits < 8, height, wide);
         }
       }
     }
@@ -535,7 +557,7 @@ struct IntegerCall {
 
   void store(int64_t panel, int64_t row_begin, int64_t tile0, int64_t tiles, float* totals) const {
     const int64_t begin = panels.begin(panel), height = panels.rows(panel);
-    const int64_t step = Core::tiles(static_cast<int>(height));
+    const int64_t step = Blocks::tiles(height);
     for (int64_t t = 0; t < tiles; t += step) {
       const int64_t wide = (tiles - t < step ? tiles - t : step) * kTile;
       float* sums = totals + ((begin - row_begin) * tiles + t * height) * kTile;
@@ -550,9 +572,10 @@ struct IntegerCall {
   }
 };
 
-// Channels per chunk: whole weight groups where that is possible, all of K for a single panel.
-inline int64_t chunk_of(const Geometry& g, int64_t panel_count) {
-  if (panel_count == 1) return g.padded_k;
+// Channels per chunk: whole weight groups where that is possible, or all of K. once: weights are
+// read a single time, as they are packed.
+inline int64_t chunk_of(const Geometry& g, bool once) {
+  if (once) return g.padded_k;
   if (g.padded_group % kBlock != 0 || g.padded_group > kIntegerChunk) return kIntegerChunk;
   return kIntegerChunk / g.padded_group * g.padded_group;
 }
@@ -593,7 +616,7 @@ struct Carver {
   }
 };
 
-template <class Core>
+template <class Core, class Blocks = VectorBlocks<Core>>
 void run_integer_linear(const IntegerProblem& p, const Parallel& parallel) {
   const Geometry& g = p.linear.geometry;
   if (p.linear.m == 0 || g.n == 0) return;
@@ -602,14 +625,15 @@ void run_integer_linear(const IntegerProblem& p, const Parallel& parallel) {
   const int64_t x_group_count = x_groups(g, activation_group);
   const int64_t row_bytes = g.padded_k + 4 * (segment_count + g.groups + 2 * x_group_count);
   int64_t rows_at_once = kIntegerActivationBytes / row_bytes;
-  if (rows_at_once < Core::kRows) rows_at_once = Core::kRows;
+  if (rows_at_once < Blocks::kRows) rows_at_once = Blocks::kRows;
   if (rows_at_once > p.linear.m) rows_at_once = p.linear.m;
 
   for (int64_t row0 = 0; row0 < p.linear.m; row0 += rows_at_once) {
     const int64_t left = p.linear.m - row0;
     const int64_t rows = left < rows_at_once ? left : rows_at_once;
-    const Panels panels(rows, Core::kRows);
-    const int64_t chunk = chunk_of(g, panels.count);
+    const Panels panels(rows, Blocks::kRows);
+    const bool as_packed = Blocks::kDecodes || g.element.bits == 8;
+    const int64_t chunk = chunk_of(g, panels.count == 1 && as_packed);
     const int64_t chunks = (g.padded_k + chunk - 1) / chunk;
 
     IntegerSegment* segments = nullptr;
@@ -635,30 +659,30 @@ void run_integer_linear(const IntegerProblem& p, const Parallel& parallel) {
                      [&](const IntegerSegment& segment) { segments[filled++] = segment; });
     const bool whole = make_pieces(segments, segment_count, chunk, chunks, pieces, chunk_pieces);
 
-    IntegerCall<Core> call{p,
-                           g,
-                           segments,
-                           segment_count,
-                           pieces,
-                           chunk_pieces,
-                           chunk,
-                           chunks,
-                           x_group_count,
-                           whole && panels.count <= kDirectPanels,
-                           has_offset(p.linear),
-                           activation_group == 0,
-                           row0,
-                           panels,
-                           x,
-                           start,
-                           group_sums,
-                           zero_x,
-                           scale_x,
-                           kIntegerPanelsPerUnit};
+    IntegerCall<Core, Blocks> call{p,
+                                   g,
+                                   segments,
+                                   segment_count,
+                                   pieces,
+                                   chunk_pieces,
+                                   chunk,
+                                   chunks,
+                                   x_group_count,
+                                   Blocks::kDecodes && whole && panels.count <= kDirectPanels,
+                                   has_offset(p.linear),
+                                   activation_group == 0,
+                                   row0,
+                                   panels,
+                                   x,
+                                   start,
+                                   group_sums,
+                                   zero_x,
+                                   scale_x,
+                                   Blocks::kPanelsPerUnit};
     while (call.panels_per_unit > 8 && call.panel_units() * call.strips() < 4 * parallel.threads)
       call.panels_per_unit /= 2;
 
-    using Context = const IntegerCall<Core>;
+    using Context = const IntegerCall<Core, Blocks>;
     const auto prepare = [](void* context, int64_t begin, int64_t end) {
       static_cast<Context*>(context)->prepare(begin, end);
     };

@@ -41,6 +41,8 @@ struct IntegerEngine {
 // One per translation unit; the last is plain C++ and always there.
 #ifdef COMPRESSED_LINEAR_X86
 extern const IntegerEngine kIntegerEngineAvx512Vnni;
+extern const IntegerEngine kIntegerEngineAmx;
+extern const IntegerEngine kIntegerEngineAmxEmulated;  // in the native tests only
 extern const IntegerEngine kIntegerEngineAvx512Bw;
 extern const IntegerEngine kIntegerEngineAvxVnni;
 extern const IntegerEngine kIntegerEngineAvxVnniEvex;  // in the native tests only

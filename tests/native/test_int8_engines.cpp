@@ -102,8 +102,10 @@ std::vector<const cl::IntegerEngine*> engines() {
     found.push_back(&cl::integer_engine());
   }
 #if defined(COMPRESSED_LINEAR_X86)
-  if (found.front()->isa == std::string("avx512vnni"))
+  if (found.front()->isa == std::string("avx512vnni")) {
     found.push_back(&cl::kIntegerEngineAvxVnniEvex);
+    found.push_back(&cl::kIntegerEngineAmxEmulated);
+  }
 #endif
   return found;
 }
@@ -275,6 +277,37 @@ int main(int argc, char** argv) {
                  (c.symmetric ? "" : " asymmetric") + " x group " + std::to_string(shape.x_group) +
                  (c.zero ? " zero" : "") + (c.reorder ? " reorder" : "") +
                  (c.extreme ? " extreme" : "");
+        if (count++ % step != 0) continue;
+        run(c);
+        ++run_count;
+      }
+  // Rows for several tile registers, segments across chunks, tile registers of 16 and of 8 quads,
+  // tiles that do not fill a strip or a register.
+  const Shape wide[] = {
+      {80, 4224, 4224, 0}, {33, 2080, 2080, 0},  {100, 2240, 64, 0},
+      {48, 2304, 32, 0},   {20, 2176, 2176, 32}, {36, 1000, 1000, 0},
+  };
+  for (const Shape& shape : wide)
+    for (const int bits : {3, 4, 8})
+      for (const int64_t m : {7, 16, 17, 70}) {
+        Case c{"",
+               shape.n,
+               shape.k,
+               shape.group,
+               bits,
+               m,
+               count % 5 != 0 || shape.x_group != 0,
+               count % 3 != 0,
+               shape.x_group,
+               127,
+               Scalar::bfloat16,
+               count % 4 < 2,
+               count % 2 == 1,
+               count % 6 == 5,
+               count % 11 == 10};
+        c.what = "tiles, uint" + std::to_string(bits) + " n=" + std::to_string(shape.n) +
+                 " k=" + std::to_string(shape.k) + " group=" + std::to_string(shape.group) +
+                 " m=" + std::to_string(m) + " x group " + std::to_string(shape.x_group);
         if (count++ % step != 0) continue;
         run(c);
         ++run_count;

@@ -131,8 +131,8 @@ def layout_id() -> str:
 
 
 def isa_int8() -> str:
-    """Instruction set in use for integer activations: avx512vnni, avxvnni, avx512bw, avx2, i8mm,
-    dotprod, neon or generic."""
+    """Instruction set in use for integer activations: avx512vnni, amx, avxvnni, avx512bw, avx2,
+    i8mm, dotprod, neon or generic."""
     load()
     return str(torch.ops.compressed_linear.isa_int8())
 
