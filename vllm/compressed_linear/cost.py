@@ -39,10 +39,11 @@ def expected_seconds(seconds: Callable[[int], float]) -> float:
 _VECTOR_SHARE_OF_AMX = 0.15
 
 
-def vector_share(platform: Platform, arithmetic: str) -> float:
-    """Share of the machine's best rate that is open to kernels without tile instructions: all of
-    it, but on AMX only what dot products of vectors do, by the declared rates."""
-    tiles = "amx" in platform.features and arithmetic != "fp32"
+def vector_share(platform: Platform, variant: str, arithmetic: str) -> float:
+    """Share of the machine's best rate that is open to the kernels of ``variant``: all of it, but
+    where there is AMX and they do not use it only what dot products of vectors do, by the declared
+    rates."""
+    tiles = "amx" in platform.features and variant != "amx" and arithmetic != "fp32"
     return _VECTOR_SHARE_OF_AMX if tiles else 1.0
 
 

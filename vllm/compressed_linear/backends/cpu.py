@@ -19,6 +19,7 @@ from vllm.compressed_linear import native, numerics
 from vllm.compressed_linear.backend import Capabilities, QuantLinearMethod
 from vllm.compressed_linear.backends.cpu_preparation import pack_codes, pack_scales
 from vllm.compressed_linear.backends.tiles import (
+    scale_bytes,
     scale_dtype,
     small_bytes,
     small_tensors,
@@ -129,9 +130,7 @@ class CpuBackend(QuantLinearMethod):
         element = weight.element
         variant = cls.variant(d, platform)
         speed = _SPEEDS.get(variant, _SPEEDS["generic"])
-        read = d.n * d.k * element.bits / 8
-        for dtype in (scale_dtype(d), zero_dtype(d)):
-            read += 0 if dtype is None else d.n * d.groups * dtype.itemsize
+        read = d.n * d.k * element.bits / 8 + scale_bytes(d, d.n)
         decode = 0.0
         if element.kind != "dense":
             rate = speed.narrow if element.bits <= 5 else speed.wide
@@ -151,8 +150,7 @@ class CpuBackend(QuantLinearMethod):
             read_bytes=read,
             operations=2.0 * m * d.n * d.k * parts,
             arithmetic=arithmetic,
-            efficiency=speed.efficiency
-            * (1.0 if variant == "amx" else vector_share(platform, arithmetic)),
+            efficiency=speed.efficiency * vector_share(platform, variant, arithmetic),
             decode_seconds=decode,
             call_seconds=_CALL_SECONDS,
         )
@@ -166,9 +164,7 @@ class CpuBackend(QuantLinearMethod):
         per_tile = torch.ops.compressed_linear.packed_tile_bytes(
             d.k, d.group_size, _kernel_element(weight.element)
         )
-        for dtype in (scale_dtype(d), zero_dtype(d)):
-            if dtype is not None:
-                per_tile += d.groups * native.TILE * dtype.itemsize
+        per_tile += scale_bytes(d, native.TILE)
         total = tiles * per_tile + small_bytes(d, d.activation)
         table = _table(weight.element)
         if table is not None:

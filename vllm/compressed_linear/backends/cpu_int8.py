@@ -17,6 +17,7 @@ from vllm.compressed_linear import native
 from vllm.compressed_linear.backend import Capabilities, QuantLinearMethod
 from vllm.compressed_linear.backends.tiles import (
     put_tiles,
+    scale_bytes,
     scale_dtype,
     small_bytes,
     small_tensors,
@@ -138,9 +139,7 @@ class CpuInt8Backend(QuantLinearMethod):
         assert activation is not None
         variant = cls.variant(d, platform)
         speed = _SPEEDS[variant]
-        read = d.n * d.k * weight.element.bits / 8
-        for dtype in (scale_dtype(d), zero_dtype(d)):
-            read += 0 if dtype is None else d.n * d.groups * dtype.itemsize
+        read = d.n * d.k * weight.element.bits / 8 + scale_bytes(d, d.n)
         narrow = weight.element.bits < 8
         return roofline(
             platform,
@@ -148,7 +147,7 @@ class CpuInt8Backend(QuantLinearMethod):
             operations=2.0 * m * d.n * d.k,
             arithmetic=speed.arithmetic,
             efficiency=(speed.grouped if activation.granularity == "group" else speed.efficiency)
-            * (1.0 if variant == "amx" else vector_share(platform, speed.arithmetic)),
+            * vector_share(platform, variant, speed.arithmetic),
             decode_seconds=d.n * d.k / (speed.decoded * platform.threads) if narrow else 0.0,
             call_seconds=_CALL_SECONDS,
         )
@@ -163,9 +162,7 @@ class CpuInt8Backend(QuantLinearMethod):
         per_tile = torch.ops.compressed_linear.packed_tile_bytes_int8(
             d.k, d.group_size, f"uint{d.weight.element.bits}"
         )
-        for dtype in (scale_dtype(d), zero_dtype(d)):
-            if dtype is not None:
-                per_tile += d.groups * native.TILE * dtype.itemsize
+        per_tile += scale_bytes(d, native.TILE)
         return -(-d.n // native.TILE) * per_tile + small_bytes(d, activation)
 
     @classmethod

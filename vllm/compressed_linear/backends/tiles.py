@@ -26,6 +26,12 @@ def zero_dtype(d: CompressedLinearDescriptor) -> torch.dtype | None:
     return torch.bfloat16 if zero.kind == "integer" else torch_dtype(zero.dtype)
 
 
+def scale_bytes(d: CompressedLinearDescriptor, channels: int) -> int:
+    """What scales and zero points of that many output channels take."""
+    dtypes = (scale_dtype(d), zero_dtype(d))
+    return channels * d.groups * sum(dtype.itemsize for dtype in dtypes if dtype is not None)
+
+
 def put_tiles(target: torch.Tensor, values: torch.Tensor, start: int, what: str) -> None:
     """Writes [rows, G] values of output channels from ``start`` on into [tiles, G, 16].
 
