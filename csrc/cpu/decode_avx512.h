@@ -133,17 +133,20 @@ inline __m512 load_sixteen(const char* at) {
   }
 }
 
+// index: of the first tile's value, in a tensor with `stride` values for each tile.
 template <Scalar Type, int Tiles>
 [[gnu::always_inline]] inline void load_tiles_of(const void* data, int64_t index, int64_t stride,
-                                                 __m512 (&out)[Tiles]) {
-  const char* at = static_cast<const char*>(data) + index * size_of(Type);
+                                                 int64_t group, __m512 (&out)[Tiles]) {
+  constexpr int64_t kSize = size_of(Type), kShareBytes = Tiles * kTile * kSize;
+  const char* at = static_cast<const char*>(data) + index * kSize;
+  // A strip's values are short runs, one for each tile, which end before the processor's own
+  // prefetching has found them. So the next strip's are fetched meanwhile, a share in each group,
+  // and from its beginning on: in the order of memory they cost half of what they do as needed.
+  const char* share = at - group * kTile * kSize + Tiles * stride * kSize + group * kShareBytes;
+  for (int64_t byte = 0; byte < kShareBytes; byte += kRowBytes)
+    _mm_prefetch(share + byte, _MM_HINT_T0);
 #pragma GCC unroll 8
-  for (int t = 0; t < Tiles; ++t) {
-    // A strip's values are short runs, one for each tile, which end before the processor's own
-    // prefetching has found them; so the next strip's are fetched here.
-    _mm_prefetch(at + (Tiles + t) * stride * size_of(Type), _MM_HINT_T0);
-    out[t] = load_sixteen<Type>(at + t * stride * size_of(Type));
-  }
+  for (int t = 0; t < Tiles; ++t) out[t] = load_sixteen<Type>(at + t * stride * kSize);
 }
 
 // What [tile][group][16] values of a type hold for one group of tiles that follow each other. The
@@ -154,15 +157,15 @@ template <int Tiles>
   const int64_t stride = p.geometry.groups * kTile, index = tile * stride + group * kTile;
   switch (type) {
     case Scalar::bfloat16:
-      return load_tiles_of<Scalar::bfloat16>(data, index, stride, out);
+      return load_tiles_of<Scalar::bfloat16>(data, index, stride, group, out);
     case Scalar::float16:
-      return load_tiles_of<Scalar::float16>(data, index, stride, out);
+      return load_tiles_of<Scalar::float16>(data, index, stride, group, out);
     case Scalar::e4m3:
-      return load_tiles_of<Scalar::e4m3>(data, index, stride, out);
+      return load_tiles_of<Scalar::e4m3>(data, index, stride, group, out);
     case Scalar::e8m0:
-      return load_tiles_of<Scalar::e8m0>(data, index, stride, out);
+      return load_tiles_of<Scalar::e8m0>(data, index, stride, group, out);
     default:
-      return load_tiles_of<Scalar::float32>(data, index, stride, out);
+      return load_tiles_of<Scalar::float32>(data, index, stride, group, out);
   }
 }
 
