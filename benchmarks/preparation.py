@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast a checkpoint's weights become the packed layout of the CPU kernels.
+"""How fast a checkpoint's weights become the packed layouts of the CPU kernels.
 
 For each layout on disk: preparation as it is done at load (codes, scales and zero points, into new
 memory), the same through the standard layout, and that with the packer's plain C++ loop. The limit
@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,20 @@ from rich.table import Table
 from benchmarks import machine
 from vllm.compressed_linear import native
 from vllm.compressed_linear.backends.cpu import CpuBackend
-from vllm.compressed_linear.backends.cpu_preparation import pack_standard
-from vllm.compressed_linear.descriptor import CheckpointScheme, WeightSpec
+from vllm.compressed_linear.backends.cpu_int8 import CpuInt8Backend
+from vllm.compressed_linear.backends.cpu_preparation import PLANES, QUADS, pack_standard
+from vllm.compressed_linear.descriptor import (
+    ActivationSpec,
+    CheckpointScheme,
+    ScaleSpec,
+    WeightSpec,
+)
 from vllm.compressed_linear.formats.awq import awq_gemm_scheme
 from vllm.compressed_linear.formats.compressed_tensors import pack_quantized_scheme
 from vllm.compressed_linear.formats.gptq import gptq_scheme
 from vllm.compressed_linear.heap import large_blocks_apart
-from vllm.compressed_linear.layout import Role, StoredTensor
-from vllm.compressed_linear.numerics import BF16, torch_dtype
+from vllm.compressed_linear.layout import Packing, Role, StoredTensor
+from vllm.compressed_linear.numerics import BF16, INT8, torch_dtype, uint
 from vllm.compressed_linear.refine import LayerContext, Part, refine
 from vllm.compressed_linear.weights import LoadedShard, ShardSource
 
@@ -44,6 +51,20 @@ BLOCK = {"qkv_proj": (6144, 4096), "o_proj": (4096, 4096), "gate_up_proj": (2867
     "down_proj": (4096, 14336)
 }
 """(N, K) of the linear layers of one of Llama-3-8B's 32 decoder blocks."""
+
+TOKEN = ActivationSpec(INT8, True, "token")
+
+INT8_WEIGHT = CheckpointScheme(
+    WeightSpec(uint(8, 128), ScaleSpec("float32", "channel", -1)),
+    (
+        StoredTensor(
+            "weight", Role.CODES, "int8", ("N", "K"), Packing(8, "K", "int8", signed=True)
+        ),
+        StoredTensor("weight_scale", Role.SCALE, "float32", ("N", "G")),
+    ),
+    TOKEN,
+)
+"""int8 [N, K], as compressed-tensors writes W8A8."""
 
 LAYOUTS: dict[str, CheckpointScheme] = {
     **{f"gptq-{b}": gptq_scheme(b, GROUP, version="gptq_v2") for b in (2, 3, 4, 8)},
@@ -58,7 +79,20 @@ LAYOUTS: dict[str, CheckpointScheme] = {
     "bfloat16": CheckpointScheme(
         WeightSpec(BF16), (StoredTensor("weight", Role.CODES, "bfloat16", ("N", "K")),)
     ),
+    "W8A8 int8": INT8_WEIGHT,
+    "W8A8 int8, asymmetric x": replace(INT8_WEIGHT, activation=replace(TOKEN, symmetric=False)),
+    **{
+        f"W4A8 {name}": replace(scheme, activation=TOKEN)
+        for name, scheme in (
+            ("gptq-4", gptq_scheme(4, GROUP, version="gptq_v2")),
+            (
+                "compressed-tensors-4",
+                pack_quantized_scheme(4, GROUP, symmetric=True, group_index=False),
+            ),
+        )
+    },
 }
+"""What has quantised activations is prepared for the integer kernels, the rest for the others."""
 
 
 def random_part(name: str, n: int, k: int) -> Part:
@@ -74,7 +108,7 @@ def random_part(name: str, n: int, k: int) -> Part:
             tensors[stored.name] = torch.randn(shape).to(torch_dtype(stored.dtype))
         elif stored.role in (Role.CODES, Role.ZERO):
             words = torch.randint(-(1 << 31), 1 << 31, shape, dtype=torch.int64)
-            tensors[stored.name] = words.to(torch.int32)
+            tensors[stored.name] = words.to(torch_dtype(stored.dtype))
         elif stored.role is Role.GROUP_INDEX:
             index = torch.arange(k, dtype=torch.int32) // GROUP
             tensors[stored.name] = index[torch.randperm(k)] if "act order" in name else index
@@ -101,11 +135,14 @@ def seconds(call: Callable[[], Any]) -> float:
 
 def measure(part: Part, repetitions: int, *, plain: bool) -> dict[str, float]:
     """Median seconds of each way to prepare the layer, and its packed bytes."""
-    method = CpuBackend(part.descriptor)
+    integers = part.descriptor.activation is not None
+    method = (CpuInt8Backend if integers else CpuBackend)(part.descriptor)
+    layout = QUADS if integers else PLANES
     first = method.prep_weights_for_execution(part.weights)["packed"]
 
     def standard() -> None:
-        pack_standard(torch.empty_like(first), part.weights, part.descriptor, method.element)
+        packed = torch.empty_like(first)
+        pack_standard(packed, part.weights, part.descriptor, method.element, layout)
 
     def plain_loop() -> None:
         with instruction_set("generic"):

@@ -14,6 +14,7 @@
 #include <string>
 
 #include "cpu/engine.h"
+#include "cpu/int8_layout.h"
 
 namespace compressed_linear {
 
@@ -139,6 +140,19 @@ inline Geometry geometry_of(const char* op, int64_t n, int64_t k, int64_t group_
   if (group_size < 1 || k % group_size != 0)
     fail(op, "group_size is ", group_size, ", expected a divisor of k = ", k);
   return cpu::make_geometry(n, k, group_size, element);
+}
+
+// Bits of an element of the layout for integer activations, which takes integers only.
+inline int code_bits(const char* op, const std::string& element_name) {
+  const Element element = parse_element(op, element_name);
+  if (element.kind != Kind::integer)
+    fail(op, "element is '", element_name, "', expected uint1 to uint8");
+  return element.bits;
+}
+
+inline Geometry quads_of(const char* op, int64_t n, int64_t k, int64_t group_size, int bits) {
+  geometry_of(op, n, k, group_size, {Kind::integer, bits});  // checks the sizes
+  return cpu::make_quads_geometry(n, k, group_size, bits);
 }
 
 inline void check_perm(const char* op, const int32_t* perm, int64_t k, int64_t columns) {

@@ -3,25 +3,11 @@
 
 #include "counters.h"
 #include "cpu/int8_engine.h"
-#include "cpu/int8_pack.h"
-#include "cpu/repack.h"
 #include "op_arguments.h"
 #include "ops.h"
 
 namespace compressed_linear {
 namespace {
-
-int code_bits(const char* op, const std::string& element_name) {
-  const Element element = parse_element(op, element_name);
-  if (element.kind != Kind::integer)
-    fail(op, "element is '", element_name, "', expected uint1 to uint8");
-  return element.bits;
-}
-
-Geometry quads_of(const char* op, int64_t n, int64_t k, int64_t group_size, int bits) {
-  geometry_of(op, n, k, group_size, {Kind::integer, bits});  // checks the sizes
-  return cpu::make_quads_geometry(n, k, group_size, bits);
-}
 
 void check_activation_group(const char* op, const Geometry& g, int64_t activation_group) {
   if (activation_group < 0)
@@ -45,56 +31,6 @@ std::atomic<int64_t>& path_counter(const cpu::IntegerEngine& engine, int bits) {
 }
 
 }  // namespace
-
-int64_t packed_tile_bytes_int8(int64_t k, int64_t group_size, std::string element) {
-  constexpr const char* op = "packed_tile_bytes_int8";
-  return quads_of(op, 0, k, group_size, code_bits(op, element)).tile_bytes();
-}
-
-void pack_rows_int8(Tensor packed, Tensor rows, int64_t row_start, int64_t n, int64_t group_size,
-                    std::string element) {
-  constexpr const char* op = "pack_rows_int8";
-  const int bits = code_bits(op, element);
-  check_plain(op, "rows", rows);
-  check_type(op, "rows", rows, ScalarType::Byte);
-  if (rows.dim() != 2) fail(op, "rows has shape ", shape_text(rows), ", expected [rows, k]");
-  const Geometry g = quads_of(op, n, rows.size(1), group_size, bits);
-  check_packed(op, packed, g);
-  const int64_t row_end = row_start + rows.size(0);
-  check_row_range(op, row_start, row_end, n);
-  const uint8_t* codes = static_cast<const uint8_t*>(rows.const_data_ptr());
-  uint32_t seen = 0;
-  for (int64_t i = 0; i < rows.numel(); ++i) seen |= codes[i];
-  if (seen >> bits != 0) fail(op, "rows holds codes of more than ", bits, " bits");
-  uint8_t* to = static_cast<uint8_t*>(packed.mutable_data_ptr());
-  if (row_start == 0) cpu::advise_huge_pages(to, packed.numel());
-  // Whole strips, since their tiles alternate row by row in memory.
-  const int64_t tile_begin = row_start / cpu::kTile;
-  const int64_t tile_end = (row_end + cpu::kTile - 1) / cpu::kTile;
-  const int64_t strip_begin = tile_begin / cpu::kStrip;
-  const int64_t strip_end = (tile_end + cpu::kStrip - 1) / cpu::kStrip;
-  parallel_tiles(strip_begin, strip_end, [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * cpu::kStrip < tile_begin ? tile_begin : begin * cpu::kStrip;
-    const int64_t last = end * cpu::kStrip < tile_end ? end * cpu::kStrip : tile_end;
-    cpu::pack_quads(g, codes, row_start, row_end, first, last, to);
-  });
-  counter("pack_rows_int8/" + element) += 1;
-}
-
-Tensor unpack_rows_int8(Tensor packed, int64_t n, int64_t k, int64_t group_size,
-                        std::string element) {
-  constexpr const char* op = "unpack_rows_int8";
-  const Geometry g = quads_of(op, n, k, group_size, code_bits(op, element));
-  check_packed(op, packed, g);
-  const std::array<int64_t, 2> shape = {n, k};
-  Tensor rows = torch::stable::new_empty(packed, {shape.data(), 2}, ScalarType::Byte);
-  const uint8_t* from = static_cast<const uint8_t*>(packed.const_data_ptr());
-  uint8_t* to = static_cast<uint8_t*>(rows.mutable_data_ptr());
-  parallel_tiles(0, g.tiles,
-                 [&](int64_t begin, int64_t end) { cpu::unpack_quads(g, from, begin, end, to); });
-  counter("unpack_rows_int8/" + element) += 1;
-  return rows;
-}
 
 Tensor code_sums_int8(Tensor packed, int64_t n, int64_t k, int64_t group_size, std::string element,
                       int64_t activation_group) {

@@ -51,8 +51,7 @@ STABLE_TORCH_LIBRARY(compressed_linear, m) {
   m.def(
       "repack_codes(Tensor(a!) packed, Tensor stored, str order, Tensor k_at, Tensor? n_at, "
       "int[] widths, int flip, int n_first, int rows, int blank, int blank_code, int row_start, "
-      "int n, "
-      "int group_size, str element) -> ()");
+      "int n, int group_size, str element) -> ()");
   m.def("unpack_rows(Tensor packed, int n, int k, int group_size, str element) -> Tensor");
   m.def(
       "linear(Tensor x, Tensor packed, Tensor? scale, Tensor? zero, Tensor? bias, Tensor? perm, "
@@ -68,6 +67,10 @@ STABLE_TORCH_LIBRARY(compressed_linear, m) {
   m.def(
       "pack_rows_int8(Tensor(a!) packed, Tensor rows, int row_start, int n, int group_size, "
       "str element) -> ()");
+  m.def(
+      "repack_codes_int8(Tensor(a!) packed, Tensor stored, str order, Tensor k_at, Tensor? n_at, "
+      "int[] widths, int flip, int n_first, int rows, int blank, int blank_code, int row_start, "
+      "int n, int group_size, str element) -> ()");
   m.def("unpack_rows_int8(Tensor packed, int n, int k, int group_size, str element) -> Tensor");
   m.def(
       "code_sums_int8(Tensor packed, int n, int k, int group_size, str element, "
@@ -99,6 +102,7 @@ STABLE_TORCH_LIBRARY_IMPL(compressed_linear, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("embedding", TORCH_BOX(&embedding));
   m.impl("pack_rows_int8", TORCH_BOX(&pack_rows_int8));
+  m.impl("repack_codes_int8", TORCH_BOX(&repack_codes_int8));
   m.impl("unpack_rows_int8", TORCH_BOX(&unpack_rows_int8));
   m.impl("code_sums_int8", TORCH_BOX(&code_sums_int8));
   m.impl("linear_int8", TORCH_BOX(&linear_int8));

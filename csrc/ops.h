@@ -39,6 +39,10 @@ Tensor embedding(Tensor ids, Tensor packed, std::optional<Tensor> scale, std::op
 int64_t packed_tile_bytes_int8(int64_t k, int64_t group_size, std::string element);
 void pack_rows_int8(Tensor packed, Tensor rows, int64_t row_start, int64_t n, int64_t group_size,
                     std::string element);
+void repack_codes_int8(Tensor packed, Tensor stored, std::string order, Tensor k_at,
+                       std::optional<Tensor> n_at, std::vector<int64_t> widths, int64_t flip,
+                       int64_t n_first, int64_t rows, int64_t blank, int64_t blank_code,
+                       int64_t row_start, int64_t n, int64_t group_size, std::string element);
 Tensor unpack_rows_int8(Tensor packed, int64_t n, int64_t k, int64_t group_size,
                         std::string element);
 Tensor code_sums_int8(Tensor packed, int64_t n, int64_t k, int64_t group_size, std::string element,

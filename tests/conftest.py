@@ -18,8 +18,16 @@ import torch
 from hypothesis import HealthCheck, settings
 from safetensors.torch import load_file
 
+from vllm.compressed_linear import native
+
 ROOT = Path(__file__).resolve().parent.parent
 COPIES = ROOT / "tests" / "fixtures"
+
+ISAS = native.supported_isas() if native.available() is None else []
+"""Instruction sets this processor can run, best first; empty without the native library."""
+
+ISAS_INT8 = native.supported_isas_int8() if native.available() is None else []
+"""The same for integer activations."""
 
 # Nobody's own measurements decide what a test sees.
 os.environ.setdefault("VLLM_COMPRESSED_LINEAR_TUNE_FILE", "off")
@@ -97,6 +105,31 @@ def assert_matches_reference(
         assert bool((error <= allowed).all()), (
             f"{linear}.{name}: {float((error / allowed).max()):.3g} times the allowed error"
         )
+
+
+def tiled(values: torch.Tensor) -> torch.Tensor:
+    """[N, G] → [tiles, G, 16], as the ops want scales and zero points."""
+    missing = -len(values) % native.TILE
+    padded = torch.nn.functional.pad(values, (0, 0, 0, missing))
+    return padded.unflatten(0, (-1, native.TILE)).transpose(1, 2).contiguous()
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test with each instruction set."""
+    before = native.isa()
+    torch.ops.compressed_linear.select_isa(request.param)
+    yield request.param
+    torch.ops.compressed_linear.select_isa(before)
+
+
+@pytest.fixture(params=ISAS_INT8)
+def isa_int8(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test with each instruction set for integer activations."""
+    before = native.isa_int8()
+    torch.ops.compressed_linear.select_isa_int8(request.param)
+    yield request.param
+    torch.ops.compressed_linear.select_isa_int8(before)
 
 
 @pytest.fixture

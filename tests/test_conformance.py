@@ -12,6 +12,7 @@ import pytest
 import torch
 import typer
 
+from conftest import ISAS
 from vllm.compressed_linear import native, registry
 from vllm.compressed_linear.backend import QuantLinearMethod, Verdict
 from vllm.compressed_linear.backends.reference import ReferenceBackend
@@ -28,7 +29,6 @@ from vllm.compressed_linear.testing import (
 from vllm.compressed_linear.testing.__main__ import find_backend
 from vllm.compressed_linear.weights import CompressedWeights
 
-ISAS = native.supported_isas() if native.available() is None else []
 REGISTERED = {name: found.backend for name, found in registry.backends().items()}
 
 

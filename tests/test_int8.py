@@ -7,13 +7,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 
+from conftest import ISAS_INT8, tiled
 from vllm.compressed_linear import native
 from vllm.compressed_linear.activation import quantize_dequantize
 from vllm.compressed_linear.backend import activation_error, contract_bound
@@ -27,7 +27,6 @@ from vllm.compressed_linear.testing import Case, check_case
 
 pytestmark = pytest.mark.skipif(native.available() is not None, reason=str(native.available()))
 
-ISAS = native.supported_isas_int8() if native.available() is None else []
 TOKEN = ActivationSpec(INT8, True, "token")
 STATIC = ActivationSpec(INT8, False, "tensor")
 ACTIVATIONS = [
@@ -41,22 +40,6 @@ ACTIVATIONS = [
 ]
 # (N, K, group): whole strips and ragged ones, groups across blocks, one group for all.
 SHAPES = [(64, 256, 128), (37, 192, 32), (150, 100, 100), (33, 80, 20), (70, 1160, 1160)]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test with this instruction set."""
-    before = native.isa_int8()
-    torch.ops.compressed_linear.select_isa_int8(request.param)
-    yield request.param
-    torch.ops.compressed_linear.select_isa_int8(before)
-
-
-def tiled(values: torch.Tensor) -> torch.Tensor:
-    """[N, G] → [tiles, G, 16], as ``linear_int8`` wants scales and zero points."""
-    missing = -len(values) % native.TILE
-    padded = torch.nn.functional.pad(values, (0, 0, 0, missing))
-    return padded.unflatten(0, (-1, native.TILE)).transpose(1, 2).contiguous()
 
 
 @dataclass
@@ -162,7 +145,9 @@ def test_unpacking_gives_back_what_was_packed(bits: int, shape: tuple[int, int, 
 
 @pytest.mark.parametrize("spec", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("bits", [1, 3, 4, 6, 8])
-def test_results_are_those_of_the_quantised_x(isa: str, bits: int, spec: ActivationSpec) -> None:
+def test_results_are_those_of_the_quantised_x(
+    isa_int8: str, bits: int, spec: ActivationSpec
+) -> None:
     """x̂ is that of ``activation.py``, bit for bit: one code off would be far outside the bound."""
     for shape in SHAPES:
         if spec.granularity == "group" and shape[2] % 4:
@@ -180,7 +165,7 @@ def test_results_are_those_of_the_quantised_x(isa: str, bits: int, spec: Activat
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
-def test_sums_of_integers_are_exact(isa: str, bits: int) -> None:
+def test_sums_of_integers_are_exact(isa_int8: str, bits: int) -> None:
     """With scales that are powers of two nothing is rounded at all, up to the largest codes."""
     w = layer(48, 512, 512, bits)
     w.scale = torch.full_like(w.scale, 0.5)
@@ -204,7 +189,7 @@ def test_every_instruction_set_batch_and_thread_count_gives_the_same_bits(
     results = []
     before, threads = native.isa_int8(), torch.get_num_threads()
     try:
-        for name in ISAS:
+        for name in ISAS_INT8:
             torch.ops.compressed_linear.select_isa_int8(name)
             for spec in ACTIVATIONS:
                 for count in (1, 2):
@@ -222,7 +207,9 @@ def test_every_instruction_set_batch_and_thread_count_gives_the_same_bits(
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("spec", ACTIVATIONS, ids=str)
-def test_what_is_not_a_number_stays_in_its_row(isa: str, spec: ActivationSpec, bad: float) -> None:
+def test_what_is_not_a_number_stays_in_its_row(
+    isa_int8: str, spec: ActivationSpec, bad: float
+) -> None:
     w = layer()
     x = torch.randn(5, w.k)
     clean = call(arguments(w, x, spec))
@@ -237,7 +224,7 @@ def test_what_is_not_a_number_stays_in_its_row(isa: str, spec: ActivationSpec, b
 
 @pytest.mark.parametrize("size", [1e-40, 1e-30, 1e30, 3e38])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_activations_of_any_finite_size(isa: str, size: float, symmetric: bool) -> None:
+def test_activations_of_any_finite_size(isa_int8: str, size: float, symmetric: bool) -> None:
     spec = replace(TOKEN, symmetric=symmetric)
     w = layer()
     x = (torch.rand(3, w.k) - 0.5) * (1 if size == 3e38 else 2) * size
@@ -249,7 +236,7 @@ def test_activations_of_any_finite_size(isa: str, size: float, symmetric: bool) 
     assert bool((((call(given).double() - expected).abs() <= bound) | ~fits).all())
 
 
-def test_order_bias_strides_and_dtypes(isa: str) -> None:
+def test_order_bias_strides_and_dtypes(isa_int8: str) -> None:
     w = layer(40, 128, 32, 4, zero=True)
     generator = torch.Generator().manual_seed(3)
     perm = torch.randperm(160, generator=generator)[:128].to(torch.int32)
@@ -325,12 +312,12 @@ def test_static_zero_points_must_be_bytes() -> None:
         call(given)
 
 
-def test_calls_are_counted_by_path(isa: str) -> None:
+def test_calls_are_counted_by_path(isa_int8: str) -> None:
     native.reset_call_counts()
     w = layer(bits=4)
     native.reset_call_counts()
     call(arguments(w, torch.ones(2, w.k)))
-    assert native.call_counts() == {f"linear_int8/{isa}/uint4": 1}
+    assert native.call_counts() == {f"linear_int8/{isa_int8}/uint4": 1}
 
 
 @pytest.mark.parametrize(
@@ -339,7 +326,7 @@ def test_calls_are_counted_by_path(isa: str) -> None:
         ("generic", {"generic"}),
         ("avx2", {"avx2", "avxvnni"}),
         ("avx512", {"avx512bw"}),
-        ("avx512bf16", set(ISAS) - {"amx"}),
+        ("avx512bf16", set(ISAS_INT8) - {"amx"}),
         ("amx", {"amx"}),
         ("neon", {"i8mm", "dotprod", "neon"}),
     ],

@@ -7,13 +7,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 
+from conftest import ISAS, tiled
 from vllm.compressed_linear import native
 from vllm.compressed_linear.backends.cpu import CpuBackend
 from vllm.compressed_linear.numerics import uint
@@ -23,29 +23,12 @@ from vllm.compressed_linear.testing import Case
 
 pytestmark = pytest.mark.skipif(native.available() is not None, reason=str(native.available()))
 
-ISAS = native.supported_isas() if native.available() is None else []
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 DENSE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 INTEGERS = [f"uint{bits}" for bits in range(1, 9)]
 # (N, K, group): whole tiles and ragged ones, groups across blocks, odd groups, a group for each
 # channel, one group for all, more channels than one chunk.
 SHAPES = [(48, 256, 128), (37, 192, 32), (150, 100, 100), (33, 40, 20), (20, 33, 1), (70, 384, 192)]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test with this instruction set."""
-    before = native.isa()
-    torch.ops.compressed_linear.select_isa(request.param)
-    yield request.param
-    torch.ops.compressed_linear.select_isa(before)
-
-
-def tiled(values: torch.Tensor) -> torch.Tensor:
-    """[N, G] → [tiles, G, 16], as ``linear`` wants scales and zero points."""
-    missing = -len(values) % native.TILE
-    padded = torch.nn.functional.pad(values, (0, 0, 0, missing))
-    return padded.unflatten(0, (-1, native.TILE)).transpose(1, 2).contiguous()
 
 
 @dataclass

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,16 +11,27 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import ISAS
 from strategies import AWQ_ORDER, Weight, weights
 from vllm.compressed_linear import native, numerics
 from vllm.compressed_linear.backends.cpu import CpuBackend
+from vllm.compressed_linear.backends.cpu_int8 import CpuInt8Backend
 from vllm.compressed_linear.backends.cpu_preparation import (
+    PLANES,
+    QUADS,
     CodeLocation,
+    PackedLayout,
     locate_codes,
     pack_codes,
     pack_standard,
 )
-from vllm.compressed_linear.descriptor import CheckpointScheme, ScaleSpec, WeightSpec
+from vllm.compressed_linear.descriptor import (
+    ActivationSpec,
+    CheckpointScheme,
+    CompressedLinearDescriptor,
+    ScaleSpec,
+    WeightSpec,
+)
 from vllm.compressed_linear.formats.awq import awq_gemm_scheme, awq_gemv_scheme
 from vllm.compressed_linear.formats.compressed_tensors import pack_quantized_scheme
 from vllm.compressed_linear.formats.gptq import gptq_scheme
@@ -36,16 +47,7 @@ from vllm.compressed_linear.weights import (
 
 pytestmark = pytest.mark.skipif(native.available() is not None, reason=str(native.available()))
 
-ISAS = native.supported_isas() if native.available() is None else []
 CONTEXT = LayerContext("bfloat16", "bfloat16")
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native.isa()
-    torch.ops.compressed_linear.select_isa(request.param)
-    yield request.param
-    torch.ops.compressed_linear.select_isa(before)
 
 
 def plain_scheme(
@@ -142,29 +144,37 @@ def loaded(
     return LoadedShard(source, kept)
 
 
-def packed_both_ways(held: CompressedWeights, descriptor: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """``packed`` as prepared, and through the standard layout."""
-    method = CpuBackend(descriptor)
-    packed = method.prep_weights_for_execution(held)["packed"]
-    standard = torch.full_like(packed, 255)
-    pack_standard(standard, held, descriptor, method.element)
+def layouts(descriptor: CompressedLinearDescriptor) -> list[PackedLayout]:
+    return [PLANES, QUADS] if descriptor.weight.element.kind == "integer" else [PLANES]
+
+
+def packed_both_ways(
+    held: CompressedWeights, d: CompressedLinearDescriptor, layout: PackedLayout
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The codes in a packed layout, as they are prepared, and through the standard layout."""
+    element = CpuBackend(d).element
+    ops = torch.ops.compressed_linear
+    tile_bytes = ops.packed_tile_bytes if layout is PLANES else ops.packed_tile_bytes_int8
+    shape = (-(-d.n // native.TILE), tile_bytes(d.k, d.group_size, element))
+    packed, standard = (torch.full(shape, fill, dtype=torch.uint8) for fill in (170, 255))
+    pack_codes(packed, held, d, element, layout)
+    pack_standard(standard, held, d, element, layout)
     return packed, standard
 
 
-def check(shards: list[LoadedShard], path: str = "repack_codes") -> None:
+def check(shards: list[LoadedShard], *, direct: bool = True) -> None:
     for part in refine(shards, CONTEXT):
         d, held = part.descriptor, part.weights
-        native.reset_call_counts()
-        packed, standard = packed_both_ways(held, d)
-        assert any(name.startswith(path) for name in native.call_counts())
-        if path == "repack_codes":
-            assert torch.ops.compressed_linear.op_calls(f"repack_codes/{native.isa()}") == len(
-                held.shards
-            )
-        assert torch.equal(packed, standard)
-        element = CpuBackend(d).element
-        codes = torch.ops.compressed_linear.unpack_rows(packed, d.n, d.k, d.group_size, element)
-        assert torch.equal(codes, held.rows(0, d.n).codes)
+        for layout in layouts(d):
+            native.reset_call_counts()
+            packed, standard = packed_both_ways(held, d, layout)
+            repacked = torch.ops.compressed_linear.op_calls(f"{layout.repack_codes}/{native.isa()}")
+            assert repacked == (len(held.shards) if direct else 0)
+            assert torch.equal(packed, standard)
+            ops = torch.ops.compressed_linear
+            unpack_rows = ops.unpack_rows if layout is PLANES else ops.unpack_rows_int8
+            codes = unpack_rows(packed, d.n, d.k, d.group_size, CpuBackend(d).element)
+            assert torch.equal(codes, held.rows(0, d.n).codes)
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -214,17 +224,34 @@ def test_blank_rows_of_a_padded_vocabulary(isa: str) -> None:
         check([random_shard(SCHEMES[name], 56, 96, part)])
 
 
+@pytest.mark.parametrize("name", ["bytes-signed", "ct-4", "gptq-4", "awq"])
+def test_backends_read_codes_where_they_lie(isa: str, name: str) -> None:
+    """Also int8 [N, K], as compressed-tensors writes W8A8."""
+    shard = random_shard(SCHEMES[name], 80, 192)
+    [part] = refine([shard], CONTEXT)
+    activation = ActivationSpec(numerics.INT8, True, "token")
+    for backend, layout, d in (
+        (CpuBackend, PLANES, part.descriptor),
+        (CpuInt8Backend, QUADS, replace(part.descriptor, activation=activation)),
+    ):
+        native.reset_call_counts()
+        packed = backend(d).prep_weights_for_execution(part.weights)["packed"]
+        assert torch.ops.compressed_linear.op_calls(layout.repack_codes) == 1
+        assert torch.ops.compressed_linear.op_calls(layout.pack_rows) == 0
+        assert torch.equal(packed, packed_both_ways(part.weights, d, layout)[1])
+
+
 @pytest.mark.parametrize("reason", DETOURS)
 def test_what_cannot_be_read_in_place_takes_the_standard_layout(reason: str) -> None:
     shard = random_shard(DETOURS[reason], 48, 64)
     assert locate_codes(shard, None, 64, "uint4") == reason
-    check([shard], "pack_rows")
+    check([shard], direct=False)
 
 
 def test_shards_that_share_a_tile_take_the_standard_layout() -> None:
     scheme = SCHEMES["gptq-4"]
     shards = [random_shard(scheme, n, 64, seed=n) for n in (24, 40)]
-    check(shards, "pack_rows")
+    check(shards, direct=False)
 
 
 @pytest.mark.parametrize("isa_name", ISAS)
@@ -244,10 +271,11 @@ def test_any_weight(isa_name: str, weight: Weight, data: st.DataObject) -> None:
     before = native.isa()
     torch.ops.compressed_linear.select_isa(isa_name)
     try:
-        packed, standard = packed_both_ways(refined.weights, d)
+        for layout in layouts(d):
+            packed, standard = packed_both_ways(refined.weights, d, layout)
+            assert torch.equal(packed, standard)
     finally:
         torch.ops.compressed_linear.select_isa(before)
-    assert torch.equal(packed, standard)
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
@@ -281,7 +309,7 @@ COLUMNS = {"order": "k_words", "stored": torch.zeros(4, 16, dtype=torch.int32)}
 
 BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "order": ({"order": "rows"}, "order is 'rows', expected n_major, k_words or k_major"),
-    "float": ({"element": "bf16"}, "element is 'bf16', expected codes"),
+    "float": ({"element": "bf16"}, "element is 'bf16', expected (codes|uint1 to uint8)"),
     "stored dtype": ({"stored": torch.zeros(16, 4)}, "stored is float32, expected uint8, int8"),
     "stored rank": ({"stored": torch.zeros(64).int()}, r"stored has shape \[64\], expected two"),
     "strided": ({"stored": torch.zeros(4, 16).int().t()}, "stored is not contiguous"),
@@ -328,16 +356,29 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+OPS = [layout.repack_codes for layout in (PLANES, QUADS)]
+
+
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("case", BAD_ARGUMENTS)
-def test_wrong_arguments_are_named(case: str) -> None:
+def test_wrong_arguments_are_named(op: str, case: str) -> None:
     changes, message = BAD_ARGUMENTS[case]
-    with pytest.raises(ValueError, match=f"compressed_linear::repack_codes: {message}"):
-        torch.ops.compressed_linear.repack_codes(**arguments(**changes))
+    with pytest.raises(ValueError, match=f"compressed_linear::{op}: {message}"):
+        getattr(torch.ops.compressed_linear, op)(**arguments(**changes))
 
 
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("changes", [{}, K_MAJOR, COLUMNS], ids=["n_major", "k_major", "k_words"])
-def test_right_arguments_are_taken(changes: dict[str, Any]) -> None:
-    torch.ops.compressed_linear.repack_codes(**arguments(**changes))
+def test_right_arguments_are_taken(op: str, changes: dict[str, Any]) -> None:
+    repack = getattr(torch.ops.compressed_linear, op)
+    repack(**arguments(**changes))
+    torch.library.opcheck(repack.default, tuple(arguments(**changes).values()))
+
+
+@pytest.mark.parametrize("element", ["bf16", "e4m3"])
+def test_integer_activations_meet_integers_only(element: str) -> None:
+    with pytest.raises(ValueError, match=f"element is '{element}', expected uint1 to uint8"):
+        torch.ops.compressed_linear.repack_codes_int8(**arguments(element=element, widths=[8]))
 
 
 def test_locations_name_bits_and_rows() -> None:
@@ -354,7 +395,8 @@ def test_locations_name_bits_and_rows() -> None:
     assert gptq.k_at[0].tolist() == [3 * k for k in range(96)]
 
 
-def test_threads_do_not_change_the_result() -> None:
+@pytest.mark.parametrize("layout", [PLANES, QUADS], ids=["planes", "quads"])
+def test_threads_do_not_change_the_result(layout: PackedLayout) -> None:
     shard = random_shard(SCHEMES["gptq-4"], 640, 512)
     [part] = refine([shard], CONTEXT)
     d, threads = part.descriptor, torch.get_num_threads()
@@ -363,7 +405,7 @@ def test_threads_do_not_change_the_result() -> None:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
             packed = torch.empty(40, 512 * 8, dtype=torch.uint8)
-            pack_codes(packed, part.weights, d, "uint4")
+            pack_codes(packed, part.weights, d, "uint4", layout)
             results.append(packed)
     finally:
         torch.set_num_threads(threads)

@@ -50,23 +50,46 @@ struct Rounding {
   }
 };
 
+// Largest |x|, NaN if one is. Compared as integers, among which NaN is above infinity; such loops
+// become vectors.
 inline float largest_magnitude(const float* values, int64_t count) {
-  float lane[kTile] = {};
-  bool ordered = true;
-  int64_t i = 0;
-  for (; i + kTile <= count; i += kTile)
-    for (int64_t j = 0; j < kTile; ++j) {
-      const float size = std::fabs(values[i + j]);
-      ordered &= size == size;
-      lane[j] = size > lane[j] ? size : lane[j];
-    }
-  for (; i < count; ++i) {
-    const float size = std::fabs(values[i]);
-    ordered &= size == size;
-    lane[0] = size > lane[0] ? size : lane[0];
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t bits = bits_of(values[i]) & 0x7fffffffu;
+    largest = bits > largest ? bits : largest;
   }
-  for (int64_t j = 1; j < kTile; ++j) lane[0] = lane[j] > lane[0] ? lane[j] : lane[0];
-  return ordered ? lane[0] : float_of(0x7fc00000u);
+  return float_of(largest);
+}
+
+// min(x, 0) and max(x, 0) over all x; both NaN if one is.
+struct Range {
+  float low, high;
+};
+
+inline Range range_of(const float* values, int64_t count) {
+  // An integer that orders as the number does, with NaN at both ends, and back.
+  const auto flip = [](int32_t bits) { return bits ^ (bits >> 31 & 0x7fffffff); };
+  int32_t lowest = 0, highest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t key = flip(static_cast<int32_t>(bits_of(values[i])));
+    lowest = key < lowest ? key : lowest;
+    highest = key > highest ? key : highest;
+  }
+  const float low = float_of(static_cast<uint32_t>(flip(lowest)));
+  const float high = float_of(static_cast<uint32_t>(flip(highest)));
+  return {std::isnan(high) ? high : low, std::isnan(low) ? low : high};
+}
+
+// Scale and zero point that bring a range to integers from -half to half - 1.
+struct Affine {
+  float scale, zero;
+};
+
+inline Affine affine_of(Range range, float half) {
+  float scale = (range.high - range.low) / (2 * half - 1);
+  if (scale == 0) scale = 1.0f;
+  const float zero = std::nearbyint(-half - range.low / scale);
+  return {scale, zero < -half ? -half : zero > half - 1 ? half - 1 : zero};
 }
 
 // What `largest` makes of a dynamic symmetric scale, before any common factor.
@@ -88,29 +111,16 @@ inline float quantise_row(const Activation& a, float* values, int64_t k) {
     for (int64_t begin = 0; begin < k; begin += group) {
       const int64_t count = k - begin < group ? k - begin : group;
       float* part = values + begin;
-      float scale = a.scale, zero = a.zero;
-      if (a.dynamic) {
-        float low = a.lowest, high = a.highest;
-        if (!a.whole_tensor) {
-          low = high = 0.0f;
-          for (int64_t i = 0; i < count; ++i) {
-            low = part[i] < low ? part[i] : low;
-            high = part[i] > high ? part[i] : high;
-            if (std::isnan(part[i])) low = high = part[i];
-          }
-        }
-        scale = (high - low) / (2 * half - 1);
-        if (scale == 0) scale = 1.0f;
-        zero = std::nearbyint(-half - low / scale);
-        zero = zero < -half ? -half : zero > half - 1 ? half - 1 : zero;
-      }
-      const float inside = a.group > 0 ? scale : 1.0f;
+      Affine by = {a.scale, a.zero};
+      if (a.dynamic)
+        by = affine_of(a.whole_tensor ? Range{a.lowest, a.highest} : range_of(part, count), half);
+      const float inside = a.group > 0 ? by.scale : 1.0f;
       for (int64_t i = 0; i < count; ++i) {
-        float q = std::nearbyint(part[i] / scale) + zero;
+        float q = std::nearbyint(part[i] / by.scale) + by.zero;
         q = q < -half ? -half : q > half - 1 ? half - 1 : q;
-        part[i] = (q - zero) * inside;
+        part[i] = (q - by.zero) * inside;
       }
-      if (a.group <= 0) factor = scale;
+      if (a.group <= 0) factor = by.scale;
     }
     return factor;
   }

@@ -15,11 +15,11 @@
 //   parts(type), split(problem, row, ...)   how a row of x becomes words
 //   decode(...)                        weights of one chunk and tile into steps of kStepBytes
 //   copy_row(problem, m, ...)          the same for a row of x that needs no conversion, or false
-//   panel_rows(problem, rows)          most rows of a panel: kRows, or what few_rows takes
 //   load_sum(sums)                     one fp32 sum per channel of a tile, back from memory
-//   takes_few_rows(call)               whether there is a path for few rows, which decodes in
+//   are_few(problem, rows)             whether so many rows take the path for few, which decodes in
 //                                      registers and works on whole strips:
-//   FewRows, kCutStrips                its kernels, and whether they take strips of fewer tiles too
+//   FewRows, kFewPanelRows             its kernels, and most rows of their panels
+//   kCutStrips                         whether they take strips of fewer tiles too
 //
 // Rows of x are interleaved in panels of at most kRows; a unit of work is a run of panels times a
 // run of tiles. Per output the order of additions is: steps of a segment in order into one
@@ -355,6 +355,14 @@ void run_few_rows(Call<Core>& call, const Parallel& parallel) {
       &call);
 }
 
+// Most rows of a panel of the path for few rows; 0 where it does not take `rows`.
+template <class Core>
+int64_t few_panel_rows(const Problem& p, int64_t rows) {
+  if constexpr (Core::kHasFewRows)
+    if (Core::are_few(p, rows)) return Core::kFewPanelRows;
+  return 0;
+}
+
 template <class Core>
 void run_linear(const Problem& given, const Parallel& parallel) {
   Problem p = given;
@@ -396,6 +404,7 @@ void run_linear(const Problem& given, const Parallel& parallel) {
 
   for (int64_t row0 = 0; row0 < p.m; row0 += rows_at_once) {
     const int64_t rows = p.m - row0 < rows_at_once ? p.m - row0 : rows_at_once;
+    const int64_t few_rows = few_panel_rows<Core>(p, rows);
     Call<Core> call{p,
                     g,
                     segments,
@@ -405,7 +414,7 @@ void run_linear(const Problem& given, const Parallel& parallel) {
                     row_words,
                     offset,
                     row0,
-                    Panels(rows, Core::panel_rows(p, rows)),
+                    Panels(rows, few_rows > 0 ? few_rows : Core::kRows),
                     reinterpret_cast<uint32_t*>(memory),
                     reinterpret_cast<float*>(memory + x_bytes),
                     kRowsPerUnit / Core::kRows,
@@ -431,7 +440,7 @@ void run_linear(const Problem& given, const Parallel& parallel) {
       parallel.run(call.panels.count, prepare, &call);
     }
     if constexpr (Core::kHasFewRows) {
-      if (Core::takes_few_rows(call)) {
+      if (few_rows > 0) {
         run_few_rows(call, parallel);
         continue;
       }

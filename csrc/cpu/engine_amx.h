@@ -22,16 +22,14 @@ static_assert(kBlockWords == kTileRows && kTile * 4 == kTileRowBytes && kRowByte
 // Multiplies blocks of rows and tiles while a unit of work lasts.
 template <class Tiles>
 class TileBlocks {
+  using Grid = TileGrid<Tiles, TileProduct::bf16>;
+
  public:
-  TileBlocks() = default;
-  TileBlocks(const TileBlocks&) = delete;
-  TileBlocks& operator=(const TileBlocks&) = delete;
-  ~TileBlocks() {
-    if (rows_ > 0) Tiles::release();
-  }
+  static constexpr int kRows = Grid::kRows, kStepBytes = kTileRows * kTileRowBytes;
+  static constexpr int kMaxParts = 3;
 
   void operator()(const MicroArgs& a, int64_t rows, int64_t tiles, int64_t parts) {
-    configure(rows);
+    grid_.configure(rows, kTileRowBytes);
     for (int64_t s = 0; s < a.segment_count; ++s) {
       const Segment segment = a.segments[s];
       const int64_t first = segment.begin / kBlock, last = (segment.end + kBlock - 1) / kBlock;
@@ -39,18 +37,9 @@ class TileBlocks {
       if (segment.begin % kBlock != 0 || segment.end % kBlock != 0)
         x = only(segment, x, first, last, parts * rows);
       const Work work{a, s, x, a.weights + first * kStepBytes, last - first, rows, tiles, parts};
-      for (int64_t t = 0; t < tiles; t += 2) {
-        if (rows > kTileRows) {
-          t + 1 < tiles ? multiply<2, 2>(work, t) : multiply<2, 1>(work, t);
-        } else {
-          t + 1 < tiles ? multiply<1, 2>(work, t) : multiply<1, 1>(work, t);
-        }
-      }
+      grid_.for_each_pair(tiles, [&](auto corner, int64_t t) { multiply(corner, work, t); });
     }
   }
-
-  static constexpr int kRows = 2 * kTileRows, kStepBytes = kTileRows * kTileRowBytes;
-  static constexpr int kMaxParts = 3;
 
  private:
   struct Work {
@@ -60,18 +49,6 @@ class TileBlocks {
     const uint8_t* weights;
     int64_t blocks, rows, tiles, parts;
   };
-
-  // Tiles 0 to 3: sums of [rows of x][channels]; 4 and 5: x; 6 and 7: weights.
-  void configure(int64_t rows) {
-    if (rows == rows_) return;
-    const int64_t low = rows < kTileRows ? rows : kTileRows;
-    TileConfig config;
-    for (const int tile : {0, 1, 4}) config.set(tile, low, kTileRowBytes);
-    for (const int tile : {2, 3, 5}) config.set(tile, rows - low, kTileRowBytes);
-    for (const int tile : {6, 7}) config.set(tile, kTileRows, kTileRowBytes);
-    Tiles::configure(config);
-    rows_ = rows;
-  }
 
   // x of the blocks that a segment touches, with zeros where other segments lie. lines: of a block
   const uint32_t* only(Segment segment, const uint32_t* x, int64_t first, int64_t last,
@@ -88,38 +65,21 @@ class TileBlocks {
     return cut_;
   }
 
-  template <int RowTiles, int Columns>
-  void multiply(const Work& work, int64_t t) {
-    Tiles::template zero<0>();
-    if constexpr (Columns > 1) Tiles::template zero<1>();
-    if constexpr (RowTiles > 1) Tiles::template zero<2>();
-    if constexpr (RowTiles > 1 && Columns > 1) Tiles::template zero<3>();
+  template <class Corner>
+  void multiply(Corner corner, const Work& work, int64_t t) {
+    corner.zero();
     const uint8_t* weights = work.weights + t * work.a.tile_stride;
     const uint32_t* x = work.x;
     for (int64_t i = 0; i < work.blocks; ++i, weights += kStepBytes) {
-      Tiles::template load<6>(weights, kTileRowBytes);
-      if constexpr (Columns > 1)
-        Tiles::template load<7>(weights + work.a.tile_stride, kTileRowBytes);
-      for (int64_t q = 0; q < work.parts; ++q, x += work.rows * kBlockWords) {
-        Tiles::template load<4>(x, kTileRowBytes);
-        Tiles::template dot_bf16<0, 4, 6>();
-        if constexpr (Columns > 1) Tiles::template dot_bf16<1, 4, 7>();
-        if constexpr (RowTiles > 1) {
-          Tiles::template load<5>(x + kTileRows * kBlockWords, kTileRowBytes);
-          Tiles::template dot_bf16<2, 5, 6>();
-          if constexpr (Columns > 1) Tiles::template dot_bf16<3, 5, 7>();
-        }
-      }
+      corner.load_weights(weights, work.a.tile_stride, kTileRowBytes);
+      for (int64_t q = 0; q < work.parts; ++q, x += work.rows * kBlockWords)
+        corner.add_products(x, kTileRowBytes);
     }
     constexpr int64_t kStride = 2 * kTile;
-    Tiles::template store<0>(sums_, kStride * 4);
-    if constexpr (Columns > 1) Tiles::template store<1>(sums_ + kTile, kStride * 4);
-    if constexpr (RowTiles > 1) Tiles::template store<2>(sums_ + kTileRows * kStride, kStride * 4);
-    if constexpr (RowTiles > 1 && Columns > 1)
-      Tiles::template store<3>(sums_ + kTileRows * kStride + kTile, kStride * 4);
+    corner.store(sums_, kStride * 4);
     const MicroArgs& a = work.a;
     const int64_t s = work.segment;
-    for (int64_t column = 0; column < Columns; ++column) {
+    for (int64_t column = 0; column < Corner::kColumns; ++column) {
       const int64_t at = (s * work.tiles + t + column) * kTile;
       const __m512 scale = _mm512_loadu_ps(a.scale + at);
       for (int64_t r = 0; r < work.rows; ++r) {
@@ -133,7 +93,7 @@ class TileBlocks {
     }
   }
 
-  int64_t rows_ = 0;  // that tiles are configured for
+  Grid grid_;
   alignas(64) float sums_[kRows * 2 * kTile];
   alignas(64) uint32_t cut_[kChunk / 2 * kMaxParts * kRows];
 };
@@ -145,7 +105,6 @@ struct TileCore {
   static constexpr int kMaxParts = Blocks::kMaxParts, kRows = Blocks::kRows, kTiles = kStrip;
   static constexpr bool kHasFewRows = false;
 
-  static int64_t panel_rows(const Problem&, int64_t) { return kRows; }
   static int64_t parts(Scalar type) {
     return type == Scalar::float32 ? 3 : type == Scalar::float16 ? 2 : 1;
   }

@@ -359,12 +359,6 @@ struct FmaCore : RegisterCore<FmaCore> {
              return p.geometry.padded_group % kUnit<typename decltype(decoder)::type> == 0;
            });
   }
-  static int64_t panel_rows(const Problem& p, int64_t rows) {
-    return are_few(p, rows) ? kFewRows : kRows;
-  }
-  static bool takes_few_rows(const Call<FmaCore>& call) {
-    return are_few(call.p, call.panels.begin(call.panels.count));
-  }
   struct FewRows {
     explicit FewRows(const Problem&) {}
     void run(const FewRowsArgs& a, int64_t rows, int64_t) const {
@@ -373,6 +367,7 @@ struct FmaCore : RegisterCore<FmaCore> {
       })(a);
     }
   };
+  static constexpr int64_t kFewPanelRows = kFewRows;
   static constexpr bool kCutStrips = false;
 };
 

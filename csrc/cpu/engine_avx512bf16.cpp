@@ -158,7 +158,6 @@ struct DotCore : RegisterCore<DotCore> {
   static Acc zero() { return _mm512_setzero_ps(); }
   static Sum sum(Acc acc) { return acc; }
   static Sum load_sum(const float* sums) { return _mm512_load_ps(sums); }
-  static int64_t panel_rows(const Problem&, int64_t) { return kRows; }
   static Acc add_offset(Acc acc, float row_sum, const float* negated_offset) {
     return _mm512_fmadd_ps(_mm512_set1_ps(row_sum), _mm512_loadu_ps(negated_offset), acc);
   }
@@ -206,9 +205,9 @@ struct DotCore : RegisterCore<DotCore> {
   }
 
   // Segments must be whole blocks or halves.
-  static bool takes_few_rows(const Call<DotCore>& call) {
-    const Geometry& g = call.g;
-    const bool few = call.panels.count <= few_panels(g.element);
+  static bool are_few(const Problem& p, int64_t rows) {
+    const Geometry& g = p.geometry;
+    const bool few = rows <= few_panels(g.element) * kRows;
     const int64_t unit = with_decoder(
         g.element, [](auto code) { return decltype(code)::kHalves ? kBlock / 2 : kBlock; });
     return few && (g.groups == 1 || g.padded_group % unit == 0);
@@ -222,6 +221,7 @@ struct DotCore : RegisterCore<DotCore> {
       })(a, table);
     }
   };
+  static constexpr int64_t kFewPanelRows = kRows;
   static constexpr bool kCutStrips = false;
 };
 

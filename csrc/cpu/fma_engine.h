@@ -340,18 +340,13 @@ struct FmaCore : RegisterCore<FmaCore<Lanes>> {
   static bool are_few(const Problem& p, int64_t rows) {
     return rows <= kFewPanels * kFewRows && in_slots<Lanes>(p);
   }
-  static int64_t panel_rows(const Problem& p, int64_t rows) {
-    return are_few(p, rows) ? kFewRows : kRows;
-  }
-  static bool takes_few_rows(const Call<FmaCore>& call) {
-    return are_few(call.p, call.panels.begin(call.panels.count));
-  }
   struct FewRows {
     explicit FewRows(const Problem&) {}
     void run(const FewRowsArgs& a, int64_t rows, int64_t) const {
       few_rows_kernel_for<Lanes>(a.p, rows)(a);
     }
   };
+  static constexpr int64_t kFewPanelRows = kFewRows;
   static constexpr bool kCutStrips = true;
 
  private:

@@ -27,18 +27,15 @@ inline int64_t tile_quads(const IntegerProblem& p) {
 // Multiplies blocks of rows and tiles while a unit of work lasts.
 template <class Tiles>
 class IntegerTileBlocks {
+  using Grid = TileGrid<Tiles, TileProduct::bytes>;
+
  public:
-  static constexpr int kRows = 2 * kTileRows;
+  static constexpr int kRows = Grid::kRows;
   static constexpr int64_t kPanelsPerUnit = 8;
   static constexpr bool kDecodes = false;
   static constexpr int64_t tiles(int64_t) { return kStrip; }
 
   explicit IntegerTileBlocks(const IntegerProblem& p) : quads_(tile_quads(p)) {}
-  IntegerTileBlocks(const IntegerTileBlocks&) = delete;
-  IntegerTileBlocks& operator=(const IntegerTileBlocks&) = delete;
-  ~IntegerTileBlocks() {
-    if (rows_ > 0) Tiles::release();
-  }
 
   // x: [quads / quads_][row][quads_]
   void place_row(const int8_t* q, int64_t padded_k, int64_t r, int64_t rows, int32_t* x) const {
@@ -48,37 +45,18 @@ class IntegerTileBlocks {
   }
 
   void operator()(const KernelArgs& a, int, bool, int64_t rows, int64_t tiles) {
-    configure(rows);
+    grid_.configure(rows, quads_ * kQuad);
     for (int64_t i = 0; i < a.piece_count; ++i) {
       const Piece& piece = a.pieces[i];
       if (piece.first) begin_segment(a, piece.segment, rows, tiles);
-      for (int64_t t = 0; t < tiles; t += 2) {
-        if (rows > kTileRows) {
-          t + 1 < tiles ? multiply<2, 2>(a, piece, t, tiles) : multiply<2, 1>(a, piece, t, tiles);
-        } else {
-          t + 1 < tiles ? multiply<1, 2>(a, piece, t, tiles) : multiply<1, 1>(a, piece, t, tiles);
-        }
-      }
+      grid_.for_each_pair(
+          tiles, [&](auto corner, int64_t t) { multiply(corner, a, piece, rows, t, tiles); });
       if (piece.last) end_segment(a, piece.segment, rows, tiles);
     }
   }
 
  private:
   using Core = Avx512Core;
-
-  // Tiles 0 to 3: sums of [rows of x][channels]; 4 and 5: x; 6 and 7: weights.
-  void configure(int64_t rows) {
-    if (rows == rows_) return;
-    const int64_t low = rows < kTileRows ? rows : kTileRows;
-    TileConfig config;
-    for (const int tile : {0, 1}) config.set(tile, low, kTileRowBytes);
-    for (const int tile : {2, 3}) config.set(tile, rows - low, kTileRowBytes);
-    config.set(4, low, quads_ * kQuad);
-    config.set(5, rows - low, quads_ * kQuad);
-    for (const int tile : {6, 7}) config.set(tile, quads_, kTileRowBytes);
-    Tiles::configure(config);
-    rows_ = rows;
-  }
 
   static void begin_segment(const KernelArgs& a, int64_t s, int64_t rows, int64_t tiles) {
     const int32_t* zero_x = a.zero_x + a.segments[s].x_group * rows;
@@ -94,37 +72,21 @@ class IntegerTileBlocks {
   }
 
   // Adds the products of a piece to what a.partial holds.
-  template <int RowTiles, int Columns>
-  void multiply(const KernelArgs& a, const Piece& piece, int64_t t, int64_t tiles) const {
-    const int64_t stride = tiles * kTileRowBytes;
-    int32_t* low = a.partial + t * kTile;
-    int32_t* high = low + kTileRows * tiles * kTile;
-    Tiles::template load<0>(low, stride);
-    if constexpr (Columns > 1) Tiles::template load<1>(low + kTile, stride);
-    if constexpr (RowTiles > 1) Tiles::template load<2>(high, stride);
-    if constexpr (RowTiles > 1 && Columns > 1) Tiles::template load<3>(high + kTile, stride);
+  template <class Corner>
+  void multiply(Corner corner, const KernelArgs& a, const Piece& piece, int64_t rows, int64_t t,
+                int64_t tiles) const {
+    int32_t* sums = a.partial + t * kTile;
+    corner.load(sums, tiles * kTileRowBytes);
     const uint8_t* weights =
         a.weights + (piece.begin - a.chunk_begin) / kQuad * a.row_stride + t * kRowBytes;
-    const int32_t* x = a.x + piece.begin / kQuad * rows_;
-    const int64_t x_stride = quads_ * kQuad;
+    const int32_t* x = a.x + piece.begin / kQuad * rows;
     for (int64_t k = piece.begin; k < piece.end; k += quads_ * kQuad) {
-      Tiles::template load<6>(weights, a.row_stride);
-      if constexpr (Columns > 1) Tiles::template load<7>(weights + kRowBytes, a.row_stride);
-      Tiles::template load<4>(x, x_stride);
-      Tiles::template dot_bytes<0, 4, 6>();
-      if constexpr (Columns > 1) Tiles::template dot_bytes<1, 4, 7>();
-      if constexpr (RowTiles > 1) {
-        Tiles::template load<5>(x + kTileRows * quads_, x_stride);
-        Tiles::template dot_bytes<2, 5, 6>();
-        if constexpr (Columns > 1) Tiles::template dot_bytes<3, 5, 7>();
-      }
+      corner.load_weights(weights, kRowBytes, a.row_stride);
+      corner.add_products(x, quads_ * kQuad);
       weights += quads_ * a.row_stride;
-      x += quads_ * rows_;
+      x += quads_ * rows;
     }
-    Tiles::template store<0>(low, stride);
-    if constexpr (Columns > 1) Tiles::template store<1>(low + kTile, stride);
-    if constexpr (RowTiles > 1) Tiles::template store<2>(high, stride);
-    if constexpr (RowTiles > 1 && Columns > 1) Tiles::template store<3>(high + kTile, stride);
+    corner.store(sums, tiles * kTileRowBytes);
   }
 
   static void end_segment(const KernelArgs& a, int64_t s, int64_t rows, int64_t tiles) {
@@ -156,7 +118,7 @@ class IntegerTileBlocks {
   }
 
   int64_t quads_;
-  int64_t rows_ = 0;  // that tiles are configured for
+  Grid grid_;
 };
 
 // Rows that registers hold at once read the weights once there too, and decode them on the way.

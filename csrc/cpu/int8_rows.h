@@ -63,56 +63,25 @@ void for_each_segment(const Geometry& g, int64_t activation_group, const Add& ad
 // Adding and subtracting it rounds half to even what is below 2^22.
 constexpr float kRounder = 12582912.0f;
 
-// As an integer that orders as the number does, and back.
-inline int32_t ordered(float value) {
-  const auto bits = static_cast<int32_t>(bits_of(value));
-  return bits ^ (bits >> 31 & 0x7fffffff);
-}
-inline float from_ordered(int32_t key) {
-  return float_of(static_cast<uint32_t>(key ^ (key >> 31 & 0x7fffffff)));
-}
-
-// Largest |x| as bits, which orders NaN above infinity.
-inline uint32_t largest_bits(const float* row, int64_t count) {
-  uint32_t largest = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t bits = bits_of(row[i]) & 0x7fffffffu;
-    largest = bits > largest ? bits : largest;
-  }
-  return largest;
-}
-
 struct QuantizedGroup {
   float scale;
   int32_t zero;
 };
 
-constexpr uint32_t kInfinityBits = 0x7f800000u;
-
 // The scale is NaN where the result must be.
 inline QuantizedGroup quantize_rule(const ActivationRule& rule, const float* row, int64_t count) {
-  const uint32_t largest = largest_bits(row, count);
-  const float nan = float_of(0x7fc00000u);
-  if (largest > kInfinityBits) return {nan, 0};
+  const float largest = largest_magnitude(row, count);
+  const QuantizedGroup bad = {float_of(0x7fc00000u), 0};
+  if (std::isnan(largest)) return bad;
   if (!rule.dynamic) return {rule.scale, rule.zero};
-  if (largest == kInfinityBits) return {nan, 0};
+  if (std::isinf(largest)) return bad;
   if (rule.symmetric) {
-    const float scale = float_of(largest) / rule.maximum;
+    const float scale = largest / rule.maximum;
     return {scale == 0.0f ? 1.0f : scale, 0};
   }
-  int32_t lowest = 0, highest = 0;  // as integers, whose loop becomes vectors
-  for (int64_t i = 0; i < count; ++i) {
-    const int32_t key = ordered(row[i]);
-    lowest = key < lowest ? key : lowest;
-    highest = key > highest ? key : highest;
-  }
-  const float low = from_ordered(lowest), high = from_ordered(highest);
-  float scale = (high - low) / 255.0f;
-  if (scale == 0.0f) scale = 1.0f;
-  if ((bits_of(scale) & kInfinityBits) == kInfinityBits) return {nan, 0};
-  float zero = (-128.0f - low / scale + kRounder) - kRounder;
-  zero = zero < -128.0f ? -128.0f : zero > 127.0f ? 127.0f : zero;
-  return {scale, static_cast<int32_t>(zero)};
+  const Affine by = affine_of(range_of(row, count), 128.0f);
+  if (!std::isfinite(by.scale)) return bad;
+  return {by.scale, static_cast<int32_t>(by.zero)};
 }
 
 // q[i] for x[i], with the given scale and zero.

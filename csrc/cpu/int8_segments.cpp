@@ -22,16 +22,15 @@ int64_t count_segments(const Geometry& g, int64_t activation_group) {
 
 void sum_codes(const Geometry& g, int64_t activation_group, const uint8_t* packed, int64_t tile,
                int32_t* sums) {
-  uint8_t codes[kBlock * kTile];
-  int64_t unpacked = -1;
   for_each_segment(g, activation_group, [&](const IntegerSegment& segment) {
     for (int64_t i = 0; i < kTile; ++i) sums[i] = 0;
-    for (int64_t k = segment.begin; k < segment.end; ++k) {
-      if (k / kBlock != unpacked) {
-        unpacked = k / kBlock;
-        unpack_quads_block(g, packed, tile, k, codes);
+    for (int64_t k = segment.begin; k < segment.end; k += kQuad) {
+      uint32_t codes[kTile];
+      unpack_quad(g, packed, tile, k, codes);
+      for (int64_t i = 0; i < kTile; ++i) {
+        const uint32_t pairs = (codes[i] & 0x00ff00ffu) + (codes[i] >> 8 & 0x00ff00ffu);
+        sums[i] += static_cast<int32_t>((pairs & 0xffffu) + (pairs >> 16));
       }
-      for (int64_t i = 0; i < kTile; ++i) sums[i] += codes[k % kBlock * kTile + i];
     }
     sums += kTile;
   });

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "arena.h"
+#include "int8_pack.h"
 
 namespace compressed_linear::cpu {
 namespace {
@@ -111,10 +112,11 @@ void touch_pages(uint8_t* memory, int64_t begin, int64_t end) {
   for (int64_t at = begin; at < end; at += kPage) static_cast<volatile uint8_t*>(memory)[at] = 0;
 }
 
-Repack from_rows(const Geometry& geometry, const void* rows, int64_t count, int64_t row_begin,
-                 uint8_t* packed) {
+Repack from_rows(const Geometry& geometry, PackedLayout layout, const void* rows, int64_t count,
+                 int64_t row_begin, uint8_t* packed) {
   Repack job{};
   job.geometry = geometry;
+  job.layout = layout;
   job.source.order = CodeOrder::n_major;
   job.source.data = static_cast<const uint8_t*>(rows);
   job.source.row_bytes = geometry.k * row_element_bytes(geometry.element);
@@ -300,11 +302,14 @@ bool repack_plain(const Repack& job, int64_t strip_begin, int64_t strip_end) {
                       static_cast<size_t>(g.group * unit));
       }
     }
-    uint8_t* block = job.packed + g.block_at(tile, 0);
+    const bool quads = job.layout == PackedLayout::quads;
+    uint8_t* block = job.packed + (quads ? quads_at(g, tile, 0) : g.block_at(tile, 0));
     for (int64_t k = 0; k < g.padded_k; k += kBlock, block += g.block_stride(tile))
       for (int64_t channel = 0; channel < kTile; ++channel) {
         const uint8_t* values = lines.data() + channel * line_bytes + k * unit;
-        if (g.element.kind == Kind::integer) {
+        if (quads) {
+          put_quads(values, g.element.bits, block, row_stride(g, tile), channel);
+        } else if (g.element.kind == Kind::integer) {
           put_codes(values, g.element.bits, block, channel);
         } else {
           for (int64_t i = 0; i < kBlock; ++i)

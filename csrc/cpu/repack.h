@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// From a matrix of codes, or of floats, as a checkpoint or the standard layout holds it, to the
-// packed layout of layout.h. One loop per instruction set (Engine::repack); the plain one is the
-// others' twin. Free of torch.
+// From a matrix of codes, or of floats, as a checkpoint or the standard layout holds it, to a
+// packed layout: that of layout.h or that of int8_layout.h. One loop per instruction set
+// (Engine::repack); the plain one is the others' twin. Free of torch.
 #pragma once
 
 #include <cstdint>
 
-#include "layout.h"
+#include "int8_layout.h"
 
 namespace compressed_linear::cpu {
 
@@ -50,8 +50,14 @@ struct Window {
   int64_t begin, end, word_begin, word_end;
 };
 
+enum class PackedLayout : uint8_t {
+  planes,  // of layout.h
+  quads,   // of int8_layout.h, integers only; the geometry is make_quads_geometry's
+};
+
 struct Repack {
   Geometry geometry;
+  PackedLayout layout;
   CodeSource source;
   int64_t row_begin;  // the output channel that the source begins with, a multiple of kTile
   uint8_t* packed;
@@ -93,8 +99,8 @@ static_assert(is_wrong({Kind::e4m3, 8}, 0xff) && !is_wrong({Kind::e4m3, 8}, 0xfe
 using RepackFunction = bool (*)(const Repack&, int64_t strip_begin, int64_t strip_end);
 
 // A job from `count` rows [k] of bytes or floats, the first of them output channel `row_begin`.
-Repack from_rows(const Geometry& geometry, const void* rows, int64_t count, int64_t row_begin,
-                 uint8_t* packed);
+Repack from_rows(const Geometry& geometry, PackedLayout layout, const void* rows, int64_t count,
+                 int64_t row_begin, uint8_t* packed);
 
 // Of elements that are codes: makes fields and windows in call_arena(), where they stay valid until
 // its next use.
@@ -108,7 +114,8 @@ bool repack_avx2(const Repack& job, int64_t strip_begin, int64_t strip_end);
 bool repack_avx512(const Repack& job, int64_t strip_begin, int64_t strip_end);
 #endif
 
-// The inverse: rows of tiles [tile_begin, tile_end) as codes or floats [n, k].
+// The inverse for layout.h: rows of tiles [tile_begin, tile_end) as codes or floats [n, k]. That
+// for int8_layout.h is in int8_pack.h.
 void unpack_tiles(const Geometry& geometry, const uint8_t* packed, int64_t tile_begin,
                   int64_t tile_end, void* rows);
 

@@ -267,12 +267,12 @@ struct RepackLoop {
       for (int64_t strip = 0; strip < strips; ++strip) {
         const StripWindow& window = windows[strip];
         Reg words[4];
-        if (window.byte >= 0)
-          for (int i = 0; i < 4; ++i) words[i] = load_window(rows[i] + window.byte);
         for (int64_t part = 0; part < kStripParts; ++part) {
           const Lanes& lane = lanes[strip * kStripParts + part];
-          if (window.byte < 0)
-            for (int i = 0; i < 4; ++i) words[i] = load_window(rows[i] + window.bytes[part]);
+          if (part == 0 || window.byte < 0) {
+            const int64_t byte = window.byte < 0 ? window.bytes[part] : window.byte;
+            for (int i = 0; i < 4; ++i) words[i] = load_window(rows[i] + byte);
+          }
           uint32_t* out = quads + (strip * kStrip + part / kParts) * kRowChunk / 4 * kTile +
                           (p - begin) / 4 * kTile + part % kParts * kLanes;
           Reg quad = V::set1(0);
@@ -346,11 +346,51 @@ struct RepackLoop {
     }
   }
 
+  // One plane of a block in the layout of quads.
+  template <int Bits, int Width>
+  static void put_quad_plane(const uint32_t* block_quads, int below, uint8_t* block,
+                             int64_t stride) {
+    const Reg mask = V::set1(((1u << Width) - 1) * 0x01010101u);
+    for (int row = 0; row < Width; ++row)
+      for (int64_t part = 0; part < kParts; ++part) {
+        Reg lane = V::set1(0);
+        for (int quad = row; quad < kQuads; quad += Width) {
+          const Reg codes =
+              V::shift_right(V::load(block_quads + quad * kTile + part * kLanes), V::count(below));
+          lane =
+              V::or_(lane, V::shift_left(V::and_(codes, mask), V::count(plane_bit(Width, quad))));
+        }
+        V::store(block + plane_position(Bits, Width, row) * stride + part * kLanes * 4, lane);
+      }
+  }
+
+  template <int Bits>
+  static void put_quad_block(const uint32_t* block_quads, uint8_t* block, int64_t stride) {
+    if constexpr (Bits == 8) {
+      for (int64_t quad = 0; quad < kQuads; ++quad)
+        for (int64_t part = 0; part < kParts; ++part)
+          V::store(block + quad * stride + part * kLanes * 4,
+                   V::load(block_quads + quad * kTile + part * kLanes));
+    } else {
+      using P = Planes<Bits>;
+      if constexpr (P::four) put_quad_plane<Bits, 4>(block_quads, 0, block, stride);
+      if constexpr (P::two) put_quad_plane<Bits, 2>(block_quads, P::four ? 4 : 0, block, stride);
+      if constexpr (P::one) put_quad_plane<Bits, 1>(block_quads, Bits - 1, block, stride);
+    }
+  }
+
   template <int Bits>
   void put_chunk(const uint32_t* tile_quads, int64_t tile, int64_t begin, int64_t end) const {
-    uint8_t* block = job.packed + g.block_at(tile, begin);
-    for (int64_t p = begin; p < end; p += kBlock, block += g.block_stride(tile))
-      put_block<Bits>(tile_quads + (p - begin) / 4 * kTile, block);
+    const bool quad_rows = job.layout == PackedLayout::quads;
+    uint8_t* block = job.packed + (quad_rows ? quads_at(g, tile, begin) : g.block_at(tile, begin));
+    for (int64_t p = begin; p < end; p += kBlock, block += g.block_stride(tile)) {
+      const uint32_t* block_quads = tile_quads + (p - begin) / kQuad * kTile;
+      if (quad_rows) {
+        put_quad_block<Bits>(block_quads, block, row_stride(g, tile));
+      } else {
+        put_block<Bits>(block_quads, block);
+      }
+    }
   }
 
   // Writes positions [begin, end) of a tile.

@@ -115,11 +115,13 @@ inline void measure_tensor(Problem& p, float* row, float* scratch) {
   float low = 0.0f, high = 0.0f;
   for (int64_t m = 0; m < p.m; ++m) {
     prepare_row(plain, m, row, scratch);
-    for (int64_t i = 0; i < p.geometry.padded_k; ++i) {
-      low = row[i] < low ? row[i] : low;
-      high = row[i] > high ? row[i] : high;
-      if (std::isnan(row[i])) low = high = row[i];
+    const Range range = range_of(row, p.geometry.padded_k);
+    if (std::isnan(range.low)) {
+      low = high = range.low;
+      break;
     }
+    low = range.low < low ? range.low : low;
+    high = range.high > high ? range.high : high;
   }
   a.lowest = low;
   a.highest = a.symmetric && -low > high ? -low : high;

@@ -127,7 +127,7 @@ void run(const Case& c) {
     }
   }
   Bytes packed(static_cast<size_t>(g.tiles * g.tile_bytes()));
-  cl::Repack job = cl::from_rows(g, rows.data(), n, 0, packed.data());
+  cl::Repack job = cl::from_rows(g, cl::PackedLayout::planes, rows.data(), n, 0, packed.data());
   if (cl::is_coded(c.element)) cl::plan_fields(job);
   cl::repack_plain(job, 0, (g.tiles + cl::kStrip - 1) / cl::kStrip);
   Bytes back(rows.size());

@@ -14,6 +14,7 @@
 #include "cpu/floats.h"
 #include "cpu/int8_engine.h"
 #include "cpu/int8_pack.h"
+#include "cpu/repack.h"
 
 namespace cl = compressed_linear::cpu;
 using cl::Scalar;
@@ -118,7 +119,9 @@ void run(const Case& c) {
   for (uint8_t& code : rows)
     code = static_cast<uint8_t>(c.extreme ? (1 << c.bits) - 1 : below(int64_t{1} << c.bits));
   Bytes packed(static_cast<size_t>(g.tiles * g.tile_bytes()));
-  cl::pack_quads(g, rows.data(), 0, c.n, 0, g.tiles, packed.data());
+  cl::Repack job = cl::from_rows(g, cl::PackedLayout::quads, rows.data(), c.n, 0, packed.data());
+  cl::plan_fields(job);
+  cl::repack_plain(job, 0, g.tiles);
   Bytes back(rows.size());
   cl::unpack_quads(g, packed.data(), 0, g.tiles, back.data());
   check(back == rows, c, "packer", "unpacking does not give back what was packed");
@@ -234,84 +237,85 @@ void run(const Case& c) {
   }
 }
 
+struct Shape {
+  int64_t n, k, group, x_group;
+};
+
+// What else a case has follows from its number.
+Case make_case(const Shape& shape, int bits, int64_t m, int number) {
+  Case c{"",
+         shape.n,
+         shape.k,
+         shape.group,
+         bits,
+         m,
+         number % 5 != 0 || shape.x_group != 0,
+         number % 3 != 0,
+         shape.x_group,
+         number % 2 == 0 ? 127.0f : 127.5f,
+         number % 7 == 0   ? Scalar::float16
+         : number % 7 == 1 ? Scalar::float32
+                           : Scalar::bfloat16,
+         number % 4 < 2,
+         number % 2 == 1,
+         number % 6 == 5,
+         number % 11 == 10};
+  c.what = "uint" + std::to_string(bits) + " n=" + std::to_string(shape.n) +
+           " k=" + std::to_string(shape.k) + " group=" + std::to_string(shape.group) +
+           " m=" + std::to_string(m) + (c.dynamic ? " dynamic" : " static") +
+           (c.symmetric ? "" : " asymmetric") + " x group " + std::to_string(shape.x_group) +
+           (c.zero ? " zero" : "") + (c.reorder ? " reorder" : "") + (c.extreme ? " extreme" : "");
+  return c;
+}
+
 }  // namespace
 
 // Runs each STEP-th case, all of them by default.
 int main(int argc, char** argv) {
   const int step = argc > 1 ? std::atoi(argv[1]) : 1;
-  struct Shape {
-    int64_t n, k, group, x_group;
+  int count = 0, run_count = 0;
+  const auto run_all = [&](const std::vector<Shape>& shapes, const std::vector<int>& widths,
+                           const std::vector<int64_t>& rows) {
+    for (const Shape& shape : shapes)
+      for (const int bits : widths)
+        for (const int64_t m : rows) {
+          const int number = count++;
+          if (number % step != 0) continue;
+          run(make_case(shape, bits, m, number));
+          ++run_count;
+        }
   };
   // Whole strips and ragged ones, groups across blocks and of odd sizes, one group for all, more
   // channels than a chunk, activation groups inside, across and beside weight groups.
-  const Shape shapes[] = {
-      {70, 384, 128, 0},  {33, 40, 20, 0},   {16, 96, 8, 0},       {20, 33, 1, 0},
-      {17, 100, 100, 0},  {64, 160, 32, 32}, {130, 1100, 1100, 0}, {48, 256, 64, 128},
-      {35, 192, 192, 32}, {64, 1088, 64, 0}, {16, 60, 6, 12},      {40, 120, 40, 32},
-      {20, 130, 130, 32},
-  };
-  int count = 0, run_count = 0;
-  for (const Shape& shape : shapes)
-    for (int bits = 1; bits <= 8; ++bits)
-      for (const int64_t m : {1, 3, 6, 13, 30}) {
-        Case c{"",
-               shape.n,
-               shape.k,
-               shape.group,
-               bits,
-               m,
-               count % 5 != 0 || shape.x_group != 0,
-               count % 3 != 0,
-               shape.x_group,
-               count % 2 == 0 ? 127.0f : 127.5f,
-               count % 7 == 0   ? Scalar::float16
-               : count % 7 == 1 ? Scalar::float32
-                                : Scalar::bfloat16,
-               count % 4 < 2,
-               count % 2 == 1,
-               count % 6 == 5,
-               count % 11 == 10};
-        c.what = "uint" + std::to_string(bits) + " n=" + std::to_string(shape.n) +
-                 " k=" + std::to_string(shape.k) + " group=" + std::to_string(shape.group) +
-                 " m=" + std::to_string(m) + (c.dynamic ? " dynamic" : " static") +
-                 (c.symmetric ? "" : " asymmetric") + " x group " + std::to_string(shape.x_group) +
-                 (c.zero ? " zero" : "") + (c.reorder ? " reorder" : "") +
-                 (c.extreme ? " extreme" : "");
-        if (count++ % step != 0) continue;
-        run(c);
-        ++run_count;
-      }
+  run_all(
+      {
+          {70, 384, 128, 0},
+          {33, 40, 20, 0},
+          {16, 96, 8, 0},
+          {20, 33, 1, 0},
+          {17, 100, 100, 0},
+          {64, 160, 32, 32},
+          {130, 1100, 1100, 0},
+          {48, 256, 64, 128},
+          {35, 192, 192, 32},
+          {64, 1088, 64, 0},
+          {16, 60, 6, 12},
+          {40, 120, 40, 32},
+          {20, 130, 130, 32},
+      },
+      {1, 2, 3, 4, 5, 6, 7, 8}, {1, 3, 6, 13, 30});
   // Rows for several tile registers, segments across chunks, tile registers of 16 and of 8 quads,
   // tiles that do not fill a strip or a register.
-  const Shape wide[] = {
-      {80, 4224, 4224, 0}, {33, 2080, 2080, 0},  {100, 2240, 64, 0},
-      {48, 2304, 32, 0},   {20, 2176, 2176, 32}, {36, 1000, 1000, 0},
-  };
-  for (const Shape& shape : wide)
-    for (const int bits : {3, 4, 8})
-      for (const int64_t m : {7, 16, 17, 70}) {
-        Case c{"",
-               shape.n,
-               shape.k,
-               shape.group,
-               bits,
-               m,
-               count % 5 != 0 || shape.x_group != 0,
-               count % 3 != 0,
-               shape.x_group,
-               127,
-               Scalar::bfloat16,
-               count % 4 < 2,
-               count % 2 == 1,
-               count % 6 == 5,
-               count % 11 == 10};
-        c.what = "tiles, uint" + std::to_string(bits) + " n=" + std::to_string(shape.n) +
-                 " k=" + std::to_string(shape.k) + " group=" + std::to_string(shape.group) +
-                 " m=" + std::to_string(m) + " x group " + std::to_string(shape.x_group);
-        if (count++ % step != 0) continue;
-        run(c);
-        ++run_count;
-      }
+  run_all(
+      {
+          {80, 4224, 4224, 0},
+          {33, 2080, 2080, 0},
+          {100, 2240, 64, 0},
+          {48, 2304, 32, 0},
+          {20, 2176, 2176, 32},
+          {36, 1000, 1000, 0},
+      },
+      {3, 4, 8}, {7, 16, 17, 70});
   // The longest segment, at the ends of int32.
   for (const bool symmetric : {true, false}) {
     const Case longest{"longest segment", 16,    70000, 70000, 8,   1, true, symmetric, 0, 127,

@@ -12,11 +12,13 @@
 #include <vector>
 
 #include "cpu/engine.h"
+#include "cpu/int8_pack.h"
 #include "cpu/repack.h"
 
 namespace cl = compressed_linear::cpu;
 using cl::CodeOrder;
 using cl::Kind;
+using cl::PackedLayout;
 
 namespace {
 
@@ -85,6 +87,23 @@ void fail(const std::string& what) {
   std::printf("FAIL %s\n", what.c_str());
 }
 
+cl::Geometry geometry_of(PackedLayout layout, int64_t n, int64_t k, int64_t group,
+                         cl::Element element) {
+  return layout == PackedLayout::quads ? cl::make_quads_geometry(n, k, group, element.bits)
+                                       : cl::make_geometry(n, k, group, element);
+}
+
+Bytes unpacked(const cl::Repack& job) {
+  const cl::Geometry& g = job.geometry;
+  Bytes rows(static_cast<size_t>(g.n * g.k));
+  if (job.layout == PackedLayout::quads) {
+    cl::unpack_quads(g, job.packed, 0, g.tiles, rows.data());
+  } else {
+    cl::unpack_tiles(g, job.packed, 0, g.tiles, rows.data());
+  }
+  return rows;
+}
+
 void test_codes(const std::string& what, const Layout& l, cl::Element element, int64_t n,
                 int64_t rows, int64_t stored_k, int64_t k, int64_t group, bool reorder) {
   const int bits = element.bits;
@@ -134,7 +153,6 @@ void test_codes(const std::string& what, const Layout& l, cl::Element element, i
   }
 
   cl::Repack job{};
-  job.geometry = cl::make_geometry(n, k, group, element);
   cl::CodeSource& s = job.source;
   s.order = l.order;
   s.data = stored.data();
@@ -149,33 +167,38 @@ void test_codes(const std::string& what, const Layout& l, cl::Element element, i
   s.n_first = n_first;
   s.k_at = k_at.data();
   s.n_at = by_n ? n_at.data() : nullptr;
-  cl::plan_fields(job);
-
-  const int64_t strips = (job.geometry.tiles + cl::kStrip - 1) / cl::kStrip;
-  Bytes first;
-  for (const std::string& isa : cl::supported_isas()) {
-    cl::select_engine(isa);
-    Bytes packed(static_cast<size_t>(job.geometry.tiles * job.geometry.tile_bytes()), 0xa5);
-    job.packed = packed.data();
-    bool good = false;
-    run_threads(job, cl::engine().repack, strips, good);
-    if (!good) fail(what + " on " + isa + ": reports wrong codes");
-    Bytes back(static_cast<size_t>(n * k));
-    cl::unpack_tiles(job.geometry, packed.data(), 0, job.geometry.tiles, back.data());
-    for (int64_t row = 0; row < n; ++row)
-      for (int64_t i = 0; i < k; ++i) {
-        const int64_t from = channel[static_cast<size_t>(i)];
-        const uint8_t expected =
-            row >= rows ? s.blank_code
-            : from < 0  ? 0
-                        : codes[static_cast<size_t>((row + n_first) * stored_k + from)];
-        if (back[static_cast<size_t>(row * k + i)] == expected) continue;
-        fail(what + " on " + isa + ": channel " + std::to_string(row) + ", " + std::to_string(i));
-        row = n;
-        break;
-      }
-    if (first.empty()) first = packed;
-    if (packed != first) fail(what + " on " + isa + ": other bytes than on the first");
+  for (const PackedLayout layout : {PackedLayout::planes, PackedLayout::quads}) {
+    if (layout == PackedLayout::quads && element.kind != Kind::integer) continue;
+    job.layout = layout;
+    job.geometry = geometry_of(layout, n, k, group, element);
+    cl::plan_fields(job);
+    const int64_t strips = (job.geometry.tiles + cl::kStrip - 1) / cl::kStrip;
+    Bytes first;
+    for (const std::string& isa : cl::supported_isas()) {
+      const std::string where =
+          what + (layout == PackedLayout::quads ? " quads on " : " on ") + isa;
+      cl::select_engine(isa);
+      Bytes packed(static_cast<size_t>(job.geometry.tiles * job.geometry.tile_bytes()), 0xa5);
+      job.packed = packed.data();
+      bool good = false;
+      run_threads(job, cl::engine().repack, strips, good);
+      if (!good) fail(where + ": reports wrong codes");
+      const Bytes back = unpacked(job);
+      for (int64_t row = 0; row < n; ++row)
+        for (int64_t i = 0; i < k; ++i) {
+          const int64_t from = channel[static_cast<size_t>(i)];
+          const uint8_t expected =
+              row >= rows ? s.blank_code
+              : from < 0  ? 0
+                          : codes[static_cast<size_t>((row + n_first) * stored_k + from)];
+          if (back[static_cast<size_t>(row * k + i)] == expected) continue;
+          fail(where + ": channel " + std::to_string(row) + ", " + std::to_string(i));
+          row = n;
+          break;
+        }
+      if (first.empty()) first = packed;
+      if (packed != first) fail(where + ": other bytes than on the first");
+    }
   }
 }
 
@@ -184,16 +207,20 @@ void test_wrong_codes() {
   struct Wrong {
     cl::Element element;
     uint8_t code;
+    PackedLayout layout;
   };
-  for (const Wrong& w :
-       {Wrong{{Kind::integer, 3}, 8}, Wrong{{Kind::e4m3, 8}, 0x7f}, Wrong{{Kind::e4m3, 8}, 0xff},
-        Wrong{{Kind::e5m2, 8}, 0x7c}, Wrong{{Kind::e5m2, 8}, 0xfd}})
+  for (const Wrong& w : {Wrong{{Kind::integer, 3}, 8, PackedLayout::planes},
+                         Wrong{{Kind::integer, 3}, 8, PackedLayout::quads},
+                         Wrong{{Kind::e4m3, 8}, 0x7f, PackedLayout::planes},
+                         Wrong{{Kind::e4m3, 8}, 0xff, PackedLayout::planes},
+                         Wrong{{Kind::e5m2, 8}, 0x7c, PackedLayout::planes},
+                         Wrong{{Kind::e5m2, 8}, 0xfd, PackedLayout::planes}})
     for (const std::string& isa : cl::supported_isas()) {
       cl::select_engine(isa);
-      const cl::Geometry g = cl::make_geometry(37, 70, 70, w.element);
+      const cl::Geometry g = geometry_of(w.layout, 37, 70, 70, w.element);
       for (int64_t at = 0; at < 37 * 70; at += 7) {
         Bytes rows(37 * 70, 3), packed(static_cast<size_t>(g.tiles * g.tile_bytes()));
-        cl::Repack job = cl::from_rows(g, rows.data(), 37, 0, packed.data());
+        cl::Repack job = cl::from_rows(g, w.layout, rows.data(), 37, 0, packed.data());
         cl::plan_fields(job);
         if (!cl::engine().repack(job, 0, 1)) fail(isa + ": sees a wrong code where there is none");
         rows[static_cast<size_t>(at)] = w.code;
@@ -215,7 +242,8 @@ void test_floats() {
       for (const std::string& isa : cl::supported_isas()) {
         cl::select_engine(isa);
         Bytes packed(static_cast<size_t>(g.tiles * g.tile_bytes()), 0xa5), back(rows.size());
-        const cl::Repack job = cl::from_rows(g, rows.data(), n, 0, packed.data());
+        const cl::Repack job =
+            cl::from_rows(g, PackedLayout::planes, rows.data(), n, 0, packed.data());
         cl::engine().repack(job, 0, 2);
         cl::unpack_tiles(g, packed.data(), 0, g.tiles, back.data());
         if (back != rows) fail(isa + ": floats change");

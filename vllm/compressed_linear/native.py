@@ -49,8 +49,8 @@ with perm[k] = c. ``channels`` is the width of x, k without ``perm``.
 For 8-bit integer activations there is a layout of its own (``layout_id_int8()``), and engines of
 their own (``isa_int8()``, ``supported_isas_int8()``, ``select_isa_int8(name)``):
 
-* ``packed_tile_bytes_int8``, ``pack_rows_int8``, ``unpack_rows_int8``: as above, for ``uint1`` …
-  ``uint8``
+* ``packed_tile_bytes_int8``, ``pack_rows_int8``, ``repack_codes_int8``, ``unpack_rows_int8``: as
+  above, for ``uint1`` … ``uint8``
 * ``code_sums_int8(packed, n, k, group_size, element, activation_group) -> Tensor`` int32
   [tiles, segments, 16]: sums of codes over what is added up as integers
 * ``linear_int8(x, packed, scale, zero, row_scale, bias, perm, prescale, input_scale, input_zero,
@@ -276,6 +276,7 @@ def _register_fakes() -> None:
     torch.library.register_fake("compressed_linear::pack_rows_int8", _fake_pack_rows)
     torch.library.register_fake("compressed_linear::place", _fake_place)
     torch.library.register_fake("compressed_linear::repack_codes", _fake_repack_codes)
+    torch.library.register_fake("compressed_linear::repack_codes_int8", _fake_repack_codes)
     torch.library.register_fake("compressed_linear::linear", _fake_linear)
     torch.library.register_fake("compressed_linear::embedding", _fake_embedding)
     torch.library.register_fake("compressed_linear::unpack_rows", _fake_unpack_rows)

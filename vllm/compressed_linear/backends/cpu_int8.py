@@ -15,8 +15,8 @@ import torch
 
 from vllm.compressed_linear import native
 from vllm.compressed_linear.backend import Capabilities, QuantLinearMethod
+from vllm.compressed_linear.backends.cpu_preparation import QUADS, pack_codes, pack_scales
 from vllm.compressed_linear.backends.tiles import (
-    put_tiles,
     scale_bytes,
     scale_dtype,
     small_bytes,
@@ -179,22 +179,19 @@ class CpuInt8Backend(QuantLinearMethod):
         assert activation is not None
         tiles = -(-d.n // native.TILE)
         tile_bytes = ops.packed_tile_bytes_int8(d.k, d.group_size, self.element)
-        tensors = {"packed": torch.empty(tiles, tile_bytes, dtype=torch.uint8)}
-        ops.place(tensors["packed"])
-        for name, dtype in (("scale", scale_dtype(d)), ("zero", zero_dtype(d))):
-            if dtype is not None:
-                tensors[name] = torch.zeros(tiles, d.groups, native.TILE, dtype=dtype)
-        for start, stop in weights.chunks(native.TILE):
-            rows = weights.rows(start, stop)
-            codes = rows.codes.contiguous()
-            ops.pack_rows_int8(tensors["packed"], codes, start, d.n, d.group_size, self.element)
-            for name, values in (("scale", rows.scale), ("zero", rows.zero)):
-                if name in tensors and values is not None:
-                    put_tiles(tensors[name], values, start, f"{name} of {d}")
+        packed = torch.empty(tiles, tile_bytes, dtype=torch.uint8)
+        pack_codes(packed, weights, d, self.element, QUADS)
+        tensors = {
+            name: torch.empty(tiles, d.groups, native.TILE, dtype=dtype)
+            for name, dtype in (("scale", scale_dtype(d)), ("zero", zero_dtype(d)))
+            if dtype is not None
+        }
+        pack_scales(tensors, weights, d)
+        tensors["packed"] = packed
         tensors |= small_tensors(weights, activation)
         if not activation.symmetric:
             tensors["code_sums"] = ops.code_sums_int8(
-                tensors["packed"], d.n, d.k, d.group_size, self.element, _channels(activation)
+                packed, d.n, d.k, d.group_size, self.element, _channels(activation)
             )
         return tensors
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a checkpoint's codes to the packed layout of the CPU kernels.
+"""From a checkpoint's codes to the packed layouts of the CPU kernels.
 
 Most packings can be said as the bit at which each code begins, and such codes are repacked where
 they lie, in all threads. The others pass through the standard layout, a chunk of rows at a time.
@@ -28,6 +28,21 @@ _BYTES = ("uint8", "e4m3", "e5m2")
 
 
 @dataclass(frozen=True)
+class PackedLayout:
+    """Names of the ops that fill one of the kernels' layouts."""
+
+    repack_codes: str
+    pack_rows: str
+
+
+PLANES = PackedLayout("repack_codes", "pack_rows")
+"""``csrc/cpu/layout.h``"""
+
+QUADS = PackedLayout("repack_codes_int8", "pack_rows_int8")
+"""``csrc/cpu/int8_layout.h``"""
+
+
+@dataclass(frozen=True)
 class CodeLocation:
     """Arguments of ``repack_codes`` that say where a shard's codes lie."""
 
@@ -45,13 +60,14 @@ def pack_codes(
     weights: CompressedWeights,
     descriptor: CompressedLinearDescriptor,
     element: str,
+    layout: PackedLayout = PLANES,
 ) -> None:
     """Fill ``packed`` uint8 [tiles, bytes of a tile] with the codes of ``weights``."""
     d = descriptor
     ops = torch.ops.compressed_linear
     ops.place(packed)
     if d.weight.element.kind == "dense":
-        pack_standard(packed, weights, d, element)
+        pack_standard(packed, weights, d, element, layout)
         return
     locations = [locate_codes(shard, weights.permutation, d.k, element) for shard in weights.shards]
     sizes = [shard.source.n + shard.source.padding for shard in weights.shards]
@@ -60,14 +76,15 @@ def pack_codes(
         obstacle = f"shards of {sizes} output channels (tiles are of {native.TILE})"
     if obstacle is not None:
         logger.debug("%s: prepared through the standard layout: %s", d, obstacle)
-        pack_standard(packed, weights, d, element)
+        pack_standard(packed, weights, d, element, layout)
         return
+    repack_codes = getattr(ops, layout.repack_codes)
     start = 0
     for index, found in enumerate(locations):
         shard = weights.shards[index]
         assert isinstance(found, CodeLocation)
         n, blank = shard.source.n, shard.source.padding
-        ops.repack_codes(
+        repack_codes(
             packed,
             found.tensor,
             found.order,
@@ -92,13 +109,13 @@ def pack_standard(
     weights: CompressedWeights,
     descriptor: CompressedLinearDescriptor,
     element: str,
+    layout: PackedLayout = PLANES,
 ) -> None:
     """The same through the standard layout; rows of floats it takes where they lie."""
+    pack_rows = getattr(torch.ops.compressed_linear, layout.pack_rows)
     for start, stop in weights.chunks(native.TILE):
         codes = weights.rows(start, stop).codes.contiguous()
-        torch.ops.compressed_linear.pack_rows(
-            packed, codes, start, descriptor.n, descriptor.group_size, element
-        )
+        pack_rows(packed, codes, start, descriptor.n, descriptor.group_size, element)
 
 
 def locate_codes(
