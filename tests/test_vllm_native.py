@@ -382,7 +382,7 @@ def test_any_strides_and_ranks(ordered: bool) -> None:
 def test_pieces_join_to_what_one_repacking_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     part = part_of("awq", values(224, 128, 32, zero=True))
     whole = prepared(part)[1]
-    monkeypatch.setattr(vllm_native, "_PIECE_CODES", 96 * 128)
+    monkeypatch.setattr(vllm_native.cpu, "PIECE_CODES", 96 * 128)
     pieces = prepared(part)[1]
     for name, tensor in whole.items():
         assert torch.equal(tensor, pieces[name]), name

@@ -185,7 +185,7 @@ class QuantLinearMethod(ABC):
     def seconds(cls, descriptor: CompressedLinearDescriptor, platform: Platform, m: int) -> float:
         """Declared estimate of the seconds that one call with ``m`` tokens takes on ``platform``,
         with all of its threads; deterministic. ``cost.roofline`` helps. The least expected time
-        over ``cost.MIX`` is chosen first.
+        over the device's ``cost.mix`` is chosen first.
 
         A backend without it may have ``cost(descriptor, platform)`` instead: bytes that one token
         must move, times how far from the memory limit it runs.

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 
 from vllm.compressed_linear import native
-from vllm.compressed_linear.cost import MIX, expected_seconds
+from vllm.compressed_linear.cost import expected_seconds, mix_of
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
 from vllm.compressed_linear.machine import MachineLimits
 from vllm.compressed_linear.platform import NATIVE_LIBRARY, Platform
@@ -90,8 +90,8 @@ class MachineKey:
 
 @dataclass(frozen=True)
 class Measured:
-    """One backend on one descriptor. ``seconds``: M → median time of a call, for every M of
-    ``cost.MIX``; ``spread``: M → half of the median's 95 % interval, as a part of the median."""
+    """One backend on one descriptor. ``seconds``: M → median time of a call, for every M of the
+    device's ``cost.mix``; ``spread``: M → half of the median's 95 % interval, as a part of the median."""
 
     variant: str
     seconds: Mapping[int, float]
@@ -100,7 +100,7 @@ class Measured:
     @property
     def expected(self) -> float:
         """Average seconds of a call of the mix."""
-        return expected_seconds(self.seconds.__getitem__)
+        return expected_seconds(self.seconds.__getitem__, mix_of(self.seconds))
 
 
 @dataclass
@@ -163,7 +163,7 @@ def _layer(data: Mapping[str, Any]) -> tuple[CompressedLinearDescriptor, dict[st
 
 
 def _numbers(data: Mapping[str, Any]) -> dict[int, float]:
-    numbers = {m: float(data[str(m)]) for m in MIX}
+    numbers = {m: float(data[str(m)]) for m in mix_of([int(m) for m in data])}
     wrong = [value for value in numbers.values() if not (math.isfinite(value) and value >= 0)]
     if wrong:
         raise ValueError(f"{wrong[0]} is no time")
