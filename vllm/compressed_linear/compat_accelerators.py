@@ -195,6 +195,66 @@ def _pretended(platform: Platform) -> type:
     return Pretended
 
 
+FP8_NAMES = ["weight", "weight_scale", "input_scale", "input_scale_ub"]
+"""Parameter names that classes for fp8 are told to use."""
+
+
+def fp8_config(n: int, k: int, dtype: torch.dtype, *, weight: str, activation: str) -> object:
+    """vLLM's ``FP8ScaledMMLinearLayerConfig`` for a weight [n, k] and x of ``dtype``.
+
+    ``weight``: what shares its scales, "tensor" or "channel"; ``activation``: "static tensor",
+    "dynamic tensor" or "dynamic token".
+    """
+    from vllm.model_executor.kernels.linear import FP8ScaledMMLinearLayerConfig
+    from vllm.model_executor.layers.quantization.utils import quant_utils as keys
+
+    weights = {"tensor": keys.kFp8StaticTensorSym, "channel": keys.kFp8StaticChannelSym}
+    activations = {
+        "static tensor": keys.kFp8StaticTensorSym,
+        "dynamic tensor": keys.kFp8DynamicTensorSym,
+        "dynamic token": keys.kFp8DynamicTokenSym,
+    }
+    return FP8ScaledMMLinearLayerConfig(
+        weight_quant_key=weights[weight],
+        activation_quant_key=activations[activation],
+        weight_shape=(n, k),
+        input_dtype=dtype,
+        out_dtype=dtype,
+    )
+
+
+def nvfp4_config() -> object:
+    """vLLM's ``NvFp4LinearLayerConfig``."""
+    from vllm.model_executor.kernels.linear import NvFp4LinearLayerConfig
+
+    return NvFp4LinearLayerConfig()
+
+
+def mxfp4_config() -> object:
+    """vLLM's ``MxFp4LinearLayerConfig`` for x that is not quantised."""
+    from vllm.model_executor.kernels.linear import MxFp4LinearLayerConfig
+
+    return MxFp4LinearLayerConfig()
+
+
+def mxfp8_config(n: int, k: int) -> object:
+    """vLLM's ``Mxfp8LinearLayerConfig`` of a weight [n, k]."""
+    from vllm.model_executor.kernels.linear import Mxfp8LinearLayerConfig
+
+    return Mxfp8LinearLayerConfig(weight_shape=(n, k))
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Within it ``dtype`` is torch's default, as it is while vLLM loads a model."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 @contextmanager
 def configured() -> Iterator[None]:
     """Within it there is a vLLM configuration, as constructors of kernel classes ask for one: that

@@ -9,7 +9,7 @@ class to class is in a ``KernelAdapter``; the table of them is ``table.py``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,6 +111,21 @@ def packed_codes(d: CompressedLinearDescriptor, weights: CompressedWeights) -> t
     return out
 
 
+def byte_codes(d: CompressedLinearDescriptor, weights: CompressedWeights) -> torch.Tensor:
+    """Codes uint8 [N, K]."""
+    out = torch.empty(d.n, d.k, dtype=torch.uint8, device=weights.device)
+    for start, stop in weights.chunks():
+        out[start:stop] = weights.rows(start, stop).codes
+    return out
+
+
+def row_scale(weights: CompressedWeights) -> torch.Tensor:
+    """Second-level scales, fp32 [N]; ``ValueError`` where there are none."""
+    if weights.row_scale is None:
+        raise ValueError("vllm_native: second-level scales were declared and are not there")
+    return weights.row_scale
+
+
 def scales(d: CompressedLinearDescriptor, weights: CompressedWeights) -> torch.Tensor:
     """[N, G] in the dtype of the standard layout: that of the checkpoint."""
     return torch.cat([_present(weights.rows(a, b).scale, d) for a, b in weights.chunks()])
@@ -142,14 +157,6 @@ def cast_scales(d: CompressedLinearDescriptor, scale: torch.Tensor, largest: flo
             f"{d.input_dtype}"
         )
     return out
-
-
-def empty_layer(attributes: Mapping[str, Any]) -> torch.nn.Module:
-    """A layer with plain ``attributes`` and no parameters yet."""
-    layer = torch.nn.Module()
-    for name, value in attributes.items():
-        setattr(layer, name, value)
-    return layer
 
 
 def add_parameter(layer: torch.nn.Module, name: str, data: torch.Tensor) -> None:

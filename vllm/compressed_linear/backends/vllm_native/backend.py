@@ -13,17 +13,20 @@ from vllm.compressed_linear.backends.vllm_native import cpu, op, table
 from vllm.compressed_linear.backends.vllm_native.adapter import KernelAdapter, common_reasons
 from vllm.compressed_linear.cost import roofline
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
-from vllm.compressed_linear.numerics import torch_dtype
+from vllm.compressed_linear.numerics import BF16, E2M1, E4M3, FP16, torch_dtype
 from vllm.compressed_linear.platform import Platform
 from vllm.compressed_linear.weights import CompressedWeights
 
 ACCELERATORS = Capabilities(
     devices=frozenset({"cuda", "rocm", "xpu"}),
     integer_bits=frozenset({4, 8}),
+    other_elements=frozenset(e.name for e in (E4M3, E2M1, BF16, FP16)),
     input_dtypes=frozenset({"bfloat16", "float16"}),
+    scale_dtypes=frozenset({"bfloat16", "float16", "float32", "float8_e4m3fn", "e8m0"}),
     zero_kinds=frozenset({"integer"}),
     channel_order=True,
     padded_order=True,
+    row_scale=True,
 )
 """What one or another of vLLM's classes for accelerators can do."""
 
@@ -62,7 +65,8 @@ class VllmNativeBackend(QuantLinearMethod):
         unit = torch.finfo(torch_dtype(descriptor.input_dtype)).eps / 2
         # A class rounds its result before the bias is added; no more than the sum itself can be.
         bias = 0.0 if descriptor.bias_dtype is None else unit
-        return max(cpu.weight_rounding(descriptor), *_roundings(descriptor)) + bias
+        # The kernel for CPUs rounds as the mixed-precision ones do.
+        return max(_roundings(descriptor), default=cpu.weight_rounding(descriptor)) + bias
 
     @classmethod
     def seconds(cls, descriptor: CompressedLinearDescriptor, platform: Platform, m: int) -> float:
@@ -148,4 +152,14 @@ def prepare(
     tensors = {f"{adapter.tag}_{name}": t for name, t in adapter.prepared(layer).items()}
     if weights.permutation is not None:
         tensors[op.ORDER] = weights.permutation
+    ratio = None if weights.row_scale is None else _row_ratio(weights.row_scale)
+    if ratio is not None:
+        tensors[op.ROW_SCALE] = ratio.to(torch_dtype(d.input_dtype))
     return tensors
+
+
+def _row_ratio(row_scale: torch.Tensor) -> torch.Tensor | None:
+    """What remains of each row's second-level scale when all are given the largest; None if
+    nothing does."""
+    largest = row_scale.abs().max()
+    return None if bool((row_scale == largest).all()) else row_scale / largest

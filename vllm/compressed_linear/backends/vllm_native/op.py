@@ -40,6 +40,8 @@ def ready(tag: str, descriptor: str, device: str) -> tuple[KernelAdapter, Any, d
     the class reads of a layer."""
     d = CompressedLinearDescriptor.from_json(json.loads(descriptor))
     adapter = by_tag(tag)
+    if adapter.family not in compat_accelerators.TABLES:
+        return adapter, None, adapter.attributes(d)
     with compat_accelerators.configured():
         kernel = adapter.build(
             compat_accelerators.kernel_class(adapter.family, device, adapter.kernel), d

@@ -7,13 +7,22 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from vllm.compressed_linear import compat_accelerators
-from vllm.compressed_linear.backends.vllm_native import mixed_precision
+from vllm.compressed_linear.backends.vllm_native import dense, fp4, fp8, mixed_precision
 from vllm.compressed_linear.backends.vllm_native.adapter import KernelAdapter
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
+from vllm.compressed_linear.numerics import E2M1, E4M3
 from vllm.compressed_linear.platform import Platform
 
-ADAPTERS: tuple[KernelAdapter, ...] = (*mixed_precision.KERNELS,)
+ADAPTERS: tuple[KernelAdapter, ...] = (
+    *mixed_precision.KERNELS,
+    *fp8.KERNELS,
+    *fp4.KERNELS,
+    *dense.KERNELS,
+)
 """Every class that is wired."""
+
+DENSE = "dense"
+"""The family of weights that are not quantised, of which vLLM has no table."""
 
 
 def by_tag(tag: str) -> KernelAdapter:
@@ -23,9 +32,16 @@ def by_tag(tag: str) -> KernelAdapter:
 
 def family_of(d: CompressedLinearDescriptor) -> str | None:
     """The family of vLLM's kernels that compute what ``d`` says, or None."""
-    element = d.weight.element
-    if element.kind == "integer" and d.activation is None:
-        return "mixed precision"
+    element, scale = d.weight.element, d.weight.scale
+    if element.kind == "dense":
+        return DENSE
+    if element.kind == "integer":
+        return "mixed precision" if d.activation is None else None
+    mx = scale is not None and scale.dtype == "e8m0"
+    if element == E2M1:
+        return "mxfp4" if mx else "nvfp4"
+    if element == E4M3:
+        return "mxfp8" if mx else "fp8 weights" if d.activation is None else None
     return None
 
 
@@ -46,6 +62,9 @@ def answers(d: CompressedLinearDescriptor, platform: Platform) -> list[Answer]:
     family = family_of(d)
     if family is None:
         raise ValueError(f"vLLM has no family of kernels for {d}")
+    if family == DENSE:
+        (adapter,) = dense.KERNELS
+        return [Answer(adapter.kernel, adapter, tuple(adapter.reasons(d)))]
     missing = compat_accelerators.unavailable(family)
     if missing is not None:
         raise ValueError(missing)
@@ -80,4 +99,4 @@ def preferred(found: Iterable[Answer]) -> KernelAdapter | None:
 def prepared_bytes(d: CompressedLinearDescriptor) -> int:
     """What the classes of the descriptor's family make of its weights; the most, if they differ."""
     family = family_of(d)
-    return max(a.prepared_bytes(d) for a in ADAPTERS if a.family == family)
+    return max((a.prepared_bytes(d) for a in ADAPTERS if a.family == family), default=0)
