@@ -60,7 +60,7 @@ def mix_of(sizes: Collection[int]) -> Mapping[int, float]:
     found: Mapping[int, float] = GPU_MIX if GPU_MIX.keys() <= set(sizes) else MIX
     for m in found:
         if m not in sizes:
-            raise KeyError(m)
+            raise KeyError(str(m))
     return found
 
 

@@ -14,7 +14,7 @@ import torch
 
 from vllm.compressed_linear.gpu import gpu_facts, gpu_limits
 from vllm.compressed_linear.machine import MachineLimits, cpu_name, declared_limits
-from vllm.compressed_linear.wheel_ops import CUDA_OPS
+from vllm.compressed_linear.wheel_ops import CUDA_OPS, CUDA_WHEEL
 
 X86_TIERS: dict[str, frozenset[str]] = {
     "generic": frozenset(),
@@ -78,6 +78,18 @@ class Platform:
             tier = [n for n, f in X86_TIERS.items() if f <= self.features][-1]
             return f"cpu:{tier}" if self.machine == "x86_64" else f"cpu:{self.machine}"
         return self.device
+
+    @property
+    def assumption(self) -> str:
+        """What is taken for granted of a GPU that is not there, in a sentence; empty for others."""
+        if self.device != "cuda" or self.gpu:
+            return ""
+        facts = gpu_facts(self.capability or 0)
+        return (
+            f"{self.name} is not this machine: that it has our compiled library and the operators of "
+            f"{CUDA_WHEEL}'s CUDA wheel is assumed, and times are estimated from published numbers "
+            f"of the {facts.product}"
+        )
 
     def why_missing(self, op: str) -> str:
         """Reason text for an op that is not in ``ops``."""
