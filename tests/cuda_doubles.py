@@ -290,9 +290,126 @@ def machete_mm(
     return (a.double() @ weight.double()).to(a.dtype)
 
 
+def dynamic_scaled_int8_quant(
+    out: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, azp: torch.Tensor | None
+) -> None:
+    expect(out.dtype == torch.int8 and out.shape == x.shape, f"out {out.shape} {out.dtype}")
+    expect(scale.shape == (x.shape[0], 1) and scale.dtype == torch.float32, "scale")
+    expect(x.is_contiguous() and azp is None, "x")
+    if _unreal(x):
+        return
+    largest = x.float().abs().amax(1, keepdim=True)
+    scale.copy_(largest / 127)
+    inverse = torch.where(largest == 0, 0, 127 / largest)
+    out.copy_(torch.round(x.float() * inverse).clamp(-128, 127))
+
+
+def static_scaled_int8_quant(
+    out: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, azp: torch.Tensor | None
+) -> None:
+    expect(out.dtype == torch.int8 and out.shape == x.shape, f"out {out.shape} {out.dtype}")
+    expect(scale.numel() == 1 and scale.dtype == torch.float32 and x.is_contiguous(), "scale")
+    expect(azp is None or (azp.numel() == 1 and azp.dtype == torch.int32), "zero point")
+    if _unreal(x):
+        return
+    added = 0 if azp is None else azp
+    out.copy_((torch.round(x.float() * (1 / scale)) + added).clamp(-128, 127))
+
+
+def dynamic_per_token_scaled_fp8_quant(
+    out: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, scale_ub: torch.Tensor | None
+) -> None:
+    expect(out.dtype == torch.float8_e4m3fn and out.shape == x.shape, f"out {out.shape}")
+    expect(scale.shape == (x.shape[0], 1) and scale.dtype == torch.float32, "scale")
+    expect(x.stride(-1) == 1 and scale_ub is None, "x")
+    if _unreal(x):
+        return
+    scale.copy_((x.float().abs().amax(1, keepdim=True) / 448).clamp(min=1 / (448 * 512)))
+    out.copy_((x.float() * (1 / scale)).clamp(-448, 448).to(out.dtype))
+
+
+def dynamic_scaled_fp8_quant(out: torch.Tensor, x: torch.Tensor, scale: torch.Tensor) -> None:
+    expect(out.dtype == torch.float8_e4m3fn and out.shape == x.shape, f"out {out.shape}")
+    expect(scale.numel() == 1 and scale.dtype == torch.float32, "scale")
+    if _unreal(x):
+        return
+    scale.copy_(x.float().abs().max().reshape(1) / 448)
+    out.copy_((x.float() * (1 / scale)).clamp(-448, 448).to(out.dtype))
+
+
+def static_scaled_fp8_quant(
+    out: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, group_shape: list[int] | None = None
+) -> None:
+    expect(out.dtype == torch.float8_e4m3fn and out.shape == x.shape, f"out {out.shape}")
+    expect(scale.numel() == 1 and scale.dtype == torch.float32, "scale")
+    if _unreal(x):
+        return
+    out.copy_((x.float() * (1 / scale)).clamp(-448, 448).to(out.dtype))
+
+
+def _scaled_operands(
+    out: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_scales: torch.Tensor,
+    b_scales: torch.Tensor,
+) -> None:
+    expect(a.shape[1] == b.shape[0] and out.shape == (a.shape[0], b.shape[1]), "shapes")
+    expect(a.stride(1) == 1 and out.stride(1) == 1, "a and out are not row-major")
+    expect(b.stride(0) == 1, "b is not column-major")
+    expect(b.stride(1) % 16 == 0 and b.shape[1] % 16 == 0, f"b {b.shape} is not aligned")
+    expect(a.dtype == b.dtype, f"{a.dtype} with {b.dtype}")
+    expect(out.dtype in (torch.float16, torch.bfloat16), f"out {out.dtype}")
+    expect(a_scales.numel() in (1, a.shape[0]) and a_scales.dtype == torch.float32, "a scales")
+    expect(b_scales.numel() in (1, b.shape[1]) and b_scales.dtype == torch.float32, "b scales")
+    expect(a_scales.is_contiguous() and b_scales.is_contiguous(), "scales")
+    on(out.device, a, b, a_scales, b_scales)
+
+
+def cutlass_scaled_mm(
+    out: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_scales: torch.Tensor,
+    b_scales: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> None:
+    _scaled_operands(out, a, b, a_scales, b_scales)
+    if _unreal(a):
+        return
+    product = a.double() @ b.double() * a_scales.double().reshape(-1, 1) * b_scales.double().flatten()
+    out.copy_(product if bias is None else product + bias.double())
+
+
+def cutlass_scaled_mm_azp(
+    out: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_scales: torch.Tensor,
+    b_scales: torch.Tensor,
+    azp_adj: torch.Tensor,
+    azp: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> None:
+    _scaled_operands(out, a, b, a_scales, b_scales)
+    expect(azp_adj.numel() == b.shape[1] and azp_adj.dtype == torch.int32, "azp_adj")
+    expect(a.dtype == torch.int8 and azp is None, "a zero point for the tensor")
+    if _unreal(a):
+        return
+    sums = a.double() @ b.double() - azp_adj.double().flatten()
+    out.copy_(sums * a_scales.double().reshape(-1, 1) * b_scales.double().flatten())
+
+
 _IMPLEMENTED: dict[str, Callable[..., Any]] = {
     "gptq_marlin_repack": gptq_marlin_repack,
     "marlin_gemm": marlin_gemm,
     "machete_prepack_B": machete_prepack_B,
     "machete_mm": machete_mm,
+    "dynamic_scaled_int8_quant": dynamic_scaled_int8_quant,
+    "static_scaled_int8_quant": static_scaled_int8_quant,
+    "dynamic_per_token_scaled_fp8_quant": dynamic_per_token_scaled_fp8_quant,
+    "dynamic_scaled_fp8_quant": dynamic_scaled_fp8_quant,
+    "static_scaled_fp8_quant": static_scaled_fp8_quant,
+    "cutlass_scaled_mm": cutlass_scaled_mm,
+    "cutlass_scaled_mm_azp": cutlass_scaled_mm_azp,
 }

@@ -21,9 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import cuda_doubles
 from vllm.compressed_linear import compat_accelerators
 from vllm.compressed_linear.backend import QuantLinearMethod
-from vllm.compressed_linear.backends.vllm_native import VllmNativeBackend, backend, op, table
-from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
-from vllm.compressed_linear.numerics import BF16, E2M1, E4M3, uint
+from vllm.compressed_linear.backends.vllm_native import VllmNativeBackend, backend, op, scaled_mm, table
+from vllm.compressed_linear.descriptor import ActivationSpec, CompressedLinearDescriptor
+from vllm.compressed_linear.numerics import BF16, E2M1, E4M3, INT8, uint
 from vllm.compressed_linear.platform import Platform
 from vllm.compressed_linear.testing.cases import Case, Problem
 from vllm.compressed_linear.wheel_ops import CUDA_OPS
@@ -269,6 +269,71 @@ _HALF = {"input_dtype": "float16", "output_dtype": ""}
 )
 def test_other_weights_are_in_the_contract(case: Case, kernel: str) -> None:
     assert assert_in_contract(case, A100) == kernel
+
+
+# --- 8-bit weights and activations ---------------------------------------------------------------
+
+_TOKEN = ActivationSpec(INT8, True, "token")
+_STATIC = replace(_TOKEN, dynamic=False, granularity="tensor")
+_FP8_TOKEN = ActivationSpec(E4M3, True, "token", maximum=448.0)
+_FP8_TENSOR = replace(_FP8_TOKEN, granularity="tensor")
+_W8A8 = Case(symmetric(8), 128, 256, -1, scale_dtype="float32", activation=_TOKEN)
+_FP8_W8A8 = replace(_W8A8, element=E4M3)
+
+
+@pytest.mark.parametrize(
+    ("activation", "bias"),
+    [
+        (_TOKEN, None),
+        (_STATIC, None),
+        (replace(_STATIC, symmetric=False), None),
+        (replace(_STATIC, symmetric=False), "bfloat16"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("group", [-1, 0])
+def test_int8_is_in_the_contract_on_cutlass(
+    activation: ActivationSpec, bias: str | None, group: int
+) -> None:
+    case = replace(_W8A8, group=group, activation=activation, bias_dtype=bias)
+    assert assert_in_contract(case, A100) == "CutlassInt8ScaledMMLinearKernel"
+
+
+@pytest.mark.parametrize(
+    "activation", [_FP8_TOKEN, _FP8_TENSOR, replace(_FP8_TENSOR, dynamic=False)], ids=str
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_fp8_is_in_the_contract_on_cutlass(activation: ActivationSpec, dtype: str) -> None:
+    case = replace(_FP8_W8A8, activation=activation, input_dtype=dtype, output_dtype="")
+    assert assert_in_contract(case, H100) == "CutlassFP8ScaledMMLinearKernel"
+
+
+def test_activations_that_vllm_quantises_otherwise_are_declined() -> None:
+    half = replace(_W8A8, activation=replace(_TOKEN, maximum=127.5)).build().descriptor
+    assert "max|x| falls on 127, the descriptor has 127.5" in reasons(half, A100)
+    asymmetric = replace(_W8A8, activation=replace(_TOKEN, symmetric=False)).build().descriptor
+    assert "activations as int8 dynamic per token, asymmetric" in reasons(asymmetric, A100)
+    grouped = replace(_W8A8, group=64).build().descriptor
+    assert "groups of 64 (supported: one scale for each output channel)" in reasons(grouped, A100)
+    fp8 = _FP8_W8A8.build().descriptor
+    assert "CUTLASS FP8 kernels not available" in reasons(
+        replace(fp8, activation=_FP8_TOKEN), A100
+    )
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_int8_has_no_cutlass_on_blackwell(capability: int) -> None:
+    platform = Platform.parse(f"cuda:{capability}")
+    kernel = VllmNativeBackend.variant(_W8A8.build().descriptor, platform)
+    tool = "Cutlass" if capability <= 90 else "Triton"
+    assert kernel == f"{tool}Int8ScaledMMLinearKernel"
+
+
+def test_slack_is_for_ties_and_nothing_else() -> None:
+    x = torch.tensor([[127.0, 2.5, 2.4, -3.5, 0.0]])
+    found = scaled_mm.slack(_TOKEN, x, None, None)
+    assert found[0, [1, 3]].tolist() == pytest.approx([1, 1], rel=1e-4)
+    assert float(found[0, [2, 4]].max()) < 1e-4
 
 
 # --- what vLLM's own methods would have built ----------------------------------------------------

@@ -199,6 +199,19 @@ FP8_NAMES = ["weight", "weight_scale", "input_scale", "input_scale_ub"]
 """Parameter names that classes for fp8 are told to use."""
 
 
+INT8_NAMES = ["weight", "weight_scale", "input_scale", "input_zero_point", "azp_adj"]
+"""The same for int8."""
+
+
+def int8_config(*, static: bool, symmetric: bool) -> object:
+    """vLLM's ``Int8ScaledMMLinearLayerConfig`` for a weight with a scale for each channel."""
+    from vllm.model_executor.kernels.linear.scaled_mm import Int8ScaledMMLinearLayerConfig
+
+    return Int8ScaledMMLinearLayerConfig(
+        is_static_input_scheme=static, is_channelwise=True, input_symmetric=symmetric
+    )
+
+
 def fp8_config(n: int, k: int, dtype: torch.dtype, *, weight: str, activation: str) -> object:
     """vLLM's ``FP8ScaledMMLinearLayerConfig`` for a weight [n, k] and x of ``dtype``.
 

@@ -28,7 +28,8 @@ class KernelAdapter(ABC):
     ``kernel``: the name of the class, which is also the variant in plans. ``tag``: the names of the
     prepared tensors begin with it, so that they say who reads them. ``family``: which of vLLM's
     tables lists the class. ``ops``: operators of vLLM that it calls while repacking or running.
-    ``arithmetic`` and ``efficiency``: for ``cost.roofline``.
+    ``arithmetic`` and ``efficiency``: for ``cost.roofline``; ``max_capability``: the newest that the
+    class's operator was built for, where the class itself does not ask.
     """
 
     kernel: str
@@ -37,6 +38,7 @@ class KernelAdapter(ABC):
     devices: frozenset[str] = frozenset({"cuda"})
     arithmetic: str = "bf16"
     efficiency: float = 0.7
+    max_capability: int | None = None
 
     family = ""
 

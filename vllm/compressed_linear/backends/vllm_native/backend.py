@@ -9,7 +9,7 @@ import torch
 
 from vllm.compressed_linear import compat_accelerators
 from vllm.compressed_linear.backend import Capabilities, QuantLinearMethod, Verdict
-from vllm.compressed_linear.backends.vllm_native import cpu, op, table
+from vllm.compressed_linear.backends.vllm_native import cpu, op, scaled_mm, table
 from vllm.compressed_linear.backends.vllm_native.adapter import KernelAdapter, common_reasons
 from vllm.compressed_linear.cost import roofline
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
@@ -27,6 +27,7 @@ ACCELERATORS = Capabilities(
     channel_order=True,
     padded_order=True,
     row_scale=True,
+    activations=frozenset({*scaled_mm.INT8_KINDS, *scaled_mm.FP8_KINDS}),
 )
 """What one or another of vLLM's classes for accelerators can do."""
 
@@ -67,6 +68,17 @@ class VllmNativeBackend(QuantLinearMethod):
         bias = 0.0 if descriptor.bias_dtype is None else unit
         # The kernel for CPUs rounds as the mixed-precision ones do.
         return max(_roundings(descriptor), default=cpu.weight_rounding(descriptor)) + bias
+
+    @classmethod
+    def input_slack(
+        cls,
+        descriptor: CompressedLinearDescriptor,
+        x: torch.Tensor,
+        input_scale: torch.Tensor | None,
+        input_zero: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        spec = descriptor.activation
+        return None if spec is None else scaled_mm.slack(spec, x, input_scale, input_zero)
 
     @classmethod
     def seconds(cls, descriptor: CompressedLinearDescriptor, platform: Platform, m: int) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from vllm.compressed_linear import compat_accelerators
-from vllm.compressed_linear.backends.vllm_native import dense, fp4, fp8, mixed_precision
+from vllm.compressed_linear.backends.vllm_native import dense, fp4, fp8, mixed_precision, scaled_mm
 from vllm.compressed_linear.backends.vllm_native.adapter import KernelAdapter
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
 from vllm.compressed_linear.numerics import E2M1, E4M3
@@ -15,6 +15,7 @@ from vllm.compressed_linear.platform import Platform
 
 ADAPTERS: tuple[KernelAdapter, ...] = (
     *mixed_precision.KERNELS,
+    *scaled_mm.KERNELS,
     *fp8.KERNELS,
     *fp4.KERNELS,
     *dense.KERNELS,
@@ -36,12 +37,12 @@ def family_of(d: CompressedLinearDescriptor) -> str | None:
     if element.kind == "dense":
         return DENSE
     if element.kind == "integer":
-        return "mixed precision" if d.activation is None else None
+        return "mixed precision" if d.activation is None else "int8"
     mx = scale is not None and scale.dtype == "e8m0"
     if element == E2M1:
         return "mxfp4" if mx else "nvfp4"
     if element == E4M3:
-        return "mxfp8" if mx else "fp8 weights" if d.activation is None else None
+        return "mxfp8" if mx else "fp8 weights" if d.activation is None else "fp8"
     return None
 
 
@@ -82,6 +83,9 @@ def _answer(
     if adapter is None or platform.device not in adapter.devices:
         return Answer(name, None, ("not wired to descriptors",))
     reasons = list(adapter.reasons(d))
+    newest, have = adapter.max_capability, platform.capability
+    if newest is not None and have is not None and have > newest:
+        reasons.append(f"compute capability {have} is too new (at most {newest})")
     if not reasons:
         refused = compat_accelerators.refusal(kernel, adapter.config(d), platform)
         reasons += [] if refused is None else [refused]
