@@ -37,13 +37,19 @@ def install() -> None:
         return
     from vllm import _custom_ops  # noqa: F401  # whatever vLLM has is there after this
 
-    library = torch.library.Library("_C", "FRAGMENT")  # noqa: TOR901
-    _LIBRARY.append(library)
+    library = torch.library.Library("_C", "FRAGMENT")
+    beside = torch.library.Library("vllm_cuda_wheel", "FRAGMENT")
+    _LIBRARY.extend((library, beside))
     for name, function in _IMPLEMENTED.items():
-        if hasattr(torch.ops._C, name):
+        known = getattr(torch.ops._C, name, None)
+        # The CPU wheel has a few names without arguments, for what it never calls.
+        if known is not None and known.default._schema.arguments:
             continue
-        library.define(SCHEMAS[name])
-        library.impl(name, _recorded(name, function), "CompositeExplicitAutograd")
+        home = library if known is None else beside
+        home.define(SCHEMAS[name])
+        home.impl(name, _recorded(name, function), "CompositeExplicitAutograd")
+        if known is not None:
+            setattr(torch.ops._C, name, getattr(torch.ops.vllm_cuda_wheel, name))
 
 
 def _recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

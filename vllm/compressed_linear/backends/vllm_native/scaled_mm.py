@@ -38,9 +38,9 @@ INT8_KINDS = frozenset(
     {"int8 dynamic per token", "int8 static per tensor", "int8 static per tensor, asymmetric"}
 )
 FP8_KINDS = {
-    "float8_e4m3fn static per tensor": "static tensor",
-    "float8_e4m3fn dynamic per tensor": "dynamic tensor",
-    "float8_e4m3fn dynamic per token": "dynamic token",
+    "e4m3 static per tensor": "static tensor",
+    "e4m3 dynamic per tensor": "dynamic tensor",
+    "e4m3 dynamic per token": "dynamic token",
 }
 """Kinds of activations, in our words → in those of ``compat_accelerators.fp8_config``."""
 
