@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operators of vLLM's CUDA wheel on a machine that has none: with the wheel's own schemas, checks of
-what they are given, and what they compute written in plain torch.
+"""Operators of vLLM's CUDA wheel on a machine that has none: with the wheel's own schemas, checks
+of what they are given, and what they compute written in plain torch.
 
 The layout of Marlin's tiles is undone by inverting vLLM's own Python packers, so numbers that come
 out right went in right.
@@ -214,7 +214,9 @@ def marlin_gemm(
     scale = _scales(b_scales, size_n, single=groups == 1 and b_scales.dtype == a.dtype)
     if kind == "float8_e4m3fn":
         # The kernel leaves out the exponent's bias; scales of 16 bits make up for it.
-        bias = 0 if b_scales.dtype == torch.float8_e8m0fnu else 120 if a.dtype == torch.bfloat16 else 8
+        bias = (
+            0 if b_scales.dtype == torch.float8_e8m0fnu else 120 if a.dtype == torch.bfloat16 else 8
+        )
         values = E4M3.decode(codes).double() * 2.0**-bias
     elif kind == "float4_e2m1f":
         values = E2M1.decode(codes).double()
@@ -252,7 +254,7 @@ def _zeros(packed: torch.Tensor, n: int) -> torch.Tensor:
     return _unpermuted(plain.reshape(-1, n), _orders()[0]).double()
 
 
-def machete_prepack_B(
+def machete_prepack(
     b: torch.Tensor, a_type: torch.dtype, b_type: int, group_scales_type: torch.dtype | None
 ) -> torch.Tensor:
     """Not the order of a GPU's tiles, which no Python code of vLLM has: stays as it came."""
@@ -383,7 +385,9 @@ def cutlass_scaled_mm(
     _scaled_operands(out, a, b, a_scales, b_scales)
     if _unreal(a):
         return
-    product = a.double() @ b.double() * a_scales.double().reshape(-1, 1) * b_scales.double().flatten()
+    product = (
+        a.double() @ b.double() * a_scales.double().reshape(-1, 1) * b_scales.double().flatten()
+    )
     out.copy_(product if bias is None else product + bias.double())
 
 
@@ -409,7 +413,7 @@ def cutlass_scaled_mm_azp(
 _IMPLEMENTED: dict[str, Callable[..., Any]] = {
     "gptq_marlin_repack": gptq_marlin_repack,
     "marlin_gemm": marlin_gemm,
-    "machete_prepack_B": machete_prepack_B,
+    "machete_prepack_B": machete_prepack,
     "machete_mm": machete_mm,
     "dynamic_scaled_int8_quant": dynamic_scaled_int8_quant,
     "static_scaled_int8_quant": static_scaled_int8_quant,

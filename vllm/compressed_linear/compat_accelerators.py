@@ -109,8 +109,9 @@ def missing_op(op: str, platform: Platform) -> str | None:
 
 @cache
 def _here() -> tuple[str, int | None]:
-    from vllm.compressed_linear import compat
     from vllm.platforms import current_platform
+
+    from vllm.compressed_linear import compat
 
     capability = current_platform.get_device_capability()
     return compat.current_device(), None if capability is None else capability.to_int()
@@ -132,9 +133,10 @@ def pretending(platform: Platform) -> Iterator[None]:
         with nullcontext():
             yield
         return
-    from vllm import _custom_ops
     from vllm.model_executor.kernels.linear.scaled_mm import cutlass
     from vllm.platforms import current_platform
+
+    from vllm import _custom_ops
 
     known = {
         "cutlass_scaled_mm_supports_fp8": lambda capability: capability >= 89,

@@ -279,7 +279,10 @@ def build(name: str, device: str, request: KernelRequest) -> Any:
     if reasons:
         raise ValueError(f"{name} cannot run {request}: {'; '.join(reasons)}")
     return found[0](
-        mixed_precision_config(request), w_q_param_name=CODES, w_s_param_name=SCALE, w_zp_param_name=ZERO
+        mixed_precision_config(request),
+        w_q_param_name=CODES,
+        w_s_param_name=SCALE,
+        w_zp_param_name=ZERO,
     )
 
 

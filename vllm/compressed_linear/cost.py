@@ -67,7 +67,7 @@ def mix_of(sizes: Collection[int]) -> Mapping[int, float]:
 def expected_seconds(
     seconds: Callable[[int], float], calls: Mapping[int, float] | None = None
 ) -> float:
-    """Average time of a call under ``calls``, or ``MIX``; ``seconds``: time of one with M tokens."""
+    """Average time of a call under ``calls``, or ``MIX``; ``seconds``: of one with M tokens."""
     return sum(share * seconds(m) for m, share in (calls or MIX).items())
 
 

@@ -267,9 +267,7 @@ def self_check(
         descriptor.output_dtype,
         method.contract_constant,
         method.weight_rounding(descriptor),
-        slack_error(slack, magnitude)
-        if own is None
-        else activation_error(taken, magnitude, own),
+        slack_error(slack, magnitude) if own is None else activation_error(taken, magnitude, own),
     )
     if wrong := _first_wrong(y, expected, bound):
         (_, column), text = wrong

@@ -64,7 +64,7 @@ class Platform:
 
     @property
     def compute_units(self) -> int:
-        """Multiprocessors of the GPU, or of the one that stands for its capability; 0 for others."""
+        """Multiprocessors of the GPU, or of the one that stands for its capability; else 0."""
         if self.device != "cuda":
             return 0
         return self.multiprocessors or gpu_facts(self.capability or 0).multiprocessors
@@ -86,9 +86,9 @@ class Platform:
             return ""
         facts = gpu_facts(self.capability or 0)
         return (
-            f"{self.name} is not this machine: that it has our compiled library and the operators of "
-            f"{CUDA_WHEEL}'s CUDA wheel is assumed, and times are estimated from published numbers "
-            f"of the {facts.product}"
+            f"{self.name} is not this machine: that it has our compiled library and the operators "
+            f"of {CUDA_WHEEL}'s CUDA wheel is assumed, and times are estimated from published "
+            f"numbers of the {facts.product}"
         )
 
     def why_missing(self, op: str) -> str:

@@ -189,8 +189,8 @@ def rank(
     """All backends: able ones best first, ``reference`` last of them, those that have to be named,
     then the declined ones.
 
-    Best is the least expected time over the device's ``cost.mix``. Backends that ``measurements`` has for this
-    descriptor go before those of which there is only an estimate.
+    Best is the least expected time over the device's ``cost.mix``. Backends that ``measurements``
+    has for this descriptor go before those of which there is only an estimate.
     """
     measurements = measurements or Measurements()
     platform = replace(platform, measured=platform.measured or measurements.limits)

@@ -91,7 +91,7 @@ class MachineKey:
 @dataclass(frozen=True)
 class Measured:
     """One backend on one descriptor. ``seconds``: M → median time of a call, for every M of the
-    device's ``cost.mix``; ``spread``: M → half of the median's 95 % interval, as a part of the median."""
+    device's ``cost.mix``; ``spread``: M → half of the median's 95 % interval, as a part of it."""
 
     variant: str
     seconds: Mapping[int, float]

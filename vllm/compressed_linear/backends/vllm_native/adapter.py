@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What it takes to drive one of vLLM's kernel classes for accelerators from a descriptor.
 
-Each class gets a layer that looks as vLLM's own linear method leaves it before the class repacks it,
-and later one that looks as it is after that, put together from plain tensors. All that differs from
-class to class is in a ``KernelAdapter``; the table of them is ``table.py``.
+Each class gets a layer that looks as vLLM's own linear method leaves it before the class repacks
+it, and later one that looks as it is after that, put together from plain tensors. All that differs
+from class to class is in a ``KernelAdapter``; the table of them is ``table.py``.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ class KernelAdapter(ABC):
     ``kernel``: the name of the class, which is also the variant in plans. ``tag``: the names of the
     prepared tensors begin with it, so that they say who reads them. ``family``: which of vLLM's
     tables lists the class. ``ops``: operators of vLLM that it calls while repacking or running.
-    ``arithmetic`` and ``efficiency``: for ``cost.roofline``; ``max_capability``: the newest that the
-    class's operator was built for, where the class itself does not ask.
+    ``arithmetic`` and ``efficiency``: for ``cost.roofline``, the latter a guess of each.
+    ``max_capability``: the newest that the class's operator was built for, where the class itself
+    does not ask. ``scale_dtypes`` and ``row_scale``: scales of groups and of rows.
     """
 
     kernel: str
@@ -41,6 +42,8 @@ class KernelAdapter(ABC):
     max_capability: int | None = None
 
     family = ""
+    scale_dtypes = frozenset({"bfloat16", "float16", "float32"})
+    row_scale = False
 
     @abstractmethod
     def reasons(self, d: CompressedLinearDescriptor) -> Iterable[str]:

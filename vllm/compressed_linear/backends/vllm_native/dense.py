@@ -25,8 +25,6 @@ class Dense(KernelAdapter):
         stored = dtype_name(d.weight.element.dense_dtype)
         if stored != d.input_dtype:
             yield f"{stored} weights under {d.input_dtype} activations"
-        if d.weight.row_scale is not None:
-            yield "second-level scales"
 
     def config(self, d: CompressedLinearDescriptor) -> object:
         return None
@@ -54,4 +52,11 @@ class Dense(KernelAdapter):
         return float(torch.finfo(torch_dtype(d.input_dtype)).eps / 2)
 
 
-KERNELS = (Dense(kernel="torch linear", tag="dense", devices=frozenset({"cuda", "rocm", "xpu"}), efficiency=0.75),)
+KERNELS = (
+    Dense(
+        kernel="torch linear",
+        tag="dense",
+        devices=frozenset({"cuda", "rocm", "xpu"}),
+        efficiency=0.75,
+    ),
+)

@@ -28,6 +28,7 @@ from vllm.compressed_linear.backends.vllm_native.adapter import (
     scales,
 )
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
+from vllm.compressed_linear.layout import Packing, pack
 from vllm.compressed_linear.numerics import torch_dtype
 from vllm.compressed_linear.weights import CompressedWeights
 
@@ -75,6 +76,8 @@ class MarlinNvFp4(_Marlin):
 
     group: int = NVFP4_GROUP
     family = "nvfp4"
+    scale_dtypes = frozenset({"float8_e4m3fn"})
+    row_scale = True
 
     def reasons(self, d: CompressedLinearDescriptor) -> Iterable[str]:
         yield from super().reasons(d)
@@ -87,25 +90,30 @@ class MarlinNvFp4(_Marlin):
         return compat_accelerators.nvfp4_config()
 
     def layer(self, d: CompressedLinearDescriptor, weights: CompressedWeights) -> torch.nn.Module:
-        layer = super().layer(d, weights)
-        self._check_scales(d, layer.weight_scale.data.to(torch.float32))  # type: ignore[operator,union-attr]
-        second = row_scale(weights)
-        add_parameter(layer, "weight_global_scale", second.abs().max())
+        scale = scales(d, weights).to(torch.float32)
+        self._check_scales(d, scale.abs())
+        # The kernel's scales have no sign; that of a code is its highest bit.
+        flipped = (scale < 0).repeat_interleave(self.group, 1).to(torch.uint8) << 3
+        codes = pack(byte_codes(d, weights) ^ flipped, Packing(4, "K"))
+        layer = torch.nn.Module()
+        add_parameter(layer, "weight", codes.view(torch.uint8))
+        add_parameter(layer, "weight_scale", scale.abs().to(torch.float8_e4m3fn))
+        add_parameter(layer, "weight_global_scale", row_scale(weights).abs().max())
         return layer
 
     @staticmethod
     def _check_scales(d: CompressedLinearDescriptor, scale: torch.Tensor) -> None:
-        """``ValueError`` for scales of groups that the kernel would take for something else."""
+        """``ValueError`` where the kernel would take a ``scale``, none negative, for 0."""
         largest = float(scale.max())
         lift = 1.0
         if d.input_dtype == "bfloat16" and 0 < largest < 448:
             lift = 2.0 ** int(torch.tensor(448 / largest).log2().floor())
         small = (scale > 0) & (scale * lift < 2.0**-6)
-        if bool(small.any()) or bool((scale < 0).any()):
-            what = "negative ones" if bool((scale < 0).any()) else "some below 2⁻⁶ of the largest"
+        if bool(small.any()):
             raise ValueError(
-                f"vllm_native: scales of groups with {what}, which vLLM's Marlin does not hold "
-                f"({d}); choose another backend for this layer"
+                f"vllm_native: {int(small.sum())} scales of groups that vLLM's Marlin would take for "
+                f"0, since they are so much smaller than the largest, {largest:g} ({d}); choose "
+                "another backend for this layer"
             )
 
 
@@ -115,6 +123,7 @@ class MarlinMxFp4(_Marlin):
 
     group: int = MX_GROUP
     family = "mxfp4"
+    scale_dtypes = frozenset({"e8m0"})
 
     def reasons(self, d: CompressedLinearDescriptor) -> Iterable[str]:
         yield from super().reasons(d)
@@ -130,6 +139,7 @@ class MarlinMxfp8(_Marlin):
 
     group: int = MX_GROUP
     family = "mxfp8"
+    scale_dtypes = frozenset({"e8m0"})
 
     def reasons(self, d: CompressedLinearDescriptor) -> Iterable[str]:
         yield from super().reasons(d)
@@ -152,8 +162,6 @@ class MarlinMxfp8(_Marlin):
 def _mx_reasons(d: CompressedLinearDescriptor) -> Iterable[str]:
     if d.input_dtype != "bfloat16":
         yield f"e8m0 scales with {d.input_dtype} activations (supported: bfloat16)"
-    if d.weight.row_scale is not None:
-        yield "second-level scales"
     if d.activation is not None:
         yield f"x as {d.activation.kind}: it takes x as it is, which the descriptor does not"
 

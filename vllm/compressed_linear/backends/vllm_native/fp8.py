@@ -2,8 +2,8 @@
 """fp8 weights under activations of 16 bits: vLLM's Marlin for fp8.
 
 The kernel leaves the exponent's bias of a dequantised weight to the scale, which vLLM multiplies
-with 2^120 (bf16) or 2^8 (fp16) beforehand: that must not overflow, and a scale that fp16 holds badly
-it holds worse. It knows one scale for each output channel, or one for each 128 input channels of it.
+with 2^120 (bf16) or 2^8 (fp16) beforehand: that must not overflow, and small scales must be fp16
+already. It knows one scale for each output channel, or one for each 128 input channels of it.
 """
 
 from __future__ import annotations
@@ -44,8 +44,6 @@ class MarlinFp8(KernelAdapter):
             yield f"scale dtype {scale.dtype} with float16 activations (supported: float16)"
         if d.group_size not in (d.k, GROUP):
             yield f"groups of {d.group_size} (supported: {GROUP}, or one of each output channel)"
-        if d.weight.row_scale is not None:
-            yield "second-level scales"
         if d.k % 4:
             yield f"K={d.k} codes do not fill containers of 32 bits"
 

@@ -117,7 +117,6 @@ class MixedPrecision(KernelAdapter):
             32 // d.weight.element.bits,
         )
 
-
     def prepared_bytes(self, d: CompressedLinearDescriptor) -> int:
         groups = d.n * d.groups
         zeros = groups * d.weight.element.bits // 8 if request(d).zero_points else 0
@@ -127,8 +126,8 @@ class MixedPrecision(KernelAdapter):
 
 _ACCUMULATES = "adds products and partial sums in fp16, which the numerical contract does not allow"
 _QUANTISES = (
-    "quantises x to fp8 and rounds the scales of groups to 8 bits, although the descriptor asks for "
-    "neither"
+    "quantises x to fp8 and rounds the scales of groups to 8 bits, although the descriptor asks "
+    "for neither"
 )
 
 KERNELS = (
@@ -147,7 +146,9 @@ KERNELS = (
         efficiency=0.65,
     ),
     MixedPrecision(
-        kernel="ExllamaLinearKernel", tag="exllama", never=_ACCUMULATES,
+        kernel="ExllamaLinearKernel",
+        tag="exllama",
+        never=_ACCUMULATES,
         devices=frozenset({"cuda", "rocm"}),
     ),
     MixedPrecision(

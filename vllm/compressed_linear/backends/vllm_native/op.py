@@ -87,7 +87,7 @@ def vllm_native_linear(
     out_features: int,
     output_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """x [M, K] → [M, N] by the kernel class of ``tag``; ``names``: those of ``tensors``, in JSON."""
+    """x [M, K] → [M, N] by the class of ``tag``; ``names``: those of ``tensors``, in JSON."""
     CALLS.add()
     if not x.shape[0]:
         return x.new_empty(0, out_features, dtype=output_dtype)

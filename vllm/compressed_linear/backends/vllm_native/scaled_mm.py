@@ -65,8 +65,6 @@ class _ScaledMm(KernelAdapter):
             yield f"groups of {d.group_size} (supported: one scale for each output channel)"
         if d.weight.zero is not None:
             yield "zero points of the weight"
-        if d.weight.row_scale is not None:
-            yield "second-level scales"
         if d.n % _MULTIPLE or d.k % _MULTIPLE:
             yield f"{d.n}x{d.k} (supported: multiples of {_MULTIPLE})"
         if activation is None:

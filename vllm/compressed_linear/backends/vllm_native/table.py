@@ -83,6 +83,12 @@ def _answer(
     if adapter is None or platform.device not in adapter.devices:
         return Answer(name, None, ("not wired to descriptors",))
     reasons = list(adapter.reasons(d))
+    scale = d.weight.scale
+    if scale is not None and scale.dtype not in adapter.scale_dtypes:
+        supported = ", ".join(sorted(adapter.scale_dtypes))
+        reasons.append(f"scale dtype {scale.dtype} (supported: {supported})")
+    if d.weight.row_scale is not None and not adapter.row_scale:
+        reasons.append("second-level scales")
     newest, have = adapter.max_capability, platform.capability
     if newest is not None and have is not None and have > newest:
         reasons.append(f"compute capability {have} is too new (at most {newest})")
