@@ -512,7 +512,8 @@ def test_the_kits_cases_are_in_the_contract(platform: Platform) -> None:
             assert_in_contract(case, platform, rows=(1, 17))
         except ValueError as error:
             # Known, and said before anything is computed: a format of scales with a shorter range.
-            assert "would take for 0" in str(error), case
+            if "would take for 0" not in str(error):
+                raise
             stopped.append(case)
     assert {case.scale_dtype for case in stopped} <= {"float8_e4m3fn"}
     assert len(stopped) < len([c for c in cases if c.scale_dtype == "float8_e4m3fn"])

@@ -111,10 +111,8 @@ def missing_op(op: str, platform: Platform) -> str | None:
 def _here() -> tuple[str, int | None]:
     from vllm.platforms import current_platform
 
-    from vllm.compressed_linear import compat
-
     capability = current_platform.get_device_capability()
-    return compat.current_device(), None if capability is None else capability.to_int()
+    return device(), None if capability is None else capability.to_int()
 
 
 def is_here(platform: Platform) -> bool:
@@ -292,7 +290,11 @@ def quantize_without_compiler(kernel: Any) -> None:
 
 
 def device() -> str:
-    """The device that this process runs its model on, or is pretended to."""
-    from vllm.compressed_linear import compat
+    """``"cpu"``, ``"cuda"``, ``"rocm"`` or ``"xpu"``: where this process runs its model, or is
+    pretended to."""
+    from vllm.platforms import current_platform
 
-    return compat.current_device()
+    for name in ("cpu", "rocm", "xpu"):
+        if getattr(current_platform, f"is_{name}")():
+            return name
+    return "cuda"

@@ -11,6 +11,7 @@ from vllm.compressed_linear import compat_accelerators
 from vllm.compressed_linear.backend import Capabilities, QuantLinearMethod, Verdict
 from vllm.compressed_linear.backends.vllm_native import cpu, op, scaled_mm, table
 from vllm.compressed_linear.backends.vllm_native.adapter import KernelAdapter, common_reasons
+from vllm.compressed_linear.compat_kernels import CODES
 from vllm.compressed_linear.cost import roofline
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
 from vllm.compressed_linear.numerics import BF16, E2M1, E4M3, FP16, torch_dtype
@@ -118,7 +119,7 @@ class VllmNativeBackend(QuantLinearMethod):
         x: torch.Tensor,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if cpu.CODES in tensors:
+        if CODES in tensors:
             return cpu.call(self.descriptor, tensors, x, bias)
         return op.call(self.descriptor, tensors, x, bias, compat_accelerators.device())
 

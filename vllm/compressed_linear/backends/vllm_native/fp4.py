@@ -111,7 +111,7 @@ class MarlinNvFp4(_Marlin):
         small = (scale > 0) & (scale * lift < 2.0**-6)
         if bool(small.any()):
             raise ValueError(
-                f"vllm_native: {int(small.sum())} scales of groups that vLLM's Marlin would take for "
+                f"vllm_native: {int(small.sum())} group scales that vLLM's Marlin would take for "
                 f"0, since they are so much smaller than the largest, {largest:g} ({d}); choose "
                 "another backend for this layer"
             )
