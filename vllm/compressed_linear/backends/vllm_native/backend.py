@@ -152,11 +152,14 @@ def _roundings(d: CompressedLinearDescriptor) -> list[float]:
 
 
 def prepare(
-    d: CompressedLinearDescriptor, weights: CompressedWeights, platform: Platform
+    d: CompressedLinearDescriptor,
+    weights: CompressedWeights,
+    platform: Platform,
+    adapter: KernelAdapter | None = None,
 ) -> dict[str, torch.Tensor]:
-    """What the class that is preferred on ``platform`` makes of ``weights``; the names begin with
-    the tag of its adapter."""
-    adapter = _adapter(d, platform)
+    """What the class of ``adapter``, or else the one that is preferred on ``platform``, makes of
+    ``weights``; the names begin with the tag of its adapter."""
+    adapter = adapter or _adapter(d, platform)
     _, kernel, attributes = op.ready(adapter.tag, op.text_of(d), platform.device)
     layer = adapter.layer(d, weights)
     for name, value in attributes.items():
