@@ -6,9 +6,9 @@
 
 It needs an NVIDIA GPU. Every contender is first held against the exact product. Calls are captured
 in a CUDA graph, as a server replays them, and go through so many copies of the weights that a call
-finds none of them in the cache; graphs of all contenders take turns in random order, and medians are
-reported. What the GPU can do at most, copying memory and multiplying in bf16, is measured in the
-same run.
+finds none of them in the cache; graphs of all contenders take turns in random order, and medians
+are reported. What the GPU can do at most, copying memory and multiplying in bf16, is measured in
+the same run.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from vllm.compressed_linear.made_up import made_up_weights
 from vllm.compressed_linear.numerics import E2M1, E4M3, uint
 from vllm.compressed_linear.platform import Platform
 from vllm.compressed_linear.registry import REFERENCE, backends
+from vllm.compressed_linear.timing import captured
 from vllm.compressed_linear.weights import CompressedWeights
 
 ROWS = tuple(1 << i for i in range(13))
@@ -178,21 +179,6 @@ def check(found: Contender, exact: torch.Tensor) -> float:
     return float(error)
 
 
-def captured(call: Callable[[int], object], calls: int = CALLS_IN_GRAPH) -> torch.cuda.CUDAGraph:
-    """A graph of ``calls`` calls, the i-th of which is ``call(i)``, warmed up beforehand."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for i in range(calls):
-            call(i)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(calls):
-            call(i)
-    return graph
-
-
 def replayed(graph: torch.cuda.CUDAGraph, calls: int = CALLS_IN_GRAPH) -> float:
     """Seconds of one call, by events around a replay."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -225,7 +211,10 @@ def limits(rounds: int) -> dict[str, float]:
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    copying, multiplying = captured(lambda i: target.copy_(source)), captured(lambda i: a @ b)
+    copying, multiplying = (
+        captured(lambda i: target.copy_(source), CALLS_IN_GRAPH),
+        captured(lambda i: a @ b, CALLS_IN_GRAPH),
+    )
     timed = [lambda: replayed(copying), lambda: replayed(multiplying)]
     copy, product = (min(seconds) for seconds in in_turns(timed, rounds))
     return {"copy_bytes_per_s": 2.0 * len(source) / copy, "bf16_per_s": 2.0 * 8192**3 / product}
@@ -246,7 +235,7 @@ def measure(layer: Layer, platform: Platform, rows: Sequence[int], rounds: int) 
     ]
     for m in rows:
         x = torch.randn(m, d.in_features, device="cuda", dtype=torch.bfloat16)
-        graphs = [captured(_rotating(c, x)) for c in found]
+        graphs = [captured(_rotating(c, x), CALLS_IN_GRAPH) for c in found]
         timed = [_replay(graph) for graph in graphs]
         for result, seconds in zip(results, in_turns(timed, rounds), strict=True):
             result["rows"].append({"m": m, **summary(seconds)})

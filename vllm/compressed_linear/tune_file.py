@@ -63,14 +63,19 @@ class MachineKey:
 
     @classmethod
     def of(cls, platform: Platform) -> MachineKey | None:
-        """The key of this process, or None for a platform that is not the CPU it runs on."""
-        if platform.device != "cpu" or not platform.cpu:
+        """The key of this process, or None for a platform that is not the CPU or GPU it runs on.
+        ``cpu`` is a GPU's name where it is one, with its multiprocessors."""
+        device = platform.cpu
+        if platform.device != "cpu":
+            device = platform.gpu and f"{platform.gpu}, {platform.compute_units} multiprocessors"
+        if not device:
             return None
+        on_cpu = platform.device == "cpu"
         built = NATIVE_LIBRARY in platform.ops
         return cls(
-            cpu=platform.cpu,
-            isa=native.isa() if built else "",
-            threads=platform.threads,
+            cpu=device,
+            isa=native.isa() if built and on_cpu else "",
+            threads=platform.threads if on_cpu else 0,
             package=version("vllm-compressed-linear"),
             torch=str(torch.__version__),
             # The parent package, which is there already; to ask for it by import takes seconds.
