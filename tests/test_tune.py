@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from conftest import checkpoint
@@ -42,6 +43,7 @@ from vllm.compressed_linear.settings import Settings
 from vllm.compressed_linear.testing import Case, conformance_cases
 from vllm.compressed_linear.tune import Measuring, TuneError, tune
 from vllm.compressed_linear.tune_file import MachineKey, Measured, TuneFileError, read
+from vllm.compressed_linear.tune_text import print_result
 
 MODEL = "gptqmodel-gptq-w4-g128-sym"
 ACT_ORDER = "gptqmodel-gptq-w4-g32-asym-descact"
@@ -500,7 +502,24 @@ def test_calls_on_a_gpu_are_replayed_from_a_graph(monkeypatch: pytest.MonkeyPatc
         assert seconds == pytest.approx(m * layer.n * Fast.per_row, rel=1e-3)
     assert set(Toy.sizes) == {layer.n}
     found = Measured("", measured["fast"].seconds, {})
+    platform = replace(platform, gpu="a GPU")
+    key = MachineKey.of(platform)
+    assert key is not None
+    shown = tuning.TuneResult(key, layers=[_shown(layer, measured, platform)])
+    console = Console(width=120)
+    with console.capture() as captured:
+        print_result(shown, console)
+    assert "a GPU, 132 multiprocessors\n" in captured.get()
+    assert "M=2048" in captured.get()
+    assert "M=512" not in captured.get()
     assert found.expected == pytest.approx(expected_seconds(found.seconds.__getitem__, GPU_MIX))
+
+
+def _shown(
+    layer: CompressedLinearDescriptor, measured: dict[str, Measured], platform: Platform
+) -> tuning.LayerResult:
+    able = tuple(tuning.candidates(layer, platform))
+    return tuning.LayerResult(layer, ("a layer",), measured, able, "fast")
 
 
 def tuned_layers(platform: Platform) -> list[CompressedLinearDescriptor]:
