@@ -10,10 +10,12 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from conftest import checkpoint
@@ -21,7 +23,7 @@ from model_loading import loaded
 from vllm.compressed_linear import cli, machine, registry, settings, timing, tune_file
 from vllm.compressed_linear import tune as tuning
 from vllm.compressed_linear.backends.reference import ReferenceBackend
-from vllm.compressed_linear.cost import MIX
+from vllm.compressed_linear.cost import GPU_MIX, MIX, expected_seconds
 from vllm.compressed_linear.descriptor import (
     ActivationSpec,
     CompressedLinearDescriptor,
@@ -40,7 +42,8 @@ from vllm.compressed_linear.refine import LayerContext, refine
 from vllm.compressed_linear.settings import Settings
 from vllm.compressed_linear.testing import Case, conformance_cases
 from vllm.compressed_linear.tune import Measuring, TuneError, tune
-from vllm.compressed_linear.tune_file import MachineKey, TuneFileError, read
+from vllm.compressed_linear.tune_file import MachineKey, Measured, TuneFileError, read
+from vllm.compressed_linear.tune_text import print_result
 
 MODEL = "gptqmodel-gptq-w4-g128-sym"
 ACT_ORDER = "gptqmodel-gptq-w4-g32-asym-descact"
@@ -290,7 +293,9 @@ def test_what_cannot_be_measured_is_said(tmp_path: Path) -> None:
     file = tmp_path / "tune.json"
     with pytest.raises(TuneError, match=r"no backend 'fats' \(registered: .*fast, slow\)"):
         tuned(MODEL, file, only=["fats"])
-    with pytest.raises(TuneError, match="only CPUs are tuned, this is cuda:90"):
+    with pytest.raises(
+        TuneError, match="only the CPU or GPU that is here can be tuned, not cuda:90"
+    ):
         tuned(MODEL, file, platform=Platform.parse("cuda:90"))
     file.write_text("{}")
     with pytest.raises(TuneFileError, match="is no tune file"):
@@ -458,3 +463,83 @@ def test_what_nothing_can_run_is_an_error_after_the_rest(
     assert "Error: lm_head (512x256, bf16" in " ".join(result.stdout.split())
     (found,) = read(tmp_path / "cache" / "vllm-compressed-linear" / "tune.json").values()
     assert len(found.layers) == 4
+
+
+# GPUs: the same, but for the clock and for calls that are replayed from a graph.
+
+
+class Graph:
+    """Makes the calls that a CUDA graph would replay."""
+
+    def __init__(self, call: Any, calls: int) -> None:
+        self.call, self.calls = call, calls
+
+    def replay(self) -> None:
+        for number in range(self.calls):
+            self.call(number)
+
+
+def test_calls_on_a_gpu_are_replayed_from_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "captured", Graph)
+
+    def empty(method: Any, weights: Any) -> dict[str, torch.Tensor]:
+        return {"codes": torch.empty(method.descriptor.n, method.descriptor.k, device="meta")}
+
+    def nothing(method: Any, tensors: Any, x: torch.Tensor, bias: Any) -> torch.Tensor:
+        assert x.device == tensors["codes"].device
+        return x.new_empty(x.shape[0], method.descriptor.n)
+
+    monkeypatch.setattr(ReferenceBackend, "prep_weights_for_execution", empty)
+    monkeypatch.setattr(ReferenceBackend, "apply", nothing)
+    platform = Platform.parse("cuda:90")
+    # Tensors without memory stand for those on a GPU.
+    measuring = Measuring(0.0, 1 << 16, lambda: Toy.now, matrix=16, device="meta")
+    (layer, *_) = tuned_layers(platform)
+    measured = tuning.measure_descriptor(layer, tuning.candidates(layer, platform), measuring)
+    assert set(measured) == {"fast", "slow"}
+    for m in GPU_MIX:
+        seconds = measured["fast"].seconds[m]
+        assert seconds == pytest.approx(m * layer.n * Fast.per_row, rel=1e-3)
+    assert set(Toy.sizes) == {layer.n}
+    found = Measured("", measured["fast"].seconds, {})
+    platform = replace(platform, gpu="a GPU")
+    key = MachineKey.of(platform)
+    assert key is not None
+    shown = tuning.TuneResult(key, layers=[_shown(layer, measured, platform)])
+    console = Console(width=120)
+    with console.capture() as captured:
+        print_result(shown, console)
+    assert "a GPU, 132 multiprocessors\n" in captured.get()
+    assert "M=2048" in captured.get()
+    assert "M=512" not in captured.get()
+    assert found.expected == pytest.approx(expected_seconds(found.seconds.__getitem__, GPU_MIX))
+
+
+def _shown(
+    layer: CompressedLinearDescriptor, measured: dict[str, Measured], platform: Platform
+) -> tuning.LayerResult:
+    able = tuple(tuning.candidates(layer, platform))
+    return tuning.LayerResult(layer, ("a layer",), measured, able, "fast")
+
+
+def tuned_layers(platform: Platform) -> list[CompressedLinearDescriptor]:
+    found = explain(str(checkpoint(MODEL)), platform=platform)
+    return list(tuning.descriptors(found.layers))
+
+
+def test_a_gpu_has_a_key_and_a_clock_that_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = replace(Platform.parse("cuda:90"), gpu="NVIDIA H100", multiprocessors=132)
+    key = MachineKey.of(gpu)
+    assert key is not None
+    assert (key.cpu, key.threads, key.isa) == ("NVIDIA H100, 132 multiprocessors", 0, "")
+    assert MachineKey.of(Platform.parse("cuda:90")) is None
+    waited: list[bool] = []
+    properties = SimpleNamespace(L2_cache_size=50 << 20)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(True))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    measuring = Measuring.of(gpu, 1.0)
+    assert (measuring.device, measuring.cache_bytes) == ("cuda", 50 << 20)
+    assert measuring.now() <= measuring.now()
+    assert len(waited) == 2
+    assert measuring.repeats(1) > measuring.repeats(2048) > 1

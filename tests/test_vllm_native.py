@@ -382,7 +382,7 @@ def test_any_strides_and_ranks(ordered: bool) -> None:
 def test_pieces_join_to_what_one_repacking_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     part = part_of("awq", values(224, 128, 32, zero=True))
     whole = prepared(part)[1]
-    monkeypatch.setattr(vllm_native, "_PIECE_CODES", 96 * 128)
+    monkeypatch.setattr(vllm_native.cpu, "PIECE_CODES", 96 * 128)
     pieces = prepared(part)[1]
     for name, tensor in whole.items():
         assert torch.equal(tensor, pieces[name]), name
@@ -672,11 +672,15 @@ def test_weights_repacked_for_8_bit_activations_stop_the_load(
         VllmNativeBackend(part.descriptor).prep_weights_for_execution(part.weights)
 
 
-def test_other_devices_say_what_is_missing() -> None:
-    text = reasons(descriptor(), Platform.parse("cuda:90"))
-    assert "device cuda (supported: cpu)" in text
-    assert "vLLM's cuda kernels behind the descriptor are not wired yet" in text
-    assert "MarlinLinearKernel" in text
+@pytest.mark.parametrize("device", ["rocm", "xpu"])
+def test_devices_of_others_are_asked_class_by_class(device: str) -> None:
+    text = reasons(descriptor(element=uint(8, 128)), Platform.parse(device))
+    names = {
+        "rocm": ("RDNA3W4A16LinearKernel", "TritonW4A16LinearKernel"),
+        "xpu": ("XPUwNa16LinearKernel",),
+    }
+    for name in names[device]:
+        assert f"{name}: " in text
 
 
 @needs_kernel

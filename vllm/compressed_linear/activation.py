@@ -74,8 +74,13 @@ def quantize_dequantize(
     spec: ActivationSpec,
     input_scale: torch.Tensor | None = None,
     input_zero: torch.Tensor | None = None,
+    *,
+    nudge: float = 1.0,
 ) -> torch.Tensor:
-    """fp32 [M, k] → the nearest fp32 [M, k] that ``spec`` can say; see the module's docstring."""
+    """fp32 [M, k] → the nearest fp32 [M, k] that ``spec`` can say; see the module's docstring.
+
+    ``nudge``: every scale is multiplied with it, to see what an imprecise one does; only for
+    symmetric specs, and static ones."""
     if spec.needs_scale and input_scale is None:
         raise ValueError(f"x as {spec} needs a static scale")
     if spec.needs_zero and input_zero is None:
@@ -83,10 +88,11 @@ def quantize_dequantize(
     if x.numel() == 0:
         return x.to(torch.float32)
     groups = _grouped(x.to(torch.float32), spec)
+    input_scale = None if input_scale is None else input_scale * nudge
     if not spec.symmetric:
         out = _asymmetric(groups, spec, input_scale, input_zero)
     elif spec.dynamic:
-        scale = _dynamic_scale(groups.abs().amax(-1, keepdim=True), spec, input_scale)
+        scale = _dynamic_scale(groups.abs().amax(-1, keepdim=True), spec, input_scale) * nudge
         out = round_to(groups / torch.where(scale == 0, 1, scale), spec.element) * scale
     else:
         assert input_scale is not None

@@ -167,6 +167,22 @@ class QuantLinearMethod(ABC):
         return None
 
     @classmethod
+    def input_slack(
+        cls,
+        descriptor: CompressedLinearDescriptor,
+        x: torch.Tensor,
+        input_scale: torch.Tensor | None,
+        input_zero: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """How far each x̂ may lie from what ``activation.py`` defines: fp32 [M, k], None for not at
+        all, the standard contract. x: fp32 [M, k] before it is quantised.
+
+        For a kernel of somebody else's that multiplies with the reciprocal of a scale, so that x
+        half way between two codes may become the other one.
+        """
+        return None
+
+    @classmethod
     def can_implement(cls, descriptor: CompressedLinearDescriptor, platform: Platform) -> Verdict:
         """Whether this backend computes ``descriptor`` on ``platform``; if not, every reason."""
         reasons = list(cls.capabilities.reasons(descriptor, platform))
@@ -185,7 +201,7 @@ class QuantLinearMethod(ABC):
     def seconds(cls, descriptor: CompressedLinearDescriptor, platform: Platform, m: int) -> float:
         """Declared estimate of the seconds that one call with ``m`` tokens takes on ``platform``,
         with all of its threads; deterministic. ``cost.roofline`` helps. The least expected time
-        over ``cost.MIX`` is chosen first.
+        over the device's ``cost.mix`` is chosen first.
 
         A backend without it may have ``cost(descriptor, platform)`` instead: bytes that one token
         must move, times how far from the memory limit it runs.
@@ -262,7 +278,7 @@ def contract_bound(
 
     (c · sqrt(K) · 2⁻²⁴ + ``weight_rounding``) · Σ_k |x| · magnitude + ``input_rounding``, plus one
     rounding of the output to ``output_dtype``. ``input_rounding``: ``activation_error`` of a
-    backend with an ``own_activation``.
+    backend with an ``own_activation``, ``slack_error`` of one with an ``input_slack``.
     x: [M, K], quantised where the descriptor says so; ``magnitude``: [N, K], bound of what a kernel
     adds up for each weight (``|ŵ|``, or |s|·(|decode(q)| + |z|) where zero points are subtracted
     apart, see ``weight_magnitude``); ``expected``: [M, N], the exact result.
@@ -293,6 +309,12 @@ def _rounded_once(
     rounding = expected.to(torch.float64).abs() * info.eps / 2 + info.smallest_normal
     # The result before rounding already lies ``accumulate`` away, which may cross a binade.
     return accumulate * (1 + info.eps) + rounding
+
+
+def slack_error(slack: torch.Tensor | None, magnitude: torch.Tensor) -> torch.Tensor | float:
+    """What ``QuantLinearMethod.input_slack`` [M, K] adds to the error allowed: float64 [M, N], for
+    ``magnitude`` [N, K] as ``contract_bound`` takes it."""
+    return 0.0 if slack is None else slack.to(torch.float64) @ magnitude.to(torch.float64).t()
 
 
 def activation_error(

@@ -169,12 +169,10 @@ def tune(
     """
     from rich.console import Console
 
-    from vllm.compressed_linear import timing
     from vllm.compressed_linear import tune as tuning
     from vllm.compressed_linear.config import ConfigError
     from vllm.compressed_linear.execution import SelfCheckError
     from vllm.compressed_linear.explain import ExplainError
-    from vllm.compressed_linear.machine import cache_bytes
     from vllm.compressed_linear.model_layout import TensorParallelError
     from vllm.compressed_linear.settings import Settings, default_tune_file
     from vllm.compressed_linear.tune_text import print_result, progress_bar
@@ -188,9 +186,7 @@ def tune(
                 model,
                 platform=machine,
                 output=file,
-                measuring=tuning.Measuring(
-                    budget, cache_bytes(machine.threads), timing.clock(machine.threads)
-                ),
+                measuring=tuning.Measuring.of(machine, budget),
                 tp_size=tp,
                 dtype=dtype.value,
                 only=[name.strip() for name in only.split(",") if name.strip()],

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything of vLLM that is not a stable public name, found by feature and not by version.
 
-``compat_kernels.py`` does the same for the kernel classes that ``vllm_native`` wraps.
+``compat_kernels.py`` and ``compat_accelerators.py`` do the same for the kernel classes that
+``vllm_native`` wraps.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from vllm.compressed_linear import settings
+from vllm.compressed_linear import compat_accelerators, settings
 from vllm.compressed_linear.numerics import dtype_name
 
 SUPPORTED = ((0, 32), (0, 34))
@@ -206,12 +207,7 @@ def holds_experts(layer: torch.nn.Module) -> bool:
 
 def current_device() -> str:
     """``"cpu"``, ``"cuda"``, ``"rocm"`` or ``"xpu"``: where this process runs its model."""
-    from vllm.platforms import current_platform
-
-    for name in ("cpu", "rocm", "xpu"):
-        if getattr(current_platform, f"is_{name}")():
-            return name
-    return "cuda"
+    return compat_accelerators.device()
 
 
 @contextmanager

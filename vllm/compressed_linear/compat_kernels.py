@@ -99,7 +99,8 @@ def kernel_classes(device: str) -> list[type]:
     return list(dict.fromkeys(_POSSIBLE_KERNELS.get(member, ())))
 
 
-def _config(request: KernelRequest) -> Any:
+def mixed_precision_config(request: KernelRequest) -> Any:
+    """vLLM's ``MPLinearLayerConfig`` of ``request``."""
     from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import (
         MPLinearLayerConfig,
     )
@@ -149,7 +150,7 @@ def _one_axis_each(request: KernelRequest, usual: KernelRequest) -> Iterator[Ker
 
 def _ask(kernel: Any, request: KernelRequest) -> str | None:
     try:
-        answer = kernel.can_implement(_config(request))
+        answer = kernel.can_implement(mixed_precision_config(request))
     except Exception as error:  # a check that fails is a refusal, not the end of the selection
         return f"its can_implement failed with {type(error).__name__}: {error}"
     able, reason = answer if isinstance(answer, tuple) else (answer, None)
@@ -244,6 +245,16 @@ def repack(
     int32 [N·bits/32, G], packed along N. That is compressed-tensors' layout.
     """
     factor = 32 // int(kernel.config.weight_type.size_bits)
+    layer = checkpoint_layer(codes, scale, zero, factor)
+    kernel.process_weights_after_loading(layer)
+    return layer
+
+
+def checkpoint_layer(
+    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, factor: int
+) -> torch.nn.Module:
+    """A layer with the parameters of vLLM's compressed-tensors method, as ``repack`` takes them;
+    ``factor``: codes in a container."""
     make = _parameter_class()
     layer = torch.nn.Module()
     layer.register_parameter(
@@ -255,7 +266,6 @@ def repack(
             ZERO, make(zero, input_dim=1, output_dim=0, packed_dim=0, packed_factor=factor)
         )
     layer.register_parameter("bias", None)
-    kernel.process_weights_after_loading(layer)
     return layer
 
 
@@ -269,7 +279,10 @@ def build(name: str, device: str, request: KernelRequest) -> Any:
     if reasons:
         raise ValueError(f"{name} cannot run {request}: {'; '.join(reasons)}")
     return found[0](
-        _config(request), w_q_param_name=CODES, w_s_param_name=SCALE, w_zp_param_name=ZERO
+        mixed_precision_config(request),
+        w_q_param_name=CODES,
+        w_s_param_name=SCALE,
+        w_zp_param_name=ZERO,
     )
 
 

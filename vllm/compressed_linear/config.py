@@ -256,8 +256,8 @@ class CompressedLinearConfig(QuantizationConfig):
     ) -> str | None:
         """Claim what our formats support, whichever of its names the user passed.
 
-        Where only the slow reference backend could run them (our fast ones are for CPUs so far),
-        the user has to ask for it by ``--quantization compressed_linear``.
+        On anything but a CPU the user has to ask for it by ``--quantization compressed_linear``:
+        what runs there has never run on hardware (docs/gpu.md).
         """
         found = format_of(hf_quant_cfg)
         if found is None:

@@ -7,7 +7,7 @@ clock, so the same question always has the same answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 
 from vllm.compressed_linear.platform import Platform
 
@@ -31,9 +31,44 @@ It is that of a chat on a CPU. 256 generated tokens for each prompt, and one pro
 the mix neither forgets them nor lets them decide alone."""
 
 
-def expected_seconds(seconds: Callable[[int], float]) -> float:
-    """Average time of a call under ``MIX``; ``seconds``: time of a call with M tokens."""
-    return sum(share * seconds(m) for m, share in MIX.items())
+GPU_MIX: dict[int, float] = {
+    1: 0.04,
+    4: 0.06,
+    8: 0.10,
+    16: 0.15,
+    32: 0.20,
+    64: 0.20,
+    128: 0.14,
+    256: 0.06,
+    2048: 0.05,
+}
+"""The same for a server on a GPU.
+
+It serves many streams at once, since one alone leaves a GPU idle: vLLM lets up to 256 run and fills
+every call with prompts up to 2048 tokens. About 50 streams at once, between one and 256, are taken
+here; each generates 256 tokens for a prompt of 512, so a call of 2048 tokens serves four prompts,
+and there is one to some 20 calls that generate. An assumption about use, not a measurement."""
+
+
+def mix(device: str) -> Mapping[int, float]:
+    """The mix of calls of a server whose layers run on ``device``."""
+    return MIX if device == "cpu" else GPU_MIX
+
+
+def mix_of(sizes: Collection[int]) -> Mapping[int, float]:
+    """The mix whose M all are among ``sizes``; ``KeyError`` names one that is missing."""
+    found: Mapping[int, float] = GPU_MIX if GPU_MIX.keys() <= set(sizes) else MIX
+    for m in found:
+        if m not in sizes:
+            raise KeyError(str(m))
+    return found
+
+
+def expected_seconds(
+    seconds: Callable[[int], float], calls: Mapping[int, float] | None = None
+) -> float:
+    """Average time of a call under ``calls``, or ``MIX``; ``seconds``: of one with M tokens."""
+    return sum(share * seconds(m) for m, share in (calls or MIX).items())
 
 
 _VECTOR_SHARE_OF_AMX = 0.15
@@ -60,10 +95,11 @@ def roofline(
     """Seconds of one call: reading ``read_bytes`` from memory, or decoding and multiplying,
     whichever takes longer, as a core does both at once (Williams et al., "Roofline", 2009).
 
-    ``operations``: 2·M·N·K for a matrix product, in ``arithmetic`` "fp32", "bf16" or "int8", at
-    ``efficiency`` times the machine's best rate. ``decode_seconds``: time of turning codes into
-    numbers, on all threads. ``call_seconds``: what a call costs without any work.
+    ``operations``: 2·M·N·K for a matrix product, in ``arithmetic`` "fp32", "bf16" (and fp16),
+    "int8", "fp8" or "fp4", at ``efficiency`` times the machine's best rate. ``decode_seconds``:
+    time of turning codes into numbers, on all threads. ``call_seconds``: what a call costs without
+    any work, besides one launch where the machine has launches.
     """
     limits = platform.limits
     multiply = operations / (limits.operations(arithmetic) * efficiency)
-    return max(read_bytes / limits.read, decode_seconds + multiply) + call_seconds
+    return max(read_bytes / limits.read, decode_seconds + multiply) + call_seconds + limits.launch

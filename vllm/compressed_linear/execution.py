@@ -18,6 +18,7 @@ from vllm.compressed_linear.backend import (
     activation_error,
     contract_bound,
     lookup_bound,
+    slack_error,
     weight_magnitude,
 )
 from vllm.compressed_linear.cache import PreparedCache, cache_key
@@ -255,6 +256,10 @@ def self_check(
     expected = weights.in_stored_order(taken).to(torch.float64) @ ideal.t()
     magnitude = torch.cat([_magnitude(descriptor, weights, row) for row in rows])
     own = method.own_activation(descriptor)
+    slack = None
+    if descriptor.activation is not None:
+        plain = weights.prepare_unquantized(descriptor, x)
+        slack = method.input_slack(descriptor, plain, weights.input_scale, weights.input_zero)
     bound = contract_bound(
         taken,
         magnitude,
@@ -262,7 +267,7 @@ def self_check(
         descriptor.output_dtype,
         method.contract_constant,
         method.weight_rounding(descriptor),
-        0.0 if own is None else activation_error(taken, magnitude, own),
+        slack_error(slack, magnitude) if own is None else activation_error(taken, magnitude, own),
     )
     if wrong := _first_wrong(y, expected, bound):
         (_, column), text = wrong

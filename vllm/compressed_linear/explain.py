@@ -282,6 +282,8 @@ def _explain(
         weights_read=read_weights,
         file_bytes=sum(header.nbytes for header in checkpoint.headers.values()),
     )
+    if not found.this_machine and (assumption := platform.assumption):
+        found.notes.append(assumption)
     if not enabled():
         found.notes.append(f"{ENABLE}=0 switches this package off: vLLM runs all of it")
         return found

@@ -17,21 +17,34 @@ CPUS = Path("/sys/devices/system/cpu")
 UNKNOWN_CACHE_BYTES = 32 << 20
 
 
+ARITHMETIC = ("fp32", "bf16", "int8", "fp8", "fp4")
+
+
 @dataclass(frozen=True)
 class MachineLimits:
     """Best rates of all threads in use together: bytes a second read from memory, and operations
-    (multiplications and additions, so 2·M·N·K for a matrix product) a second by data type."""
+    (multiplications and additions, so 2·M·N·K for a matrix product) a second by data type; 0 where
+    the machine has no arithmetic of that type. "bf16" is fp16 as well. ``launch``: seconds that
+    starting a kernel takes, on a device of its own."""
 
     read: float
     fp32: float
     bf16: float
     int8: float
+    fp8: float = 0.0
+    fp4: float = 0.0
+    launch: float = 0.0
 
     def operations(self, arithmetic: str) -> float:
-        """Operations a second in "fp32", "bf16" or "int8"; ``ValueError`` for another name."""
-        if arithmetic not in ("fp32", "bf16", "int8"):
-            raise ValueError(f"unknown arithmetic {arithmetic!r} (known: fp32, bf16, int8)")
-        return float(getattr(self, arithmetic))
+        """Operations a second in one of ``ARITHMETIC``; ``ValueError`` for another name, and for
+        one that the machine does not have."""
+        if arithmetic not in ARITHMETIC:
+            known = ", ".join(ARITHMETIC)
+            raise ValueError(f"unknown arithmetic {arithmetic!r} (known: {known})")
+        rate = float(getattr(self, arithmetic))
+        if not rate:
+            raise ValueError(f"this machine has no {arithmetic} arithmetic")
+        return rate
 
 
 _CORES = {
@@ -48,7 +61,8 @@ loses under them. Without units for bf16 its rate is that of fp32."""
 _SOCKET_READ = 250e9
 """More cores do not read faster than this."""
 
-_ACCELERATOR = MachineLimits(1e12, 50e12, 200e12, 400e12)
+_ACCELERATOR = MachineLimits(1e12, 50e12, 200e12, 400e12, launch=5e-6)
+"""Of one about which nothing is known here; those of NVIDIA are in ``gpu.py``."""
 
 
 def declared_limits(name: str, threads: int) -> MachineLimits:

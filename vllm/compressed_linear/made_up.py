@@ -14,10 +14,12 @@ from vllm.compressed_linear.weights import CompressedWeights, LoadedShard, Shard
 SEED = 8913
 
 
-def made_up_weights(descriptor: CompressedLinearDescriptor) -> CompressedWeights:
-    """Weights that ``descriptor`` describes: finite numbers, a random order of channels where it
-    has one. Codes are stored a byte each, so a backend prepares them as it would any others. The
-    same descriptor gives the same numbers."""
+def made_up_weights(
+    descriptor: CompressedLinearDescriptor, device: torch.device | str = "cpu"
+) -> CompressedWeights:
+    """Weights that ``descriptor`` describes, on ``device``: finite numbers, a random order of
+    channels where it has one. Codes are stored a byte each, so a backend prepares them as it would
+    any others. The same descriptor gives the same numbers."""
     d, weight = descriptor, descriptor.weight
     element = weight.element
     generator = torch.Generator().manual_seed(SEED)
@@ -73,7 +75,9 @@ def made_up_weights(descriptor: CompressedLinearDescriptor) -> CompressedWeights
         *(0, d.in_features),
     )
     return CompressedWeights(
-        [LoadedShard(source, tensors)], plan, zero_points=weight.zero is not None
+        [LoadedShard(source, {name: tensor.to(device) for name, tensor in tensors.items()})],
+        plan,
+        zero_points=weight.zero is not None,
     )
 
 

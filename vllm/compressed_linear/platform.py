@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from vllm.compressed_linear.gpu import gpu_facts, gpu_limits
 from vllm.compressed_linear.machine import MachineLimits, cpu_name, declared_limits
+from vllm.compressed_linear.wheel_ops import CUDA_OPS, CUDA_WHEEL
 
 X86_TIERS: dict[str, frozenset[str]] = {
     "generic": frozenset(),
@@ -34,7 +36,8 @@ class Platform:
     ``features``: CPU instruction sets. ``ops``: compiled operators that can be called, named
     ``namespace::op``, and ``NATIVE_LIBRARY``. ``missing``: for an absent op or library, why.
     ``cpu``: the processor's name, empty for a machine made by hand. ``measured``: its limits with
-    these threads, where somebody measured them.
+    these threads, where somebody measured them. ``gpu``: the GPU's name, and ``multiprocessors``
+    and ``read`` (bytes a second) as its driver tells them; empty and 0 for one that is not there.
     """
 
     device: str = "cpu"
@@ -46,11 +49,25 @@ class Platform:
     threads: int = 1
     cpu: str = ""
     measured: MachineLimits | None = None
+    gpu: str = ""
+    multiprocessors: int = 0
+    read: float = 0.0
 
     @property
     def limits(self) -> MachineLimits:
         """The measured limits, or else those declared for such machines."""
-        return self.measured or declared_limits(self.name, self.threads)
+        if self.measured is not None:
+            return self.measured
+        if self.device == "cuda":
+            return gpu_limits(self.capability or 0, self.multiprocessors, self.read)
+        return declared_limits(self.name, self.threads)
+
+    @property
+    def compute_units(self) -> int:
+        """Multiprocessors of the GPU, or of the one that stands for its capability; else 0."""
+        if self.device != "cuda":
+            return 0
+        return self.multiprocessors or gpu_facts(self.capability or 0).multiprocessors
 
     @property
     def name(self) -> str:
@@ -62,6 +79,18 @@ class Platform:
             return f"cpu:{tier}" if self.machine == "x86_64" else f"cpu:{self.machine}"
         return self.device
 
+    @property
+    def assumption(self) -> str:
+        """What is taken for granted of a GPU that is not there, in a sentence; empty for others."""
+        if self.device != "cuda" or self.gpu:
+            return ""
+        facts = gpu_facts(self.capability or 0)
+        return (
+            f"{self.name} is not this machine: that it has our compiled library and the operators "
+            f"of {CUDA_WHEEL}'s CUDA wheel is assumed, and times are estimated from published "
+            f"numbers of the {facts.product}"
+        )
+
     def why_missing(self, op: str) -> str:
         """Reason text for an op that is not in ``ops``."""
         return dict(self.missing).get(op, f"{op} is not available on {self.name}")
@@ -72,9 +101,11 @@ class Platform:
 
     @classmethod
     def parse(cls, text: str) -> Platform:
-        """``cpu``, ``cpu:avx2``, ``cuda:90``, … as a machine with everything built.
+        """``cpu``, ``cpu:avx2``, ``cuda:90``, … as a machine with everything built: our library,
+        and for a GPU all operators of vLLM's CUDA wheel (``wheel_ops``).
 
-        ``cpu`` and an empty text mean this machine. ``ValueError`` for an unknown name.
+        ``cpu`` and an empty text mean this machine; ``rocm`` and ``xpu`` one of which nothing is
+        known but the name. ``ValueError`` for an unknown one.
         """
         if text in ("", "cpu"):
             return cls.detect()
@@ -85,11 +116,13 @@ class Platform:
         if device == "cpu" and detail == "aarch64":
             return cls("cpu", "aarch64", frozenset({"neon"}), ops=built)
         if device == "cuda" and detail.isdigit() and 50 <= int(detail) < 200:
-            return cls("cuda", "x86_64", capability=int(detail), ops=built)
+            return cls("cuda", "x86_64", capability=int(detail), ops=built | CUDA_OPS)
+        if text in ("rocm", "xpu"):
+            return cls(text)
         raise ValueError(
             f"unknown platform {text!r} (known: cpu, "
             + ", ".join(f"cpu:{tier}" for tier in X86_TIERS)
-            + ", cpu:aarch64, cuda:80, cuda:90, …)"
+            + ", cpu:aarch64, cuda:80, cuda:90, …, rocm, xpu)"
         )
 
     @classmethod
@@ -99,13 +132,13 @@ class Platform:
 
         reason = native.available()
         missing = () if reason is None else ((NATIVE_LIBRARY, reason),)
-        capability = None
-        if device == "cuda":
-            major, minor = torch.cuda.get_device_capability()
-            capability = 10 * major + minor
+        found = _gpu() if device == "cuda" else _Gpu()
         return cls(
             device=device,
-            capability=capability,
+            capability=found.capability,
+            gpu=found.name,
+            multiprocessors=found.multiprocessors,
+            read=found.read,
             machine=_host.machine(),
             features=cpu_features(),
             ops=frozenset({NATIVE_LIBRARY}) if reason is None else frozenset(),
@@ -113,6 +146,28 @@ class Platform:
             threads=torch.get_num_threads(),
             cpu=cpu_name(),
         )
+
+
+@dataclass(frozen=True)
+class _Gpu:
+    capability: int | None = None
+    name: str = ""
+    multiprocessors: int = 0
+    read: float = 0.0
+
+
+def _gpu() -> _Gpu:
+    """The GPU of this process, as torch's driver tells of it."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    # Memory moves data twice a cycle; both numbers are missing in older versions of torch.
+    kilohertz = getattr(properties, "memory_clock_rate", 0)
+    bits = getattr(properties, "memory_bus_width", 0)
+    return _Gpu(
+        10 * properties.major + properties.minor,
+        properties.name,
+        properties.multi_processor_count,
+        2e3 * kilohertz * bits / 8,
+    )
 
 
 def cpu_features() -> frozenset[str]:

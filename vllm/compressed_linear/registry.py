@@ -11,7 +11,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, TypeVar, overload
 
 from vllm.compressed_linear.backend import QuantLinearMethod, Verdict
-from vllm.compressed_linear.cost import expected_seconds
+from vllm.compressed_linear.cost import expected_seconds, mix
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
 from vllm.compressed_linear.platform import Platform
 from vllm.compressed_linear.tune_file import Measurements
@@ -189,8 +189,8 @@ def rank(
     """All backends: able ones best first, ``reference`` last of them, those that have to be named,
     then the declined ones.
 
-    Best is the least expected time over ``cost.MIX``. Backends that ``measurements`` has for this
-    descriptor go before those of which there is only an estimate.
+    Best is the least expected time over the device's ``cost.mix``. Backends that ``measurements``
+    has for this descriptor go before those of which there is only an estimate.
     """
     measurements = measurements or Measurements()
     platform = replace(platform, measured=platform.measured or measurements.limits)
@@ -208,7 +208,8 @@ def rank(
         if known is not None and known.variant == variant:
             seconds, is_measured = known.expected, True
         else:
-            seconds = expected_seconds(partial(backend.seconds, descriptor, platform))
+            estimate = partial(backend.seconds, descriptor, platform)
+            seconds = expected_seconds(estimate, mix(platform.device))
             is_measured = False
         found.append(Candidate(name, verdict, priority, seconds, variant, is_measured, asked_only))
 

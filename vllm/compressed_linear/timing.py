@@ -51,6 +51,34 @@ def clock(threads: int) -> Clock:
     return time.thread_time if threads == 1 else time.perf_counter
 
 
+def device_clock() -> Clock:
+    """The time on the wall once the GPU has done everything that it was given before."""
+
+    def now() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return now
+
+
+def captured(call: Callable[[int], object], calls: int) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of ``calls`` calls, the i-th of which is ``call(i)``, made once beforehand.
+
+    Servers replay graphs, and what Python takes for a call is more than most layers.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for i in range(calls):
+            call(i)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(calls):
+            call(i)
+    return graph
+
+
 def measure(
     calls: Sequence[Callable[[int], object]], *, budget: float, now: Clock, seed: int = 0
 ) -> list[Timing]:
@@ -95,18 +123,20 @@ def best_rate(work: float, action: Callable[[], object], *, seconds: float, now:
     return work / max(min(taken), 1e-9)
 
 
-def read_rate(nbytes: int, *, seconds: float, now: Clock) -> float:
-    """Bytes a second that this process reads from memory, over ``nbytes``, beyond all caches."""
-    block = torch.ones(max(nbytes // 4, 1))
+def read_rate(nbytes: int, *, seconds: float, now: Clock, device: str = "cpu") -> float:
+    """Bytes a second read from the memory of ``device``, over ``nbytes``, beyond all caches."""
+    block = torch.ones(max(nbytes // 4, 1), device=device)
     ways = (lambda: torch.dot(block, block), lambda: block.sum(), lambda: block.max())
     return max(best_rate(4.0 * len(block), way, seconds=seconds / 3, now=now) for way in ways)
 
 
-def multiply_rates(size: int, *, seconds: float, now: Clock) -> dict[str, float]:
+def multiply_rates(
+    size: int, *, seconds: float, now: Clock, device: str = "cpu"
+) -> dict[str, float]:
     """Operations a second of torch's products of ``size`` × ``size`` matrices, by arithmetic."""
-    wide = torch.randn(size, size)
+    wide = torch.randn(size, size, device=device)
     narrow = wide.bfloat16()
-    whole = torch.randint(-127, 128, (size, size), dtype=torch.int8)
+    whole = torch.randint(-127, 128, (size, size), dtype=torch.int8, device=device)
     ways: dict[str, Callable[[], object]] = {
         "fp32": lambda: torch.nn.functional.linear(wide, wide),
         "bf16": lambda: torch.nn.functional.linear(narrow, narrow),

@@ -19,11 +19,11 @@ import torch
 
 from vllm.compressed_linear import timing, tune_file
 from vllm.compressed_linear.backend import QuantLinearMethod
-from vllm.compressed_linear.cost import MIX
+from vllm.compressed_linear.cost import mix
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
 from vllm.compressed_linear.execution import self_check
 from vllm.compressed_linear.explain import LayerPlan, explain
-from vllm.compressed_linear.machine import MachineLimits
+from vllm.compressed_linear.machine import MachineLimits, cache_bytes
 from vllm.compressed_linear.made_up import made_up_weights
 from vllm.compressed_linear.numerics import torch_dtype
 from vllm.compressed_linear.platform import Platform
@@ -41,6 +41,14 @@ ROW_UNIT = 256
 HUGE_PAGE = 2 << 20
 """Copies of smaller weights are cloned; of others prepared anew, since where preparation puts them
 makes a difference."""
+
+
+GPU_MATRIX = 8192
+"""Rows and columns of the matrices by which a GPU's arithmetic is measured."""
+
+CALLS_IN_GRAPH = 64
+LARGE_BATCH = 512
+"""From so many tokens on a call on a GPU takes long enough to time a few together."""
 
 
 class TuneError(ValueError):
@@ -82,23 +90,50 @@ class Progress(Protocol):
 @dataclass(frozen=True)
 class Measuring:
     """How it is measured. ``budget``: seconds for all candidates of one descriptor and M;
-    ``cache_bytes``: the last-level caches of the machine; ``now``: the clock."""
+    ``cache_bytes``: the last-level caches of the machine; ``now``: the clock; ``device``: "cpu" or
+    "cuda", where calls are replayed from a graph of several, so that a clock that waits for the GPU
+    is good enough."""
 
     budget: float
     cache_bytes: int
     now: timing.Clock
     matrix: int = 1024
+    device: str = "cpu"
+
+    @classmethod
+    def of(cls, platform: Platform, budget: float) -> Measuring:
+        """How ``platform``, which is this machine, is measured."""
+        if platform.device == "cpu":
+            return cls(budget, cache_bytes(platform.threads), timing.clock(platform.threads))
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        clock = timing.device_clock()
+        return cls(budget, properties.L2_cache_size, clock, GPU_MATRIX, platform.device)
 
     @property
     def rotated_bytes(self) -> int:
         """Bytes of weights that are enough to leave none of them in a cache."""
         return CACHE_MULTIPLE * self.cache_bytes
 
-    def limits(self) -> MachineLimits:
-        """The machine's, with the threads in use."""
-        read = timing.read_rate(self.rotated_bytes, seconds=self.budget, now=self.now)
-        rates = timing.multiply_rates(self.matrix, seconds=self.budget, now=self.now)
-        return MachineLimits(_digits(read), **{name: _digits(rate) for name, rate in rates.items()})
+    def limits(self, declared: MachineLimits) -> MachineLimits:
+        """The machine's, with the threads in use; ``declared`` where nothing is measured."""
+        given = {"seconds": self.budget, "now": self.now, "device": self.device}
+        read = timing.read_rate(self.rotated_bytes, **given)  # type: ignore[arg-type]
+        rates = timing.multiply_rates(self.matrix, **given)  # type: ignore[arg-type]
+        rates = {name: _digits(rate) for name, rate in rates.items()}
+        return replace(declared, read=_digits(read), **rates)
+
+    def repeats(self, m: int) -> int:
+        """Calls with ``m`` tokens that are timed as one."""
+        if self.device == "cpu":
+            return 1
+        return CALLS_IN_GRAPH if m < LARGE_BATCH else 1 + CALLS_IN_GRAPH // 16
+
+    def timeable(self, call: Callable[[int], object], m: int) -> Callable[[int], object]:
+        """``call`` as it is timed: ``repeats`` of it."""
+        if self.device == "cpu":
+            return call
+        graph = timing.captured(call, self.repeats(m))
+        return lambda number: graph.replay()
 
 
 def tune(
@@ -120,7 +155,7 @@ def tune(
     """
     key = MachineKey.of(platform)
     if key is None:
-        raise TuneError(f"only CPUs are tuned, this is {platform.name}")
+        raise TuneError(f"only the CPU or GPU that is here can be tuned, not {platform.name}")
     if unknown := sorted(set(only) - set(backends())):
         raise TuneError(f"no backend {unknown[0]!r} (registered: {', '.join(backends())})")
     if output.exists():
@@ -137,16 +172,17 @@ def tune(
     if not wanted:
         raise TuneError(f"{model} has no layer that this package runs: {'; '.join(found.notes)}")
     result = TuneResult(key)
-    total = len(wanted) * len(MIX)
+    sizes = mix(platform.device)
+    total = len(wanted) * len(sizes)
     with _threads(platform.threads):
         progress("what the machine can do", 0, total)
-        result.measurements.limits = measuring.limits()
+        result.measurements.limits = measuring.limits(platform.limits)
         for number, (descriptor, layers) in enumerate(wanted.items()):
             able = candidates(descriptor, platform, only)
             if not able:
                 result.failures.append(f"{layers[0]} ({descriptor}): no backend to measure")
                 continue
-            say = partial(_tell, progress, str(descriptor), number * len(MIX), total)
+            say = partial(_tell, progress, str(descriptor), number * len(sizes), total)
             measured = measure_descriptor(descriptor, able, measuring, say)
             result.measurements.layers[descriptor] = measured
             tune_file.merge(output, key, result.measurements)
@@ -231,10 +267,11 @@ class _Contender:
         descriptor: CompressedLinearDescriptor,
         bias: torch.Tensor | None,
         enough: int,
+        device: str,
     ) -> None:
         self.method = backend(descriptor)
         self.bias = bias
-        weights = made_up_weights(descriptor)
+        weights = made_up_weights(descriptor, device)
         first = self.method.prep_weights_for_execution(weights)
         self_check("made-up weights", self.method, first, weights)
         size = max(sum(t.numel() * t.element_size() for t in first.values()), 1)
@@ -256,30 +293,37 @@ def measure_descriptor(
     measuring: Measuring,
     say: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Measured]:
-    """Time each of ``able`` with every M of ``MIX``, on the threads torch has.
+    """Time each of ``able`` with every M of the device's mix, on the threads torch has.
 
     Raises ``SelfCheckError`` if one of them computes wrong numbers.
     """
-    rows = measured_rows(descriptor, measuring.rotated_bytes, torch.get_num_threads())
+    device, sizes = measuring.device, mix(measuring.device)
+    rows = descriptor.n
+    if device == "cpu":
+        rows = measured_rows(descriptor, measuring.rotated_bytes, torch.get_num_threads())
     cut = replace(descriptor, out_features=rows, shards=())
     bias = None
     if descriptor.bias_dtype is not None:
-        bias = torch.randn(rows).to(torch_dtype(descriptor.bias_dtype))
+        bias = torch.randn(rows).to(device, torch_dtype(descriptor.bias_dtype))
     contenders = [
-        _Contender(backends()[c.name].backend, cut, bias, measuring.rotated_bytes) for c in able
+        _Contender(backends()[c.name].backend, cut, bias, measuring.rotated_bytes, device)
+        for c in able
     ]
     seconds: list[dict[int, float]] = [{} for _ in able]
     spread: list[dict[int, float]] = [{} for _ in able]
     with torch.inference_mode():
-        for done, m in enumerate(MIX):
+        for done, m in enumerate(sizes):
             say(done)
-            x = torch.randn(m, descriptor.in_features).to(torch_dtype(descriptor.input_dtype))
-            calls = [partial(contender, x) for contender in contenders]
+            x = torch.randn(m, descriptor.in_features)
+            x = x.to(device, torch_dtype(descriptor.input_dtype))
+            calls = [measuring.timeable(partial(contender, x), m) for contender in contenders]
             times = timing.measure(calls, budget=measuring.budget, now=measuring.now, seed=m)
             for index, found in enumerate(times):
-                seconds[index][m] = _digits(found.median * descriptor.n / rows)
+                seconds[index][m] = _digits(
+                    found.median / measuring.repeats(m) * descriptor.n / rows
+                )
                 spread[index][m] = _digits(found.spread)
-    say(len(MIX))
+    say(len(sizes))
     return {
         candidate.name: Measured(candidate.variant, seconds[index], spread[index])
         for index, candidate in enumerate(able)

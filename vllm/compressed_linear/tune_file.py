@@ -34,7 +34,7 @@ from typing import Any
 import torch
 
 from vllm.compressed_linear import native
-from vllm.compressed_linear.cost import MIX, expected_seconds
+from vllm.compressed_linear.cost import expected_seconds, mix_of
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
 from vllm.compressed_linear.machine import MachineLimits
 from vllm.compressed_linear.platform import NATIVE_LIBRARY, Platform
@@ -63,14 +63,19 @@ class MachineKey:
 
     @classmethod
     def of(cls, platform: Platform) -> MachineKey | None:
-        """The key of this process, or None for a platform that is not the CPU it runs on."""
-        if platform.device != "cpu" or not platform.cpu:
+        """The key of this process, or None for a platform that is not the CPU or GPU it runs on.
+        ``cpu`` is a GPU's name where it is one, with its multiprocessors."""
+        device = platform.cpu
+        if platform.device != "cpu":
+            device = platform.gpu and f"{platform.gpu}, {platform.compute_units} multiprocessors"
+        if not device:
             return None
+        on_cpu = platform.device == "cpu"
         built = NATIVE_LIBRARY in platform.ops
         return cls(
-            cpu=platform.cpu,
-            isa=native.isa() if built else "",
-            threads=platform.threads,
+            cpu=device,
+            isa=native.isa() if built and on_cpu else "",
+            threads=platform.threads if on_cpu else 0,
             package=version("vllm-compressed-linear"),
             torch=str(torch.__version__),
             # The parent package, which is there already; to ask for it by import takes seconds.
@@ -90,8 +95,8 @@ class MachineKey:
 
 @dataclass(frozen=True)
 class Measured:
-    """One backend on one descriptor. ``seconds``: M → median time of a call, for every M of
-    ``cost.MIX``; ``spread``: M → half of the median's 95 % interval, as a part of the median."""
+    """One backend on one descriptor. ``seconds``: M → median time of a call, for every M of the
+    device's ``cost.mix``; ``spread``: M → half of the median's 95 % interval, as a part of it."""
 
     variant: str
     seconds: Mapping[int, float]
@@ -100,7 +105,7 @@ class Measured:
     @property
     def expected(self) -> float:
         """Average seconds of a call of the mix."""
-        return expected_seconds(self.seconds.__getitem__)
+        return expected_seconds(self.seconds.__getitem__, mix_of(self.seconds))
 
 
 @dataclass
@@ -163,7 +168,7 @@ def _layer(data: Mapping[str, Any]) -> tuple[CompressedLinearDescriptor, dict[st
 
 
 def _numbers(data: Mapping[str, Any]) -> dict[int, float]:
-    numbers = {m: float(data[str(m)]) for m in MIX}
+    numbers = {m: float(data[str(m)]) for m in mix_of([int(m) for m in data])}
     wrong = [value for value in numbers.values() if not (math.isfinite(value) and value >= 0)]
     if wrong:
         raise ValueError(f"{wrong[0]} is no time")

@@ -17,8 +17,8 @@ from vllm.compressed_linear.text import compress_names
 from vllm.compressed_linear.tune import LayerResult, Progress, TuneResult
 from vllm.compressed_linear.tune_file import Measured
 
-SHOWN = (1, 4, 16, 64, 512)
-"""M of the columns; the file has all of them."""
+SHOWN = (1, 4, 16, 64, 512, 2048)
+"""M of the columns, as far as they were measured; the file has all of them."""
 
 
 @contextmanager
@@ -38,8 +38,11 @@ def progress_bar() -> Iterator[Progress]:
 def print_result(result: TuneResult, console: Console) -> None:
     """Write what the machine can do, and a table for each descriptor."""
     key = result.key
-    threads = f"{key.threads} thread" + ("s" if key.threads > 1 else "")
-    console.print(Text(f"{key.cpu} ({key.isa or 'without our library'}), {threads}", style="bold"))
+    about = key.cpu
+    if key.threads:  # of a GPU there are none
+        threads = f"{key.threads} thread" + ("s" if key.threads > 1 else "")
+        about = f"{key.cpu} ({key.isa or 'without our library'}), {threads}"
+    console.print(Text(about, style="bold"))
     if result.measurements.limits is not None:
         console.print(Text(_limits(result.measurements.limits)))
     for layer in result.layers:
@@ -54,7 +57,8 @@ def _print_layer(layer: LayerResult, console: Console) -> None:
     console.print(Text(in_words(layer.descriptor)))
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("ms a call", min_width=34, overflow="fold")
-    for m in SHOWN:
+    sizes = [m for m in SHOWN if all(m in found.seconds for found in layer.measured.values())]
+    for m in sizes:
         table.add_column(f"M={m}", justify="right", no_wrap=True, min_width=6)
     table.add_column("expected", justify="right", no_wrap=True)
     for candidate in layer.candidates:
@@ -64,7 +68,7 @@ def _print_layer(layer: LayerResult, console: Console) -> None:
         runs = f"{candidate.name} ({measured.variant})" if measured.variant else candidate.name
         table.add_row(
             Text(runs, style="green" if candidate.name == layer.chosen else ""),
-            *(_cell(measured, m) for m in SHOWN),
+            *(_cell(measured, m) for m in sizes),
             _milliseconds(measured.expected),
         )
     console.print(table)

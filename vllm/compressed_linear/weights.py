@@ -9,7 +9,7 @@ chunk of rows at a time, so that preparation needs little memory beyond its resu
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -388,6 +388,12 @@ class CompressedWeights:
             input_scale=self.input_scale,
             input_zero=self.input_zero,
         )
+
+    def prepare_unquantized(
+        self, descriptor: CompressedLinearDescriptor, x: torch.Tensor
+    ) -> torch.Tensor:
+        """The same before it is quantised."""
+        return self.prepare_input(replace(descriptor, activation=None), x)
 
     def in_stored_order(self, channels: torch.Tensor) -> torch.Tensor:
         """[M, k] → [M, K of x], every channel where the checkpoint has it."""

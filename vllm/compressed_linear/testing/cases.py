@@ -20,6 +20,7 @@ from vllm.compressed_linear.backend import (
     QuantLinearMethod,
     activation_error,
     contract_bound,
+    slack_error,
     weight_magnitude,
 )
 from vllm.compressed_linear.descriptor import (
@@ -190,9 +191,15 @@ class Problem:
     def _input_rounding(
         self, x: torch.Tensor, backend: type[QuantLinearMethod]
     ) -> torch.Tensor | float:
-        spec = backend.own_activation(self.descriptor)
+        spec, d = backend.own_activation(self.descriptor), self.descriptor
         if spec is None:
-            return 0.0
+            if d.activation is None:
+                return 0.0
+            plain = self.own.prepare_unquantized(d, x)
+            slack = backend.input_slack(d, plain, self.own.input_scale, self.own.input_zero)
+            return slack_error(
+                None if slack is None else self.own.in_stored_order(slack), self.magnitude
+            )
         taken, magnitude = self.taken(x), self.magnitude
         if (order := self.own.permutation) is not None:
             here = order.clamp(min=0).to(torch.int64)

@@ -19,7 +19,7 @@ from typing import TypeVar
 import torch
 
 from vllm.compressed_linear.backend import QuantLinearMethod, Verdict, lookup_bound
-from vllm.compressed_linear.cost import MIX
+from vllm.compressed_linear.cost import mix
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
 from vllm.compressed_linear.numerics import torch_dtype
 from vllm.compressed_linear.platform import Platform
@@ -158,7 +158,7 @@ class _Run:
         descriptor = self.problem.descriptor
 
         def seconds() -> list[float]:
-            return [self.backend.seconds(descriptor, platform, m) for m in MIX]
+            return [self.backend.seconds(descriptor, platform, m) for m in mix(platform.device)]
 
         first, second = self.attempt("seconds", seconds), self.attempt("seconds", seconds)
         if first is not None and not all(math.isfinite(s) and s >= 0 for s in first):

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan that a GPU would get, made on a machine that has none."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+
+from conftest import checkpoint
+from test_explain import OURS
+from vllm.compressed_linear import compat_accelerators
+from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
+from vllm.compressed_linear.explain import Explanation, PartPlan, explain
+from vllm.compressed_linear.gpu import GPUS
+from vllm.compressed_linear.platform import Platform
+
+pytestmark = pytest.mark.skipif(
+    compat_accelerators.unavailable("mixed precision") is not None,
+    reason="this vLLM has no kernel classes that are known here",
+)
+
+
+@cache
+def planned(name: str, capability: int) -> Explanation:
+    platform = Platform.parse(f"cuda:{capability}")
+    return explain(str(checkpoint(name)), platform=platform, dtype="bfloat16")
+
+
+def parts(found: Explanation) -> list[PartPlan]:
+    return [part for layer in found.layers for part in layer.likely.parts]
+
+
+def vllm_has_a_kernel(d: CompressedLinearDescriptor) -> bool:
+    """By the formats that vLLM's documentation of Marlin lists, not by what the adapter says."""
+    element, zero = d.weight.element, d.weight.zero
+    if element.kind == "dense":
+        return True
+    symmetric = zero is None and element.bits in (4, 8)
+    asymmetric = zero is not None and zero.kind == "integer" and element.bits == 4
+    return (symmetric or asymmetric) and d.group_size in (32, 64, 128, d.k)
+
+
+@pytest.mark.parametrize("capability", GPUS)
+@pytest.mark.parametrize("name", OURS)
+def test_reference_runs_only_what_vllm_has_no_kernel_for(name: str, capability: int) -> None:
+    found = planned(name, capability)
+    assert not found.errors
+    assert parts(found)
+    for part in parts(found):
+        assert (part.backend == "reference") <= (not vllm_has_a_kernel(part.descriptor)), part.runs
+        if part.backend == "reference":
+            (native,) = [r for r in part.rejected if r.backend == "vllm_native"]
+            assert native.reasons
+
+
+@pytest.mark.parametrize("capability", GPUS)
+def test_the_plan_names_vllms_class_and_says_what_is_assumed(capability: int) -> None:
+    found = planned("gptqmodel-gptq-w4-g128-sym", capability)
+    runs = {part.variant for part in parts(found) if part.descriptor.weight.element.bits == 4}
+    assert runs == {"MacheteLinearKernel" if capability == 90 else "MarlinLinearKernel"}
+    assert f"cuda:{capability} is not this machine" in found.notes[0]
+    assert "vLLM 0.33.0's CUDA wheel is assumed" in found.notes[0]
+    assert GPUS[capability].product in found.notes[0]
+
+
+def test_reordered_channels_and_zero_points_keep_their_kernel() -> None:
+    found = planned("gptqmodel-gptq-w4-g32-asym-descact", 90)
+    quantized = [p for p in parts(found) if p.descriptor.weight.element.bits == 4]
+    assert {p.variant for p in quantized} == {"MarlinLinearKernel"}
+    assert any(p.descriptor.channel_order is not None for p in quantized)
+
+
+def test_other_backends_say_that_they_are_not_for_gpus() -> None:
+    found = planned("gptqmodel-gptq-w4-g128-sym", 80)
+    reasons = {r.backend: r.reasons for r in parts(found)[0].rejected}
+    assert reasons["cpu"][0] == "device cuda (supported: cpu)"
+
+
+@pytest.mark.slow
+def test_the_command_prints_it() -> None:
+    command = [sys.executable, "-m", "vllm.compressed_linear.cli", "explain", "--json"]
+    path = str(checkpoint("llmcompressor-w4a16-sym-g128"))
+    out = subprocess.run(
+        [*command, "--platform", "cuda:100", path], capture_output=True, text=True, check=True
+    )
+    assert json.loads(out.stdout)["platform"] == "cuda:100"

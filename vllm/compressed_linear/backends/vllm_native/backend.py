@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The backend: one of vLLM's own kernel classes, whichever vLLM would prefer for the descriptor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from vllm.compressed_linear import compat_accelerators
+from vllm.compressed_linear.backend import Capabilities, QuantLinearMethod, Verdict
+from vllm.compressed_linear.backends.vllm_native import cpu, op, scaled_mm, table
+from vllm.compressed_linear.backends.vllm_native.adapter import KernelAdapter, common_reasons
+from vllm.compressed_linear.compat_kernels import CODES
+from vllm.compressed_linear.cost import roofline
+from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
+from vllm.compressed_linear.numerics import BF16, E2M1, E4M3, FP16, torch_dtype
+from vllm.compressed_linear.platform import Platform
+from vllm.compressed_linear.weights import CompressedWeights
+
+ACCELERATORS = Capabilities(
+    devices=frozenset({"cuda", "rocm", "xpu"}),
+    integer_bits=frozenset({4, 8}),
+    other_elements=frozenset(e.name for e in (E4M3, E2M1, BF16, FP16)),
+    input_dtypes=frozenset({"bfloat16", "float16"}),
+    scale_dtypes=frozenset({"bfloat16", "float16", "float32", "float8_e4m3fn", "e8m0"}),
+    zero_kinds=frozenset({"integer"}),
+    channel_order=True,
+    padded_order=True,
+    row_scale=True,
+    activations=frozenset({*scaled_mm.INT8_KINDS, *scaled_mm.FP8_KINDS}),
+)
+"""What one or another of vLLM's classes for accelerators can do."""
+
+
+class VllmNativeBackend(QuantLinearMethod):
+    """vLLM's own kernels, for every checkpoint format."""
+
+    name = "vllm_native"
+    capabilities = Capabilities(
+        devices=cpu.CAPABILITIES.devices | ACCELERATORS.devices,
+        integer_bits=cpu.CAPABILITIES.integer_bits | ACCELERATORS.integer_bits,
+        other_elements=ACCELERATORS.other_elements,
+        input_dtypes=cpu.CAPABILITIES.input_dtypes | ACCELERATORS.input_dtypes,
+        scale_dtypes=cpu.CAPABILITIES.scale_dtypes | ACCELERATORS.scale_dtypes,
+        zero_kinds=cpu.CAPABILITIES.zero_kinds | ACCELERATORS.zero_kinds,
+        channel_order=True,
+        padded_order=True,
+        row_scale=ACCELERATORS.row_scale,
+        activations=ACCELERATORS.activations,
+    )
+    """Of all devices together; what each can do is in ``cpu.CAPABILITIES`` and ``ACCELERATORS``."""
+    batch_invariant = False
+
+    @classmethod
+    def can_implement(cls, descriptor: CompressedLinearDescriptor, platform: Platform) -> Verdict:
+        on_cpu = platform.device == "cpu"
+        declared = cpu.CAPABILITIES if on_cpu else ACCELERATORS
+        reasons = [*declared.reasons(descriptor, platform)]
+        if on_cpu or platform.device in declared.devices:
+            further = cpu.reasons if on_cpu else _accelerator_reasons
+            reasons += further(descriptor, platform)
+        return Verdict(tuple(dict.fromkeys(reasons)))
+
+    @classmethod
+    def weight_rounding(cls, descriptor: CompressedLinearDescriptor) -> float:
+        unit = torch.finfo(torch_dtype(descriptor.input_dtype)).eps / 2
+        # A class rounds its result before the bias is added; no more than the sum itself can be.
+        bias = 0.0 if descriptor.bias_dtype is None else unit
+        # The kernel for CPUs rounds as the mixed-precision ones do.
+        return max(_roundings(descriptor), default=cpu.weight_rounding(descriptor)) + bias
+
+    @classmethod
+    def input_slack(
+        cls,
+        descriptor: CompressedLinearDescriptor,
+        x: torch.Tensor,
+        input_scale: torch.Tensor | None,
+        input_zero: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        spec = descriptor.activation
+        return None if spec is None else scaled_mm.slack(spec, x, input_scale, input_zero)
+
+    @classmethod
+    def seconds(cls, descriptor: CompressedLinearDescriptor, platform: Platform, m: int) -> float:
+        if platform.device == "cpu":
+            return cpu.seconds(descriptor, platform, m)
+        d, adapter = descriptor, _adapter(descriptor, platform)
+        width = torch_dtype(d.input_dtype).itemsize
+        return roofline(
+            platform,
+            read_bytes=adapter.prepared_bytes(d) + width * m * (d.k + d.n),
+            operations=2.0 * m * d.n * d.k,
+            arithmetic=adapter.arithmetic,
+            efficiency=adapter.efficiency,
+        )
+
+    @classmethod
+    def variant(cls, descriptor: CompressedLinearDescriptor, platform: Platform) -> str:
+        if platform.device == "cpu":
+            return cpu.CPU_KERNEL
+        return _adapter(descriptor, platform).kernel
+
+    @classmethod
+    def prepared_bytes(cls, descriptor: CompressedLinearDescriptor) -> int | None:
+        order = descriptor.channel_order
+        gather = 0 if order is None else descriptor.k * torch.int32.itemsize
+        return table.prepared_bytes(descriptor) + gather
+
+    def prep_weights_for_execution(self, weights: CompressedWeights) -> dict[str, torch.Tensor]:
+        if weights.device.type == "cpu":
+            return cpu.prepare(self.descriptor, weights)
+        platform = Platform.detect(compat_accelerators.device())
+        return prepare(self.descriptor, weights, platform)
+
+    def apply(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if CODES in tensors:
+            return cpu.call(self.descriptor, tensors, x, bias)
+        return op.call(self.descriptor, tensors, x, bias, compat_accelerators.device())
+
+
+def _accelerator_reasons(d: CompressedLinearDescriptor, platform: Platform) -> Iterable[str]:
+    yield from common_reasons(d)
+    if d.n and d.k:
+        try:
+            found = table.answers(d, platform)
+        except ValueError as error:
+            yield str(error)
+            return
+        if not found:
+            yield f"this vLLM has no {table.family_of(d)} kernel classes for {platform.device}"
+        if table.preferred(found) is None:
+            for answer in found:
+                yield from (f"{answer.kernel}: {reason}" for reason in answer.reasons)
+
+
+def _adapter(d: CompressedLinearDescriptor, platform: Platform) -> KernelAdapter:
+    adapter = table.preferred(table.answers(d, platform))
+    if adapter is None:
+        raise ValueError(f"none of vLLM's kernel classes for {platform.name} can run {d}")
+    return adapter
+
+
+def _roundings(d: CompressedLinearDescriptor) -> list[float]:
+    family = table.family_of(d)
+    return [a.weight_rounding(d) for a in table.ADAPTERS if a.family == family]
+
+
+def prepare(
+    d: CompressedLinearDescriptor,
+    weights: CompressedWeights,
+    platform: Platform,
+    adapter: KernelAdapter | None = None,
+) -> dict[str, torch.Tensor]:
+    """What the class of ``adapter``, or else the one that is preferred on ``platform``, makes of
+    ``weights``; the names begin with the tag of its adapter."""
+    adapter = adapter or _adapter(d, platform)
+    _, kernel, attributes = op.ready(adapter.tag, op.text_of(d), platform.device)
+    layer = adapter.layer(d, weights)
+    for name, value in attributes.items():
+        setattr(layer, name, value)
+    adapter.repack(kernel, layer, d)
+    tensors = {f"{adapter.tag}_{name}": t for name, t in adapter.prepared(layer).items()}
+    if weights.permutation is not None:
+        tensors[op.ORDER] = weights.permutation
+    ratio = None if weights.row_scale is None else _row_ratio(weights.row_scale)
+    if ratio is not None:
+        tensors[op.ROW_SCALE] = ratio.to(torch_dtype(d.input_dtype))
+    return tensors
+
+
+def _row_ratio(row_scale: torch.Tensor) -> torch.Tensor | None:
+    """What remains of each row's second-level scale when all are given the largest; None if
+    nothing does."""
+    largest = row_scale.abs().max()
+    return None if bool((row_scale == largest).all()) else row_scale / largest

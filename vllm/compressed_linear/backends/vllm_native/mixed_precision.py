@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's mixed-precision classes on accelerators: integer weights, activations of 16 bits.
+
+What their own checks do not say, found by reading vLLM 0.32:
+
+* a weight type without a bias and without zero points (``uint4``) is taken by some classes and then
+  computed with a bias; here any bias but the middle becomes constant zero points
+* Machete multiplies zero points with the scale beforehand and rounds the product: what should be
+  exactly 0 is not, which the numerical contract does not allow. Declined with zero points
+* Exllama adds products and partial sums in fp16, CutlassW4A8 quantises x and rounds the scales of
+  groups to 8 bits: declined always
+* a bias is added to the rounded result
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vllm.compressed_linear import compat_kernels
+from vllm.compressed_linear.backends.vllm_native.adapter import (
+    KernelAdapter,
+    cast_scales,
+    packed_codes,
+    scales,
+    zero_points,
+)
+from vllm.compressed_linear.compat_kernels import CODES, SCALE, ZERO, KernelRequest
+from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
+from vllm.compressed_linear.layout import Packing, pack
+from vllm.compressed_linear.numerics import torch_dtype
+from vllm.compressed_linear.weights import CompressedWeights
+
+
+def request(d: CompressedLinearDescriptor) -> KernelRequest:
+    """What vLLM's ``MPLinearLayerConfig`` says of ``d``."""
+    constant = constant_zero(d)
+    zeros = d.weight.zero is not None or constant is not None
+    return KernelRequest(
+        k=d.k,
+        n=d.n,
+        bits=d.weight.element.bits,
+        bias=0 if zeros else d.weight.element.bias,
+        zero_points=zeros,
+        group_size=-1 if d.group_size == d.k else d.group_size,
+        dtype=d.input_dtype,
+    )
+
+
+def constant_zero(d: CompressedLinearDescriptor) -> int | None:
+    """The zero point that stands for a bias which no class can take, or None."""
+    element = d.weight.element
+    middle = 1 << (element.bits - 1)
+    return None if d.weight.zero is not None or element.bias == middle else element.bias
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedPrecision(KernelAdapter):
+    """One of vLLM's subclasses of ``MPLinearKernel``. ``zeros``: whether its zero points keep the
+    numerical contract; ``never``: why it cannot keep it at all."""
+
+    zeros: bool = True
+    never: str = ""
+
+    family = "mixed precision"
+
+    def reasons(self, d: CompressedLinearDescriptor) -> Iterable[str]:
+        element, scale = d.weight.element, d.weight.scale
+        if self.never:
+            yield self.never
+        if element.bias and d.weight.zero is not None:
+            yield f"zero points on top of a bias of {element.bias}"
+        if not 0 <= element.bias < 1 << element.bits:
+            yield f"bias {element.bias} (supported: 0 to {(1 << element.bits) - 1})"
+        if d.weight.zero is not None and d.n % (32 // element.bits):
+            yield f"zero points of {d.n} output channels do not fill containers of 32 bits"
+        if not self.zeros and request(d).zero_points:
+            yield (
+                "zero points, which it multiplies with the scales beforehand and rounds, so that "
+                "weights of 0 are none"
+            )
+        if scale is None:
+            yield "weights without scales"
+        elif d.input_dtype == "float16" and scale.dtype != "float16":
+            # bfloat16 holds every scale with a rounding; float16 would lose large and small ones.
+            yield f"scale dtype {scale.dtype} with float16 activations (supported: float16)"
+        if d.k * element.bits % 32:
+            yield f"K={d.k} codes of {element.bits} bits do not fill containers of 32 bits"
+
+    def config(self, d: CompressedLinearDescriptor) -> object:
+        return compat_kernels.mixed_precision_config(request(d))
+
+    def build(self, kernel: Any, d: CompressedLinearDescriptor) -> Any:
+        return kernel(
+            self.config(d), w_q_param_name=CODES, w_s_param_name=SCALE, w_zp_param_name=ZERO
+        )
+
+    def layer(self, d: CompressedLinearDescriptor, weights: CompressedWeights) -> torch.nn.Module:
+        largest = (1 << d.weight.element.bits) - 1
+        scale = cast_scales(d, scales(d, weights), largest)
+        zero = zero_points(weights)
+        if (constant := constant_zero(d)) is not None:
+            zero = torch.full(scale.shape, constant, dtype=torch.uint8, device=scale.device)
+        if zero is not None and int(zero.max()) > largest:
+            raise ValueError(
+                f"vllm_native: zero point {int(zero.max())}, expected at most {largest} "
+                f"({self.kernel} packs them in {d.weight.element.bits} bits)"
+            )
+        along_n = Packing(d.weight.element.bits, "N")
+        return compat_kernels.checkpoint_layer(
+            packed_codes(d, weights),
+            scale,
+            None if zero is None else pack(zero, along_n, dim=0),
+            32 // d.weight.element.bits,
+        )
+
+    def prepared_bytes(self, d: CompressedLinearDescriptor) -> int:
+        groups = d.n * d.groups
+        zeros = groups * d.weight.element.bits // 8 if request(d).zero_points else 0
+        codes = d.n * d.k * d.weight.element.bits // 8
+        return codes + groups * torch_dtype(d.input_dtype).itemsize + zeros
+
+
+_ACCUMULATES = "adds products and partial sums in fp16, which the numerical contract does not allow"
+_QUANTISES = (
+    "quantises x to fp8 and rounds the scales of groups to 8 bits, although the descriptor asks "
+    "for neither"
+)
+
+KERNELS = (
+    MixedPrecision(kernel="CutlassW4A8LinearKernel", tag="w4a8", never=_QUANTISES),
+    MixedPrecision(
+        kernel="MacheteLinearKernel",
+        tag="machete",
+        ops=("_C::machete_prepack_B", "_C::machete_mm"),
+        zeros=False,
+        efficiency=0.75,
+    ),
+    MixedPrecision(
+        kernel="MarlinLinearKernel",
+        tag="marlin",
+        ops=("_C::gptq_marlin_repack", "_C::marlin_gemm"),
+        efficiency=0.65,
+    ),
+    MixedPrecision(
+        kernel="ExllamaLinearKernel",
+        tag="exllama",
+        never=_ACCUMULATES,
+        devices=frozenset({"cuda", "rocm"}),
+    ),
+    MixedPrecision(
+        kernel="TritonW4A16LinearKernel",
+        tag="triton",
+        devices=frozenset({"cuda", "rocm"}),
+        efficiency=0.4,
+    ),
+)
+"""In vLLM's order; ``conch`` and ``humming`` are packages of their own and not wired."""

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which of vLLM's kernel classes for accelerators runs a descriptor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from vllm.compressed_linear import compat_accelerators
+from vllm.compressed_linear.backends.vllm_native import dense, fp4, fp8, mixed_precision, scaled_mm
+from vllm.compressed_linear.backends.vllm_native.adapter import KernelAdapter
+from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
+from vllm.compressed_linear.numerics import E2M1, E4M3
+from vllm.compressed_linear.platform import Platform
+
+ADAPTERS: tuple[KernelAdapter, ...] = (
+    *mixed_precision.KERNELS,
+    *scaled_mm.KERNELS,
+    *fp8.KERNELS,
+    *fp4.KERNELS,
+    *dense.KERNELS,
+)
+"""Every class that is wired."""
+
+DENSE = "dense"
+"""The family of weights that are not quantised, of which vLLM has no table."""
+
+
+def by_tag(tag: str) -> KernelAdapter:
+    """The adapter whose prepared tensors begin with ``tag``; ``KeyError`` if there is none."""
+    return {adapter.tag: adapter for adapter in ADAPTERS}[tag]
+
+
+def family_of(d: CompressedLinearDescriptor) -> str | None:
+    """The family of vLLM's kernels that compute what ``d`` says, or None."""
+    element, scale = d.weight.element, d.weight.scale
+    if element.kind == "dense":
+        return DENSE
+    if element.kind == "integer":
+        return "mixed precision" if d.activation is None else "int8"
+    mx = scale is not None and scale.dtype == "e8m0"
+    if element == E2M1:
+        return "mxfp4" if mx else "nvfp4"
+    if element == E4M3:
+        return "mxfp8" if mx else "fp8 weights" if d.activation is None else "fp8"
+    return None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one of vLLM's classes says of a descriptor: its adapter if it is wired, and every reason
+    why it does not run it."""
+
+    kernel: str
+    adapter: KernelAdapter | None
+    reasons: tuple[str, ...]
+
+
+def answers(d: CompressedLinearDescriptor, platform: Platform) -> list[Answer]:
+    """The answer of each class of the descriptor's family, in vLLM's order of preference.
+
+    ``ValueError`` where there is no family, or this vLLM does not have it."""
+    family = family_of(d)
+    if family is None:
+        raise ValueError(f"vLLM has no family of kernels for {d}")
+    if family == DENSE:
+        (adapter,) = dense.KERNELS
+        return [Answer(adapter.kernel, adapter, tuple(adapter.reasons(d)))]
+    missing = compat_accelerators.unavailable(family)
+    if missing is not None:
+        raise ValueError(missing)
+    wired = {adapter.kernel: adapter for adapter in ADAPTERS if adapter.family == family}
+    return [
+        _answer(kernel, wired.get(kernel.__name__), d, platform)
+        for kernel in compat_accelerators.kernel_classes(family, platform.device)
+    ]
+
+
+def _answer(
+    kernel: type, adapter: KernelAdapter | None, d: CompressedLinearDescriptor, platform: Platform
+) -> Answer:
+    name = kernel.__name__
+    if adapter is None or platform.device not in adapter.devices:
+        return Answer(name, None, ("not wired to descriptors",))
+    reasons = list(adapter.reasons(d))
+    scale = d.weight.scale
+    if scale is not None and scale.dtype not in adapter.scale_dtypes:
+        supported = ", ".join(sorted(adapter.scale_dtypes))
+        reasons.append(f"scale dtype {scale.dtype} (supported: {supported})")
+    if d.weight.row_scale is not None and not adapter.row_scale:
+        reasons.append("second-level scales")
+    newest, have = adapter.max_capability, platform.capability
+    if newest is not None and have is not None and have > newest:
+        reasons.append(f"compute capability {have} is too new (at most {newest})")
+    if not reasons:
+        refused = compat_accelerators.refusal(kernel, adapter.config(d), platform)
+        reasons += [] if refused is None else [refused]
+    if not reasons:
+        missing = (compat_accelerators.missing_op(op, platform) for op in adapter.ops)
+        reasons += [reason for reason in missing if reason is not None]
+    return Answer(name, adapter, tuple(reasons))
+
+
+def preferred(found: Iterable[Answer]) -> KernelAdapter | None:
+    """The first class that runs the descriptor, as vLLM would choose, or None."""
+    return next((a.adapter for a in found if a.adapter is not None and not a.reasons), None)
+
+
+def prepared_bytes(d: CompressedLinearDescriptor) -> int:
+    """What the classes of the descriptor's family make of its weights; the most, if they differ."""
+    family = family_of(d)
+    return max((a.prepared_bytes(d) for a in ADAPTERS if a.family == family), default=0)
