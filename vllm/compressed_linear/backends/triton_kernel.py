@@ -84,7 +84,7 @@ def _scales(scale, places, SCALE_KIND: tl.constexpr):
 
 
 @triton.jit
-def _decoded(codes, offset, table, CODED: tl.constexpr, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr):  # fmt: skip
+def _decoded(codes, offset, table, CODED: tl.constexpr, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """fp32 of codes; of integers less ``offset``, which others have not."""
     if CODED == "integer":
         # 2^23 + code is an fp32 number with the code in its lowest bits.
@@ -92,7 +92,8 @@ def _decoded(codes, offset, table, CODED: tl.constexpr, EXPONENT: tl.constexpr, 
     elif CODED == "float":
         values = _small_float(codes, EXPONENT, MANTISSA)
     else:
-        values = tl.load(table + codes)
+        flat = tl.gather(table, tl.reshape(codes, (BLOCK_N * BLOCK_K,)), 0)
+        values = tl.reshape(flat, (BLOCK_N, BLOCK_K))
     return values
 
 
@@ -230,6 +231,10 @@ def linear_kernel(
     x_rows = row.to(tl.int64)[:, None] * x_stride
     here = row < m
 
+    if table is None:
+        values = table
+    else:
+        values = tl.load(table + tl.arange(0, 1 << BITS))
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     first = part * blocks_of_program
     last = tl.minimum(first + blocks_of_program, k_filled // BLOCK_K)
@@ -259,7 +264,7 @@ def linear_kernel(
             # Groups that only fill up have no scale; their x are zeros.
             places = tl.minimum(groups, segment // GROUP - 1)[None, :] * columns + column[:, None]
             w = tl.reshape(
-                _decoded(codes, OFFSET, table, CODED, EXPONENT, MANTISSA), (BLOCK_N, EACH, GROUP)
+                _decoded(codes, OFFSET, values, CODED, EXPONENT, MANTISSA, BLOCK_K, BLOCK_N), (BLOCK_N, EACH, GROUP)
             )
             if ZERO == "before":
                 w = w - tl.load(zero + places).to(tl.float32)[:, :, None]
@@ -269,9 +274,9 @@ def linear_kernel(
             places = group * columns + column
             if ZERO == "before":
                 point = tl.load(zero + places).to(tl.float32)[:, None]
-                w = _decoded(codes, point, table, CODED, EXPONENT, MANTISSA)
+                w = _decoded(codes, point, values, CODED, EXPONENT, MANTISSA, BLOCK_K, BLOCK_N)
             else:
-                w = _decoded(codes, OFFSET, table, CODED, EXPONENT, MANTISSA)
+                w = _decoded(codes, OFFSET, values, CODED, EXPONENT, MANTISSA, BLOCK_K, BLOCK_N)
 
         if SCALING == "block":
             sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

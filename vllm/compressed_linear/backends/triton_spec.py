@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm.compressed_linear.descriptor import ActivationSpec, CompressedLinearDescriptor
-from vllm.compressed_linear.numerics import E2M1, ElementType
+from vllm.compressed_linear.numerics import E2M1, E4M3, E5M2, ElementType
 
 WORD_BITS = 32
 COLUMN_MULTIPLE = 128
@@ -116,7 +116,8 @@ class KernelSpec:
             filled=_filled(segment, element.bits, d.group_size if scaling == "element" else 1),
             group_size=d.group_size,
             bits=element.bits,
-            coded={"codebook": "table"}.get(element.kind, element.kind),
+            # Arithmetic takes more instructions than a look into shared memory.
+            coded=element.kind if element.kind == "integer" or element in (E4M3, E5M2) else "table",
             offset=centre if centred else element.bias,
             exponent=element.exponent,
             mantissa=element.mantissa,

@@ -42,17 +42,17 @@ class Cut:
 
 
 _HALF = (
-    (16, Tiles(16, 64, 64, 4, 4)),
-    (32, Tiles(32, 64, 64, 4, 4)),
-    (64, Tiles(64, 64, 64, 4, 3)),
+    (16, Tiles(16, 128, 64, 4, 4)),
+    (32, Tiles(32, 128, 64, 4, 3)),
+    (64, Tiles(64, 128, 64, 4, 3)),
     (1 << 62, Tiles(128, 128, 64, 8, 3)),
 )
 """(largest M, tiles) where bf16, fp16 or tf32 is multiplied once."""
 
 _PARTS = (
-    (16, Tiles(16, 64, 32, 4, 3)),
-    (32, Tiles(32, 64, 32, 4, 3)),
-    (1 << 62, Tiles(64, 64, 32, 4, 3)),
+    (16, Tiles(16, 128, 64, 4, 3)),
+    (32, Tiles(32, 128, 64, 4, 3)),
+    (1 << 62, Tiles(64, 128, 32, 4, 3)),
 )
 """Where parts are, or fp32 without tensor cores."""
 
