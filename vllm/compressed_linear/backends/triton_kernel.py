@@ -98,21 +98,6 @@ def _decoded(codes, offset, table, CODED: tl.constexpr, EXPONENT: tl.constexpr, 
 
 
 @triton.jit
-def _operand(values, OPERAND: tl.constexpr, INTERPRETED: tl.constexpr):
-    """``values``, which are exact in it, as what is multiplied."""
-    if OPERAND == "bf16":
-        held = values.to(tl.bfloat16)
-        if INTERPRETED:
-            # The interpreter multiplies the bits of bf16 as integers.
-            held = held.to(tl.float32)
-    elif OPERAND == "fp16":
-        held = values.to(tl.float16)
-    else:
-        held = values.to(tl.float32)
-    return held
-
-
-@triton.jit
 def _leading(values, OPERAND: tl.constexpr):
     """fp32 values cut off to as many bits as OPERAND holds."""
     if OPERAND == "bf16":
@@ -120,6 +105,22 @@ def _leading(values, OPERAND: tl.constexpr):
     else:
         kept = values.to(tl.int32, bitcast=True) & -0x2000
     return kept.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _operand(values, OPERAND: tl.constexpr, INTERPRETED: tl.constexpr):
+    """``values``, which are exact in it, as what is multiplied."""
+    if OPERAND == "bf16":
+        if INTERPRETED:
+            # The interpreter multiplies the bits of bf16 as integers.
+            held = _leading(values.to(tl.float32), OPERAND)
+        else:
+            held = values.to(tl.bfloat16)
+    elif OPERAND == "fp16":
+        held = values.to(tl.float16)
+    else:
+        held = values.to(tl.float32)
+    return held
 
 
 @triton.jit
