@@ -266,7 +266,7 @@ class TritonBackend(QuantLinearMethod):
     def __init__(self, descriptor: CompressedLinearDescriptor) -> None:
         super().__init__(descriptor)
         self.output_dtype = torch_dtype(descriptor.output_dtype)
-        self.scale_kind = _scale_kind(descriptor)
+        self.scale_kind = scale_kind(descriptor)
         # Made here because the compiler may hold numbers symbolic, and a string must not be.
         self.spec = KernelSpec.of(descriptor).text if descriptor.k else ""
 
@@ -350,7 +350,8 @@ class TritonBackend(QuantLinearMethod):
         return out.reshape(*x.shape[:-1], self.descriptor.n)
 
 
-def _scale_kind(d: CompressedLinearDescriptor) -> str:
+def scale_kind(d: CompressedLinearDescriptor) -> str:
+    """How scales in bytes are read: "e4m3", "e8m0", or "plain" for others."""
     dtype = "" if d.weight.scale is None else d.weight.scale.dtype
     return {"float8_e4m3fn": "e4m3", "e8m0": "e8m0"}.get(dtype, "plain")
 
