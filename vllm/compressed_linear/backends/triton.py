@@ -183,9 +183,7 @@ def _launch(
 
     m, n = out.shape
     same = os.environ.get("VLLM_BATCH_INVARIANT") == "1"
-    cut = triton_tiles.cut(
-        spec, n, triton_tiles.INVARIANT_M if same else m, _processors(x.device)
-    )
+    cut = triton_tiles.cut(spec, n, triton_tiles.INVARIANT_M if same else m, _processors(x.device))
     tiles, split = cut.tiles, cut.splits > 1
     target = x.new_empty(cut.splits, m, n, dtype=torch.float32) if split else out
     grid = (-(-m // tiles.block_m) * -(-n // tiles.block_n), cut.splits)

@@ -265,7 +265,8 @@ def linear_kernel(
             # Groups that only fill up have no scale; their x are zeros.
             places = tl.minimum(groups, segment // GROUP - 1)[None, :] * columns + column[:, None]
             w = tl.reshape(
-                _decoded(codes, OFFSET, values, CODED, EXPONENT, MANTISSA, BLOCK_K, BLOCK_N), (BLOCK_N, EACH, GROUP)
+                _decoded(codes, OFFSET, values, CODED, EXPONENT, MANTISSA, BLOCK_K, BLOCK_N),
+                (BLOCK_N, EACH, GROUP),
             )
             if ZERO == "before":
                 w = w - tl.load(zero + places).to(tl.float32)[:, :, None]

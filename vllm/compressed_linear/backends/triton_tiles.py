@@ -62,9 +62,7 @@ def tiles_of(spec: KernelSpec, m: int) -> Tiles:
     plain = spec.x_parts == spec.w_parts == 1 and spec.operand in ("bf16", "fp16")
     found = next(tiles for most, tiles in (_HALF if plain else _PARTS) if m <= most)
     fits = spec.filled & -spec.filled
-    return Tiles(
-        found.block_m, found.block_n, min(found.block_k, fits), found.warps, found.stages
-    )
+    return Tiles(found.block_m, found.block_n, min(found.block_k, fits), found.warps, found.stages)
 
 
 def cut(spec: KernelSpec, n: int, m: int, processors: int) -> Cut:
