@@ -117,6 +117,8 @@ class ElementType:
             return codes.to(torch.float32)
         if self.kind == "integer":
             return codes.to(torch.float32) - self.bias
+        if self.name == "e8m0":
+            return _power_of_two(codes)
         return _table(self).to(codes.device)[codes.to(torch.int64)]
 
     def __str__(self) -> str:
@@ -133,6 +135,15 @@ def _table(element: ElementType) -> torch.Tensor:
     if element.kind == "integer":
         return (codes - element.bias).to(torch.float32)
     return _small_float_table(element)
+
+
+def _power_of_two(codes: torch.Tensor) -> torch.Tensor:
+    """Exponents of fp32 → what they mean. Without a table, which would have to be copied to the
+    codes' device: activations are scaled so, and a graph of a GPU records no such copy."""
+    exponents = codes.to(torch.int32)
+    # The smallest is subnormal, and the last code is no number.
+    bits = (exponents << 23).masked_fill_(exponents == 0, 0x00400000)
+    return bits.masked_fill_(exponents == 255, 0x7FC00000).view(torch.float32)
 
 
 def _small_float_table(element: ElementType) -> torch.Tensor:

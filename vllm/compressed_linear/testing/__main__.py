@@ -42,11 +42,15 @@ def run(
     platform: Annotated[
         str, typer.Option(help="what can_implement is asked about, e.g. cpu:avx2")
     ] = "cpu",
+    device: Annotated[
+        str | None,
+        typer.Option(help="where the tensors lie, if a kernel is emulated there, e.g. cpu"),
+    ] = None,
 ) -> None:
     """Run a backend over the conformance cases and show what it declined, passed and failed."""
     found = find_backend(backend)
     try:
-        report = check_backend(found, Platform.parse(platform))
+        report = check_backend(found, Platform.parse(platform), device=device)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     Console().print(*report.tables(), sep="\n")

@@ -40,13 +40,15 @@ def check_backend(
     *,
     rows: Iterable[int] = ROWS,
     compiled: bool = True,
+    device: str | None = None,
 ) -> Report:
     """Run ``backend`` over ``cases`` (default: all of ``conformance_cases``) on ``platform``.
 
     ``platform`` is what ``can_implement`` is asked about (default: this machine); the tensors lie
-    on its device. ``rows``: the batch sizes M. ``compiled``: also run one case of each kind of
-    element under torch.compile. What fails is in the report (``Report.raise_if_failed``); only a
-    platform whose device is not there is a ``ValueError``.
+    on its device, or on ``device``, for kernels that are emulated there. ``rows``: the batch sizes
+    M. ``compiled``: also run one case of each kind of element under torch.compile. What fails is in
+    the report (``Report.raise_if_failed``); only a platform whose device is not there is a
+    ``ValueError``.
     """
     platform = platform or Platform.detect()
     rows, results = tuple(rows), []
@@ -54,7 +56,12 @@ def check_backend(
     for case in conformance_cases() if cases is None else cases:
         kind = (case.element.kind, case.bias_dtype is not None, case.activation is not None)
         result = check_case(
-            backend, case, platform, rows=rows, compiled=compiled and kind not in traced
+            backend,
+            case,
+            platform,
+            rows=rows,
+            compiled=compiled and kind not in traced,
+            device=device,
         )
         if result.outcome != "declined":
             traced.add(kind)
@@ -69,10 +76,11 @@ def check_case(
     *,
     rows: Iterable[int] = ROWS,
     compiled: bool = False,
+    device: str | None = None,
 ) -> CaseResult:
     """Run ``backend`` over one case; see ``check_backend``."""
     platform = platform or Platform.detect()
-    problem = case.build(_device(platform))
+    problem = case.build(device or _device(platform))
     descriptor = problem.descriptor
     run = _Run(backend, problem)
     verdict = run.attempt("can_implement", lambda: backend.can_implement(descriptor, platform))

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernel compiled for architectures that are not here: what the assembler makes of it.
+
+Triton brings NVIDIA's assembler and disassembler, so registers, spills, shared memory and the
+instructions themselves are known without a GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vllm.compressed_linear import numerics
+from vllm.compressed_linear.backends import triton_tiles
+from vllm.compressed_linear.backends.triton import missing, scale_kind
+from vllm.compressed_linear.backends.triton_layout import scale_dtype, zero_dtype
+from vllm.compressed_linear.backends.triton_spec import KernelSpec
+from vllm.compressed_linear.descriptor import (
+    ChannelOrder,
+    CompressedLinearDescriptor,
+    ScaleSpec,
+    WeightSpec,
+    ZeroSpec,
+)
+from vllm.compressed_linear.numerics import ElementType, torch_dtype, uint
+from vllm.compressed_linear.testing.cases import INT8_TOKEN, NF4
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+
+ARCHITECTURES = (80, 90, 100, 120)
+SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+"""What one program may have (CUDA C++ Programming Guide, compute capabilities)."""
+MOST_REGISTERS = 255
+MOST_SPILLED = 0
+"""Loads and stores of spilled registers, in instructions."""
+MOST_PER_WEIGHT = {"int4": 8.0, "int4 zero": 8.5, "nvfp4": 9.5, "fp8": 9.0, "int8": 8.0}
+"""Instructions in the loop for each weight of a thread, for M = 16 on sm_80; an upper bound of what
+was counted, so that a change that costs more is seen."""
+TOKENS = (16, 32, 64, 512)
+
+
+def _layer(
+    element: ElementType,
+    group: int = 128,
+    scale: str = "bfloat16",
+    zero: str | None = None,
+    x: str = "bfloat16",
+    **more: Any,
+) -> CompressedLinearDescriptor:
+    row_scale = more.pop("row_scale", None)
+    point = None if zero is None else ZeroSpec(zero, "uint8" if zero == "integer" else "float16")
+    scales = ScaleSpec(scale, "channel" if group == -1 else "group", group)
+    return CompressedLinearDescriptor(
+        4096, 4096, WeightSpec(element, scales, point, row_scale), x, x, **more
+    )
+
+
+LAYERS = {
+    "int4": _layer(uint(4, 8)),
+    "int4 zero": _layer(uint(4), zero="integer"),
+    "int4 float zero": _layer(uint(4), 64, "float16", "float", "float16"),
+    "int4 g32": _layer(uint(4), 32, "float16", "integer", "float16"),
+    "int4 order": _layer(uint(4), zero="integer", channel_order=ChannelOrder(4096)),
+    "int4 fp32": _layer(uint(4, 8), x="float32"),
+    "int8": _layer(uint(8, 128), -1),
+    "int7": _layer(uint(7, 64)),
+    "int3 zero": _layer(uint(3), zero="integer"),
+    "int1 zero": _layer(uint(1), zero="integer"),
+    "w8a8": _layer(uint(8, 128), -1, "float32", activation=INT8_TOKEN),
+    "nf4": _layer(NF4, 64, "float32"),
+    "nf4 fp16": _layer(NF4, 64, "float32", x="float16"),
+    "nf4 fp32": _layer(NF4, 64, "float32", x="float32"),
+    "fp8": _layer(numerics.E4M3, -1, "float32"),
+    "fp8 blocks": _layer(numerics.E5M2, 128, "float32"),
+    "nvfp4": _layer(numerics.E2M1, 16, "float8_e4m3fn", row_scale="float32"),
+    "mxfp4": _layer(numerics.E2M1, 32, "e8m0"),
+    "mxfp4 fp16": _layer(numerics.E2M1, 32, "e8m0", x="float16"),
+    "mxfp6": _layer(numerics.E3M2, 32, "e8m0"),
+}
+QUICK = (("int4", 16), ("nvfp4", 16), ("nf4", 16), ("int4 zero", 512))
+"""What a normal run compiles, for the first architecture; the others are slow tests."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """``shared``: bytes. ``sass``: instructions without their arguments. ``loop``: of its longest
+    loop. ``per_weight``: length of the loop by the weights that a thread decodes in it."""
+
+    ptx: str
+    shared: int
+    registers: int
+    stack: int
+    sass: Counter[str]
+    per_weight: float
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Everything is compiled anew, and nothing is left in anybody's home."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    yield
+
+
+def _pointer(dtype: torch.dtype | None) -> str:
+    names = {
+        None: "constexpr",
+        torch.uint8: "*u8",
+        torch.bfloat16: "*bf16",
+        torch.float16: "*fp16",
+        torch.float32: "*fp32",
+    }
+    return names[dtype]
+
+
+def compile_linear(d: CompressedLinearDescriptor, m: int, architecture: int) -> Compiled:
+    """``linear_kernel`` as ``triton_linear`` would launch it for ``m`` tokens."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from vllm.compressed_linear.backends import triton_kernel
+
+    spec = KernelSpec.of(d)
+    cut = triton_tiles.cut(spec, d.n, m, processors=132)
+    constants = {**triton_tiles.constants(spec, cut, scale_kind(d)), "INTERPRETED": False}
+    output = torch.float32 if cut.splits > 1 else torch_dtype(d.output_dtype)
+    # What is quantised was made fp32 before.
+    taken = torch.float32 if d.activation is not None else torch_dtype(d.input_dtype)
+    pointers = {
+        "x": _pointer(taken),
+        "packed": "*i32",
+        "scale": _pointer(scale_dtype(d)),
+        "zero": _pointer(zero_dtype(d)),
+        "row_scale": _pointer(torch.float32 if d.weight.row_scale and cut.splits == 1 else None),
+        "bias": "constexpr",
+        "order": "*i32" if d.channel_order is not None else "constexpr",
+        "table": _pointer(torch.float32 if spec.coded == "table" else None),
+        "out": _pointer(output),
+    }
+    numbers = ("m", "n", "columns", "x_stride", "k_filled", "segment", "blocks_of_program")
+    types = pointers | dict.fromkeys(numbers, "i32") | dict.fromkeys(constants, "constexpr")
+    names = triton_kernel.linear_kernel.arg_names
+    values: dict[str, Any] = {name: None for name, kind in types.items() if kind == "constexpr"}
+    values |= constants
+    aligned = [name for name, kind in types.items() if kind.startswith("*")]
+    aligned += ["n", "columns", "x_stride", "k_filled", "segment"]
+    source = ASTSource(
+        triton_kernel.linear_kernel,
+        {name: types[name] for name in names},
+        {(names.index(name),): value for name, value in values.items()},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    options = {"num_warps": cut.tiles.warps, "num_stages": cut.tiles.stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    weights = cut.tiles.block_n * cut.tiles.block_k / (32 * cut.tiles.warps)
+    return _read(compiled, tools, weights)
+
+
+def _read(compiled: Any, tools: Path, weights: float) -> Compiled:
+    cubin = Path(os.environ["TRITON_CACHE_DIR"]) / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+
+    def output(tool: str, option: str) -> str:
+        command = [str(tools / tool), option, str(cubin)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    usage = dict(re.findall(r"(REG|STACK):(\d+)", output("cuobjdump", "-res-usage")))
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    longest = 0
+    for line in output("nvdisasm", "-c").splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label.group(1)] = len(instructions)
+        if found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_.]+)(.*)", line):
+            instructions.append(found.group(1))
+            back = re.search(r"(\.L_x_\d+)", found.group(2))
+            if found.group(1).startswith("BRA") and back and back.group(1) in labels:
+                longest = max(longest, len(instructions) - labels[back.group(1)])
+    return Compiled(
+        compiled.asm["ptx"],
+        compiled.metadata.shared,
+        int(usage["REG"]),
+        int(usage["STACK"]),
+        Counter(instructions),
+        longest / weights,
+    )
+
+
+def _count(sass: Counter[str], *names: str) -> int:
+    return sum(n for instruction, n in sass.items() if instruction.split(".")[0] in names)
+
+
+def _check(name: str, m: int, architecture: int) -> None:
+    found = compile_linear(LAYERS[name], m, architecture)
+    assert found.registers <= MOST_REGISTERS
+    assert found.stack == 0
+    assert _count(found.sass, "LDL", "STL") <= MOST_SPILLED
+    assert found.shared <= SHARED_BYTES[architecture]
+    # Tensor cores, but where nothing exact can be given to them.
+    multiplied = _count(found.sass, "HMMA", "HGMMA", "UTCHMMA")
+    assert (multiplied == 0) == (KernelSpec.of(LAYERS[name]).operand == "fp32")
+    # Codes and x come by asynchronous copies.
+    assert _count(found.sass, "LDGSTS") > 0
+    # Flushed denormals would lose the smallest fp8 weights, which are decoded through them.
+    assert "ftz" not in found.ptx
+    if m == 16 and architecture == 80 and name in MOST_PER_WEIGHT:
+        assert found.per_weight <= MOST_PER_WEIGHT[name]
+
+
+@pytest.mark.parametrize(("name", "m"), QUICK)
+def test_compiles_without_spills(name: str, m: int) -> None:
+    _check(name, m, ARCHITECTURES[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("m", TOKENS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_compiles_everywhere(name: str, m: int, architecture: int) -> None:
+    _check(name, m, architecture)

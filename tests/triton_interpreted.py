@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernel run by Triton's interpreter, on tensors of this CPU.
+
+Whether Triton interprets is settled when it is imported, so these tests need a process of their own:
+``test_triton.py`` starts it. By hand: ``TRITON_INTERPRET=1 pytest tests/triton_interpreted.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vllm.compressed_linear import numerics
+from vllm.compressed_linear.backends import triton, triton_tiles
+from vllm.compressed_linear.backends.triton import TritonBackend
+from vllm.compressed_linear.backends.triton_spec import KernelSpec
+from vllm.compressed_linear.numerics import E4M3, uint
+from vllm.compressed_linear.platform import Platform
+from vllm.compressed_linear.testing import Case, check_case, conformance_cases
+from vllm.compressed_linear.testing.cases import FP8, INT8_TOKEN, MXFP4, NF4, NVFP4, mx
+
+pytestmark = pytest.mark.skipif(not triton.interpreted(), reason="TRITON_INTERPRET=1 is not set")
+
+DTYPES = ("bfloat16", "float16", "float32")
+GPU = Platform.parse("cuda:80")
+INT4 = Case(uint(4), 40, 96, zero="integer", bias_dtype="bfloat16")
+CASES = (
+    *(Case(uint(bits, 1 << (bits - 1)), 24, 64) for bits in range(1, 9)),
+    *(Case(uint(bits), 24, 64, zero="integer", input_dtype="float16") for bits in (3, 8)),
+    *(Case(uint(bits), 24, 64, zero="float", scale_dtype="float16") for bits in (4, 7)),
+    INT4,
+    replace(INT4, n=33, k=20, group=4, shards=()),
+    replace(INT4, n=130, k=75, group=-1, shards=()),
+    replace(INT4, order="act"),
+    replace(INT4, order="ragged", input_dtype="float32", output_dtype=""),
+    replace(INT4, shards=(19, 11, 10), row_scale="tensor"),
+    *(Case(NF4, 24, 128, 64, scale_dtype="float32", input_dtype=x) for x in DTYPES),
+    *(replace(FP8, n=24, k=64, shards=(), element=e) for e in (E4M3, numerics.E5M2)),
+    *(replace(NVFP4, n=24, k=80, shards=(), input_dtype=x, output_dtype="") for x in DTYPES),
+    *(replace(MXFP4, n=24, shards=(), input_dtype=x, output_dtype="") for x in DTYPES),
+    replace(MXFP4, n=24, shards=(), element=numerics.E3M2, activation=mx(numerics.E3M2, 15.0)),
+    replace(FP8, n=24, k=64, shards=(), activation=INT8_TOKEN, prescale=True, hadamard=32),
+    Case(uint(4, 8), 24, 1024, 128),
+    Case(uint(4), 24, 1024, -1, zero="float"),
+)
+"""Every way a weight is decoded, scaled and multiplied, once; the last two split K."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Many small products are slow with more than one."""
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_conformance(case: Case) -> None:
+    compiled = case is INT4
+    found = check_case(
+        TritonBackend, case, GPU, rows=(0, 1, 17, 65), compiled=compiled, device="cpu"
+    )
+    found.raise_if_failed()
+    assert found.outcome == "passed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", conformance_cases(), ids=str)
+def test_all_of_the_kit(case: Case) -> None:
+    found = check_case(TritonBackend, case, GPU, device="cpu")
+    found.raise_if_failed()
+    dense = case.element.kind == "dense"
+    assert found.outcome == ("declined" if dense else "passed")
+
+
+def _run(case: Case, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(what the backend gives, what is exact)"""
+    problem = case.build()
+    backend = TritonBackend(problem.descriptor)
+    x = problem.activations(rows)
+    tensors = backend.prep_weights_for_execution(problem.weights)
+    return backend.apply(tensors, x, problem.bias), problem.expected(x, problem.bias)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 33])
+def test_splits_give_the_same_sum_every_time(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(uint(4, 8), 24, 1024, 128, output_dtype="float32", bias_dtype="float32")
+    spec = KernelSpec.of(case.build().descriptor)
+    assert triton_tiles.cut(spec, 24, rows, 8).splits > 1
+    first, exact = _run(case, rows)
+    again, _ = _run(case, rows)
+    assert torch.equal(first, again)
+    monkeypatch.setattr(triton, "_processors", lambda device: 0)
+    whole, _ = _run(case, rows)
+    torch.testing.assert_close(whole, first, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(first.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+def test_batch_invariance_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are cut alike whatever the batch, so a row has the same bits in any of them."""
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    problem = Case(uint(4, 8), 24, 1024, 128, output_dtype="float32").build()
+    backend = TritonBackend(problem.descriptor)
+    tensors = backend.prep_weights_for_execution(problem.weights)
+    x = problem.activations(150)
+    whole = backend.apply(tensors, x)
+    for rows in (1, 17, 64, 100):
+        assert torch.equal(backend.apply(tensors, x[:rows]), whole[:rows])
+
+
+@pytest.mark.parametrize(
+    "case", [INT4, replace(INT4, order="ragged"), NVFP4, Case(NF4, 24, 64)], ids=str
+)
+def test_opcheck(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = case.build()
+    backend = TritonBackend(problem.descriptor)
+    tensors = backend.prep_weights_for_execution(problem.weights)
+    seen = []
+    op = torch.ops.compressed_linear.triton_linear
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            torch.ops.compressed_linear, "triton_linear", lambda *a: seen.append(a) or op(*a)
+        )
+        backend.apply(tensors, problem.activations(5), problem.bias)
+    torch.library.opcheck(op.default, seen[0])
+
+
+def test_weights_that_are_no_numbers_stay_so() -> None:
+    """fp8's NaN and infinities, which damaged checkpoints hold, are not decoded as numbers."""
+    for element in (E4M3, numerics.E5M2):
+        problem = Case(element, 24, 64, -1, scale_dtype="float32", input_dtype="float32").build()
+        backend = TritonBackend(problem.descriptor)
+        tensors = backend.prep_weights_for_execution(problem.weights)
+        # The first channel of each output channel, which it has alone.
+        x = torch.zeros(1, 64)
+        x[0, 0] = 1.0
+        for code in (0x7F, 0xFF, 0x7C, 0xFC):
+            tensors["packed"][0] = (tensors["packed"][0] & ~0xFF) | code
+            tensors["scale"].fill_(1.0)
+            found = backend.apply(tensors, x)[0, 0]
+            expected = element.decode(torch.tensor(code))
+            assert torch.equal(found, expected) or (found.isnan() and not expected.isfinite())
