@@ -148,10 +148,12 @@ COMPRESSED_LINEAR_LAYOUT int missing_exponent(int element_exponent_bits, int wid
 constexpr int kNvfp4ScaleExponent = 7;
 
 // A group scale of NVFP4 as vLLM's kernels read it: the e4m3 number `code` (not negative) times
-// 2^(7 + raise), as the upper byte of a float16 without its sign, five exponent bits and three of
-// mantissa. What is below 2 becomes 0, so the top bit is set in all others. `raise` >= 0 lifts the
-// largest scale of a weight as far as e4m3 goes, which spares small ones that fate.
-COMPRESSED_LINEAR_LAYOUT uint8_t nvfp4_scale(uint8_t code, int raise) {
+// 2^(7 + lift), as the upper byte of a float16 without its sign, five exponent bits and three of
+// mantissa. What is below 2 becomes 0, so the top bit is set in all others. `lift` >= 0 lifts the
+// largest scale of a weight as far as e4m3 goes, which spares small ones that fate. A result above
+// kNvfp4ScaleLargest is none: float16 holds no more.
+constexpr int kNvfp4ScaleLargest = 30 << 3 | 7;
+COMPRESSED_LINEAR_LAYOUT int nvfp4_scale(uint8_t code, int lift) {
   int exponent = code >> 3 & 15, mantissa = code & 7;
   if (exponent == 0) {
     if (mantissa == 0) return 0;
@@ -162,8 +164,8 @@ COMPRESSED_LINEAR_LAYOUT uint8_t nvfp4_scale(uint8_t code, int raise) {
     }
   }
   // From the bias of e4m3 to that of float16.
-  exponent += 15 - 7 + kNvfp4ScaleExponent + raise;
-  return exponent < 16 ? uint8_t{0} : static_cast<uint8_t>(exponent << 3 | (mantissa & 7));
+  exponent += 15 - 7 + kNvfp4ScaleExponent + lift;
+  return exponent < 16 ? 0 : exponent << 3 | (mantissa & 7);
 }
 
 namespace checks {

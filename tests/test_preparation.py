@@ -13,13 +13,9 @@ from hypothesis import strategies as st
 
 from strategies import AWQ_ORDER, Weight, weights
 from vllm.compressed_linear import native, numerics
+from vllm.compressed_linear.backends.code_source import CodeLocation, locate_codes
 from vllm.compressed_linear.backends.cpu import CpuBackend
-from vllm.compressed_linear.backends.cpu_preparation import (
-    CodeLocation,
-    locate_codes,
-    pack_codes,
-    pack_standard,
-)
+from vllm.compressed_linear.backends.cpu_preparation import pack_codes, pack_standard
 from vllm.compressed_linear.descriptor import CheckpointScheme, ScaleSpec, WeightSpec
 from vllm.compressed_linear.formats.awq import awq_gemm_scheme, awq_gemv_scheme
 from vllm.compressed_linear.formats.compressed_tensors import pack_quantized_scheme

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // From a matrix of codes, or of floats, as a checkpoint or the standard layout holds it, to the
-// packed layout of layout.h. One loop per instruction set (Engine::repack); the plain one is the
-// others' twin. Free of torch.
+// packed layout of layout.h, or to Marlin's of marlin_layout.h. One loop per instruction set
+// (Engine::repack); the plain one is the others' twin. Free of torch.
 #pragma once
 
 #include <cstdint>
 
+#include "../marlin_layout.h"
 #include "layout.h"
 
 namespace compressed_linear::cpu {
@@ -50,6 +51,10 @@ struct Window {
   int64_t begin, end, word_begin, word_end;
 };
 
+// Marlin's tiles are 4 of ours: its strip of 64 output channels, for codes of 4 and 8 bits.
+enum class Target : uint8_t { tiles, marlin };
+static_assert(kTile * kStrip == marlin::kTileN && kBlock % marlin::kStripK == 0, "");
+
 struct Repack {
   Geometry geometry;
   CodeSource source;
@@ -61,6 +66,7 @@ struct Repack {
   const Window* windows;  // cover all positions
   int64_t window_count;
   bool scattered;  // channels are far out of order; there is one window then
+  Target target;   // with Target::marlin, n is whole strips of tiles and k a multiple of kStripK
 
   int64_t row_end() const { return row_begin + source.rows + source.blank; }
   int64_t tile_begin() const { return row_begin / kTile; }
@@ -111,6 +117,10 @@ bool repack_avx512(const Repack& job, int64_t strip_begin, int64_t strip_end);
 // The inverse: rows of tiles [tile_begin, tile_end) as codes or floats [n, k].
 void unpack_tiles(const Geometry& geometry, const uint8_t* packed, int64_t tile_begin,
                   int64_t tile_end, void* rows);
+
+// The same for Marlin's order; codes only.
+void unpack_marlin(const Geometry& geometry, const uint8_t* packed, int64_t tile_begin,
+                   int64_t tile_end, uint8_t* rows);
 
 // Asks for huge pages for memory that is about to be written for the first time. Reading weights
 // once per token misses the TLB on every small page.

@@ -86,7 +86,8 @@ void fail(const std::string& what) {
 }
 
 void test_codes(const std::string& what, const Layout& l, cl::Element element, int64_t n,
-                int64_t rows, int64_t stored_k, int64_t k, int64_t group, bool reorder) {
+                int64_t rows, int64_t stored_k, int64_t k, int64_t group, bool reorder,
+                cl::Target target) {
   const int bits = element.bits;
   const int64_t n_first = l.order == CodeOrder::k_major ? 0 : below(5), others = n_first + below(3);
   const int64_t n_all = rows + others;
@@ -135,6 +136,8 @@ void test_codes(const std::string& what, const Layout& l, cl::Element element, i
 
   cl::Repack job{};
   job.geometry = cl::make_geometry(n, k, group, element);
+  job.target = target;
+  const bool marlin = target == cl::Target::marlin;
   cl::CodeSource& s = job.source;
   s.order = l.order;
   s.data = stored.data();
@@ -155,13 +158,18 @@ void test_codes(const std::string& what, const Layout& l, cl::Element element, i
   Bytes first;
   for (const std::string& isa : cl::supported_isas()) {
     cl::select_engine(isa);
-    Bytes packed(static_cast<size_t>(job.geometry.tiles * job.geometry.tile_bytes()), 0xa5);
+    Bytes packed(static_cast<size_t>(marlin ? n * k * bits / 8
+                                            : job.geometry.tiles * job.geometry.tile_bytes()),
+                 0xa5);
     job.packed = packed.data();
     bool good = false;
     run_threads(job, cl::engine().repack, strips, good);
     if (!good) fail(what + " on " + isa + ": reports wrong codes");
     Bytes back(static_cast<size_t>(n * k));
-    cl::unpack_tiles(job.geometry, packed.data(), 0, job.geometry.tiles, back.data());
+    if (marlin)
+      cl::unpack_marlin(job.geometry, packed.data(), 0, job.geometry.tiles, back.data());
+    else
+      cl::unpack_tiles(job.geometry, packed.data(), 0, job.geometry.tiles, back.data());
     for (int64_t row = 0; row < n; ++row)
       for (int64_t i = 0; i < k; ++i) {
         const int64_t from = channel[static_cast<size_t>(i)];
@@ -250,12 +258,21 @@ int main(int argc, char** argv) {
               reorder ? 1 + below(4000 / (count % 3 == 0 ? 1 : 20)) : k + below(9);
           const int64_t n = 1 + below(150), rows = variant % 5 == 0 ? below(n + 1) : n;
           if (count++ % step != 0) continue;
-          test_codes("order " + std::to_string(static_cast<int>(order)) + " bits " +
-                         std::to_string(bits) + " in " + std::to_string(container) + " planes " +
-                         std::to_string(l.widths.size()) + (l.dense ? " dense" : "") + " n " +
-                         std::to_string(n) + " rows " + std::to_string(rows) + " k " +
-                         std::to_string(k) + (reorder ? " reorder" : ""),
-                     l, element, n, rows, stored_k, k, group == 0 ? k : group, reorder);
+          const std::string what = "order " + std::to_string(static_cast<int>(order)) + " bits " +
+                                   std::to_string(bits) + " in " + std::to_string(container) +
+                                   " planes " + std::to_string(l.widths.size()) +
+                                   (l.dense ? " dense" : "") + (reorder ? " reorder" : "");
+          const auto sizes = [](int64_t of_n, int64_t of_k) {
+            return " n " + std::to_string(of_n) + " k " + std::to_string(of_k);
+          };
+          test_codes(what + sizes(n, k) + " rows " + std::to_string(rows), l, element, n, rows,
+                     stored_k, k, group == 0 ? k : group, reorder, cl::Target::tiles);
+          if (bits == 4 || bits == 8) {
+            const int64_t whole_n = (n + 63) / 64 * 64, whole_k = (k + 15) / 16 * 16;
+            test_codes("marlin, " + what + sizes(whole_n, whole_k), l, element, whole_n,
+                       rows == n ? whole_n : rows, std::max(stored_k, whole_k), whole_k, whole_k,
+                       reorder, cl::Target::marlin);
+          }
           ++run_count;
         }
   test_wrong_codes();

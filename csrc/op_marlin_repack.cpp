@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <atomic>
+
+#include "counters.h"
+#include "cpu/marlin_repack.h"
+#include "op_repack.h"
+#include "ops.h"
+
+namespace compressed_linear {
+namespace {
+
+using cpu::MarlinColumns;
+
+void check_n(const char* op, int64_t n) {
+  if (n % marlin::kTileN != 0) fail(op, "n is ", n, ", expected a multiple of ", marlin::kTileN);
+}
+
+Geometry marlin_geometry(const char* op, int64_t n, int64_t k, Element element,
+                         const std::string& name) {
+  if (!cpu::is_coded(element) || (element.bits != 4 && element.bits != 8))
+    fail(op, "element is '", name, "', expected uint4, uint8, e4m3 or e5m2");
+  const Geometry g = geometry_of(op, n, k, k, element);
+  check_n(op, n);
+  if (k % marlin::kStripK != 0) fail(op, "k is ", k, ", expected a multiple of ", marlin::kStripK);
+  return g;
+}
+
+void check_marlin(const char* op, const Tensor& packed, const Geometry& g) {
+  check_plain(op, "packed", packed);
+  check_type(op, "packed", packed, ScalarType::Int);
+  check_shape<2>(op, "packed", packed,
+                 {g.k / marlin::kStripK, marlin::strip_words(g.element.bits, g.n)});
+}
+
+void run(const char* op, const char* what, cpu::Repack& job, Tensor& packed) {
+  job.target = cpu::Target::marlin;
+  check_marlin(op, packed, job.geometry);
+  job.packed = static_cast<uint8_t*>(packed.mutable_data_ptr());
+  repack(op, what, job, packed.numel() * packed.element_size());
+}
+
+MarlinColumns parse_columns(const char* op, const std::string& name) {
+  if (name == "grouped") return MarlinColumns::grouped;
+  if (name == "channel") return MarlinColumns::channel;
+  if (name == "byte") return MarlinColumns::byte;
+  fail(op, "columns is '", name, "', expected grouped, channel or byte");
+}
+
+// Values [N, G] in any strides.
+cpu::MarlinValues values_of(const char* op, const char* what, const Tensor& values) {
+  if (!values.is_cpu()) fail(op, what, " is not on the CPU");
+  if (values.dim() != 2)
+    fail(op, what, " has shape ", shape_text(values), ", expected [n, groups]");
+  check_n(op, values.size(0));
+  return {static_cast<const uint8_t*>(values.const_data_ptr()),
+          static_cast<int64_t>(values.element_size()),
+          values.size(0),
+          values.size(1),
+          values.stride(0),
+          values.stride(1)};
+}
+
+}  // namespace
+
+void marlin_pack_rows(Tensor packed, Tensor rows, int64_t row_start, int64_t n,
+                      std::string element_name) {
+  constexpr const char* op = "marlin_pack_rows";
+  const Element element = parse_element(op, element_name);
+  check_plain(op, "rows", rows);
+  check_type(op, "rows", rows, ScalarType::Byte);
+  if (rows.dim() != 2) fail(op, "rows has shape ", shape_text(rows), ", expected [rows, k]");
+  const Geometry g = marlin_geometry(op, n, rows.size(1), element, element_name);
+  cpu::Repack job = cpu::from_rows(g, rows.const_data_ptr(), rows.size(0), row_start, nullptr);
+  run(op, "rows", job, packed);
+  counter(std::string("marlin_pack_rows/") + cpu::engine().isa + "/" + element_name) += 1;
+}
+
+void marlin_repack_codes(Tensor packed, Tensor stored, std::string order, Tensor k_at,
+                         std::optional<Tensor> n_at, std::vector<int64_t> widths, int64_t flip,
+                         int64_t n_first, int64_t rows, int64_t blank, int64_t blank_code,
+                         int64_t row_start, int64_t n, std::string element_name) {
+  constexpr const char* op = "marlin_repack_codes";
+  const Element element = parse_element(op, element_name);
+  if (k_at.dim() < 1) fail(op, "k_at has shape [], expected [k] or [one per width, k]");
+  cpu::Repack job{};
+  job.geometry = marlin_geometry(op, n, k_at.size(k_at.dim() - 1), element, element_name);
+  read_code_source(op, job.source, stored, order, k_at, n_at, widths, flip, n_first, rows, blank,
+                   blank_code, element, element_name);
+  job.row_begin = row_start;
+  run(op, "stored", job, packed);
+  counter(std::string("marlin_repack_codes/") + cpu::engine().isa + "/" + element_name) += 1;
+}
+
+Tensor marlin_unpack_rows(Tensor packed, int64_t n, int64_t k, std::string element_name) {
+  constexpr const char* op = "marlin_unpack_rows";
+  const Geometry g = marlin_geometry(op, n, k, parse_element(op, element_name), element_name);
+  check_marlin(op, packed, g);
+  const std::array<int64_t, 2> shape = {n, k};
+  Tensor rows = torch::stable::new_empty(packed, {shape.data(), 2}, ScalarType::Byte);
+  const uint8_t* from = static_cast<const uint8_t*>(packed.const_data_ptr());
+  uint8_t* to = static_cast<uint8_t*>(rows.mutable_data_ptr());
+  parallel_tiles(0, g.tiles,
+                 [&](int64_t begin, int64_t end) { cpu::unpack_marlin(g, from, begin, end, to); });
+  counter("marlin_unpack_rows/" + element_name) += 1;
+  return rows;
+}
+
+Tensor marlin_scales(Tensor scale, std::string columns) {
+  constexpr const char* op = "marlin_scales";
+  const MarlinColumns order = parse_columns(op, columns);
+  const cpu::MarlinValues from = values_of(op, "scale", scale);
+  if (from.element_bytes > 4)
+    fail(op, "scale is ", type_name(scale.scalar_type()), ", expected a dtype of up to 32 bits");
+  if (order == MarlinColumns::byte && from.element_bytes != 1)
+    fail(op, "scale is ", type_name(scale.scalar_type()), ", expected one byte for columns byte");
+  const std::array<int64_t, 2> shape = {from.groups, from.n};
+  Tensor out = torch::stable::new_empty(scale, {shape.data(), 2});
+  uint8_t* to = static_cast<uint8_t*>(out.mutable_data_ptr());
+  parallel_tiles(0, from.n / marlin::kTileN, [&](int64_t begin, int64_t end) {
+    cpu::marlin_scales(from, order, begin, end, to);
+  });
+  return out;
+}
+
+Tensor marlin_zeros(Tensor zero, int64_t bits) {
+  constexpr const char* op = "marlin_zeros";
+  if (bits != 4 && bits != 8) fail(op, "bits is ", bits, ", expected 4 or 8");
+  const cpu::MarlinValues from = values_of(op, "zero", zero);
+  check_type(op, "zero", zero, ScalarType::Byte);
+  const std::array<int64_t, 2> shape = {from.groups, from.n * bits / marlin::kWordBits};
+  Tensor out = torch::stable::new_empty(zero, {shape.data(), 2}, ScalarType::Int);
+  uint32_t* to = static_cast<uint32_t*>(out.mutable_data_ptr());
+  std::atomic<bool> good{true};
+  parallel_tiles(0, from.n / marlin::kTileN, [&](int64_t begin, int64_t end) {
+    if (!cpu::marlin_zeros(from, static_cast<int>(bits), begin, end, to)) good = false;
+  });
+  if (!good) fail(op, "zero holds zero points of more than ", bits, " bits");
+  return out;
+}
+
+Tensor marlin_nvfp4_scales(Tensor scale, int64_t lift) {
+  constexpr const char* op = "marlin_nvfp4_scales";
+  check_plain(op, "scale", scale);
+  check_type(op, "scale", scale, ScalarType::Float8_e4m3fn);
+  if (lift < 0 || lift > 17) fail(op, "lift is ", lift, ", expected 0 to 17");
+  Tensor out = torch::stable::new_empty(scale, scale.sizes());
+  const uint8_t* from = static_cast<const uint8_t*>(scale.const_data_ptr());
+  uint8_t* to = static_cast<uint8_t*>(out.mutable_data_ptr());
+  for (int64_t i = 0; i < scale.numel(); ++i) {
+    const int stored = from[i] < 0x7f ? marlin::nvfp4_scale(from[i], static_cast<int>(lift)) : -1;
+    if (stored < 0 || stored > marlin::kNvfp4ScaleLargest)
+      fail(op, "scale holds code ", int{from[i]}, ", expected 0 or more and at most 480 / 2^",
+           lift);
+    to[i] = static_cast<uint8_t>(stored);
+  }
+  return out;
+}
+
+}  // namespace compressed_linear
