@@ -3,62 +3,19 @@
 #include <atomic>
 
 #include "counters.h"
-#include "cpu/marlin_repack.h"
+#include "op_marlin.h"
 #include "op_repack.h"
 #include "ops.h"
 
 namespace compressed_linear {
 namespace {
 
-using cpu::MarlinColumns;
-
-void check_n(const char* op, int64_t n) {
-  if (n % marlin::kTileN != 0) fail(op, "n is ", n, ", expected a multiple of ", marlin::kTileN);
-}
-
-Geometry marlin_geometry(const char* op, int64_t n, int64_t k, Element element,
-                         const std::string& name) {
-  if (!cpu::is_coded(element) || (element.bits != 4 && element.bits != 8))
-    fail(op, "element is '", name, "', expected uint4, uint8, e4m3 or e5m2");
-  const Geometry g = geometry_of(op, n, k, k, element);
-  check_n(op, n);
-  if (k % marlin::kStripK != 0) fail(op, "k is ", k, ", expected a multiple of ", marlin::kStripK);
-  return g;
-}
-
-void check_marlin(const char* op, const Tensor& packed, const Geometry& g) {
-  check_plain(op, "packed", packed);
-  check_type(op, "packed", packed, ScalarType::Int);
-  check_shape<2>(op, "packed", packed,
-                 {g.k / marlin::kStripK, marlin::strip_words(g.element.bits, g.n)});
-}
-
 void run(const char* op, const char* what, cpu::Repack& job, Tensor& packed) {
   job.target = cpu::Target::marlin;
+  check_plain(op, "packed", packed);
   check_marlin(op, packed, job.geometry);
   job.packed = static_cast<uint8_t*>(packed.mutable_data_ptr());
   repack(op, what, job, packed.numel() * packed.element_size());
-}
-
-MarlinColumns parse_columns(const char* op, const std::string& name) {
-  if (name == "grouped") return MarlinColumns::grouped;
-  if (name == "channel") return MarlinColumns::channel;
-  if (name == "byte") return MarlinColumns::byte;
-  fail(op, "columns is '", name, "', expected grouped, channel or byte");
-}
-
-// Values [N, G] in any strides.
-cpu::MarlinValues values_of(const char* op, const char* what, const Tensor& values) {
-  if (!values.is_cpu()) fail(op, what, " is not on the CPU");
-  if (values.dim() != 2)
-    fail(op, what, " has shape ", shape_text(values), ", expected [n, groups]");
-  check_n(op, values.size(0));
-  return {static_cast<const uint8_t*>(values.const_data_ptr()),
-          static_cast<int64_t>(values.element_size()),
-          values.size(0),
-          values.size(1),
-          values.stride(0),
-          values.stride(1)};
 }
 
 }  // namespace
@@ -85,6 +42,7 @@ void marlin_repack_codes(Tensor packed, Tensor stored, std::string order, Tensor
   if (k_at.dim() < 1) fail(op, "k_at has shape [], expected [k] or [one per width, k]");
   cpu::Repack job{};
   job.geometry = marlin_geometry(op, n, k_at.size(k_at.dim() - 1), element, element_name);
+  check_plain(op, "stored", stored);
   read_code_source(op, job.source, stored, order, k_at, n_at, widths, flip, n_first, rows, blank,
                    blank_code, element, element_name);
   job.row_begin = row_start;
@@ -95,6 +53,7 @@ void marlin_repack_codes(Tensor packed, Tensor stored, std::string order, Tensor
 Tensor marlin_unpack_rows(Tensor packed, int64_t n, int64_t k, std::string element_name) {
   constexpr const char* op = "marlin_unpack_rows";
   const Geometry g = marlin_geometry(op, n, k, parse_element(op, element_name), element_name);
+  check_plain(op, "packed", packed);
   check_marlin(op, packed, g);
   const std::array<int64_t, 2> shape = {n, k};
   Tensor rows = torch::stable::new_empty(packed, {shape.data(), 2}, ScalarType::Byte);
@@ -110,10 +69,7 @@ Tensor marlin_scales(Tensor scale, std::string columns) {
   constexpr const char* op = "marlin_scales";
   const MarlinColumns order = parse_columns(op, columns);
   const cpu::MarlinValues from = values_of(op, "scale", scale);
-  if (from.element_bytes > 4)
-    fail(op, "scale is ", type_name(scale.scalar_type()), ", expected a dtype of up to 32 bits");
-  if (order == MarlinColumns::byte && from.element_bytes != 1)
-    fail(op, "scale is ", type_name(scale.scalar_type()), ", expected one byte for columns byte");
+  check_scale(op, scale, order);
   const std::array<int64_t, 2> shape = {from.groups, from.n};
   Tensor out = torch::stable::new_empty(scale, {shape.data(), 2});
   uint8_t* to = static_cast<uint8_t*>(out.mutable_data_ptr());
@@ -125,9 +81,8 @@ Tensor marlin_scales(Tensor scale, std::string columns) {
 
 Tensor marlin_zeros(Tensor zero, int64_t bits) {
   constexpr const char* op = "marlin_zeros";
-  if (bits != 4 && bits != 8) fail(op, "bits is ", bits, ", expected 4 or 8");
   const cpu::MarlinValues from = values_of(op, "zero", zero);
-  check_type(op, "zero", zero, ScalarType::Byte);
+  check_zero(op, zero, bits);
   const std::array<int64_t, 2> shape = {from.groups, from.n * bits / marlin::kWordBits};
   Tensor out = torch::stable::new_empty(zero, {shape.data(), 2}, ScalarType::Int);
   uint32_t* to = static_cast<uint32_t*>(out.mutable_data_ptr());

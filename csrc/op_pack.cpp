@@ -49,6 +49,7 @@ void repack_codes(Tensor packed, Tensor stored, std::string order, Tensor k_at,
   const Element element = parse_element(op, element_name);
   if (!cpu::is_coded(element)) fail(op, "element is '", element_name, "', expected codes");
   cpu::Repack job{};
+  check_plain(op, "stored", stored);
   read_code_source(op, job.source, stored, order, k_at, n_at, widths, flip, n_first, rows, blank,
                    blank_code, element, element_name);
   job.geometry = geometry_of(op, n, k_at.size(k_at.dim() - 1), group_size, element);

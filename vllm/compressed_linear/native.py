@@ -67,7 +67,9 @@ of ``linear``. Products are added up as integers, exactly, and scaled in fp32 on
 channels with one scale of x and of ŵ; every instruction set gives the same bits.
 
 Marlin's layout (``csrc/marlin_layout.h``) is for N a multiple of 64 and K of 16, and for elements
-``uint4``, ``uint8``, ``e4m3`` and ``e5m2``. These ops run on the CPU:
+``uint4``, ``uint8``, ``e4m3`` and ``e5m2``. On the CPU there are all of these ops; on CUDA devices,
+if ``cuda_available()``, those but ``marlin_unpack_rows`` and ``marlin_nvfp4_scales``, with ``k_at``
+and ``n_at`` on the CPU and one field to a code:
 
 * ``marlin_pack_rows(packed!, rows, row_start, n, element)``: codes uint8 [rows, k] into ``packed``
   int32 [k / 16, n · bits / 2]
@@ -90,11 +92,14 @@ from pathlib import Path
 import torch
 
 LIBRARY = Path(__file__).parent / "lib" / "libcompressed_linear.so"
+CUDA_LIBRARY = LIBRARY.with_name("libcompressed_linear_cuda.so")
+"""CUDA kernels of some of the ops; built where torch has CUDA and nvcc is there."""
 TILE = 16
 """Output channels that are packed together."""
 
 _lock = threading.Lock()
 _reason: str | None = "not loaded yet"
+_cuda_reason: str | None = "not loaded yet"
 
 
 def load() -> None:
@@ -102,7 +107,7 @@ def load() -> None:
 
     Raises ``RuntimeError`` when it was not built or does not fit the installed torch.
     """
-    global _reason
+    global _reason, _cuda_reason
     if _reason is None:
         return
     with _lock:
@@ -117,7 +122,21 @@ def load() -> None:
             _reason = f"native library cannot be loaded with torch {torch.__version__}: {error}"
             raise RuntimeError(_reason) from error
         _register_fakes()
+        _cuda_reason = _load_cuda()
         _reason = None
+
+
+def _load_cuda() -> str | None:
+    """Loads the CUDA kernels; None, or why there are none. Touches no GPU."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} has no CUDA"
+    if not CUDA_LIBRARY.is_file():
+        return f"CUDA kernels not built ({CUDA_LIBRARY.name} is not in {CUDA_LIBRARY.parent})"
+    try:
+        torch.ops.load_library(str(CUDA_LIBRARY))
+    except OSError as error:
+        return f"CUDA kernels cannot be loaded with torch {torch.__version__}: {error}"
+    return None
 
 
 def available() -> str | None:
@@ -127,6 +146,13 @@ def available() -> str | None:
     except RuntimeError as error:
         return str(error)
     return None
+
+
+def cuda_available() -> str | None:
+    """None if there are CUDA kernels of the ops that may have them, else why not. Whether there is
+    a GPU to run them on is another question. Loads the libraries if need be."""
+    reason = available()
+    return _cuda_reason if reason is None else reason
 
 
 def isa() -> str:

@@ -39,9 +39,9 @@ class CodeLocation:
     flip: int
     n_first: int
 
-    def on_cpu(self) -> CodeLocation:
-        """The same with the codes on the CPU."""
-        return replace(self, tensor=self.tensor.cpu())
+    def to(self, device: torch.device) -> CodeLocation:
+        """The same with the codes on ``device``; what says where they are stays on the CPU."""
+        return replace(self, tensor=self.tensor.to(device))
 
     @property
     def arguments(self) -> tuple[object, ...]:

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a checkpoint's tensors to Marlin's layout (``csrc/marlin_layout.h``), on the CPU.
+"""From a checkpoint's tensors to Marlin's layout (``csrc/marlin_layout.h``).
 
 The layout is that of vLLM's Marlin kernels for 16-bit activations: the tests hold every tensor
 against vLLM's own packers. It knows codes of 4 and 8 bits, N a multiple of 64 and K of 16; nothing
 is filled up, so a backend declines other shapes.
+
+Weights on a GPU are repacked there if the CUDA kernels are built, else on the CPU. The CUDA kernels
+have been run by an emulator only, never on hardware.
 """
 
 from __future__ import annotations
@@ -53,18 +56,22 @@ def prepare(
     """
     native.load()
     d = descriptor
-    words = torch.empty(weight_words(d), dtype=torch.int32)
+    device = weights.device
+    if device.type != "cpu" and (device.type != "cuda" or native.cuda_available() is not None):
+        device = torch.device("cpu")
+    words = torch.empty(weight_words(d), dtype=torch.int32, device=device)
     write_codes(_writer(words, d), weights, d, kernel_element(d.weight.element))
     tensors = {"weight": words}
     scale, zero = weights.scales(0, d.n)
     ops = torch.ops.compressed_linear
     if d.weight.scale is not None and scale is not None:
-        tensors["scale"] = ops.marlin_scales(scale.cpu(), scale_columns(d))
+        tensors["scale"] = ops.marlin_scales(scale.to(device), scale_columns(d))
     if d.weight.zero is not None and zero is not None:
+        zero = zero.to(device)
         tensors["zero"] = (
-            ops.marlin_zeros(zero.cpu(), d.weight.element.bits)
+            ops.marlin_zeros(zero, d.weight.element.bits)
             if d.weight.zero.kind == "integer"
-            else ops.marlin_scales(zero.cpu(), "grouped")
+            else ops.marlin_scales(zero, "grouped")
         )
     small = small_tensors(weights, d.activation)
     if "perm" in small:
@@ -78,11 +85,11 @@ def _writer(words: torch.Tensor, descriptor: CompressedLinearDescriptor) -> Code
 
     def located(at: CodeLocation, rows: int, blank: int, blank_code: int, row_start: int) -> None:
         ops.marlin_repack_codes(
-            words, *at.on_cpu().arguments, rows, blank, blank_code, row_start, n, element
+            words, *at.to(words.device).arguments, rows, blank, blank_code, row_start, n, element
         )
 
     def standard(codes: torch.Tensor, row_start: int) -> None:
-        ops.marlin_pack_rows(words, codes.cpu(), row_start, n, element)
+        ops.marlin_pack_rows(words, codes.to(words.device), row_start, n, element)
 
     return CodeWriter(located, standard)
 
