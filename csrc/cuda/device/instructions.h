@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#define CL_GLOBAL(threads) __global__ __launch_bounds__(threads)
+#define CL_GLOBAL(...) __global__ __launch_bounds__(__VA_ARGS__)
 #define CL_PARAMS const __grid_constant__
 #define CL_DEVICE __device__ __forceinline__
 
@@ -120,6 +120,22 @@ CL_DEVICE T load_constant(const T* from) {
   } else {
     static_assert(sizeof(T) == 1, "1, 2, 4, 8 or 16 bytes");
     asm volatile("ld.global.nc.L1::no_allocate.u8 %0, [%1];" : "=r"(bits.words[0]) : "l"(from));
+  }
+  return bits.value;
+}
+
+template <class T>
+CL_DEVICE T load_coherent(const T* from) {
+  Bits<T> bits;
+  if constexpr (sizeof(T) == 16) {
+    asm volatile("ld.global.cg.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(bits.words[0]), "=r"(bits.words[1]), "=r"(bits.words[2]),
+                   "=r"(bits.words[3])
+                 : "l"(from)
+                 : "memory");
+  } else {
+    static_assert(sizeof(T) == 4, "4 or 16 bytes");
+    asm volatile("ld.global.cg.b32 %0, [%1];" : "=r"(bits.words[0]) : "l"(from) : "memory");
   }
   return bits.value;
 }

@@ -10,7 +10,7 @@
 #include "cpu/floats.h"
 #include "cuda/emulator/emulator.h"
 
-#define CL_GLOBAL(threads) inline
+#define CL_GLOBAL(...) inline
 #define CL_PARAMS const
 // Inlined, so that each use has an address of its own, by which the emulator tells accesses apart.
 #define CL_DEVICE inline __attribute__((always_inline))
@@ -65,6 +65,11 @@ CL_DEVICE T load_constant(const T* from) {
   T value;
   emulator::read_global(from, &value, sizeof(T), true);
   return value;
+}
+
+template <class T>
+CL_DEVICE T load_coherent(const T* from) {
+  return load_global(from);
 }
 
 template <int Bytes>
