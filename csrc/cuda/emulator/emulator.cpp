@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cuda/emulator/emulator.h"
 
+#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 #include <unistd.h>
@@ -20,6 +21,7 @@
 #include "cuda/emulator/shared_memory.h"
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -30,7 +32,7 @@ constexpr int kWarp = 32;
 constexpr size_t kSector = 32;
 constexpr size_t kMaxProblems = 20;
 #if defined(__SANITIZE_ADDRESS__)
-constexpr size_t kStackBytes = 512 << 10;
+constexpr size_t kStackBytes = 256 << 10;
 #else
 constexpr size_t kStackBytes = 128 << 10;
 #endif
@@ -67,7 +69,9 @@ enum class State { ready, warp, barrier, spinning, done };
 struct Block;
 
 struct Thread {
-  ucontext_t context;
+  ucontext_t context;  // where it begins; later on it goes from jump to jump, which takes no system
+  jmp_buf jump;        // calls
+  bool begun = false;
   char* stack = nullptr;
   Block* block = nullptr;
   Position at{};
@@ -100,6 +104,40 @@ struct Block {
   int alive = 0;
 };
 
+// Stacks are kept for the next launch.
+class Stacks {
+ public:
+  ~Stacks() {
+    for (char* stack : free_) munmap(stack, kStackBytes);
+  }
+  char* take() {
+    if (free_.empty()) {
+      void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
+                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      if (stack == MAP_FAILED) throw std::bad_alloc();
+      // A stack that is too small ends the process instead of writing elsewhere.
+      mprotect(stack, static_cast<size_t>(sysconf(_SC_PAGESIZE)), PROT_NONE);
+      return static_cast<char*>(stack);
+    }
+    char* const stack = free_.back();
+    free_.pop_back();
+    return stack;
+  }
+  void give(char* stack) {
+#if defined(__SANITIZE_ADDRESS__)
+    // Its frames were left without being unwound.
+    const size_t guard = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    __asan_unpoison_memory_region(stack + guard, kStackBytes - guard);
+#endif
+    free_.push_back(stack);
+  }
+
+ private:
+  std::vector<char*> free_;
+};
+
+thread_local Stacks stacks;
+
 class Machine {
  public:
   Machine(const Options& options, const std::function<void()>& kernel)
@@ -115,7 +153,7 @@ class Machine {
   }
 
   ~Machine() {
-    for (char* stack : stacks_) munmap(stack, kStackBytes);
+    for (const auto& thread : threads_) stacks.give(thread->stack);
   }
 
   Report run();
@@ -140,7 +178,7 @@ class Machine {
   void wait(State state, const char* what) {
     self().state = state;
     self().waits = what;
-    leave(false);
+    leave();
     if (stopped_) throw Stop{};
   }
 
@@ -158,7 +196,7 @@ class Machine {
 
  private:
   static void enter();
-  void leave(bool for_ever);
+  void leave();
   void resume(Thread& thread);
   static void make_fiber(Thread& thread);
   void start(int block_number);
@@ -170,12 +208,11 @@ class Machine {
   const Options& options_;
   const std::function<void()>& kernel_;
   Report report_;
-  std::vector<char*> stacks_, free_stacks_;
   std::vector<std::unique_ptr<Thread>> threads_;
   std::vector<Thread*> free_threads_;
   std::vector<std::unique_ptr<Block>> blocks_;
   std::vector<char> written_, constant_;
-  ucontext_t scheduler_;
+  jmp_buf scheduler_;
   Thread* current_ = nullptr;
   int64_t progress_ = 0;
   bool stopped_ = false;
@@ -198,24 +235,25 @@ void Machine::enter() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &m.scheduler_stack_, &m.scheduler_size_);
 #endif
-  try {
-    m.kernel_();
-  } catch (const Stop&) {
+  // One thread after the other, in several blocks.
+  for (;;) {
+    try {
+      m.kernel_();
+    } catch (const Stop&) {
+    }
+    m.finish(m.self());
+    m.leave();
   }
-  m.finish(m.self());
-  m.leave(true);
 }
 
 // Back to the scheduler.
-void Machine::leave([[maybe_unused]] bool for_ever) {
-  Thread& thread = *current_;
+void Machine::leave() {
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(for_ever ? nullptr : &thread.fake_stack, scheduler_stack_,
-                                 scheduler_size_);
+  __sanitizer_start_switch_fiber(&current_->fake_stack, scheduler_stack_, scheduler_size_);
 #endif
-  swapcontext(&thread.context, &scheduler_);
+  if (_setjmp(current_->jump) == 0) _longjmp(scheduler_, 1);
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(thread.fake_stack, &scheduler_stack_, &scheduler_size_);
+  __sanitizer_finish_switch_fiber(current_->fake_stack, &scheduler_stack_, &scheduler_size_);
 #endif
 }
 
@@ -224,7 +262,11 @@ void Machine::resume(Thread& thread) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&scheduler_fake_, thread.stack, kStackBytes);
 #endif
-  swapcontext(&scheduler_, &thread.context);
+  if (_setjmp(scheduler_) == 0) {
+    if (current_->begun) _longjmp(current_->jump, 1);
+    current_->begun = true;
+    setcontext(&current_->context);
+  }
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(scheduler_fake_, nullptr, nullptr);
 #endif
@@ -264,13 +306,8 @@ void Machine::start(int number) {
   for (int i = 0; i < count; ++i) {
     if (free_threads_.empty()) {
       threads_.push_back(std::make_unique<Thread>());
-      void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
-                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-      if (stack == MAP_FAILED) throw std::bad_alloc();
-      // A stack that is too small ends the process instead of writing elsewhere.
-      mprotect(stack, static_cast<size_t>(sysconf(_SC_PAGESIZE)), PROT_NONE);
-      stacks_.push_back(static_cast<char*>(stack));
-      threads_.back()->stack = stacks_.back();
+      threads_.back()->stack = stacks.take();
+      make_fiber(*threads_.back());
       free_threads_.push_back(threads_.back().get());
     }
     Thread* thread = free_threads_.back();
@@ -286,7 +323,6 @@ void Machine::start(int number) {
     thread->log.clear();
     thread->open.clear();
     thread->groups.clear();
-    make_fiber(*thread);
     block->threads.push_back(thread);
   }
   blocks_.push_back(std::move(block));
