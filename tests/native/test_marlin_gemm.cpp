@@ -133,7 +133,11 @@ emulator::Report run(const Case& c) {
   for (int g = 0; g < groups; ++g)
     for (int n = 0; n < c.n; ++n) {
       const int64_t at = int64_t{g} * c.n + n;
-      wide_scale[size(at)] = put(scale, c.scale, int64_t{g} * c.n + layout::grouped_column(n),
+      const int64_t grouped = layout::grouped_column(n);
+      const int64_t column = groups == 1              ? layout::channel_column(n)
+                             : bytes_of(c.scale) == 1 ? layout::byte_column(grouped)
+                                                      : grouped;
+      wide_scale[size(at)] = put(scale, c.scale, int64_t{g} * c.n + column,
                                  (n % 3 == 0 ? -1 : 1) * std::ldexp(uniform(1, 2), -below(6)) *
                                      (c.scale == Number::e8m0 && n % 3 == 0 ? -1 : 1));
       zeros[size(at)] = c.zero ? below(codes) : code_bias;
@@ -321,6 +325,7 @@ int main(int argc, char** argv) {
       {"nvfp4", Element::e2m1, true, 35, 128, 128, 16, Number::e4m3, false, true},
       {"mxfp4", Element::e2m1, true, 16, 128, 192, 32, Number::e8m0},
       {"mxfp4", Element::e2m1, false, 24, 64, 128, 32, Number::e8m0},
+      {"one group of e8m0", Element::e2m1, false, 3, 128, 128, -1, Number::e8m0},
       {"codebook", Element::codebook, false, 9, 128, 256, 64, fp16},
       {"codebook", Element::codebook, true, 31, 64, 128, 32, fp32},
       {"codebook", Element::codebook, true, 48, 128, 64, -1, bf16},

@@ -91,9 +91,11 @@ CL_DEVICE void fetch(const Params& p, const Part& part, int tile, uint32_t stage
   }
 }
 
-// Eight scales from shared memory.
-CL_DEVICE void load_eight(uint32_t address, Number type, float* to) {
+// Eight neighbouring scales from shared memory. Those of one byte are stored 0 2 1 3 unless
+// `plain`.
+CL_DEVICE void load_eight(uint32_t address, Number type, bool plain, float* to) {
   if (type == Number::float32) {
+#pragma unroll
     for (int i = 0; i < 2; ++i) {
       const Floats4 four = load_shared<Floats4>(address + 16 * i);
       to[4 * i] = four.x;
@@ -104,18 +106,38 @@ CL_DEVICE void load_eight(uint32_t address, Number type, float* to) {
   } else if (bytes_of(type) == 2) {
     const Words4 words = load_shared<Words4>(address);
     const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
     for (int i = 0; i < 8; ++i) {
       const uint16_t half = static_cast<uint16_t>(pairs[i / 2] >> (i % 2 * 16));
       to[i] = type == Number::float16 ? widen<Half>(half) : widen<BFloat16>(half);
     }
   } else {
     const Words2 words = load_shared<Words2>(address);
-    const uint32_t fours[2] = {words.x, words.y};
+    const uint32_t fours[2] = {plain ? words.x : prmt(words.x, 0, 0x3120),
+                               plain ? words.y : prmt(words.y, 0, 0x3120)};
+#pragma unroll
     for (int i = 0; i < 8; ++i) {
       const uint8_t code = static_cast<uint8_t>(fours[i / 4] >> (i % 4 * 8));
       to[i] = type == Number::e4m3 ? widen_e4m3(code) : widen_e8m0(code);
     }
   }
+}
+
+// A lane's scales: scale[i][j] of its column i, 2 * (lane % 4) + i of the eight of block j. In
+// grouped columns they are 16 neighbours, each column's together; in channel columns twice eight
+// neighbours, each of four blocks.
+CL_DEVICE void load_scales(uint32_t address, const Params& p, int lane, float (&scale)[2][8]) {
+  const bool channel = p.groups == 1;
+  const int bytes = bytes_of(p.scale_type);
+  const uint32_t at = address + static_cast<uint32_t>(lane % 4 * (channel ? 8 : 16) * bytes);
+  float runs[2][8];
+  load_eight(at, p.scale_type, channel, runs[0]);
+  load_eight(at + static_cast<uint32_t>((channel ? 32 : 8) * bytes), p.scale_type, channel,
+             runs[1]);
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+#pragma unroll
+    for (int j = 0; j < 8; ++j) scale[i][j] = channel ? runs[j / 4][j % 4 * 2 + i] : runs[i][j];
 }
 
 CL_DEVICE float load_number(const void* data, Number type, int64_t index) {
@@ -293,15 +315,11 @@ void gemm(CL_PARAMS Params p) {
         const bool last = small_groups ? i == kWarpSteps - 1 || (step + 1) % group_steps == 0
                                        : ends && i == kWarpSteps - 1;
         if (last) {
-          // A lane's columns are 2 * (lane % 4) and the next, of each of eight blocks: 16
-          // neighbouring scales.
           float scale[2][8];
-          const int bytes = bytes_of(p.scale_type);
-          const uint32_t at =
-              stage + p.scale_offset +
-              static_cast<uint32_t>((scale_row * S.tile_n() + warp_n * 64 + lane % 4 * 16) * bytes);
-          load_eight(at, p.scale_type, scale[0]);
-          load_eight(at + static_cast<uint32_t>(8 * bytes), p.scale_type, scale[1]);
+          load_scales(stage + p.scale_offset +
+                          static_cast<uint32_t>((scale_row * S.tile_n() + warp_n * 64) *
+                                                bytes_of(p.scale_type)),
+                      p, lane, scale);
 #pragma unroll
           for (int m = 0; m < kM; ++m)
 #pragma unroll
