@@ -88,6 +88,10 @@ STABLE_TORCH_LIBRARY(compressed_linear, m) {
   m.def("marlin_scales(Tensor scale, str columns) -> Tensor");
   m.def("marlin_zeros(Tensor zero, int bits) -> Tensor");
   m.def("marlin_nvfp4_scales(Tensor scale, int lift) -> Tensor");
+  m.def(
+      "marlin_gemm(Tensor x, Tensor weight, Tensor scale, Tensor? zero, Tensor? codebook, "
+      "Tensor? order, Tensor? row_scale, Tensor? bias, Tensor workspace, int n, int k, "
+      "int group_size, str element, int element_bias, ScalarType out_dtype) -> Tensor");
   m.def("isa_int8() -> str");
   m.def("supported_isas_int8() -> str");
   m.def("select_isa_int8(str name) -> ()");

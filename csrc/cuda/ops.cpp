@@ -12,6 +12,7 @@ STABLE_TORCH_LIBRARY_IMPL(compressed_linear, CUDA, m) {
   m.impl("marlin_repack_codes", TORCH_BOX(&marlin_repack_codes));
   m.impl("marlin_scales", TORCH_BOX(&marlin_scales));
   m.impl("marlin_zeros", TORCH_BOX(&marlin_zeros));
+  m.impl("marlin_gemm", TORCH_BOX(&marlin_gemm));
 }
 
 }  // namespace compressed_linear::cuda

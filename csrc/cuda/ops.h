@@ -3,6 +3,7 @@
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
 #include <optional>
@@ -21,5 +22,10 @@ void marlin_repack_codes(Tensor packed, Tensor stored, std::string order, Tensor
                          int64_t row_start, int64_t n, std::string element);
 Tensor marlin_scales(Tensor scale, std::string columns);
 Tensor marlin_zeros(Tensor zero, int64_t bits);
+Tensor marlin_gemm(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor> zero,
+                   std::optional<Tensor> codebook, std::optional<Tensor> order,
+                   std::optional<Tensor> row_scale, std::optional<Tensor> bias, Tensor workspace,
+                   int64_t n, int64_t k, int64_t group_size, std::string element,
+                   int64_t element_bias, torch::headeronly::ScalarType out_dtype);
 
 }  // namespace compressed_linear::cuda
