@@ -44,9 +44,9 @@ def prepare(
     """The tensors of a layer in Marlin's layout, on the device of ``weights``.
 
     * ``weight`` int32 [K/16, N·bits/2]: the codes as they are, whatever they mean
-    * ``scale`` [G, N] in the checkpoint's dtype (uint8 for e8m0), columns in Marlin's order
-    * ``zero``: integer zero points int32 [G, N·bits/32], others [G, N] in the order of scales of
-      groups
+    * ``scale`` [G, N] in the checkpoint's dtype (uint8 for e8m0), in the columns that
+      ``scale_columns`` names
+    * ``zero``: integer zero points int32 [G, N·bits/32], others [G, N] in grouped columns
     * ``order`` int32 [K]: channel of x of each of the kernel's, −1 for a channel of zeros
     * ``row_scale`` float32 [N], ``prescale`` float32 [K], ``input_scale`` float32 [1] and
       ``input_zero`` int32 [1]: in plain order
@@ -100,38 +100,36 @@ def kernel_element(element: ElementType) -> str:
 
 
 def scale_columns(descriptor: CompressedLinearDescriptor) -> str:
-    """Marlin's order of the columns of this layer's scales, as ``marlin_scales`` calls it."""
+    """The order of the columns of a layer's scales, as ``marlin_scales`` calls it."""
     d = descriptor
     if d.groups == 1:
         return "channel"
-    small = d.weight.scale is not None and d.weight.scale.dtype in ("float8_e4m3fn", "e8m0")
+    small = d.weight.scale is not None and torch_dtype(d.weight.scale.dtype).itemsize == 1
     return "byte" if small else "grouped"
 
 
 def vllm_scales(
     tensors: dict[str, torch.Tensor], descriptor: CompressedLinearDescriptor
 ) -> dict[str, torch.Tensor]:
-    """``scale`` and, for NVFP4, ``row_scale`` as vLLM's own Marlin kernels want them of a layer
-    that ``prepare`` made, where theirs differ from ours: of e2m1 and e4m3 weights they leave an
-    exponent bias to the scales, and NVFP4's they read in a form of their own, in which the
-    smallest ones are lost. For holding the two against each other.
+    """``scale`` and, for NVFP4, ``row_scale`` as vLLM's own Marlin kernels want them, which
+    otherwise take the ``tensors`` that ``prepare`` makes: to hold their results against ours.
 
-    Raises ``ValueError`` where a scale does not fit the form.
+    Of e2m1 and e4m3 weights they leave an exponent bias to the scales, and NVFP4's have a form of
+    their own that loses the smallest ones. Raises ``ValueError`` where a scale does not fit it.
     """
-    d, scale = descriptor, tensors["scale"]
-    wide = torch_dtype(d.input_dtype)
-    element = d.weight.element
+    d, ops, scale = descriptor, torch.ops.compressed_linear, tensors["scale"].cpu()
+    element, wide = d.weight.element, torch_dtype(d.input_dtype)
     if element.kind != "float" or scale.dtype == torch.uint8:
         return {"scale": scale}
     exponent_bits = 5 if wide == torch.float16 else 8
     missing = (1 << (exponent_bits - 1)) - (1 << (element.exponent - 1))
     if scale.dtype != torch.float8_e4m3fn:
         return {"scale": scale.to(wide) * 2.0**missing}
-    largest = float(scale.to(torch.float32).max())
-    lift = 0
+    lift, largest = 0, float(scale.to(torch.float32).max())
     if wide != torch.float16 and largest > 0:
         lift = math.floor(math.log2(torch.finfo(torch.float8_e4m3fn).max / largest))
+    row_scale = tensors["row_scale"].cpu() if "row_scale" in tensors else torch.ones(d.n)
     return {
-        "scale": torch.ops.compressed_linear.marlin_nvfp4_scales(scale, lift),
-        "row_scale": tensors["row_scale"] * 2.0 ** (missing - _NVFP4_EXPONENT - lift),
+        "scale": ops.marlin_nvfp4_scales(scale, lift),
+        "row_scale": row_scale * 2.0 ** (missing - _NVFP4_EXPONENT - lift),
     }
