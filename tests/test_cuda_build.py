@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 
 from cuda_compiler import CSRC, NVCC, ROOT, compile_for, find_tool
 
@@ -25,19 +24,24 @@ DISASSEMBLER = find_tool("nvdisasm") or find_tool("cuobjdump")
 
 @dataclass(frozen=True)
 class Expected:
-    """Of every kernel of a source whose name matches ``kernel``.
+    """Of every kernel of a source whose name matches ``kernel``, counted for one thread.
 
     ``registers``: what lets as many blocks run on a multiprocessor as the launch is made for.
-    ``shared``: bytes of static shared memory. ``instructions``: regular expressions, each of which
-    some instruction must match.
+    ``spill``: bytes that may be written to local memory, read back, and lie there. ``shared``:
+    bytes of static shared memory. ``instructions``: regular expressions, each of which some
+    instruction must match.
     """
 
     source: str
     kernel: str
     registers: int
+    spill: int = 0
     shared: int = 0
     instructions: tuple[str, ...] = ()
 
+
+# 16-byte copies that pass the registers by, fragments from shared memory, tensor cores.
+GEMM = (r"LDGSTS\.E\.BYPASS\.128", r"LDSM\.16\.M88\.4", r"HMMA\.16816\.F32", "LOP3")
 
 EXPECTED = (
     # 5 blocks of 256 threads; whole words from and to global memory, codes through shared memory.
@@ -48,19 +52,38 @@ EXPECTED = (
         instructions=(r"LDG\.E(\.\w+)*\.128", r"STS(\.U8)?", r"LDS\.U16", r"STG\.E", "BAR"),
     ),
     Expected("marlin/repack.cu", r"repack_(scales|zeros)<.*>", 40, instructions=("STS", "LDS")),
+    *(
+        expected
+        for source in ("marlin/kernels_bf16.cu", "marlin/kernels_fp16.cu")
+        for expected in (
+            # Two blocks of 256 threads leave 128 registers to each, for which uint8 weights want
+            # twelve words more on sm_80.
+            Expected(source, r"marlin::gemm<.*, 0>", 128, 48, instructions=GEMM),
+            Expected(source, r"marlin::gemm<.*, [12]>", 255, instructions=GEMM),
+        )
+    ),
 )
 SOURCES = sorted(str(path.relative_to(CSRC / "cuda")) for path in (CSRC / "cuda").rglob("*.cu"))
 
+SAMPLE = """
+#include "cuda/marlin/kernel.h"
+namespace compressed_linear::cuda::marlin {
+void (*sample[])(Params) = {gemm<Half, Element::uint4, 0>, gemm<BFloat16, Element::e2m1, 2>};
+}
+"""
+"""Two of the thirty kernels of the GEMM, which take half a minute of a core to compile."""
 
-def check(source: str, architecture: int, folder: Path) -> None:
-    binary = compile_for(architecture, CSRC / "cuda" / source, folder)
+
+def check(source: Path, like: str, architecture: int, folder: Path) -> None:
+    """Compiles ``source`` and holds it against what is expected of ``like``."""
+    binary = compile_for(architecture, source, folder)
     instructions = {} if DISASSEMBLER is None else binary.instructions()
     assert binary.kernels
     for kernel in binary.kernels:
         [expected] = (
-            e for e in EXPECTED if e.source == source and re.fullmatch(e.kernel, kernel.name)
+            e for e in EXPECTED if e.source == like and re.fullmatch(e.kernel, kernel.name)
         )
-        assert kernel.spill_stores == kernel.spill_loads == kernel.stack == 0, kernel
+        assert max(kernel.spill_stores, kernel.spill_loads, kernel.stack) <= expected.spill, kernel
         assert kernel.registers <= expected.registers, kernel
         assert kernel.shared <= expected.shared, kernel
         if DISASSEMBLER is None:
@@ -71,22 +94,29 @@ def check(source: str, architecture: int, folder: Path) -> None:
             assert any(re.match(wanted, name) for name in found), (kernel.name, wanted, found)
 
 
-def test_every_kernel_has_expectations() -> None:
+def test_every_source_is_built_and_has_expectations() -> None:
     assert {expected.source for expected in EXPECTED} == set(SOURCES)
+    built = (CSRC / "cuda" / "CMakeLists.txt").read_text()
+    assert sorted(re.findall(r"[\w/]+\.cu\b", built)) == SOURCES
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", ["marlin/repack.cu", "a sample of the GEMM"])
 def test_kernels_fit_the_oldest_architecture(source: str, tmp_path: Path) -> None:
-    check(source, ARCHITECTURES[0], tmp_path)
+    if source in SOURCES:
+        check(CSRC / "cuda" / source, source, ARCHITECTURES[0], tmp_path)
+    else:
+        sample = tmp_path / "sample.cu"
+        sample.write_text(SAMPLE)
+        check(sample, "marlin/kernels_fp16.cu", ARCHITECTURES[0], tmp_path)
     if DISASSEMBLER is None:
         pytest.skip("checked all but the instructions: neither nvdisasm nor cuobjdump is there")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ARCHITECTURES[1:])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("source", SOURCES)
 def test_kernels_fit_every_architecture(source: str, architecture: int, tmp_path: Path) -> None:
-    check(source, architecture, tmp_path)
+    check(CSRC / "cuda" / source, source, architecture, tmp_path)
     assert DISASSEMBLER is not None, "neither nvdisasm nor cuobjdump is there"
 
 
@@ -116,12 +146,3 @@ def test_the_library_is_built_on_request(tmp_path: Path) -> None:
         "aoti_torch_device_type_cuda",
         "aoti_torch_get_current_cuda_stream",
     }
-
-
-@pytest.mark.skipif(torch.version.cuda is not None, reason="torch has CUDA")
-def test_cuda_kernels_are_left_out_where_torch_has_no_cuda() -> None:
-    from vllm.compressed_linear import native
-
-    if (reason := native.available()) is not None:
-        pytest.skip(reason)
-    assert native.cuda_available() == f"torch {torch.__version__} has no CUDA"

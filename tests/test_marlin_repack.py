@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -584,3 +585,26 @@ def test_the_shape_of_the_weight() -> None:
     _, d = refined(random_weight(SCHEMES["gptq-8-g128"], 64, 128))
     assert marlin_preparation.weight_words(d) == (8, 256)
     assert d.weight.element in (uint(8), uint(8, 128))
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch has CUDA")
+def test_cuda_kernels_are_left_out_where_torch_has_no_cuda() -> None:
+    assert native.cuda_available() == f"torch {torch.__version__} has no CUDA"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(None, "CUDA kernels not built"), (b"no library", "CUDA kernels cannot be loaded")],
+)
+def test_why_there_are_no_cuda_kernels(
+    content: bytes | None, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of the other ops depends on them."""
+    library = tmp_path / "libcompressed_linear_cuda.so"
+    if content is not None:
+        library.write_bytes(content)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(native, "CUDA_LIBRARY", library)
+    found = native._load_cuda()
+    assert found is not None
+    assert found.startswith(reason)
