@@ -52,6 +52,12 @@ EXPECTED = (
         instructions=(r"LDG\.E(\.\w+)*\.128", r"STS(\.U8)?", r"LDS\.U16", r"STG\.E", "BAR"),
     ),
     Expected("marlin/repack.cu", r"repack_(scales|zeros)<.*>", 40, instructions=("STS", "LDS")),
+    Expected(
+        "marlin/launch.cu",
+        "marlin::gather",
+        40,
+        instructions=(r"LDG\.E(\.\w+)*\.128", r"STG\.E\.128"),
+    ),
     *(
         expected
         for source in ("marlin/kernels_bf16.cu", "marlin/kernels_fp16.cu")
@@ -100,7 +106,7 @@ def test_every_source_is_built_and_has_expectations() -> None:
     assert sorted(re.findall(r"[\w/]+\.cu\b", built)) == SOURCES
 
 
-@pytest.mark.parametrize("source", ["marlin/repack.cu", "a sample of the GEMM"])
+@pytest.mark.parametrize("source", ["marlin/launch.cu", "marlin/repack.cu", "a sample of the GEMM"])
 def test_kernels_fit_the_oldest_architecture(source: str, tmp_path: Path) -> None:
     if source in SOURCES:
         check(CSRC / "cuda" / source, source, ARCHITECTURES[0], tmp_path)
