@@ -26,7 +26,7 @@ CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.hpp
 export VLLM_CPU_KVCACHE_SPACE ?= 2
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: help setup test lint test-unit test-native test-native-tsan test-native-arm test-e2e test-slow demo serve bench bench-serve bench-step docs clean
+.PHONY: help setup test lint test-unit test-native test-native-tsan test-native-arm test-e2e test-slow test-cuda-build demo serve bench bench-serve bench-step docs clean
 
 help:
 	@echo 'make setup        make .venv, install vLLM and this project, build csrc'
@@ -34,6 +34,7 @@ help:
 	@echo 'make lint | test-unit | test-native | test-e2e   one part of it'
 	@echo 'make test-native-tsan  the native tests under the thread sanitizer, minutes to compile'
 	@echo 'make test-native-arm   the native tests for 64-bit Arm in qemu; says what it needs'
+	@echo 'make test-cuda-build   CUDA kernels for every GPU, what ptxas says of them; needs nvcc'
 	@echo 'make test-slow    what make test leaves out: every architecture of vLLM, minutes'
 	@echo 'make demo         quantize Gemma 3 270M, serve it, ask it, show the plan'
 	@echo 'make serve MODEL=<path or name> [ARGS=...]       serve any checkpoint on loopback'
@@ -93,6 +94,9 @@ test-e2e: setup
 
 test-slow: setup
 	$(PYTEST) -m slow
+
+test-cuda-build: setup
+	$(PYTEST) tests/test_cuda_build.py -m 'slow or not slow'
 
 demo: setup
 	@$(BIN)/python examples/gemma/demo.py $(ARGS)

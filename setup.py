@@ -6,6 +6,8 @@ lies in `vllm/compressed_linear` and is installed as `_vllm_compressed_linear` (
 `overlay/_vllm_compressed_linear_finder.py`), and CMake builds `csrc`.
 
 Environment: MAX_JOBS limits the compiler processes; COMPRESSED_LINEAR_CMAKE_ARGS goes to CMake.
+COMPRESSED_LINEAR_CUDA is ON or OFF; by default CUDA kernels are built where torch has CUDA and nvcc
+is there. TORCH_CUDA_ARCH_LIST says for which GPUs (by default 8.0, 9.0, 10.0 and 12.0+PTX).
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ ROOT = Path(__file__).parent.resolve()
 SOURCE = "vllm/compressed_linear"
 INSTALLED_AS = "_vllm_compressed_linear"
 LIBRARY = "libcompressed_linear.so"
+CUDA_LIBRARY = "libcompressed_linear_cuda.so"
 #: CMake's tree is shared by editable and wheel builds, so the second compiles nothing again.
 CMAKE_TREE = ROOT / "build" / "cmake"
 
@@ -76,7 +79,10 @@ class BuildNative(Command):
         return Path(self.build_lib).resolve() / INSTALLED_AS / "lib"
 
     def get_outputs(self) -> list[str]:
-        return [] if self.editable_mode else [str(self.output_dir / LIBRARY)]
+        if self.editable_mode:
+            return []
+        cuda = self.output_dir / CUDA_LIBRARY
+        return [str(self.output_dir / LIBRARY), *([str(cuda)] if cuda.is_file() else [])]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}
@@ -95,6 +101,7 @@ class BuildNative(Command):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DPython3_EXECUTABLE={sys.executable}",
             f"-DCOMPRESSED_LINEAR_OUTPUT_DIR={self.output_dir}",
+            f"-DCOMPRESSED_LINEAR_CUDA={os.environ.get('COMPRESSED_LINEAR_CUDA') or 'AUTO'}",
             *shlex.split(os.environ.get("COMPRESSED_LINEAR_CMAKE_ARGS", "")),
         ]
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)

@@ -81,6 +81,20 @@ STABLE_TORCH_LIBRARY(compressed_linear, m) {
       "Tensor? code_sums, "
       "int n, int k, int group_size, str element, int element_bias, bool symmetric, "
       "int activation_group, float maximum, ScalarType out_dtype) -> Tensor");
+  m.def(
+      "marlin_pack_rows(Tensor(a!) packed, Tensor rows, int row_start, int n, str element) -> ()");
+  m.def(
+      "marlin_repack_codes(Tensor(a!) packed, Tensor stored, str order, Tensor k_at, "
+      "Tensor? n_at, int[] widths, int flip, int n_first, int rows, int blank, int blank_code, "
+      "int row_start, int n, str element) -> ()");
+  m.def("marlin_unpack_rows(Tensor packed, int n, int k, str element) -> Tensor");
+  m.def("marlin_scales(Tensor scale, str columns) -> Tensor");
+  m.def("marlin_zeros(Tensor zero, int bits) -> Tensor");
+  m.def("marlin_nvfp4_scales(Tensor scale, int lift) -> Tensor");
+  m.def(
+      "marlin_gemm(Tensor x, Tensor weight, Tensor scale, Tensor? zero, Tensor? codebook, "
+      "Tensor? order, Tensor? row_scale, Tensor? bias, Tensor workspace, int n, int k, "
+      "int group_size, str element, int element_bias, ScalarType out_dtype) -> Tensor");
   m.def("isa_int8() -> str");
   m.def("supported_isas_int8() -> str");
   m.def("select_isa_int8(str name) -> ()");
@@ -106,6 +120,12 @@ STABLE_TORCH_LIBRARY_IMPL(compressed_linear, CPU, m) {
   m.impl("unpack_rows_int8", TORCH_BOX(&unpack_rows_int8));
   m.impl("code_sums_int8", TORCH_BOX(&code_sums_int8));
   m.impl("linear_int8", TORCH_BOX(&linear_int8));
+  m.impl("marlin_pack_rows", TORCH_BOX(&marlin_pack_rows));
+  m.impl("marlin_repack_codes", TORCH_BOX(&marlin_repack_codes));
+  m.impl("marlin_unpack_rows", TORCH_BOX(&marlin_unpack_rows));
+  m.impl("marlin_scales", TORCH_BOX(&marlin_scales));
+  m.impl("marlin_zeros", TORCH_BOX(&marlin_zeros));
+  m.impl("marlin_nvfp4_scales", TORCH_BOX(&marlin_nvfp4_scales));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(compressed_linear, CompositeExplicitAutograd, m) {

@@ -56,4 +56,15 @@ Tensor linear_int8(Tensor x, Tensor packed, std::optional<Tensor> scale, std::op
                    int64_t activation_group, double maximum,
                    torch::headeronly::ScalarType out_dtype);
 
+void marlin_pack_rows(Tensor packed, Tensor rows, int64_t row_start, int64_t n,
+                      std::string element);
+void marlin_repack_codes(Tensor packed, Tensor stored, std::string order, Tensor k_at,
+                         std::optional<Tensor> n_at, std::vector<int64_t> widths, int64_t flip,
+                         int64_t n_first, int64_t rows, int64_t blank, int64_t blank_code,
+                         int64_t row_start, int64_t n, std::string element);
+Tensor marlin_unpack_rows(Tensor packed, int64_t n, int64_t k, std::string element);
+Tensor marlin_scales(Tensor scale, std::string columns);
+Tensor marlin_zeros(Tensor zero, int64_t bits);
+Tensor marlin_nvfp4_scales(Tensor scale, int64_t lift);
+
 }  // namespace compressed_linear

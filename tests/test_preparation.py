@@ -14,14 +14,13 @@ from hypothesis import strategies as st
 from conftest import ISAS
 from strategies import AWQ_ORDER, Weight, weights
 from vllm.compressed_linear import native, numerics
+from vllm.compressed_linear.backends.code_source import CodeLocation, locate_codes
 from vllm.compressed_linear.backends.cpu import CpuBackend
 from vllm.compressed_linear.backends.cpu_int8 import CpuInt8Backend
 from vllm.compressed_linear.backends.cpu_preparation import (
     PLANES,
     QUADS,
-    CodeLocation,
     PackedLayout,
-    locate_codes,
     pack_codes,
     pack_standard,
 )

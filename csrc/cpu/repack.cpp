@@ -75,6 +75,26 @@ int64_t float_index(Kind kind, int64_t k, int64_t channel) {
   return paired ? (k / 2 * kTile + channel) * 2 + k % 2 : k * kTile + channel;
 }
 
+uint32_t* marlin_word(uint8_t* packed, int64_t word) {
+  return reinterpret_cast<uint32_t*>(packed) + word;
+}
+
+// Lines [kTile][padded_k] of codes of a tile, in Marlin's order. A word holds codes of one tile and
+// of one strip of input channels.
+void put_marlin(const Repack& job, int64_t tile, const uint8_t* lines) {
+  const Geometry& g = job.geometry;
+  const auto each = [&](const auto& body) {
+    for (int64_t k = 0; k < g.k; ++k)
+      for (int64_t channel = 0; channel < kTile; ++channel) {
+        const auto at = marlin::code_field(g.element.bits, g.n, k, tile * kTile + channel);
+        body(marlin_word(job.packed, at.word),
+             uint32_t{lines[channel * g.padded_k + k]} << at.shift);
+      }
+  };
+  each([](uint32_t* word, uint32_t) { *word = 0; });
+  each([](uint32_t* word, uint32_t code) { *word |= code; });
+}
+
 // The code of one weight.
 uint32_t code_at(const uint8_t* block, int bits, int64_t channel, int64_t k) {
   if (bits == 8) return block[(k / 2 * kTile + channel) * 2 + k % 2] ^ 0x80u;
@@ -302,6 +322,10 @@ bool repack_plain(const Repack& job, int64_t strip_begin, int64_t strip_end) {
                       static_cast<size_t>(g.group * unit));
       }
     }
+    if (job.layout == PackedLayout::marlin) {
+      put_marlin(job, tile, lines.data());
+      continue;
+    }
     const bool quads = job.layout == PackedLayout::quads;
     uint8_t* block = job.packed + (quads ? quads_at(g, tile, 0) : g.block_at(tile, 0));
     for (int64_t k = 0; k < g.padded_k; k += kBlock, block += g.block_stride(tile))
@@ -339,6 +363,17 @@ void unpack_tiles(const Geometry& g, const uint8_t* packed, int64_t tile_begin, 
                       static_cast<size_t>(unit));
         }
       }
+    }
+}
+
+void unpack_marlin(const Geometry& g, const uint8_t* packed, int64_t tile_begin, int64_t tile_end,
+                   uint8_t* rows) {
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(packed);
+  const uint32_t mask = (1u << g.element.bits) - 1;
+  for (int64_t n = tile_begin * kTile; n < tile_end * kTile; ++n)
+    for (int64_t k = 0; k < g.k; ++k) {
+      const auto at = marlin::code_field(g.element.bits, g.n, k, n);
+      rows[n * g.k + k] = static_cast<uint8_t>(words[at.word] >> at.shift & mask);
     }
 }
 

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // From a matrix of codes, or of floats, as a checkpoint or the standard layout holds it, to a
-// packed layout: that of layout.h or that of int8_layout.h. One loop per instruction set
-// (Engine::repack); the plain one is the others' twin. Free of torch.
+// packed layout: that of layout.h, of int8_layout.h or of marlin_layout.h. One loop per instruction
+// set (Engine::repack); the plain one is the others' twin. Free of torch.
 #pragma once
 
 #include <cstdint>
 
+#include "../marlin_layout.h"
 #include "int8_layout.h"
 
 namespace compressed_linear::cpu {
@@ -53,7 +54,10 @@ struct Window {
 enum class PackedLayout : uint8_t {
   planes,  // of layout.h
   quads,   // of int8_layout.h, integers only; the geometry is make_quads_geometry's
+  marlin,  // of marlin_layout.h, codes of 4 and 8 bits; n is whole strips, k a multiple of kStripK
 };
+static_assert(kTile * kStrip == marlin::kTileN && kBlock % marlin::kStripK == 0,
+              "a strip of ours is a row of Marlin's tiles");
 
 struct Repack {
   Geometry geometry;
@@ -118,6 +122,10 @@ bool repack_avx512(const Repack& job, int64_t strip_begin, int64_t strip_end);
 // for int8_layout.h is in int8_pack.h.
 void unpack_tiles(const Geometry& geometry, const uint8_t* packed, int64_t tile_begin,
                   int64_t tile_end, void* rows);
+
+// The same for Marlin's order; codes only.
+void unpack_marlin(const Geometry& geometry, const uint8_t* packed, int64_t tile_begin,
+                   int64_t tile_end, uint8_t* rows);
 
 // Asks for huge pages for memory that is about to be written for the first time. Reading weights
 // once per token misses the TLB on every small page.

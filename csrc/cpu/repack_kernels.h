@@ -393,6 +393,46 @@ struct RepackLoop {
     }
   }
 
+  // Of ab in the low two bytes, b goes to the upper half.
+  template <int Bits>
+  static Reg spread(Reg quad) {
+    constexpr uint32_t kOnes = (1u << Bits) - 1;
+    return V::or_(V::and_(quad, V::set1(kOnes)),
+                  V::shift_left(V::and_(quad, V::set1(kOnes << 8)), V::count(8)));
+  }
+
+  // A chunk in Marlin's order: lane 4 * (channel % 8) + pair has codes 2 * pair and the next of
+  // both halves of a strip's 16 input channels.
+  template <int Bits>
+  void put_marlin(const uint32_t* tile_quads, int64_t tile, int64_t begin, int64_t end) const {
+    constexpr int64_t kLaneWords = marlin::lane_words(Bits);
+    for (int64_t p = begin; p < std::min(end, g.k); p += marlin::kStripK) {
+      const uint32_t* strip = tile_quads + (p - begin) / 4 * kTile;
+      alignas(64) uint32_t pairs[4][kTile];
+      for (int64_t pair = 0; pair < 4; ++pair)
+        for (int64_t part = 0; part < kParts; ++part) {
+          const uint32_t* from = strip + pair / 2 * kTile + part * kLanes;
+          const auto shift = V::count(static_cast<int>(pair % 2 * 16));
+          const Reg lower = spread<Bits>(V::shift_right(V::load(from), shift));
+          const Reg upper = spread<Bits>(V::shift_right(V::load(from + 2 * kTile), shift));
+          V::store(pairs[pair] + part * kLanes,
+                   V::or_(lower, V::shift_left(upper, V::count(Bits))));
+        }
+      uint32_t* out = reinterpret_cast<uint32_t*>(job.packed) +
+                      marlin::code_field(Bits, g.n, p, tile * kTile).word;
+      for (int64_t column = 0; column < 8; ++column)
+        for (int64_t pair = 0; pair < 4; ++pair, out += kLaneWords) {
+          const uint32_t low = pairs[pair][column], high = pairs[pair][column + 8];
+          if constexpr (Bits == 4) {
+            *out = low | high << 8;
+          } else {
+            out[0] = low;
+            out[1] = high;
+          }
+        }
+    }
+  }
+
   // Writes positions [begin, end) of a tile.
   void finish(uint32_t* tile_quads, int64_t tile, int64_t begin, int64_t end) const {
     for (int64_t lane = channels(tile); lane < kTile; ++lane) {
@@ -401,6 +441,9 @@ struct RepackLoop {
       for (int64_t quad = 0; quad < (end - begin) / 4; ++quad)
         tile_quads[quad * kTile + lane] = four;
     }
+    if (job.layout == PackedLayout::marlin)
+      return g.element.bits == 4 ? put_marlin<4>(tile_quads, tile, begin, end)
+                                 : put_marlin<8>(tile_quads, tile, begin, end);
     switch (g.element.bits) {
       case 1:
         return put_chunk<1>(tile_quads, tile, begin, end);

@@ -45,6 +45,9 @@ esac
 cmake -S "$root" -B "$build" -DCMAKE_BUILD_TYPE=None -DCOMPRESSED_LINEAR_NATIVE_TESTS=ON \
     "${options[@]}" > /dev/null
 cmake --build "$build" --parallel 2 > "$build/build.log" || { cat "$build/build.log"; exit 1; }
-for test in test_engines test_int8_engines test_repack; do
+tests=(test_engines test_int8_engines test_repack)
+# The thread sanitizer does not follow fibers, and the emulator has one thread.
+[ "$mode" = thread ] || tests+=(test_emulator test_marlin_repack test_marlin_gemm)
+for test in "${tests[@]}"; do
     "${runner[@]}" "$build/$test" "$step"
 done

@@ -96,16 +96,35 @@ cl::Geometry geometry_of(PackedLayout layout, int64_t n, int64_t k, int64_t grou
 Bytes unpacked(const cl::Repack& job) {
   const cl::Geometry& g = job.geometry;
   Bytes rows(static_cast<size_t>(g.n * g.k));
-  if (job.layout == PackedLayout::quads) {
-    cl::unpack_quads(g, job.packed, 0, g.tiles, rows.data());
-  } else {
-    cl::unpack_tiles(g, job.packed, 0, g.tiles, rows.data());
+  switch (job.layout) {
+    case PackedLayout::planes:
+      cl::unpack_tiles(g, job.packed, 0, g.tiles, rows.data());
+      break;
+    case PackedLayout::quads:
+      cl::unpack_quads(g, job.packed, 0, g.tiles, rows.data());
+      break;
+    case PackedLayout::marlin:
+      cl::unpack_marlin(g, job.packed, 0, g.tiles, rows.data());
+      break;
   }
   return rows;
 }
 
+int64_t packed_bytes(const cl::Repack& job) {
+  const cl::Geometry& g = job.geometry;
+  return job.layout == PackedLayout::marlin ? g.n * g.k * g.element.bits / 8
+                                            : g.tiles * g.tile_bytes();
+}
+
+const char* name_of(PackedLayout layout) {
+  return layout == PackedLayout::planes  ? " planes on "
+         : layout == PackedLayout::quads ? " quads on "
+                                         : " marlin on ";
+}
+
 void test_codes(const std::string& what, const Layout& l, cl::Element element, int64_t n,
-                int64_t rows, int64_t stored_k, int64_t k, int64_t group, bool reorder) {
+                int64_t rows, int64_t stored_k, int64_t k, int64_t group, bool reorder,
+                const std::vector<PackedLayout>& layouts) {
   const int bits = element.bits;
   const int64_t n_first = l.order == CodeOrder::k_major ? 0 : below(5), others = n_first + below(3);
   const int64_t n_all = rows + others;
@@ -167,7 +186,7 @@ void test_codes(const std::string& what, const Layout& l, cl::Element element, i
   s.n_first = n_first;
   s.k_at = k_at.data();
   s.n_at = by_n ? n_at.data() : nullptr;
-  for (const PackedLayout layout : {PackedLayout::planes, PackedLayout::quads}) {
+  for (const PackedLayout layout : layouts) {
     if (layout == PackedLayout::quads && element.kind != Kind::integer) continue;
     job.layout = layout;
     job.geometry = geometry_of(layout, n, k, group, element);
@@ -175,10 +194,9 @@ void test_codes(const std::string& what, const Layout& l, cl::Element element, i
     const int64_t strips = (job.geometry.tiles + cl::kStrip - 1) / cl::kStrip;
     Bytes first;
     for (const std::string& isa : cl::supported_isas()) {
-      const std::string where =
-          what + (layout == PackedLayout::quads ? " quads on " : " on ") + isa;
+      const std::string where = what + name_of(layout) + isa;
       cl::select_engine(isa);
-      Bytes packed(static_cast<size_t>(job.geometry.tiles * job.geometry.tile_bytes()), 0xa5);
+      Bytes packed(static_cast<size_t>(packed_bytes(job)), 0xa5);
       job.packed = packed.data();
       bool good = false;
       run_threads(job, cl::engine().repack, strips, good);
@@ -278,12 +296,22 @@ int main(int argc, char** argv) {
               reorder ? 1 + below(4000 / (count % 3 == 0 ? 1 : 20)) : k + below(9);
           const int64_t n = 1 + below(150), rows = variant % 5 == 0 ? below(n + 1) : n;
           if (count++ % step != 0) continue;
-          test_codes("order " + std::to_string(static_cast<int>(order)) + " bits " +
-                         std::to_string(bits) + " in " + std::to_string(container) + " planes " +
-                         std::to_string(l.widths.size()) + (l.dense ? " dense" : "") + " n " +
-                         std::to_string(n) + " rows " + std::to_string(rows) + " k " +
-                         std::to_string(k) + (reorder ? " reorder" : ""),
-                     l, element, n, rows, stored_k, k, group == 0 ? k : group, reorder);
+          const std::string what = "order " + std::to_string(static_cast<int>(order)) + " bits " +
+                                   std::to_string(bits) + " in " + std::to_string(container) +
+                                   " planes " + std::to_string(l.widths.size()) +
+                                   (l.dense ? " dense" : "") + (reorder ? " reorder" : "");
+          const auto sizes = [](int64_t of_n, int64_t of_k) {
+            return " n " + std::to_string(of_n) + " k " + std::to_string(of_k);
+          };
+          test_codes(what + sizes(n, k) + " rows " + std::to_string(rows), l, element, n, rows,
+                     stored_k, k, group == 0 ? k : group, reorder,
+                     {PackedLayout::planes, PackedLayout::quads});
+          if (bits == 4 || bits == 8) {
+            const int64_t whole_n = (n + 63) / 64 * 64, whole_k = (k + 15) / 16 * 16;
+            test_codes(what + sizes(whole_n, whole_k), l, element, whole_n,
+                       rows == n ? whole_n : rows, std::max(stored_k, whole_k), whole_k, whole_k,
+                       reorder, {PackedLayout::marlin});
+          }
           ++run_count;
         }
   test_wrong_codes();

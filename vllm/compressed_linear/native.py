@@ -18,6 +18,8 @@ Ops are reached as ``torch.ops.compressed_linear.<name>`` after ``load()``:
   activation_maximum=0.0, input_scale=None, input_zero=None) -> Tensor`` [m, n], see below
 * ``embedding(ids, packed, scale, zero, perm, table, n, k, group_size, element, element_bias,
   channels, out_dtype, row_scale=None) -> Tensor`` [m, channels], see below
+* ``marlin_pack_rows``, ``marlin_repack_codes``, ``marlin_unpack_rows``, ``marlin_scales``,
+  ``marlin_zeros``: Marlin's layout for GPUs, see below
 * ``isa()``, ``supported_isas()``, ``select_isa(name)`` (for tests), ``layout_id()``
 * ``op_calls(name)``, ``op_call_lines()``, ``reset_op_calls()``
 
@@ -63,6 +65,23 @@ dynamic, in groups of ``activation_group`` channels of x[:, perm] · prescale (0
 ``input_zero`` int32 [1]. ``code_sums`` are needed unless ``symmetric``. The other tensors are those
 of ``linear``. Products are added up as integers, exactly, and scaled in fp32 once for each run of
 channels with one scale of x and of ŵ; every instruction set gives the same bits.
+
+Marlin's layout (``csrc/marlin_layout.h``) is for N a multiple of 64 and K of 16, and for elements
+``uint4``, ``uint8``, ``e4m3`` and ``e5m2``. On the CPU there are all of these ops; on CUDA devices,
+if ``cuda_available()``, those but ``marlin_unpack_rows`` and ``marlin_nvfp4_scales``, with ``k_at``
+and ``n_at`` on the CPU and one field to a code:
+
+* ``marlin_pack_rows(packed!, rows, row_start, n, element)``: codes uint8 [rows, k] into ``packed``
+  int32 [k / 16, n · bits / 2]
+* ``marlin_repack_codes(packed!, stored, order, k_at, n_at, widths, flip, n_first, rows, blank,
+  blank_code, row_start, n, element)``: the same from a checkpoint's layout, as ``repack_codes``
+* ``marlin_unpack_rows(packed, n, k, element) -> Tensor`` uint8 [n, k]: the inverse
+* ``marlin_scales(scale, columns) -> Tensor`` [G, n]: scales [n, G] of up to 32 bits, any strides,
+  in Marlin's order of output channels: ``grouped``; ``channel`` where G = 1, and for a bias [n, 1];
+  ``byte`` for groups with scales of one byte
+* ``marlin_zeros(zero, bits) -> Tensor`` int32 [G, n · bits / 32]: zero points uint8 [n, G]
+* ``marlin_nvfp4_scales(scale, lift) -> Tensor``: float8_e4m3fn scales times 2^lift in the form
+  that vLLM's own kernels read
 """
 
 from __future__ import annotations
@@ -73,11 +92,14 @@ from pathlib import Path
 import torch
 
 LIBRARY = Path(__file__).parent / "lib" / "libcompressed_linear.so"
+CUDA_LIBRARY = LIBRARY.with_name("libcompressed_linear_cuda.so")
+"""CUDA kernels of some of the ops; built where torch has CUDA and nvcc is there."""
 TILE = 16
 """Output channels that are packed together."""
 
 _lock = threading.Lock()
 _reason: str | None = "not loaded yet"
+_cuda_reason: str | None = "not loaded yet"
 
 
 def load() -> None:
@@ -85,7 +107,7 @@ def load() -> None:
 
     Raises ``RuntimeError`` when it was not built or does not fit the installed torch.
     """
-    global _reason
+    global _reason, _cuda_reason
     if _reason is None:
         return
     with _lock:
@@ -100,7 +122,21 @@ def load() -> None:
             _reason = f"native library cannot be loaded with torch {torch.__version__}: {error}"
             raise RuntimeError(_reason) from error
         _register_fakes()
+        _cuda_reason = _load_cuda()
         _reason = None
+
+
+def _load_cuda() -> str | None:
+    """Loads the CUDA kernels; None, or why there are none. Touches no GPU."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} has no CUDA"
+    if not CUDA_LIBRARY.is_file():
+        return f"CUDA kernels not built ({CUDA_LIBRARY.name} is not in {CUDA_LIBRARY.parent})"
+    try:
+        torch.ops.load_library(str(CUDA_LIBRARY))
+    except OSError as error:
+        return f"CUDA kernels cannot be loaded with torch {torch.__version__}: {error}"
+    return None
 
 
 def available() -> str | None:
@@ -110,6 +146,13 @@ def available() -> str | None:
     except RuntimeError as error:
         return str(error)
     return None
+
+
+def cuda_available() -> str | None:
+    """None if there are CUDA kernels of the ops that may have them, else why not. Whether there is
+    a GPU to run them on is another question. Loads the libraries if need be."""
+    reason = available()
+    return _cuda_reason if reason is None else reason
 
 
 def isa() -> str:
@@ -270,7 +313,54 @@ def _fake_repack_codes(
     return None
 
 
+def _fake_marlin_pack_rows(
+    packed: torch.Tensor, rows: torch.Tensor, row_start: int, n: int, element: str
+) -> None:
+    return None
+
+
+def _fake_marlin_repack_codes(
+    packed: torch.Tensor,
+    stored: torch.Tensor,
+    order: str,
+    k_at: torch.Tensor,
+    n_at: torch.Tensor | None,
+    widths: list[int],
+    flip: int,
+    n_first: int,
+    rows: int,
+    blank: int,
+    blank_code: int,
+    row_start: int,
+    n: int,
+    element: str,
+) -> None:
+    return None
+
+
+def _fake_marlin_unpack_rows(packed: torch.Tensor, n: int, k: int, element: str) -> torch.Tensor:
+    return packed.new_empty((n, k), dtype=torch.uint8)
+
+
+def _fake_marlin_scales(scale: torch.Tensor, columns: str) -> torch.Tensor:
+    return scale.new_empty((scale.shape[1], scale.shape[0]))
+
+
+def _fake_marlin_nvfp4_scales(scale: torch.Tensor, lift: int) -> torch.Tensor:
+    return torch.empty_like(scale)
+
+
+def _fake_marlin_zeros(zero: torch.Tensor, bits: int) -> torch.Tensor:
+    return zero.new_empty((zero.shape[1], zero.shape[0] * bits // 32), dtype=torch.int32)
+
+
 def _register_fakes() -> None:
+    torch.library.register_fake("compressed_linear::marlin_pack_rows", _fake_marlin_pack_rows)
+    torch.library.register_fake("compressed_linear::marlin_repack_codes", _fake_marlin_repack_codes)
+    torch.library.register_fake("compressed_linear::marlin_unpack_rows", _fake_marlin_unpack_rows)
+    torch.library.register_fake("compressed_linear::marlin_scales", _fake_marlin_scales)
+    torch.library.register_fake("compressed_linear::marlin_zeros", _fake_marlin_zeros)
+    torch.library.register_fake("compressed_linear::marlin_nvfp4_scales", _fake_marlin_nvfp4_scales)
     torch.library.register_fake("compressed_linear::linear_int8", _fake_linear_int8)
     torch.library.register_fake("compressed_linear::unpack_rows_int8", _fake_unpack_rows)
     torch.library.register_fake("compressed_linear::pack_rows_int8", _fake_pack_rows)

@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs the source of a CUDA kernel on the CPU. Each thread of a block is a fiber; warp instructions
+// wait for their 32 lanes, barriers for their threads; copies of cp.async arrive when they are
+// waited for and not before. Blocks run one after the other or several at a time in turns.
+//
+// What it finds, each as a sentence in `Report::problems`:
+//   * races: two threads at one byte of shared memory, one of them writing, with no barrier between
+//     (happened-before with vector clocks; sync_warp orders the lanes of a warp, mma does not)
+//   * shared memory that is read before it is written, or while a copy into it is in flight
+//   * accesses outside of shared memory and of the buffers given, misaligned ones, writes to
+//   buffers
+//     that are read only, load_constant of what the kernel writes
+//   * barriers and warp instructions that some threads never reach, and blocks that wait for each
+//     other for ever
+// And it counts what decides about speed: wavefronts of shared memory (bank conflicts) and 32-byte
+// sectors of global memory, each with the least that would do for the same bytes.
+//
+// It does not look for races in global memory between blocks, and says nothing of time.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+namespace compressed_linear::cuda::emulator {
+
+// Global memory that the kernel may touch. Its first byte counts as aligned to 256.
+struct Buffer {
+  const void* data;
+  size_t bytes;
+  std::string name;
+  bool writable = false;
+};
+
+struct Options {
+  int grid_x = 1, grid_y = 1, threads = 32;
+  size_t shared_bytes = 0;
+  std::vector<Buffer> buffers;
+  int resident = 1;    // blocks that run at a time, in turns
+  unsigned order = 0;  // another order in which threads run, for each number
+  bool races = true;   // look for races (a third of the time)
+};
+
+// Accesses of warps, and the transactions that they take: wavefronts of shared memory, sectors of
+// global memory. `least`: those that the same bytes need at least.
+struct Traffic {
+  int64_t accesses = 0, transactions = 0, least = 0;
+  double ratio() const {
+    return least == 0 ? 1.0 : static_cast<double>(transactions) / static_cast<double>(least);
+  }
+};
+
+struct Report {
+  Traffic shared_loads, shared_stores, matrix_loads, shared_copies;  // cp.async's shared side
+  Traffic global_loads, global_stores, global_copies;
+  int64_t matrix_products = 0, barriers = 0;
+  int64_t problem_count = 0;
+  std::vector<std::string> problems;  // the first of them
+};
+
+// Runs `kernel` once for each thread. After an access outside of memory or a barrier that is never
+// reached the rest is not run. Throws std::invalid_argument for impossible options.
+Report launch(const Options& options, const std::function<void()>& kernel);
+
+// What the primitives call, from inside of a kernel only.
+struct Position {
+  int thread, threads, block_x, block_y, grid_x, grid_y;
+};
+const Position& position();
+void read_shared(uint32_t address, void* to, int bytes);
+void write_shared(uint32_t address, const void* from, int bytes);
+void read_global(const void* from, void* to, int bytes, bool constant);
+void write_global(void* to, const void* from, int bytes);
+void copy_async(uint32_t shared, const void* global, int bytes, bool valid);
+void copy_async_commit();
+void copy_async_wait(int left);
+void sync_block(int id, int threads);
+void sync_warp();
+void load_matrix(uint32_t (&r)[4], uint32_t address, bool transposed);
+void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool bfloat16);
+uint32_t shuffle(uint32_t value, int lane);
+int atomic_add(int* to, int value);
+int load_acquire(const int* from);
+
+}  // namespace compressed_linear::cuda::emulator

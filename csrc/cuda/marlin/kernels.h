@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: Apache-2.0
+// The instances of the GEMM, chosen at run time. One translation unit for each type of activations
+// defines `kernel_for`, from kernel_table.h.
+#pragma once
+
+#include "cuda/device/device.h"
+#include "cuda/marlin/problem.h"
+
+namespace compressed_linear::cuda::marlin {
+
+using Kernel = void (*)(Params);
+
+// For x of type T, weights of `element` and the shape number `shape` of kShapes.
+template <class T>
+Kernel kernel_for(Element element, int shape);
+
+}  // namespace compressed_linear::cuda::marlin

@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cuda/marlin/launch.h"
+
+#include <cuda_runtime.h>
+
+#include "cuda/marlin/gather.h"
+#include "cuda/marlin/kernels.h"
+
+namespace compressed_linear::cuda::marlin {
+namespace {
+
+const char* text(cudaError_t error) {
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace
+
+int processors() {
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
+    return 0;
+  return count;
+}
+
+const char* launch_gather(const GatherParams& params, void* stream) {
+  const int64_t blocks = gather_blocks(params.m, params.k);
+  gather<<<static_cast<unsigned>(blocks), kGatherThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+      params);
+  return text(cudaGetLastError());
+}
+
+const char* launch_gemm(bool bfloat16, Element element, const Params& params, const Plan& plan,
+                        void* stream) {
+  const Kernel kernel =
+      bfloat16 ? kernel_for<BFloat16>(element, plan.shape) : kernel_for<Half>(element, plan.shape);
+  // More than 48 KiB have to be asked for. A property of the kernel, no work on a stream, so graphs
+  // may be captured meanwhile.
+  const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                 cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                 static_cast<int>(plan.shared_bytes));
+  if (error != cudaSuccess) return text(error);
+  kernel<<<static_cast<unsigned>(plan.blocks), static_cast<unsigned>(plan.threads),
+           static_cast<size_t>(plan.shared_bytes), static_cast<cudaStream_t>(stream)>>>(params);
+  return text(cudaGetLastError());
+}
+
+}  // namespace compressed_linear::cuda::marlin
