@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton kernel run by Triton's interpreter, on tensors of this CPU.
 
-Whether Triton interprets is settled when it is imported, so these tests need a process of their own:
-``test_triton.py`` starts it. By hand: ``TRITON_INTERPRET=1 pytest tests/triton_interpreted.py``.
+Whether Triton interprets is settled when it is imported, so these tests need a process of their
+own: ``test_triton.py`` starts it. By hand:
+``TRITON_INTERPRET=1 pytest tests/triton_interpreted.py``.
 """
 
 from __future__ import annotations

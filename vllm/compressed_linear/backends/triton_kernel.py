@@ -5,6 +5,11 @@ One program makes a tile of the output, [BLOCK_M, BLOCK_N], from a run of blocks
 channels. Every block lies in one group of channels, unless scales are multiplied in before the sum.
 """
 
+# Branches are taken when a kernel is compiled, and only where each stands alone; arguments have the
+# types of Triton's language, not of Python's.
+# ruff: noqa: SIM102, SIM108
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+
 from __future__ import annotations
 
 import triton
@@ -12,7 +17,16 @@ import triton.language as tl
 
 
 @triton.jit
-def _plane(packed, columns, stride, start, k_filled, WIDTH: tl.constexpr, BITS: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+def _plane(
+    packed,
+    columns,
+    stride,
+    start,
+    k_filled,
+    WIDTH: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """int32 [BLOCK_N, BLOCK_K]: what the plane of WIDTH bits has of the codes, at their place."""
     FIELDS: tl.constexpr = 32 // WIDTH
     # The wider planes come first, and hold the lower bits.
@@ -35,7 +49,16 @@ def _plane(packed, columns, stride, start, k_filled, WIDTH: tl.constexpr, BITS: 
 
 
 @triton.jit
-def _codes(packed, columns, stride, start, k_filled, BITS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+def _codes(
+    packed,
+    columns,
+    stride,
+    start,
+    k_filled,
+    BITS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """int32 [BLOCK_N, BLOCK_K]: codes from input channel ``start`` on."""
     codes = tl.zeros((BLOCK_N, BLOCK_K), tl.int32)
     if BITS & 8:
@@ -84,7 +107,16 @@ def _scales(scale, places, SCALE_KIND: tl.constexpr):
 
 
 @triton.jit
-def _decoded(codes, offset, table, CODED: tl.constexpr, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+def _decoded(
+    codes,
+    offset,
+    table,
+    CODED: tl.constexpr,
+    EXPONENT: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """fp32 of codes; of integers less ``offset``, which others have not."""
     if CODED == "integer":
         # 2^23 + code is an fp32 number with the code in its lowest bits.
@@ -135,7 +167,15 @@ def _dot(x, w, total, OPERAND: tl.constexpr):
 
 
 @triton.jit
-def _products(x, w, total, OPERAND: tl.constexpr, X_PARTS: tl.constexpr, W_PARTS: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
+def _products(
+    x,
+    w,
+    total,
+    OPERAND: tl.constexpr,
+    X_PARTS: tl.constexpr,
+    W_PARTS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
     """``total`` + x · wᵀ, exact products added in fp32. At most one of the two has parts.
 
     w is [BLOCK_N, BLOCK_K] because a thread holds neighbouring input channels, and so writes them
