@@ -12,6 +12,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from vllm.compressed_linear.backends.vllm_native import (
     table,
 )
 from vllm.compressed_linear.descriptor import ActivationSpec, CompressedLinearDescriptor
+from vllm.compressed_linear.layout import Packing, pack, unpack
 from vllm.compressed_linear.numerics import BF16, E2M1, E4M3, INT8, uint
 from vllm.compressed_linear.platform import Platform
 from vllm.compressed_linear.testing.cases import Case, Problem, conformance_cases
@@ -346,6 +348,7 @@ def test_slack_is_for_ties_and_nothing_else() -> None:
 def vllms_layer(method: Any, tensors: dict[str, torch.Tensor], n: int, k: int) -> torch.nn.Module:
     """``create_weights``, the checkpoint's tensors, ``process_weights_after_loading``."""
     layer = torch.nn.Module()
+    layer.params_dtype = torch.bfloat16  # type: ignore[assignment]
     method.create_weights(
         layer=layer,
         output_partition_sizes=[n],
@@ -410,37 +413,210 @@ def test_compressed_tensors_method_builds_the_same(
     assert compared == len(ours)
 
 
+GPTQ_NAMES = {"weight_packed": "qweight", "weight_scale": "scales", "weight_zero_point": "qzeros"}
+_PLAIN_BF16 = replace(_INT4, group=128)
+
+
+def _gptq(stored: Any, case: Case) -> tuple[Any, dict[str, torch.Tensor], dict[str, str]]:
+    from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQLinearMethod
+    from vllm.scalar_type import scalar_types
+
+    config = SimpleNamespace(quant_type=scalar_types.uint4b8, group_size=case.group, pack_factor=8)
+    tensors = {
+        "qweight": stored["codes"].t(),
+        "scales": stored["scale"].t(),
+    }
+    return AutoGPTQLinearMethod(config), tensors, GPTQ_NAMES
+
+
+def _awq(stored: Any, case: Case) -> tuple[Any, dict[str, torch.Tensor], dict[str, str]]:
+    from vllm.model_executor.layers.quantization.auto_awq import AutoAWQMarlinLinearMethod
+    from vllm.scalar_type import scalar_types
+
+    config = SimpleNamespace(
+        quant_type=scalar_types.uint4, group_size=case.group, pack_factor=8, zero_point=True
+    )
+    codes = unpack(stored["codes"], Packing(4, "K"), case.k, 1)
+    zeros = unpack(stored["zero"], Packing(4, "N"), case.n, 0)
+    awq = Packing(4, "N", order=(0, 2, 4, 6, 1, 3, 5, 7))
+    tensors = {
+        "qweight": pack(codes.t(), awq),
+        "qzeros": pack(zeros.t(), awq),
+        "scales": stored["scale"].t(),
+    }
+    return AutoAWQMarlinLinearMethod(config), tensors, GPTQ_NAMES
+
+
+def _int8_method(stored: Any, case: Case) -> tuple[Any, dict[str, torch.Tensor], dict[str, str]]:
+    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+        CompressedTensorsW8A8Int8,
+    )
+
+    assert case.activation is not None
+    method = CompressedTensorsW8A8Int8(
+        "channel",
+        is_static_input_scheme=not case.activation.dynamic,
+        input_symmetric=case.activation.symmetric,
+    )
+    tensors = {
+        "weight": (stored["codes"].view(torch.uint8) ^ 128).view(torch.int8),
+        "weight_scale": stored["scale"],
+    }
+    tensors |= {name: stored[name] for name in ("input_scale",) if name in stored}
+    return method, tensors, {}
+
+
+def _fp8_method(name: str) -> Any:
+    def make(stored: Any, case: Case) -> tuple[Any, dict[str, torch.Tensor], dict[str, str]]:
+        from compressed_tensors.quantization import QuantizationArgs
+        from vllm.model_executor.layers.quantization.compressed_tensors import schemes
+
+        weights = QuantizationArgs(num_bits=8, type="float", strategy="channel", symmetric=True)
+        method = getattr(schemes, name)(weights, False)
+        tensors = {
+            "weight": stored["codes"].view(torch.float8_e4m3fn),
+            "weight_scale": stored["scale"],
+        }
+        return method, tensors, {}
+
+    return make
+
+
+def _nvfp4_method(stored: Any, case: Case) -> tuple[Any, dict[str, torch.Tensor], dict[str, str]]:
+    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+        CompressedTensorsW4A4Fp4,
+    )
+
+    tensors = {
+        "weight_packed": stored["codes"].view(torch.uint8),
+        "weight_scale": stored["scale"],
+        "weight_global_scale": 1 / stored["row_scale"],
+    }
+    return CompressedTensorsW4A4Fp4(use_a16=True), tensors, {}
+
+
+_METHODS = {
+    "GPTQ": (_PLAIN_BF16, A100, _gptq),
+    "GPTQ on Hopper": (_PLAIN_BF16, H100, _gptq),
+    "AWQ": (replace(_PLAIN_BF16, element=uint(4), zero="integer"), A100, _awq),
+    "int8 per token": (_W8A8, A100, _int8_method),
+    "int8 static": (replace(_W8A8, activation=_STATIC), A100, _int8_method),
+    "fp8 weights": (_FP8, A100, _fp8_method("CompressedTensorsW8A16Fp8")),
+    "fp8": (
+        replace(_FP8_W8A8, activation=_FP8_TOKEN),
+        H100,
+        _fp8_method("CompressedTensorsW8A8Fp8"),
+    ),
+    "NVFP4": (_NVFP4, A100, _nvfp4_method),
+}
+
+
+@pytest.mark.parametrize("name", _METHODS)
+def test_vllms_own_method_builds_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor import parameter
+    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+        compressed_tensors_w8a8_fp8,
+        compressed_tensors_w8a16_fp8,
+    )
+
+    monkeypatch.setattr(parameter, "get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(parameter, "get_tensor_model_parallel_world_size", lambda: 1)
+    config = SimpleNamespace(model_config=SimpleNamespace(dtype=torch.bfloat16))
+    for module in (compressed_tensors_w8a8_fp8, compressed_tensors_w8a16_fp8):
+        monkeypatch.setattr(module, "get_current_vllm_config", lambda: config)
+    case, platform, make = _METHODS[name]
+    problem = case.build()
+    d = problem.descriptor
+    with (
+        compat_accelerators.pretending(platform),
+        compat_accelerators.configured(),
+        compat_accelerators.default_dtype(torch.bfloat16),
+    ):
+        method, tensors, names = make(problem.own.shards[0].tensors, case)
+        theirs = vllms_layer(method, tensors, d.n, d.k)
+        ours = backend.prepare(d, problem.weights, platform)
+    adapter = table.preferred(table.answers(d, platform))
+    assert adapter is not None
+    kernel = getattr(method, "kernel", None) or getattr(method, "linear_kernel", None)
+    kernel = kernel or method.fp8_linear
+    assert type(kernel).__name__ == adapter.kernel
+    assert ours
+    for full_name, tensor in ours.items():
+        own = full_name.removeprefix(f"{adapter.tag}_")
+        other = getattr(theirs, names.get(own, own))
+        assert tensor.dtype == other.dtype, own
+        assert tensor.squeeze().shape == other.squeeze().shape, own
+        if tensor.dim() > 1:
+            assert tensor.stride() == other.stride(), own
+        if own == "weight_global_scale":  # a divisor in the file
+            torch.testing.assert_close(tensor, other.data)
+            continue
+        raw = (tensor.squeeze(), other.data.squeeze())
+        same = [t.view(torch.uint8) if t.dtype.itemsize == 1 else t for t in raw]
+        assert torch.equal(*same), own
+
+
+@pytest.mark.parametrize(
+    ("case", "tensor"),
+    [(_FP8, "marlinfp8_weight"), (_NVFP4, "marlinnvfp4_weight"), (_MX, "marlinmxfp4_weight")],
+    ids=str,
+)
+def test_a_wrong_code_of_a_float_breaks_the_bound(case: Case, tensor: str) -> None:
+    problem = case.build()
+    d = problem.descriptor
+    with compat_accelerators.pretending(A100):
+        tensors = backend.prepare(d, problem.weights, A100)
+        tensors[tensor][3, 5] ^= 1 << 7
+        x = torch.eye(256).bfloat16()
+        out = op.call(d, tensors, x, None, "cuda")
+    with pytest.raises(AssertionError, match="times the error allowed"):
+        check(problem, x, out, VllmNativeBackend)
+
+
 # --- fake CUDA tensors ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("platform", [A100, H100], ids=str)
-@pytest.mark.parametrize("bias", [None, "bfloat16"])
-@pytest.mark.parametrize("m", [1, 7, 300])
-def test_apply_on_fake_cuda_tensors(platform: Platform, bias: str | None, m: int) -> None:
+_FAKED = {
+    "int4": (replace(_INT4, order="act", group=64), A100),
+    "int4 on Hopper": (replace(_INT4, order="act", group=64), H100),
+    "int8": (_W8A8, A100),
+    "int8 static, asymmetric": (
+        replace(_W8A8, activation=replace(_STATIC, symmetric=False)),
+        A100,
+    ),
+    "fp8": (replace(_FP8_W8A8, activation=_FP8_TOKEN), H100),
+    "fp8 weights": (_FP8, A100),
+    "NVFP4": (replace(_NVFP4, row_scale="row"), A100),
+    "MXFP8": (replace(_MX, element=E4M3), A100),
+    "dense": (Case(BF16, 40, 96), A100),
+}
+
+
+@pytest.mark.parametrize("name", _FAKED)
+@pytest.mark.parametrize("m", [1, 300])
+def test_apply_on_fake_cuda_tensors(name: str, m: int) -> None:
     """Every tensor that reaches an operator is on the GPU and has the shape it asks for."""
-    case = replace(_INT4, bias_dtype=bias, order="act", group=64)
-    problem = case.build()
+    case, platform = _FAKED[name]
+    problem = replace(case, bias_dtype="bfloat16").build()
     d = problem.descriptor
     with compat_accelerators.pretending(platform):
         tensors = backend.prepare(d, problem.weights, platform)
-        with FakeTensorMode(allow_non_fake_inputs=False) as mode, cuda_doubles.every_call():
+        with FakeTensorMode(), cuda_doubles.every_call():
             on_gpu = {
                 name: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda")
                 for name, t in tensors.items()
             }
+            order, row_scale = (on_gpu.pop(name, None) for name in (op.ORDER, op.ROW_SCALE))
             tag = table.preferred(table.answers(d, platform)).tag  # type: ignore[union-attr]
-            own = {k.removeprefix(f"{tag}_"): v for k, v in on_gpu.items() if k != op.ORDER}
+            own = {full.removeprefix(f"{tag}_"): tensor for full, tensor in on_gpu.items()}
             x = torch.empty(m, d.in_features, dtype=torch.bfloat16, device="cuda")
-            added = None if bias is None else torch.empty(d.n, dtype=x.dtype, device="cuda")
+            bias = torch.empty(d.n, dtype=x.dtype, device="cuda")
             cuda_doubles.CALLED.clear()
-            out = op.multiply(
-                x, own, on_gpu[op.ORDER], None, added, tag, op.text_of(d), platform.device
-            )
-            assert mode is not None
+            out = op.multiply(x, own, order, row_scale, bias, tag, op.text_of(d), platform.device)
     assert out.device.type == "cuda"
     assert out.shape == (m, d.n)
     assert out.dtype == torch.bfloat16
-    assert cuda_doubles.CALLED
+    assert bool(cuda_doubles.CALLED) == (name != "dense")
 
 
 def test_the_operator_is_a_well_behaved_custom_op() -> None:
