@@ -26,7 +26,7 @@ CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.hpp
 export VLLM_CPU_KVCACHE_SPACE ?= 2
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: help setup test lint test-unit test-native test-native-tsan test-native-arm test-e2e test-slow test-cuda-build demo serve bench bench-serve bench-step docs clean
+.PHONY: help setup test lint test-unit test-native test-native-tsan test-native-arm test-triton test-e2e test-slow test-cuda-build demo serve bench bench-serve bench-step docs clean
 
 help:
 	@echo 'make setup        make .venv, install vLLM and this project, build csrc'
@@ -35,6 +35,7 @@ help:
 	@echo 'make test-native-tsan  the native tests under the thread sanitizer, minutes to compile'
 	@echo 'make test-native-arm   the native tests for 64-bit Arm in qemu; says what it needs'
 	@echo 'make test-cuda-build   CUDA kernels for every GPU, what ptxas says of them; needs nvcc'
+	@echo 'make test-triton  the Triton kernel: all of the kit interpreted, every architecture compiled'
 	@echo 'make test-slow    what make test leaves out: every architecture of vLLM, minutes'
 	@echo 'make demo         quantize Gemma 3 270M, serve it, ask it, show the plan'
 	@echo 'make serve MODEL=<path or name> [ARGS=...]       serve any checkpoint on loopback'
@@ -88,6 +89,9 @@ test-native-tsan: setup
 
 test-native-arm: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash tests/native/run.sh arm
+
+test-triton: setup
+	$(PYTEST) -m slow tests/test_triton.py tests/test_triton_compile.py
 
 test-e2e: setup
 	$(PYTEST) -m 'e2e and not slow'

@@ -30,7 +30,7 @@ INT4 = Case(uint(4), 40, 96, zero="integer", bias_dtype="bfloat16")
 CASES = (
     *(Case(uint(bits, 1 << (bits - 1)), 24, 64) for bits in range(1, 9)),
     *(Case(uint(bits), 24, 64, zero="integer", input_dtype="float16") for bits in (3, 8)),
-    *(Case(uint(bits), 24, 64, zero="float", scale_dtype="float16") for bits in (4, 7)),
+    Case(uint(7), 24, 64, zero="float", scale_dtype="float16"),
     INT4,
     replace(INT4, n=33, k=20, group=4, shards=()),
     replace(INT4, n=130, k=75, group=-1, shards=()),
@@ -43,8 +43,8 @@ CASES = (
     *(replace(MXFP4, n=24, shards=(), input_dtype=x, output_dtype="") for x in DTYPES),
     replace(MXFP4, n=24, shards=(), element=numerics.E3M2, activation=mx(numerics.E3M2, 15.0)),
     replace(FP8, n=24, k=64, shards=(), activation=INT8_TOKEN, prescale=True, hadamard=32),
-    Case(uint(4, 8), 24, 1024, 128),
-    Case(uint(4), 24, 1024, -1, zero="float"),
+    Case(uint(4, 8), 24, 512, 128),
+    Case(uint(4), 24, 512, -1, zero="float"),
 )
 """Every way a weight is decoded, scaled and multiplied, once; the last two split K."""
 
@@ -58,9 +58,7 @@ def one_thread() -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_conformance(case: Case) -> None:
     compiled = case is INT4
-    found = check_case(
-        TritonBackend, case, GPU, rows=(0, 1, 17, 65), compiled=compiled, device="cpu"
-    )
+    found = check_case(TritonBackend, case, GPU, rows=(0, 1, 65), compiled=compiled, device="cpu")
     found.raise_if_failed()
     assert found.outcome == "passed"
 
@@ -100,12 +98,12 @@ def test_splits_give_the_same_sum_every_time(rows: int, monkeypatch: pytest.Monk
 def test_batch_invariance_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are cut alike whatever the batch, so a row has the same bits in any of them."""
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
-    problem = Case(uint(4, 8), 24, 1024, 128, output_dtype="float32").build()
+    problem = Case(uint(4, 8), 24, 512, 128, output_dtype="float32").build()
     backend = TritonBackend(problem.descriptor)
     tensors = backend.prep_weights_for_execution(problem.weights)
-    x = problem.activations(150)
+    x = problem.activations(70)
     whole = backend.apply(tensors, x)
-    for rows in (1, 17, 64, 100):
+    for rows in (1, 17):
         assert torch.equal(backend.apply(tensors, x[:rows]), whole[:rows])
 
 

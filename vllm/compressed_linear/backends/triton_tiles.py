@@ -47,20 +47,27 @@ _HALF = (
     (64, Tiles(64, 128, 64, 4, 3)),
     (1 << 62, Tiles(128, 128, 64, 8, 3)),
 )
-"""(largest M, tiles) where bf16, fp16 or tf32 is multiplied once."""
+"""(largest M, tiles) where bf16 or fp16 is multiplied once."""
 
 _PARTS = (
     (16, Tiles(16, 128, 64, 4, 3)),
     (32, Tiles(32, 128, 64, 4, 3)),
     (1 << 62, Tiles(64, 128, 32, 4, 3)),
 )
-"""Where parts are, or fp32 without tensor cores."""
+"""Where there are parts of bf16."""
+
+_WIDE = (
+    (16, Tiles(16, 64, 32, 4, 2)),
+    (1 << 62, Tiles(32, 64, 32, 4, 2)),
+)
+"""Where tf32, or fp32 without tensor cores, is multiplied: operands of twice the size."""
 
 
 def tiles_of(spec: KernelSpec, m: int) -> Tiles:
     """The table's entry for ``m`` tokens, with steps that fit the weight."""
-    plain = spec.x_parts == spec.w_parts == 1 and spec.operand in ("bf16", "fp16")
-    found = next(tiles for most, tiles in (_HALF if plain else _PARTS) if m <= most)
+    table = _HALF if spec.x_parts == spec.w_parts == 1 else _PARTS
+    table = _WIDE if spec.operand in ("tf32", "fp32") else table
+    found = next(tiles for most, tiles in table if m <= most)
     fits = spec.filled & -spec.filled
     return Tiles(found.block_m, found.block_n, min(found.block_k, fits), found.warps, found.stages)
 
