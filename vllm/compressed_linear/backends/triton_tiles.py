@@ -41,7 +41,7 @@ class Cut:
     splits: int
 
 
-_HALF = (
+_HALF: tuple[tuple[int, Tiles], ...] = (
     (16, Tiles(16, 128, 64, 4, 4)),
     (32, Tiles(32, 128, 64, 4, 3)),
     (64, Tiles(64, 128, 64, 4, 3)),
@@ -49,14 +49,14 @@ _HALF = (
 )
 """(largest M, tiles) where bf16 or fp16 is multiplied once."""
 
-_PARTS = (
+_PARTS: tuple[tuple[int, Tiles], ...] = (
     (16, Tiles(16, 128, 64, 4, 3)),
     (32, Tiles(32, 128, 64, 4, 3)),
     (1 << 62, Tiles(64, 128, 32, 4, 3)),
 )
 """Where there are parts of bf16."""
 
-_WIDE = (
+_WIDE: tuple[tuple[int, Tiles], ...] = (
     (16, Tiles(16, 64, 32, 4, 2)),
     (1 << 62, Tiles(32, 64, 32, 4, 2)),
 )
