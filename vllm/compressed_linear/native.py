@@ -80,8 +80,20 @@ and ``n_at`` on the CPU and one field to a code:
   in Marlin's order of output channels: ``grouped``; ``channel`` where G = 1, and for a bias [n, 1];
   ``byte`` for groups with scales of one byte
 * ``marlin_zeros(zero, bits) -> Tensor`` int32 [G, n · bits / 32]: zero points uint8 [n, G]
+* ``marlin_gemm(x, weight, scale, zero, codebook, order, row_scale, bias, workspace, n, k,
+  group_size, element, element_bias, out_dtype) -> Tensor`` [m, n]: on CUDA devices only
 * ``marlin_nvfp4_scales(scale, lift) -> Tensor``: float8_e4m3fn scales times 2^lift in the form
   that vLLM's own kernels read
+
+``marlin_gemm`` computes y = row_scale · (x[:, order] ŵᵀ) + bias with ŵ[n,k] = scale[n,g] · (code −
+element_bias − zero[n,g]), or scale · value for the elements ``e4m3``, ``e2m1`` and ``codebook4``.
+x: [M, K] float16 or bfloat16, any strides. weight, scale and zero lie as Marlin's layout has them,
+scale in ``channel`` columns if G = 1, in ``byte`` columns if it is of one byte, else in ``grouped``
+ones; zero needs an element_bias of 0. group_size: k, 16, 32 or a multiple of 64. codebook: float32
+[16], rounded to the dtype of x. order: int32 [k], −1 for a channel of zeros. row_scale: float32
+[n]. bias: [n]. workspace: int32 [1024], zero before and after each call; calls that run at the same
+time need one each. Groups are added up in fp32 and then scaled. The same call gives the same bits,
+but how K is cut depends on M and on the GPU, so a row's bits do depend on the other rows.
 """
 
 from __future__ import annotations
@@ -96,6 +108,8 @@ CUDA_LIBRARY = LIBRARY.with_name("libcompressed_linear_cuda.so")
 """CUDA kernels of some of the ops; built where torch has CUDA and nvcc is there."""
 TILE = 16
 """Output channels that are packed together."""
+MARLIN_WORKSPACE = 1024
+"""Counters that ``marlin_gemm`` needs."""
 
 _lock = threading.Lock()
 _reason: str | None = "not loaded yet"
@@ -350,6 +364,26 @@ def _fake_marlin_nvfp4_scales(scale: torch.Tensor, lift: int) -> torch.Tensor:
     return torch.empty_like(scale)
 
 
+def _fake_marlin_gemm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    codebook: torch.Tensor | None,
+    order: torch.Tensor | None,
+    row_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    workspace: torch.Tensor,
+    n: int,
+    k: int,
+    group_size: int,
+    element: str,
+    element_bias: int,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0], n), dtype=out_dtype)
+
+
 def _fake_marlin_zeros(zero: torch.Tensor, bits: int) -> torch.Tensor:
     return zero.new_empty((zero.shape[1], zero.shape[0] * bits // 32), dtype=torch.int32)
 
@@ -361,6 +395,7 @@ def _register_fakes() -> None:
     torch.library.register_fake("compressed_linear::marlin_scales", _fake_marlin_scales)
     torch.library.register_fake("compressed_linear::marlin_zeros", _fake_marlin_zeros)
     torch.library.register_fake("compressed_linear::marlin_nvfp4_scales", _fake_marlin_nvfp4_scales)
+    torch.library.register_fake("compressed_linear::marlin_gemm", _fake_marlin_gemm)
     torch.library.register_fake("compressed_linear::linear_int8", _fake_linear_int8)
     torch.library.register_fake("compressed_linear::unpack_rows_int8", _fake_unpack_rows)
     torch.library.register_fake("compressed_linear::pack_rows_int8", _fake_pack_rows)
