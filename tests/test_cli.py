@@ -85,6 +85,7 @@ def test_json_has_every_case_reason_and_byte() -> None:
     assert part["bytes_checkpoint"] > part["bytes_prepared"] > 0
     assert {r["backend"]: bool(r["reasons"]) for r in part["rejected"]} == {
         "cpu_int8": True,
+        "marlin": True,
         "vllm_native": True,
         "reference": False,
     }

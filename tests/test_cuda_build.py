@@ -58,15 +58,10 @@ EXPECTED = (
         40,
         instructions=(r"LDG\.E(\.\w+)*\.128", r"STG\.E\.128"),
     ),
+    # One block of 256 threads.
     *(
-        expected
+        Expected(source, "marlin::gemm<.*>", 255, instructions=GEMM)
         for source in ("marlin/kernels_bf16.cu", "marlin/kernels_fp16.cu")
-        for expected in (
-            # Two blocks of 256 threads leave 128 registers to each, for which uint8 weights want
-            # twelve words more on sm_80.
-            Expected(source, r"marlin::gemm<.*, 0>", 128, 48, instructions=GEMM),
-            Expected(source, r"marlin::gemm<.*, [12]>", 255, instructions=GEMM),
-        )
     ),
 )
 SOURCES = sorted(str(path.relative_to(CSRC / "cuda")) for path in (CSRC / "cuda").rglob("*.cu"))

@@ -181,7 +181,7 @@ CL_DEVICE void for_results(const Params& p, const Part& part, const Body& body) 
 }
 
 template <class T, Element E, int ShapeIndex>
-CL_GLOBAL(kShapes[ShapeIndex].threads(), kShapes[ShapeIndex].blocks_per_processor)
+CL_GLOBAL(kShapes[ShapeIndex].threads())
 void gemm(CL_PARAMS Params p) {
   constexpr Shape S = kShapes[ShapeIndex];
   constexpr int kStages = stages_of(E), kBits = bits_of(E), kM = S.m_blocks;

@@ -62,7 +62,7 @@ struct Params {
 
 // The shape of a block's work: warps m x n x k, each with `m_blocks` times 16 rows by 64 columns.
 struct Shape {
-  int m_blocks, warps_m, warps_n, warps_k, blocks_per_processor;
+  int m_blocks, warps_m, warps_n, warps_k;
   COMPRESSED_LINEAR_HOST_DEVICE constexpr int tile_m() const { return 16 * m_blocks * warps_m; }
   COMPRESSED_LINEAR_HOST_DEVICE constexpr int tile_n() const {
     return compressed_linear::marlin::kTileN * warps_n;
@@ -73,8 +73,9 @@ struct Shape {
 };
 
 // Few tokens: one row of mma tiles, so the warps share K. Many: no weight is decoded more than
-// twice in a block.
-constexpr Shape kShapes[] = {{1, 1, 4, 2, 2}, {2, 1, 4, 2, 1}, {2, 2, 4, 1, 1}};
+// twice in a block. Sums of groups beside the sums take so many registers that a multiprocessor
+// holds one block; what it has under way hides the memory's latency, 24 KiB or more of weights.
+constexpr Shape kShapes[] = {{1, 1, 4, 2}, {2, 1, 4, 2}, {2, 2, 4, 1}};
 constexpr int kShapeCount = 3;
 COMPRESSED_LINEAR_LAYOUT int shape_for(int64_t m) { return m <= 16 ? 0 : m <= 32 ? 1 : 2; }
 
@@ -100,8 +101,7 @@ inline Plan make_plan(Params& p, Element element, int processors) {
   p.n_tiles = (p.n + tile_n - 1) / tile_n;
   p.k_tiles = (p.k + kTileK - 1) / kTileK;
   const int64_t tiles = static_cast<int64_t>(p.m_tiles) * p.n_tiles, units = tiles * p.k_tiles;
-  const int64_t most =
-      std::min<int64_t>(static_cast<int64_t>(processors) * shape.blocks_per_processor, kMaxBlocks);
+  const int64_t most = std::min<int64_t>(processors, kMaxBlocks);
   int64_t per_block;
   if (tiles >= 4 * most) {
     // Plenty of tiles: whole ones, as adding up parts costs more than an idle processor.
