@@ -86,6 +86,7 @@ def test_json_has_every_case_reason_and_byte() -> None:
     assert {r["backend"]: bool(r["reasons"]) for r in part["rejected"]} == {
         "cpu_int8": True,
         "marlin": True,
+        "triton": True,
         "vllm_native": True,
         "reference": False,
     }
