@@ -29,9 +29,11 @@ _TILE_K = 64
 _SMALL_GROUPS = (16, 32)
 _CODEBOOK_BITS = 4
 _MMA_ROWS = 16
-_EFFICIENCY = 0.6
-"""Share of the tensor cores' best rate that is expected. A guess: mma.sync with decoding beside it
-reaches no more on GPUs newer than sm_80, and nothing has been measured."""
+_EFFICIENCY = 0.5
+"""Share of the tensor cores' best rate. A guess, below what vLLM's Marlin is taken to reach: that
+one has run on GPUs, so it goes first where both can compute a layer, until this one is measured."""
+_READ_SHARE = 0.8
+"""Share of the memory's rate; a guess, too."""
 
 
 class MarlinBackend(QuantLinearMethod):
@@ -110,7 +112,7 @@ class MarlinBackend(QuantLinearMethod):
             read += 2 * m * d.k * itemsize
         return roofline(
             platform,
-            read_bytes=read,
+            read_bytes=read / _READ_SHARE,
             operations=2.0 * rows * d.n * d.k,
             arithmetic="bf16",
             efficiency=_EFFICIENCY,
