@@ -21,6 +21,10 @@
 // output the integers of a segment are exact; times the scales of x they are added over a weight
 // group, and times the scales of the weights over the groups, in order of K (int8_rows.h).
 //
+// For few rows and fewer strips than threads a unit is one chunk of a strip instead. Each of its
+// pieces then leaves its integers in a place of its own, and when all are there they are added and
+// go on as above, so that this changes no result either.
+//
 // While a chunk is worked on, the next one is fetched into the cache, a share for every panel:
 // otherwise its first panel waits for memory and the others leave memory idle.
 #pragma once
@@ -43,6 +47,8 @@ constexpr int64_t kIntegerChunk = 2048;  // input channels of a strip that panel
 constexpr int64_t kNextBlock = kQuads * kStrip * kRowBytes;
 // Panels beyond which narrow codes are decoded to bytes first.
 constexpr int64_t kDirectPanels = 3;
+constexpr int64_t kLeastIntegerPartBytes = 16 << 10;  // weights of a strip worth a thread's while
+constexpr int64_t kKeptBytes = 4 << 20;               // integers of pieces kept at once
 
 // The part of a segment inside one chunk.
 struct Piece {
@@ -426,8 +432,14 @@ struct IntegerCall {
   int32_t* zero_x;    // [x group]
   float* scale_x;     // [x group]
   int64_t panels_per_unit;
+  int32_t* kept;  // sums of pieces where K is cut among threads, else null: see kept_of
 
   int64_t strips() const { return (g.tiles + kStrip - 1) / kStrip; }
+  int64_t strip_tiles(int64_t tile0) const {
+    return tile0 + kStrip < g.tiles ? kStrip : g.tiles - tile0;
+  }
+  // Codes of a strip of so many tiles are decoded to bytes before they are multiplied.
+  bool decodes(int64_t tiles) const { return g.element.bits < 8 && (!direct || tiles < kStrip); }
   int64_t panel_units() const { return (panels.count + panels_per_unit - 1) / panels_per_unit; }
 
   void prepare(int64_t panel_begin, int64_t panel_end) const {
@@ -475,10 +487,10 @@ struct IntegerCall {
 
   // Panels [panel0, panel1) times the strip that begins with tile0.
   void multiply(int64_t panel0, int64_t panel1, int64_t tile0) const {
-    const int64_t tiles = tile0 + kStrip < g.tiles ? kStrip : g.tiles - tile0;
+    const int64_t tiles = strip_tiles(tile0);
     const int64_t row_begin = panels.begin(panel0), rows = panels.begin(panel1) - row_begin;
     const int bits = g.element.bits;
-    const bool decode = bits < 8 && (!direct || tiles < kStrip);
+    const bool decode = decodes(tiles);
     const int64_t slab_bytes = decode ? round_up(chunk, kBlock) * kStrip * kTile : 0;
     const int64_t total_floats = rows * tiles * kTile;
     uint8_t* slab = static_cast<uint8_t*>(
@@ -490,13 +502,9 @@ struct IntegerCall {
 
     prefetch_scales(tile0 + kStrip);
     Blocks blocks(p);
-    KernelArgs args{};
-    args.segments = segments;
-    args.segment_count = segment_count;
-    args.problem = &p.linear;
+    KernelArgs args = first_args();
     for (int64_t c = 0; c < chunks; ++c) {
-      const int64_t k0 = c * chunk;
-      const int64_t width = g.padded_k - k0 < chunk ? g.padded_k - k0 : chunk;
+      const int64_t k0 = c * chunk, width = chunk_width(c);
       args.pieces = pieces + chunk_pieces[c];
       args.piece_count = chunk_pieces[c + 1] - chunk_pieces[c];
       if (args.piece_count == 0) continue;
@@ -514,22 +522,15 @@ struct IntegerCall {
       args.fetch_every = panel1 - panel0;
       for (int64_t panel = panel0; panel < panel1; ++panel) {
         const int64_t begin = panels.begin(panel), height = panels.rows(panel);
-        args.x = x + begin * (g.padded_k / kQuad);
-        args.start = start + begin * segment_count;
-        args.group_sums = offset ? group_sums + begin * g.groups : nullptr;
-        args.zero_x = zero_x + begin * x_group_count;
-        args.scale_x = per_row ? nullptr : scale_x + begin * x_group_count;
+        set_panel(args, panel);
         const int64_t step = Blocks::tiles(height);
         for (int64_t t = 0; t < tiles; t += step) {
           const int64_t wide = tiles - t < step ? tiles - t : step;
           // Blocks of [row][tile] sums, one for each kernel.
           const int64_t at = ((begin - row_begin) * tiles + t * height) * kTile;
-          args.weights = weights + t * kRowBytes;
-          args.tile = tile0 + t;
+          set_tile(args, weights, tile0, t);
           args.fetch_first = t == 0 ? panel - panel0 : -1;
           args.fetch = packed + ahead + (panel - panel0) * stored_bits * kStrip * kRowBytes;
-          args.code_sums =
-              p.code_sums == nullptr ? nullptr : p.code_sums + (tile0 + t) * segment_count * kTile;
           args.partial = partial + at;
           args.grouped = grouped + at;
           args.totals = totals + at;
@@ -539,6 +540,118 @@ struct IntegerCall {
     }
     for (int64_t panel = panel0; panel < panel1; ++panel)
       store(panel, row_begin, tile0, tiles, totals);
+  }
+
+  KernelArgs first_args() const {
+    KernelArgs args{};
+    args.segments = segments;
+    args.segment_count = segment_count;
+    args.problem = &p.linear;
+    return args;
+  }
+
+  void set_panel(KernelArgs& args, int64_t panel) const {
+    const int64_t begin = panels.begin(panel);
+    args.x = x + begin * (g.padded_k / kQuad);
+    args.start = start + begin * segment_count;
+    args.group_sums = offset ? group_sums + begin * g.groups : nullptr;
+    args.zero_x = zero_x + begin * x_group_count;
+    args.scale_x = per_row ? nullptr : scale_x + begin * x_group_count;
+  }
+
+  // t: tile of the strip, whose weights begin at `weights`
+  void set_tile(KernelArgs& args, const uint8_t* weights, int64_t tile0, int64_t t) const {
+    args.weights = weights + t * kRowBytes;
+    args.tile = tile0 + t;
+    args.code_sums =
+        p.code_sums == nullptr ? nullptr : p.code_sums + (tile0 + t) * segment_count * kTile;
+  }
+
+  int64_t chunk_width(int64_t c) const {
+    const int64_t left = g.padded_k - c * chunk;
+    return left < chunk ? left : chunk;
+  }
+
+  // Sums of a piece, blocks of [row][tile][16] as in partial; there is one panel.
+  int32_t* kept_of(int64_t tile0, int64_t piece) const {
+    return kept + (tile0 / kStrip * chunk_pieces[chunks] + piece) * kept_lanes();
+  }
+  int64_t kept_lanes() const { return panels.rows(0) * kStrip * kTile; }
+
+  // Units count the chunks of each strip.
+  void multiply_chunk(int64_t unit) const {
+    const int64_t tile0 = unit / chunks * kStrip, tiles = strip_tiles(tile0), c = unit % chunks;
+    const int64_t height = panels.rows(0), step = Blocks::tiles(height);
+    const int bits = g.element.bits;
+    const uint8_t* weights = p.linear.packed + quads_at(g, tile0, c * chunk);
+    const bool decode = decodes(tiles);
+    if (decode) {
+      uint8_t* slab = static_cast<uint8_t*>(
+          worker_arena().reserve(static_cast<size_t>(round_up(chunk, kBlock) * kStrip * kTile)));
+      decode_strip<Core>(bits, weights, tiles, chunk_width(c) / kBlock, slab);
+      weights = slab;
+    }
+    const int stored_bits = decode ? 8 : bits;
+    Blocks blocks(p);
+    KernelArgs args = first_args();
+    args.row_stride = tiles * kRowBytes;
+    args.block_stride = stored_bits * args.row_stride;
+    args.chunk_begin = c * chunk;
+    args.piece_count = 1;
+    args.fetch_first = -1;
+    set_panel(args, 0);
+    for (int64_t i = chunk_pieces[c]; i < chunk_pieces[c + 1]; ++i) {
+      Piece piece = pieces[i];
+      piece.last = false;
+      args.pieces = &piece;
+      int32_t* sums = kept_of(tile0, i);
+      if (!piece.first) std::memset(sums, 0, static_cast<size_t>(kept_lanes()) * sizeof(int32_t));
+      for (int64_t t = 0; t < tiles; t += step) {
+        set_tile(args, weights, tile0, t);
+        args.partial = sums + t * height * kTile;
+        blocks(args, stored_bits, bits < 8, height, tiles - t < step ? tiles - t : step);
+      }
+    }
+  }
+
+  // Adds what the chunks of a strip left, and finishes its segments in order.
+  void finish_strip(int64_t strip) const {
+    const int64_t tile0 = strip * kStrip, tiles = strip_tiles(tile0);
+    const int64_t height = panels.rows(0), step = Blocks::tiles(height);
+    float* totals = static_cast<float*>(
+        worker_arena().reserve(static_cast<size_t>(2 * kept_lanes()) * sizeof(float)));
+    std::memset(totals, 0, static_cast<size_t>(kept_lanes()) * sizeof(float));
+    const int stored_bits = decodes(tiles) ? 8 : g.element.bits;
+    Blocks blocks(p);
+    KernelArgs args = first_args();
+    args.piece_count = 1;
+    args.fetch_first = -1;
+    set_panel(args, 0);
+    int32_t* sums = nullptr;
+    for (int64_t i = 0; i < chunk_pieces[chunks]; ++i) {
+      const Piece& piece = pieces[i];
+      const int32_t* part = kept_of(tile0, i);
+      if (piece.first) {
+        sums = kept_of(tile0, i);
+      } else {
+        for (int64_t lane = 0; lane < height * tiles * kTile; ++lane)
+          sums[lane] = static_cast<int32_t>(static_cast<uint32_t>(sums[lane]) +
+                                            static_cast<uint32_t>(part[lane]));
+      }
+      if (!piece.last) continue;
+      // Without channels of its own: all that is left of the segment is its end.
+      const Piece end = {piece.end, piece.end, piece.segment, false, true};
+      args.pieces = &end;
+      args.chunk_begin = piece.end;
+      for (int64_t t = 0; t < tiles; t += step) {
+        set_tile(args, p.linear.packed, tile0, t);
+        args.partial = sums + t * height * kTile;
+        args.totals = totals + t * height * kTile;
+        args.grouped = totals + kept_lanes() + t * height * kTile;
+        blocks(args, stored_bits, g.element.bits < 8, height, tiles - t < step ? tiles - t : step);
+      }
+    }
+    store(0, 0, tile0, tiles, totals);
   }
 
   // Scales of the next strip, while this one is read: their few lines would be waited for.
@@ -578,6 +691,18 @@ inline int64_t chunk_of(const Geometry& g, bool once) {
   if (once) return g.padded_k;
   if (g.padded_group % kBlock != 0 || g.padded_group > kIntegerChunk) return kIntegerChunk;
   return kIntegerChunk / g.padded_group * g.padded_group;
+}
+
+// Parts of K of every strip: more than one where there are fewer strips than threads want.
+inline int64_t integer_k_parts(const Geometry& g, int64_t rows, int64_t segments, int64_t threads) {
+  const int64_t strips = (g.tiles + kStrip - 1) / kStrip;
+  if (threads == 1 || strips >= 2 * threads) return 1;
+  int64_t parts = (4 * threads + strips - 1) / strips;
+  const int64_t most = kStrip * g.tile_bytes() / kLeastIntegerPartBytes;
+  if (parts > most) parts = most;
+  if (parts > g.padded_k / kBlock) parts = g.padded_k / kBlock;
+  if (strips * rows * (segments + parts) * kStrip * kTile * 4 > kKeptBytes) return 1;
+  return parts > 1 ? parts : 1;
 }
 
 // Fills pieces and chunk_pieces; returns whether every piece is whole blocks.
@@ -633,12 +758,17 @@ void run_integer_linear(const IntegerProblem& p, const Parallel& parallel) {
     const int64_t rows = left < rows_at_once ? left : rows_at_once;
     const Panels panels(rows, Blocks::kRows);
     const bool as_packed = Blocks::kDecodes || g.element.bits == 8;
-    const int64_t chunk = chunk_of(g, panels.count == 1 && as_packed);
+    const int64_t parts = Blocks::kDecodes && panels.count == 1
+                              ? integer_k_parts(g, rows, segment_count, parallel.threads)
+                              : 1;
+    const int64_t chunk = parts > 1 ? round_up((g.padded_k + parts - 1) / parts, kBlock)
+                                    : chunk_of(g, panels.count == 1 && as_packed);
     const int64_t chunks = (g.padded_k + chunk - 1) / chunk;
 
     IntegerSegment* segments = nullptr;
     Piece* pieces = nullptr;
     int32_t *chunk_pieces = nullptr, *x = nullptr, *start = nullptr, *zero_x = nullptr;
+    int32_t* kept = nullptr;
     float *group_sums = nullptr, *scale_x = nullptr;
     const auto carve = [&](uint8_t* memory) {
       Carver carver{memory};
@@ -650,6 +780,9 @@ void run_integer_linear(const IntegerProblem& p, const Parallel& parallel) {
       group_sums = carver.take<float>(has_offset(p.linear) ? rows * g.groups : 0);
       zero_x = carver.take<int32_t>(rows * x_group_count);
       scale_x = carver.take<float>(rows * x_group_count);
+      if (parts > 1)
+        kept = carver.take<int32_t>(round_up(g.tiles, kStrip) * kTile * rows *
+                                    (segment_count + chunks));
       return carver.used;
     };
     const auto bytes = static_cast<size_t>(carve(nullptr));
@@ -678,7 +811,8 @@ void run_integer_linear(const IntegerProblem& p, const Parallel& parallel) {
                                    group_sums,
                                    zero_x,
                                    scale_x,
-                                   Blocks::kPanelsPerUnit};
+                                   Blocks::kPanelsPerUnit,
+                                   kept};
     while (call.panels_per_unit > 8 && call.panel_units() * call.strips() < 4 * parallel.threads)
       call.panels_per_unit /= 2;
 
@@ -695,7 +829,24 @@ void run_integer_linear(const IntegerProblem& p, const Parallel& parallel) {
     } else {
       parallel.run(panels.count, prepare, &call);
     }
-    parallel.run(call.panel_units() * call.strips(), multiply, &call);
+    if (kept == nullptr) {
+      parallel.run(call.panel_units() * call.strips(), multiply, &call);
+      continue;
+    }
+    parallel.run(
+        call.strips() * chunks,
+        [](void* context, int64_t begin, int64_t end) {
+          for (int64_t unit = begin; unit < end; ++unit)
+            static_cast<Context*>(context)->multiply_chunk(unit);
+        },
+        &call);
+    parallel.run(
+        call.strips(),
+        [](void* context, int64_t begin, int64_t end) {
+          for (int64_t strip = begin; strip < end; ++strip)
+            static_cast<Context*>(context)->finish_strip(strip);
+        },
+        &call);
   }
 }
 
