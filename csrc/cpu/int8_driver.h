@@ -693,11 +693,12 @@ inline int64_t chunk_of(const Geometry& g, bool once) {
   return kIntegerChunk / g.padded_group * g.padded_group;
 }
 
-// Parts of K of every strip: more than one where there are fewer strips than threads want.
+// Parts of K of every strip: more than one where there are fewer strips than threads. With as many,
+// a second round of threads costs more than the evener parts gain.
 inline int64_t integer_k_parts(const Geometry& g, int64_t rows, int64_t segments, int64_t threads) {
   const int64_t strips = (g.tiles + kStrip - 1) / kStrip;
-  if (threads == 1 || strips >= 2 * threads) return 1;
-  int64_t parts = (4 * threads + strips - 1) / strips;
+  if (strips == 0 || strips >= threads) return 1;
+  int64_t parts = (2 * threads + strips - 1) / strips;
   const int64_t most = kStrip * g.tile_bytes() / kLeastIntegerPartBytes;
   if (parts > most) parts = most;
   if (parts > g.padded_k / kBlock) parts = g.padded_k / kBlock;
