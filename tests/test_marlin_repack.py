@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +46,8 @@ from vllm.compressed_linear.weights import (
 
 pytestmark = pytest.mark.skipif(native.available() is not None, reason=str(native.available()))
 
-ISAS = native.supported_isas() if native.available() is None else []
 SHAPES = [(64, 16), (64, 128), (128, 64), (192, 208), (320, 272), (256, 1040)]
 """N and K, whose pieces of 128 channels and of 64 are not all whole."""
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native.isa()
-    torch.ops.compressed_linear.select_isa(request.param)
-    yield request.param
-    torch.ops.compressed_linear.select_isa(before)
 
 
 def generator(seed: int) -> torch.Generator:

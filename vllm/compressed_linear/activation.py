@@ -40,6 +40,11 @@ from vllm.compressed_linear.descriptor import ActivationSpec
 from vllm.compressed_linear.numerics import E4M3, E8M0, ElementType
 
 
+def gather_channels(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """x[:, order] of x [M, K], new and contiguous; ``order`` int [k], −1 for a channel of zeros."""
+    return x.index_select(1, order.clamp(min=0)).masked_fill_(order < 0, 0.0)
+
+
 def prepare_input(
     x: torch.Tensor,
     activation: ActivationSpec | None = None,
@@ -60,8 +65,7 @@ def prepare_input(
     if hadamard_block:
         wide = hadamard(wide, hadamard_block)
     if order is not None:
-        wide = wide.index_select(1, order.clamp(min=0).to(torch.int64))
-        wide = wide.masked_fill(order < 0, 0.0)
+        wide = gather_channels(wide, order)
     if prescale is not None:
         wide = wide * prescale
     if activation is not None:

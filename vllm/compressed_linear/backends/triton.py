@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from vllm.compressed_linear import numerics
-from vllm.compressed_linear.activation import prepare_input
+from vllm.compressed_linear.activation import gather_channels, prepare_input
 from vllm.compressed_linear.backend import Capabilities, QuantLinearMethod
 from vllm.compressed_linear.backends import triton_tiles
 from vllm.compressed_linear.backends.tiles import small_bytes, small_tensors
@@ -111,7 +111,7 @@ def triton_linear(
         )
         perm = None
     elif perm is not None and x.shape[0] > _GATHER_ABOVE:
-        x = x.index_select(1, perm.clamp(min=0)).masked_fill_(perm < 0, 0.0)
+        x = gather_channels(x, perm)
         perm = None
     if x.stride(1) != 1:
         x = x.contiguous()

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from vllm.compressed_linear import compat_kernels
+from vllm.compressed_linear.activation import gather_channels
 from vllm.compressed_linear.backend import Capabilities
 from vllm.compressed_linear.call_counter import CallCounter
 from vllm.compressed_linear.compat_kernels import CODES, SCALE, ZERO, KernelRequest
@@ -67,8 +68,7 @@ def vllm_native_cpu_gemm_wna16(
     """
     n = weight_scale.shape[1]
     if order is not None:
-        gathered = x.index_select(1, order.clamp(min=0))
-        x = gathered.masked_fill_(order < 0, 0.0)
+        x = gather_channels(x, order)
     elif x.stride(1) != 1:
         x = x.contiguous()
     if not x.shape[0]:
