@@ -153,9 +153,10 @@ def contender(
         prepared = method.prep_weights_for_execution(weights)
         return Contender(name, lambda x, t: method.apply(t, x), copies_of(prepared, enough))
     prepared = backend.prepare(d, weights, platform, table.by_tag(tag))
+    text = op.text_of(d)
     return Contender(
         name,
-        lambda x, t: op.call(d, t, x, None, platform.device),
+        lambda x, t: op.call(d, text, t, x, None, platform.device),
         copies_of(prepared, enough),
     )
 

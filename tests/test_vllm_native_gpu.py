@@ -9,7 +9,6 @@ make of the same weights.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -75,7 +74,7 @@ def assert_in_contract(case: Case, platform: Platform, rows: tuple[int, ...] = (
         assert all(type(tensor) is torch.Tensor for tensor in tensors.values())
         for count in rows:
             x = problem.activations(count)
-            out = op.call(d, tensors, x, problem.bias, "cuda")
+            out = op.call(d, op.text_of(d), tensors, x, problem.bias, "cuda")
             check(problem, x, out, VllmNativeBackend)
     return VllmNativeBackend.variant(d, platform)
 
@@ -178,7 +177,7 @@ def test_a_wrong_code_breaks_the_bound() -> None:
         tensors = backend.prepare(d, problem.weights, A100)
         tensors["marlin_weight_packed"][3, 5] ^= 1 << 7
         x = torch.eye(256)[:, :].bfloat16()
-        out = op.call(d, tensors, x, None, "cuda")
+        out = op.call(d, op.text_of(d), tensors, x, None, "cuda")
     with pytest.raises(AssertionError, match="times the error allowed"):
         check(problem, x, out, VllmNativeBackend)
 
@@ -568,7 +567,7 @@ def test_a_wrong_code_of_a_float_breaks_the_bound(case: Case, tensor: str) -> No
         tensors = backend.prepare(d, problem.weights, A100)
         tensors[tensor][3, 5] ^= 1 << 7
         x = torch.eye(256).bfloat16()
-        out = op.call(d, tensors, x, None, "cuda")
+        out = op.call(d, op.text_of(d), tensors, x, None, "cuda")
     with pytest.raises(AssertionError, match="times the error allowed"):
         check(problem, x, out, VllmNativeBackend)
 
@@ -633,13 +632,26 @@ def test_the_operator_is_a_well_behaved_custom_op() -> None:
                 None,
                 None,
                 problem.bias,
-                json.dumps(list(own)),
+                ",".join(own),
                 "marlin",
                 op.text_of(d),
                 "cuda",
                 d.n,
                 torch.bfloat16,
             ),
+        )
+
+
+def test_apply_compiles_as_one_graph() -> None:
+    """vLLM compiles models as one graph: whatever the compiler cannot follow would stop it."""
+    problem = replace(_INT4, bias_dtype="bfloat16").build()
+    with compat_accelerators.pretending(A100):
+        method = VllmNativeBackend(problem.descriptor)
+        tensors = backend.prepare(problem.descriptor, problem.weights, A100)
+        x = problem.activations(4)
+        compiled = torch.compile(method.apply, fullgraph=True, backend="eager")
+        assert torch.equal(
+            compiled(tensors, x, problem.bias), method.apply(tensors, x, problem.bias)
         )
 
 

@@ -52,6 +52,10 @@ class VllmNativeBackend(QuantLinearMethod):
     """Of all devices together; what each can do is in ``cpu.CAPABILITIES`` and ``ACCELERATORS``."""
     batch_invariant = False
 
+    def __init__(self, descriptor: CompressedLinearDescriptor) -> None:
+        super().__init__(descriptor)
+        self.text = op.text_of(descriptor)
+
     @classmethod
     def can_implement(cls, descriptor: CompressedLinearDescriptor, platform: Platform) -> Verdict:
         on_cpu = platform.device == "cpu"
@@ -121,7 +125,8 @@ class VllmNativeBackend(QuantLinearMethod):
     ) -> torch.Tensor:
         if CODES in tensors:
             return cpu.call(self.descriptor, tensors, x, bias)
-        return op.call(self.descriptor, tensors, x, bias, compat_accelerators.device())
+        device = compat_accelerators.device()
+        return op.call(self.descriptor, self.text, tensors, x, bias, device)
 
 
 def _accelerator_reasons(d: CompressedLinearDescriptor, platform: Platform) -> Iterable[str]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from vllm.compressed_linear import compat_accelerators
+from vllm.compressed_linear.activation import gather_channels
 from vllm.compressed_linear.backends.vllm_native.adapter import KernelAdapter
 from vllm.compressed_linear.backends.vllm_native.table import by_tag
 from vllm.compressed_linear.call_counter import CallCounter
@@ -64,8 +65,7 @@ def multiply(
     its own names; ``order`` int32 [k], −1 for a channel of zeros; ``row_scale`` [N] of the dtype of
     x, by which the result is multiplied."""
     if order is not None:
-        gathered = x.index_select(1, order.clamp(min=0))
-        x = gathered.masked_fill_(order < 0, 0.0)
+        x = gather_channels(x, order)
     adapter, kernel, attributes = ready(tag, descriptor, device)
     out = adapter.run(kernel, SimpleNamespace(**{**attributes, **tensors}), x.contiguous())
     if row_scale is not None:
@@ -87,11 +87,11 @@ def vllm_native_linear(
     out_features: int,
     output_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """x [M, K] → [M, N] by the class of ``tag``; ``names``: those of ``tensors``, in JSON."""
+    """x [M, K] → [M, N] by the class of ``tag``; ``names``: of ``tensors``, commas between them."""
     CALLS.add()
     if not x.shape[0]:
         return x.new_empty(0, out_features, dtype=output_dtype)
-    named = dict(zip(json.loads(names), tensors, strict=True))
+    named = dict(zip(names.split(","), tensors, strict=True))
     return multiply(x, named, order, row_scale, bias, tag, descriptor, device)
 
 
@@ -114,12 +114,14 @@ def _(
 
 def call(
     d: CompressedLinearDescriptor,
+    text: str,
     tensors: Mapping[str, torch.Tensor],
     x: torch.Tensor,
     bias: torch.Tensor | None,
     device: str,
 ) -> torch.Tensor:
-    """The operator on prepared ``tensors``, whose names begin with the tag of their class."""
+    """The operator on prepared ``tensors``, whose names begin with the tag of their class.
+    ``text``: of ``text_of(d)``, which the compiler cannot trace and no call should wait for."""
     tag = next(name for name in tensors if name not in (ORDER, ROW_SCALE)).partition("_")[0]
     own = {
         name.removeprefix(f"{tag}_"): tensor
@@ -132,9 +134,9 @@ def call(
         tensors.get(ORDER),
         tensors.get(ROW_SCALE),
         bias,
-        json.dumps(list(own)),
+        ",".join(own),
         tag,
-        text_of(d),
+        text,
         device,
         d.n,
         torch_dtype(d.output_dtype),
