@@ -296,11 +296,23 @@ def source(file: str) -> str:
     return f"```{'toml' if file.endswith('.toml') else 'py'}\n{text.strip()}\n```"
 
 
+def gpu_order() -> str:
+    """Which backends run a weight on each GPU, the first first."""
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        import gpu_order
+    finally:
+        sys.path.pop(0)
+    with environment():
+        return table(["Weights", "Compute capability", "Order"], gpu_order.rows())
+
+
 PARTS: dict[str, Callable[..., str]] = {
     "benchmark": benchmark,
     "capabilities": capability_matrix,
     "command": command,
     "coverage": coverage,
+    "gpu-order": gpu_order,
     "message": message,
     "plan-file": plan_file,
     "settings": settings_table,

@@ -92,8 +92,18 @@ def test_a_roofline_of_a_gpu_has_a_launch_and_its_own_arithmetic() -> None:
     assert eight == pytest.approx(1 + LAUNCH_SECONDS)
     with pytest.raises(ValueError, match="this machine has no fp4 arithmetic"):
         limits.operations("fp4")
-    with pytest.raises(ValueError, match="known: fp32, bf16, int8, fp8, fp4"):
+    with pytest.raises(ValueError, match="known: fp32, bf16, int8, fp8, fp4, mma"):
         limits.operations("fp6")
+
+
+@pytest.mark.parametrize("capability", GPUS)
+def test_warps_on_their_own_reach_all_of_the_rate_but_where_groups_of_them_multiply(
+    capability: int,
+) -> None:
+    limits = GPUS[capability].limits
+    assert (limits.operations("mma") < limits.bf16) == (capability in (90, 100))
+    half = gpu_limits(capability, multiprocessors=GPUS[capability].multiprocessors // 2)
+    assert half.operations("mma") == pytest.approx(limits.operations("mma") / 2, rel=0.01)
 
 
 @pytest.mark.parametrize("capability", GPUS)

@@ -96,9 +96,10 @@ def roofline(
     whichever takes longer, as a core does both at once (Williams et al., "Roofline", 2009).
 
     ``operations``: 2·M·N·K for a matrix product, in ``arithmetic`` "fp32", "bf16" (and fp16),
-    "int8", "fp8" or "fp4", at ``efficiency`` times the machine's best rate. ``decode_seconds``:
-    time of turning codes into numbers, on all threads. ``call_seconds``: what a call costs without
-    any work, besides one launch where the machine has launches.
+    "int8", "fp8", "fp4" or "mma" (``MachineLimits.mma``), at ``efficiency`` times the machine's
+    rate. ``decode_seconds``: time of turning codes into numbers, on all threads.
+    ``call_seconds``: what a call costs without any work, besides one launch where the machine has
+    launches.
     """
     limits = platform.limits
     multiply = operations / (limits.operations(arithmetic) * efficiency)

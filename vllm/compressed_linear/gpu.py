@@ -12,6 +12,9 @@ with sums in fp32 (int32 for integers), without the doubling for sparse ones. So
 * 100, B200: NVIDIA Blackwell datasheet (2024), HGX B200, divided by its eight GPUs
 * 120, GeForce RTX 5090: NVIDIA RTX Blackwell GPU Architecture whitepaper, appendix
 * shared memory of a multiprocessor: CUDA C++ Programming Guide, "Compute Capabilities"
+* ``mma`` of 90: Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture via
+  Microbenchmarking" (2024). That of 100 is a guess: nobody we know of has published it, and by the
+  width of the units it is no more than half. Elsewhere there is no other instruction
 """
 
 from __future__ import annotations
@@ -46,12 +49,14 @@ def _facts(
     int8: float,
     fp8: float = 0.0,
     fp4: float = 0.0,
+    mma: float = 1.0,
 ) -> GpuFacts:
     """Rates in 10^12 operations a second, ``read_gb`` in 10^9 bytes a second."""
     rates = {"fp32": fp32, "bf16": bf16, "int8": int8, "fp8": fp8, "fp4": fp4}
     limits = MachineLimits(
         read=read_gb * 1e9,
         launch=LAUNCH_SECONDS,
+        mma=mma,
         **{name: rate * 1e12 for name, rate in rates.items()},
     )
     return GpuFacts(product, multiprocessors, shared_kib << 10, limits)
@@ -61,8 +66,8 @@ GPUS: dict[int, GpuFacts] = {
     80: _facts("A100 SXM 80 GB", 108, 164, 2039, fp32=19.5, bf16=312, int8=624),
     86: _facts("GeForce RTX 3090", 82, 100, 936, fp32=35.6, bf16=71, int8=284),
     89: _facts("L40S", 142, 100, 864, fp32=91.6, bf16=362, int8=733, fp8=733),
-    90: _facts("H100 SXM", 132, 228, 3350, fp32=66.9, bf16=989, int8=1979, fp8=1979),
-    100: _facts("B200", 148, 228, 8000, fp32=75, bf16=2250, int8=4500, fp8=4500, fp4=9000),
+    90: _facts("H100 SXM", 132, 228, 3350, fp32=66.9, bf16=989, int8=1979, fp8=1979, mma=0.62),
+    100: _facts("B200", 148, 228, 8000, fp32=75, bf16=2250, int8=4500, fp8=4500, fp4=9000, mma=0.3),
     120: _facts(
         "GeForce RTX 5090", 170, 100, 1792, fp32=104.8, bf16=209.5, int8=838, fp8=419, fp4=1676
     ),

@@ -17,7 +17,7 @@ CPUS = Path("/sys/devices/system/cpu")
 UNKNOWN_CACHE_BYTES = 32 << 20
 
 
-ARITHMETIC = ("fp32", "bf16", "int8", "fp8", "fp4")
+ARITHMETIC = ("fp32", "bf16", "int8", "fp8", "fp4", "mma")
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class MachineLimits:
     """Best rates of all threads in use together: bytes a second read from memory, and operations
     (multiplications and additions, so 2·M·N·K for a matrix product) a second by data type; 0 where
     the machine has no arithmetic of that type. "bf16" is fp16 as well. ``launch``: seconds that
-    starting a kernel takes, on a device of its own."""
+    starting a kernel takes, on a device of its own. ``mma``: share of the rate of bf16 that is open
+    to kernels whose warps multiply on their own, as on GPUs before Hopper (``mma.sync``)."""
 
     read: float
     fp32: float
@@ -34,13 +35,16 @@ class MachineLimits:
     fp8: float = 0.0
     fp4: float = 0.0
     launch: float = 0.0
+    mma: float = 1.0
 
     def operations(self, arithmetic: str) -> float:
-        """Operations a second in one of ``ARITHMETIC``; ``ValueError`` for another name, and for
-        one that the machine does not have."""
+        """Operations a second in one of ``ARITHMETIC``, "mma" being that of bf16 by ``mma.sync``;
+        ``ValueError`` for another name, and for one that the machine does not have."""
         if arithmetic not in ARITHMETIC:
             known = ", ".join(ARITHMETIC)
             raise ValueError(f"unknown arithmetic {arithmetic!r} (known: {known})")
+        if arithmetic == "mma":
+            return self.bf16 * self.mma
         rate = float(getattr(self, arithmetic))
         if not rate:
             raise ValueError(f"this machine has no {arithmetic} arithmetic")

@@ -30,8 +30,9 @@ _SMALL_GROUPS = (16, 32)
 _CODEBOOK_BITS = 4
 _MMA_ROWS = 16
 _EFFICIENCY = 0.5
-"""Share of the tensor cores' best rate. A guess, below what vLLM's Marlin is taken to reach: that
-one has run on GPUs, so it goes first where both can compute a layer, until this one is measured."""
+"""Share of what ``mma.sync`` does at best. A guess, below what vLLM's Marlin is taken to reach:
+that one has run on GPUs, so it goes first where both can compute a layer, until this one is
+measured."""
 _READ_SHARE = 0.8
 """Share of the memory's rate; a guess, too."""
 
@@ -114,7 +115,7 @@ class MarlinBackend(QuantLinearMethod):
             platform,
             read_bytes=read / _READ_SHARE,
             operations=2.0 * rows * d.n * d.k,
-            arithmetic="bf16",
+            arithmetic="mma",
             efficiency=_EFFICIENCY,
         )
 

@@ -43,7 +43,7 @@ from vllm.compressed_linear.weights import CompressedWeights
 CALLS = CallCounter()
 
 _EFFICIENCY = 0.4
-"""Share of the tensor cores' rate. A guess: weights take the way through shared memory."""
+"""Share of what ``mma.sync`` does at best. A guess: weights take the way through shared memory."""
 _READ_SHARE = 0.7
 """Share of the memory's rate; a guess, too."""
 _CALL_SECONDS = 4e-6
@@ -297,7 +297,7 @@ class TritonBackend(QuantLinearMethod):
             platform,
             read_bytes=read / _READ_SHARE,
             operations=2.0 * -(-m // block) * block * d.n * spec.k_filled * times,
-            arithmetic="fp32" if spec.operand == "fp32" else "bf16",
+            arithmetic="fp32" if spec.operand == "fp32" else "mma",
             efficiency=_EFFICIENCY,
             call_seconds=_CALL_SECONDS,
         )

@@ -28,7 +28,8 @@ class KernelAdapter(ABC):
     ``kernel``: the name of the class, which is also the variant in plans. ``tag``: the names of the
     prepared tensors begin with it, so that they say who reads them. ``family``: which of vLLM's
     tables lists the class. ``ops``: operators of vLLM that it calls while repacking or running.
-    ``arithmetic`` and ``efficiency``: for ``cost.roofline``, the latter a guess of each.
+    ``arithmetic`` and ``efficiency``: for ``cost.roofline``, the latter a guess of each. With "mma"
+    it has an estimate of its own for each compute capability.
     ``max_capability``: the newest that the class's operator was built for, where the class itself
     does not ask. ``scale_dtypes`` and ``row_scale``: scales of groups and of rows.
     """

@@ -166,10 +166,11 @@ def _mx_reasons(d: CompressedLinearDescriptor) -> Iterable[str]:
         yield f"x as {d.activation.kind}: it takes x as it is, which the descriptor does not"
 
 
+_RATE: dict[str, Any] = {"arithmetic": "mma", "efficiency": 0.65}
 _OPS = ("_C::gptq_marlin_repack", "_C::marlin_gemm")
 
 KERNELS = (
-    MarlinNvFp4(kernel="MarlinNvFp4LinearKernel", tag="marlinnvfp4", ops=_OPS, efficiency=0.6),
-    MarlinMxFp4(kernel="MarlinMxFp4LinearKernel", tag="marlinmxfp4", ops=_OPS, efficiency=0.6),
-    MarlinMxfp8(kernel="MarlinMxfp8LinearKernel", tag="marlinmxfp8", ops=_OPS, efficiency=0.6),
+    MarlinNvFp4(kernel="MarlinNvFp4LinearKernel", tag="marlinnvfp4", ops=_OPS, **_RATE),
+    MarlinMxFp4(kernel="MarlinMxFp4LinearKernel", tag="marlinmxfp4", ops=_OPS, **_RATE),
+    MarlinMxfp8(kernel="MarlinMxfp8LinearKernel", tag="marlinmxfp8", ops=_OPS, **_RATE),
 )

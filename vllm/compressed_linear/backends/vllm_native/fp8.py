@@ -82,6 +82,7 @@ KERNELS = (
         kernel="MarlinFP8ScaledMMLinearKernel",
         tag="marlinfp8",
         ops=("_C::gptq_marlin_repack", "_C::marlin_gemm"),
-        efficiency=0.6,
+        arithmetic="mma",
+        efficiency=0.65,
     ),
 )

@@ -143,7 +143,8 @@ KERNELS = (
         kernel="MarlinLinearKernel",
         tag="marlin",
         ops=("_C::gptq_marlin_repack", "_C::marlin_gemm"),
-        efficiency=0.65,
+        arithmetic="mma",
+        efficiency=0.7,
     ),
     MixedPrecision(
         kernel="ExllamaLinearKernel",
