@@ -104,11 +104,18 @@ class Platform:
         """``cpu``, ``cpu:avx2``, ``cuda:90``, … as a machine with everything built: our library,
         and for a GPU all operators of vLLM's CUDA wheel (``wheel_ops``).
 
-        ``cpu`` and an empty text mean this machine; ``rocm`` and ``xpu`` one of which nothing is
-        known but the name. ``ValueError`` for an unknown one.
+        ``cpu`` and an empty text mean this machine, ``cuda`` its GPU; ``rocm`` and ``xpu`` one of
+        which nothing is known but the name. ``ValueError`` for an unknown one.
         """
         if text in ("", "cpu"):
             return cls.detect()
+        if text == "cuda":
+            if not torch.cuda.is_available():
+                raise ValueError(
+                    "platform cuda is this machine's GPU, and torch finds none; one that is "
+                    "elsewhere is named by its compute capability, as in cuda:90"
+                )
+            return cls.detect("cuda")
         device, _, detail = text.partition(":")
         built = frozenset({NATIVE_LIBRARY})
         if device == "cpu" and detail in X86_TIERS:
@@ -122,7 +129,7 @@ class Platform:
         raise ValueError(
             f"unknown platform {text!r} (known: cpu, "
             + ", ".join(f"cpu:{tier}" for tier in X86_TIERS)
-            + ", cpu:aarch64, cuda:80, cuda:90, …, rocm, xpu)"
+            + ", cpu:aarch64, cuda, cuda:80, cuda:90, …, rocm, xpu)"
         )
 
     @classmethod

@@ -18,6 +18,7 @@ from typing import TypeVar
 
 import torch
 
+from vllm.compressed_linear import timing
 from vllm.compressed_linear.backend import QuantLinearMethod, Verdict, lookup_bound
 from vllm.compressed_linear.cost import mix
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
@@ -106,6 +107,8 @@ def check_case(
                 if backend.batch_invariant:
                     run.invariance(tensors)
             looks_up = run.lookup(tensors, platform)
+            if problem.weight.is_cuda:
+                run.captured(tensors)
     if tensors is not None and compiled and not run.failures:
         run.compiled(tensors)
         if looks_up:
@@ -383,6 +386,30 @@ class _Run:
             )
             self.hold(check, out.reshape(-1, shape[-1]), expected, allowed)
         return out
+
+    def captured(self, tensors: Tensors) -> None:
+        """A CUDA graph of ``apply`` gives new results for a new x, as servers replay it."""
+        method, bias = self.backend(self.descriptor), self.problem.bias
+        for count in (1, 17, 64):
+            check = f"CUDA graph, M={count}"
+            x = self.problem.activations(count)
+            held = torch.zeros_like(x)
+            out: list[torch.Tensor] = []
+
+            def call(_: int, held: torch.Tensor = held, out: list[torch.Tensor] = out) -> None:
+                out[:] = [method.apply(tensors, held, bias)]
+
+            graph = self.attempt(check, functools.partial(timing.captured, call, 1))
+            if graph is None:
+                return
+            held.copy_(x)
+            # Twice, since what a call leaves behind must not change the next.
+            graph.replay()
+            once = out[0].clone()
+            graph.replay()
+            self.compare(check, once, x, bias)
+            if not _same_bits(out[0], once):
+                self.fail(check, "replayed twice, gave two answers")
 
     def compiled_lookup(self, tensors: Tensors) -> None:
         """torch.compile traces ``embedding`` in one graph that serves any number of ids."""
