@@ -131,7 +131,12 @@ def able(
             can[name] = None
         else:
             cannot[name] = str(verdict)
-    for answer in table.answers(d, platform):
+    try:
+        answers = table.answers(d, platform)
+    except ValueError as error:
+        # Ours and cuBLAS can be measured without vLLM.
+        return can, cannot | {VllmNativeBackend.name: str(error)}
+    for answer in answers:
         if answer.adapter is not None and not answer.reasons:
             can[f"vLLM {answer.kernel}"] = answer.adapter.tag
         else:

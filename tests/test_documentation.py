@@ -87,7 +87,7 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
             exec(compile(blank + match[2], str(page), "exec"), vars(module))
 
 
-EVERYWHERE = ("command", "settings", "capabilities", "source", "benchmark")
+EVERYWHERE = ("command", "settings", "capabilities", "source", "benchmark", "gpu-order")
 """Generated parts that are the same on every machine."""
 ON_THIS_CPU = ("message", "plan-file")
 """Parts that name the code path of the machine they were made on."""

@@ -14,6 +14,7 @@ from rich.console import Console
 from vllm.compressed_linear.backend import QuantLinearMethod
 from vllm.compressed_linear.platform import Platform
 from vllm.compressed_linear.registry import backends
+from vllm.compressed_linear.testing.cases import conformance_cases
 from vllm.compressed_linear.testing.check import check_backend
 
 
@@ -40,17 +41,21 @@ def find_backend(name: str) -> type[QuantLinearMethod]:
 def run(
     backend: Annotated[str, typer.Argument(help="a registered name, or module:Class")],
     platform: Annotated[
-        str, typer.Option(help="what can_implement is asked about, e.g. cpu:avx2")
+        str, typer.Option(help="what can_implement is asked about, e.g. cpu:avx2 or cuda")
     ] = "cpu",
     device: Annotated[
         str | None,
         typer.Option(help="where the tensors lie, if a kernel is emulated there, e.g. cpu"),
     ] = None,
+    every: Annotated[
+        int, typer.Option(min=1, help="take only every so many-th case, where kernels compile long")
+    ] = 1,
 ) -> None:
     """Run a backend over the conformance cases and show what it declined, passed and failed."""
     found = find_backend(backend)
     try:
-        report = check_backend(found, Platform.parse(platform), device=device)
+        cases = conformance_cases()[::every]
+        report = check_backend(found, Platform.parse(platform), cases, device=device)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     Console().print(*report.tables(), sep="\n")
