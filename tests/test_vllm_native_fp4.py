@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -195,17 +197,44 @@ def test_slack_reaches_every_neighbour_that_reciprocals_can_make_of_x() -> None:
 # --- what vLLM's own method would have built ------------------------------------------------------
 
 
+def _compressed_tensors(stored: dict[str, torch.Tensor]) -> tuple[Any, Any, dict[str, Any]]:
+    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+        CompressedTensorsW4A4Fp4,
+    )
+
+    method = CompressedTensorsW4A4Fp4()
+    tensors = {
+        "weight_packed": stored["codes"].view(torch.uint8),
+        "weight_scale": stored["scale"],
+        "weight_global_scale": 1 / stored["row_scale"],
+        "input_global_scale": 1 / stored["input_scale"],
+    }
+    return method, method.apply_weights, tensors
+
+
+def _model_opt(stored: dict[str, torch.Tensor]) -> tuple[Any, Any, dict[str, Any]]:
+    from vllm.model_executor.layers.quantization import modelopt
+
+    found = modelopt.resolve("NVFP4", SimpleNamespace(group_size=16), "layer")
+    method = modelopt.ModelOptLinearMethod(*found)
+    tensors = {
+        "weight": stored["codes"].view(torch.uint8),
+        "weight_scale": stored["scale"],
+        "weight_scale_2": stored["row_scale"],
+        "input_scale": stored["input_scale"],
+    }
+    return method, method.apply, tensors
+
+
 @pytest.mark.parametrize(
     "case", [W4A4, replace(W4A4, n=72, k=80, shards=())], ids=["whole tiles", "filled up"]
 )
 @pytest.mark.parametrize("kernel", [CUTLASS, TORCH])
+@pytest.mark.parametrize("make", [_compressed_tensors, _model_opt])
 def test_vllm_s_own_method_builds_the_same(
-    case: Case, kernel: str, monkeypatch: pytest.MonkeyPatch
+    case: Case, kernel: str, make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vllm.model_executor import parameter
-    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
-        CompressedTensorsW4A4Fp4,
-    )
 
     monkeypatch.setattr(parameter, "get_tensor_model_parallel_rank", lambda: 0)
     monkeypatch.setattr(parameter, "get_tensor_model_parallel_world_size", lambda: 1)
@@ -214,18 +243,11 @@ def test_vllm_s_own_method_builds_the_same(
         disabled = (CUTLASS, "MarlinNvFp4LinearKernel")
         monkeypatch.setenv("VLLM_DISABLED_KERNELS", ",".join(disabled))
     problem = case.build()
-    d, stored = problem.descriptor, problem.own.shards[0].tensors
-    checkpoint = {
-        "weight_packed": stored["codes"].view(torch.uint8),
-        "weight_scale": stored["scale"],
-        "weight_global_scale": 1 / stored["row_scale"],
-        "input_global_scale": 1 / stored["input_scale"],
-    }
-    x = problem.activations(5)
+    d, x = problem.descriptor, problem.activations(5)
     with compat_accelerators.pretending(B200), compat_accelerators.configured():
-        method = CompressedTensorsW4A4Fp4()
+        method, apply, checkpoint = make(problem.own.shards[0].tensors)
         theirs = vllms_layer(method, checkpoint, d.n, d.k)
-        expected = method.apply_weights(theirs, x)
+        expected = apply(theirs, x)
         ours = backend.prepare(d, problem.weights, B200)
         out = op.call(d, op.text_of(d), ours, x, None, "cuda")
     adapter = table.preferred(table.answers(d, B200))
@@ -239,6 +261,8 @@ def test_vllm_s_own_method_builds_the_same(
         assert tensor.stride() == other.stride(), name
         if tensor.dim():
             assert torch.equal(tensor.view(torch.uint8), other.view(torch.uint8)), name
+        elif make is _model_opt:
+            assert torch.equal(tensor, other), name
         else:  # made of divisors in the file
             torch.testing.assert_close(tensor, other)
     torch.testing.assert_close(out, expected, atol=0, rtol=2**-7)
