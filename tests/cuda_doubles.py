@@ -28,35 +28,36 @@ TILE = 16
 CALLED: list[str] = []
 """Names of the operators that ran, in order."""
 
-_LIBRARY: list[Any] = []
+_DEFINED: dict[str, Any] = {}
 
 
-def install() -> None:
-    """Define what this process's vLLM does not have; once."""
-    if _LIBRARY:
-        return
+def install(functions: dict[str, Callable[..., Any]] | None = None) -> None:
+    """Define what this process's vLLM does not have; each once. ``functions``: name of the operator
+    → what it computes, those of this file if it is None."""
     from vllm import _custom_ops  # noqa: F401  # whatever vLLM has is there after this
 
-    library = torch.library.Library("_C", "FRAGMENT")
-    beside = torch.library.Library("vllm_cuda_wheel", "FRAGMENT")
-    _LIBRARY.extend((library, beside))
-    for name, function in _IMPLEMENTED.items():
-        known = getattr(torch.ops._C, name, None)
-        # The CPU wheel has a few names without arguments, for what it never calls.
-        if known is not None and known.default._schema.arguments:
+    for name, function in (functions or _IMPLEMENTED).items():
+        if name in _DEFINED:
             continue
-        home = library if known is None else beside
+        packet = name.partition(".")[0]
+        known = getattr(torch.ops._C, packet, None)
+        # The CPU wheel has a few names without arguments, for what it never calls.
+        bare = known is not None and not known.default._schema.arguments
+        if known is not None and not bare:
+            continue
+        home = torch.library.Library("vllm_cuda_wheel" if bare else "_C", "FRAGMENT")
         home.define(SCHEMAS[name])
-        home.impl(name, _recorded(name, function), "CompositeExplicitAutograd")
-        if known is not None:
-            setattr(torch.ops._C, name, getattr(torch.ops.vllm_cuda_wheel, name))
+        home.impl(name, _recorded(packet, function), "CompositeExplicitAutograd")
+        _DEFINED[name] = home
+        if bare:
+            setattr(torch.ops._C, packet, getattr(torch.ops.vllm_cuda_wheel, packet))
 
 
 def _recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
-    def run(*arguments: Any) -> Any:
+    def run(*arguments: Any, **named: Any) -> Any:
         CALLED.append(name)
-        return function(*arguments)
+        return function(*arguments, **named)
 
     return run
 
@@ -106,7 +107,7 @@ def gptq_marlin_repack(
     expect(b_q_weight.shape == (size_k // factor, size_n), f"shape {b_q_weight.shape}")
     expect(size_k % TILE == 0 and size_n % 64 == 0, f"K={size_k} N={size_n} are no whole tiles")
     shape = (size_k // TILE, size_n * TILE // factor)
-    if _unreal(b_q_weight):
+    if unreal(b_q_weight):
         return b_q_weight.new_empty(shape)
     codes = unpack(b_q_weight, Packing(num_bits, "K"), size_k, 0)
     packed: torch.Tensor = marlin_weights(
@@ -115,7 +116,7 @@ def gptq_marlin_repack(
     return packed
 
 
-def _unreal(tensor: torch.Tensor) -> bool:
+def unreal(tensor: torch.Tensor) -> bool:
     from torch._subclasses.fake_tensor import FakeTensor
 
     return isinstance(tensor, FakeTensor) or tensor.device.type == "meta"
@@ -208,7 +209,7 @@ def marlin_gemm(
     if zeros is not None:
         expect(zeros.shape == (groups, size_n * bits // 32), f"zero points {zeros.shape}")
         expect(zeros.dtype == torch.int32 and zeros.is_contiguous(), "zero points")
-    if _unreal(a):
+    if unreal(a):
         return a.new_empty(size_m, size_n)
     codes = _codes(b_q_weight, size_k, size_n, bits)
     scale = _scales(b_scales, size_n, single=groups == 1 and b_scales.dtype == a.dtype)
@@ -291,7 +292,7 @@ def machete_mm(
     expect(group_size in (group, -1) and group_zeros is None, "groups")
     expect(group in (64, 128, k), f"groups of {group}")
     on(a.device, b, group_scales)
-    if _unreal(a):
+    if unreal(a):
         return a.new_empty(a.shape[0], n)
     codes = unpack(b, Packing(bits[b_type], "K"), k, 0).double() - (1 << (bits[b_type] - 1))
     weight = (codes * group_scales.double().repeat_interleave(group, 0)).to(a.dtype)
@@ -304,7 +305,7 @@ def dynamic_scaled_int8_quant(
     expect(out.dtype == torch.int8 and out.shape == x.shape, f"out {out.shape} {out.dtype}")
     expect(scale.shape == (x.shape[0], 1) and scale.dtype == torch.float32, "scale")
     expect(x.is_contiguous() and azp is None, "x")
-    if _unreal(x):
+    if unreal(x):
         return
     largest = x.float().abs().amax(1, keepdim=True)
     scale.copy_(largest / 127)
@@ -318,41 +319,49 @@ def static_scaled_int8_quant(
     expect(out.dtype == torch.int8 and out.shape == x.shape, f"out {out.shape} {out.dtype}")
     expect(scale.numel() == 1 and scale.dtype == torch.float32 and x.is_contiguous(), "scale")
     expect(azp is None or (azp.numel() == 1 and azp.dtype == torch.int32), "zero point")
-    if _unreal(x):
+    if unreal(x):
         return
     added = 0 if azp is None else azp
     out.copy_((torch.round(x.float() * (1 / scale)) + added).clamp(-128, 127))
 
 
+def _fp8_output(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The rows of ``out`` that x fills: it may have more, which the operators leave as they are."""
+    expect(out.dtype == torch.float8_e4m3fn and out.is_contiguous(), f"out {out.dtype}")
+    expect(out.shape[0] >= x.shape[0] and out.shape[1] == x.shape[1], f"out {out.shape}")
+    return out[: x.shape[0]]
+
+
 def dynamic_per_token_scaled_fp8_quant(
     out: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, scale_ub: torch.Tensor | None
 ) -> None:
-    expect(out.dtype == torch.float8_e4m3fn and out.shape == x.shape, f"out {out.shape}")
-    expect(scale.shape == (x.shape[0], 1) and scale.dtype == torch.float32, "scale")
+    held = _fp8_output(out, x)
+    expect(scale.shape == (out.shape[0], 1) and scale.dtype == torch.float32, "scale")
     expect(x.stride(-1) == 1 and scale_ub is None, "x")
-    if _unreal(x):
+    if unreal(x):
         return
-    scale.copy_((x.float().abs().amax(1, keepdim=True) / 448).clamp(min=1 / (448 * 512)))
-    out.copy_((x.float() * (1 / scale)).clamp(-448, 448).to(out.dtype))
+    own = (x.float().abs().amax(1, keepdim=True) / 448).clamp(min=1 / (448 * 512))
+    scale[: x.shape[0]] = own
+    held.copy_((x.float() * (1 / own)).clamp(-448, 448).to(out.dtype))
 
 
 def dynamic_scaled_fp8_quant(out: torch.Tensor, x: torch.Tensor, scale: torch.Tensor) -> None:
-    expect(out.dtype == torch.float8_e4m3fn and out.shape == x.shape, f"out {out.shape}")
+    held = _fp8_output(out, x)
     expect(scale.numel() == 1 and scale.dtype == torch.float32, "scale")
-    if _unreal(x):
+    if unreal(x):
         return
     scale.copy_(x.float().abs().max().reshape(1) / 448)
-    out.copy_((x.float() * (1 / scale)).clamp(-448, 448).to(out.dtype))
+    held.copy_((x.float() * (1 / scale)).clamp(-448, 448).to(out.dtype))
 
 
 def static_scaled_fp8_quant(
     out: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, group_shape: list[int] | None = None
 ) -> None:
-    expect(out.dtype == torch.float8_e4m3fn and out.shape == x.shape, f"out {out.shape}")
+    held = _fp8_output(out, x)
     expect(scale.numel() == 1 and scale.dtype == torch.float32, "scale")
-    if _unreal(x):
+    if unreal(x):
         return
-    out.copy_((x.float() * (1 / scale)).clamp(-448, 448).to(out.dtype))
+    held.copy_((x.float() * (1 / scale)).clamp(-448, 448).to(out.dtype))
 
 
 def _scaled_operands(
@@ -383,7 +392,7 @@ def cutlass_scaled_mm(
     bias: torch.Tensor | None,
 ) -> None:
     _scaled_operands(out, a, b, a_scales, b_scales)
-    if _unreal(a):
+    if unreal(a):
         return
     product = (
         a.double() @ b.double() * a_scales.double().reshape(-1, 1) * b_scales.double().flatten()
@@ -404,7 +413,7 @@ def cutlass_scaled_mm_azp(
     _scaled_operands(out, a, b, a_scales, b_scales)
     expect(azp_adj.numel() == b.shape[1] and azp_adj.dtype == torch.int32, "azp_adj")
     expect(a.dtype == torch.int8 and azp is None, "a zero point for the tensor")
-    if _unreal(a):
+    if unreal(a):
         return
     sums = a.double() @ b.double() - azp_adj.double().flatten()
     out.copy_(sums * a_scales.double().reshape(-1, 1) * b_scales.double().flatten())

@@ -29,6 +29,7 @@ TABLES = {
     "fp8 weights": "_POSSIBLE_WFP8A16_KERNELS",
     "nvfp4": "_POSSIBLE_NVFP4_KERNELS",
     "mxfp4": "_POSSIBLE_MXFP4_KERNELS",
+    "mxfp6": "_POSSIBLE_MXFP6_KERNELS",
     "mxfp8": "_POSSIBLE_MXFP8_KERNELS",
 }
 """Family of quantization → the name of vLLM's table of classes by platform."""
@@ -132,6 +133,7 @@ def pretending(platform: Platform) -> Iterator[None]:
             yield
         return
     from vllm.model_executor.kernels.linear.scaled_mm import cutlass
+    from vllm.model_executor.layers.quantization.utils import nvfp4_utils
     from vllm.platforms import current_platform
 
     from vllm import _custom_ops
@@ -143,20 +145,25 @@ def pretending(platform: Platform) -> Iterator[None]:
     }
     with _LOCK:
         real = type(current_platform)
-        kept = {name: getattr(_custom_ops, name) for name in known if hasattr(_custom_ops, name)}
+        kept = {
+            (owner, name): getattr(owner, name)
+            for owner in (_custom_ops, nvfp4_utils)
+            for name in known
+            if hasattr(owner, name)
+        }
         block = cutlass.CUTLASS_BLOCK_FP8_SUPPORTED
         try:
             current_platform.__class__ = _pretended(platform)
-            for name in kept:
-                setattr(_custom_ops, name, known[name])
+            for owner, name in kept:
+                setattr(owner, name, known[name])
             cutlass.CUTLASS_BLOCK_FP8_SUPPORTED = (
                 platform.device == "cuda" and (platform.capability or 0) >= 90
             )
             yield
         finally:
             current_platform.__class__ = real
-            for name, function in kept.items():
-                setattr(_custom_ops, name, function)
+            for (owner, name), function in kept.items():
+                setattr(owner, name, function)
             cutlass.CUTLASS_BLOCK_FP8_SUPPORTED = block
 
 
@@ -212,11 +219,19 @@ def int8_config(*, static: bool, symmetric: bool) -> object:
     )
 
 
-def fp8_config(n: int, k: int, dtype: torch.dtype, *, weight: str, activation: str) -> object:
+def fp8_config(
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    *,
+    weight: str,
+    activation: str,
+    out_dtype: torch.dtype | None = None,
+) -> object:
     """vLLM's ``FP8ScaledMMLinearLayerConfig`` for a weight [n, k] and x of ``dtype``.
 
     ``weight``: what shares its scales, "tensor" or "channel"; ``activation``: "static tensor",
-    "dynamic tensor" or "dynamic token".
+    "dynamic tensor" or "dynamic token"; ``out_dtype``: of the result, that of x if it is None.
     """
     from vllm.model_executor.kernels.linear import FP8ScaledMMLinearLayerConfig
     from vllm.model_executor.layers.quantization.utils import quant_utils as keys
@@ -232,7 +247,7 @@ def fp8_config(n: int, k: int, dtype: torch.dtype, *, weight: str, activation: s
         activation_quant_key=activations[activation],
         weight_shape=(n, k),
         input_dtype=dtype,
-        out_dtype=dtype,
+        out_dtype=out_dtype or dtype,
     )
 
 

@@ -87,6 +87,24 @@ class KernelAdapter(ABC):
         """See ``QuantLinearMethod.weight_rounding``; without that of an added bias."""
         return rounded_weights(d)
 
+    def result_dtype(self, d: CompressedLinearDescriptor) -> torch.dtype:
+        """Of what ``run`` returns."""
+        return torch_dtype(d.input_dtype)
+
+    def ratio(
+        self, d: CompressedLinearDescriptor, weights: CompressedWeights
+    ) -> torch.Tensor | None:
+        """fp32 [N] by which the result of ``run`` is multiplied, or None: what remains of scales of
+        rows where the class knows one for the layer."""
+        return None if weights.row_scale is None else row_ratio(weights.row_scale)
+
+
+def row_ratio(scale: torch.Tensor) -> torch.Tensor | None:
+    """What remains of each row's ``scale`` [N] when all are given the largest; None if nothing
+    does."""
+    largest = scale.abs().max()
+    return None if bool((scale == largest).all()) else scale / largest
+
 
 def rounded_weights(d: CompressedLinearDescriptor) -> float:
     """The rounding of weights that are dequantised to the dtype of x, and of scales cast to it."""

@@ -9,7 +9,7 @@ import torch
 
 from vllm.compressed_linear import compat_accelerators
 from vllm.compressed_linear.backend import Capabilities, QuantLinearMethod, Verdict
-from vllm.compressed_linear.backends.vllm_native import cpu, op, scaled_mm, table
+from vllm.compressed_linear.backends.vllm_native import cpu, nvfp4, op, scaled_mm, table
 from vllm.compressed_linear.backends.vllm_native.adapter import KernelAdapter, common_reasons
 from vllm.compressed_linear.compat_kernels import CODES
 from vllm.compressed_linear.cost import roofline
@@ -28,7 +28,7 @@ ACCELERATORS = Capabilities(
     channel_order=True,
     padded_order=True,
     row_scale=True,
-    activations=frozenset({*scaled_mm.INT8_KINDS, *scaled_mm.FP8_KINDS}),
+    activations=frozenset({*scaled_mm.INT8_KINDS, *scaled_mm.FP8_KINDS, nvfp4.ACTIVATION.kind}),
 )
 """What one or another of vLLM's classes for accelerators can do."""
 
@@ -83,7 +83,11 @@ class VllmNativeBackend(QuantLinearMethod):
         input_zero: torch.Tensor | None,
     ) -> torch.Tensor | None:
         spec = descriptor.activation
-        return None if spec is None else scaled_mm.slack(spec, x, input_scale, input_zero)
+        if spec is None:
+            return None
+        if spec == nvfp4.ACTIVATION:
+            return nvfp4.slack(x, input_scale)
+        return scaled_mm.slack(spec, x, input_scale, input_zero)
 
     @classmethod
     def seconds(cls, descriptor: CompressedLinearDescriptor, platform: Platform, m: int) -> float:
@@ -152,8 +156,9 @@ def _adapter(d: CompressedLinearDescriptor, platform: Platform) -> KernelAdapter
 
 
 def _roundings(d: CompressedLinearDescriptor) -> list[float]:
-    family = table.family_of(d)
-    return [a.weight_rounding(d) for a in table.ADAPTERS if a.family == family]
+    """Of the classes that compute what ``d`` says, whatever the GPU."""
+    family = [a for a in table.ADAPTERS if a.family == table.family_of(d)]
+    return [a.weight_rounding(d) for a in family if not any(a.reasons(d))]
 
 
 def prepare(
@@ -173,14 +178,6 @@ def prepare(
     tensors = {f"{adapter.tag}_{name}": t for name, t in adapter.prepared(layer).items()}
     if weights.permutation is not None:
         tensors[op.ORDER] = weights.permutation
-    ratio = None if weights.row_scale is None else _row_ratio(weights.row_scale)
-    if ratio is not None:
-        tensors[op.ROW_SCALE] = ratio.to(torch_dtype(d.input_dtype))
+    if (ratio := adapter.ratio(d, weights)) is not None:
+        tensors[op.ROW_SCALE] = ratio.to(adapter.result_dtype(d))
     return tensors
-
-
-def _row_ratio(row_scale: torch.Tensor) -> torch.Tensor | None:
-    """What remains of each row's second-level scale when all are given the largest; None if
-    nothing does."""
-    largest = row_scale.abs().max()
-    return None if bool((row_scale == largest).all()) else row_scale / largest

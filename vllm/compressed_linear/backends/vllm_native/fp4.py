@@ -35,6 +35,18 @@ from vllm.compressed_linear.weights import CompressedWeights
 NVFP4_GROUP, MX_GROUP = 16, 32
 
 
+def unsigned(
+    d: CompressedLinearDescriptor, weights: CompressedWeights
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """NVFP4 weights for kernels whose scales have no sign: codes uint8 [N, K/2], the first in the
+    lower half, and scales e4m3 [N, G], none negative."""
+    scale = scales(d, weights).to(torch.float32)
+    # The sign of a code is its highest bit.
+    flipped = (scale < 0).repeat_interleave(NVFP4_GROUP, 1).to(torch.uint8) << 3
+    codes = pack(byte_codes(d, weights) ^ flipped, Packing(4, "K"))
+    return codes.view(torch.uint8), scale.abs().to(torch.float8_e4m3fn)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Marlin(KernelAdapter):
     """What the three have in common. ``group``: input channels that share a scale."""
@@ -90,14 +102,11 @@ class MarlinNvFp4(_Marlin):
         return compat_accelerators.nvfp4_config()
 
     def layer(self, d: CompressedLinearDescriptor, weights: CompressedWeights) -> torch.nn.Module:
-        scale = scales(d, weights).to(torch.float32)
-        self._check_scales(d, scale.abs())
-        # The kernel's scales have no sign; that of a code is its highest bit.
-        flipped = (scale < 0).repeat_interleave(self.group, 1).to(torch.uint8) << 3
-        codes = pack(byte_codes(d, weights) ^ flipped, Packing(4, "K"))
+        codes, scale = unsigned(d, weights)
+        self._check_scales(d, scale.to(torch.float32))
         layer = torch.nn.Module()
-        add_parameter(layer, "weight", codes.view(torch.uint8))
-        add_parameter(layer, "weight_scale", scale.abs().to(torch.float8_e4m3fn))
+        add_parameter(layer, "weight", codes)
+        add_parameter(layer, "weight_scale", scale)
         add_parameter(layer, "weight_global_scale", row_scale(weights).abs().max())
         return layer
 

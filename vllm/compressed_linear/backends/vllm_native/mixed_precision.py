@@ -7,6 +7,7 @@ What their own checks do not say, found by reading vLLM 0.32:
   computed with a bias; here any bias but the middle becomes constant zero points
 * Machete multiplies zero points with the scale beforehand and rounds the product: what should be
   exactly 0 is not, which the numerical contract does not allow. Declined with zero points
+* Conch, a package of Triton kernels, reads whole tiles of 64 by 64 whatever the size (read in 1.3)
 * Exllama adds products and partial sums in fp16, CutlassW4A8 quantises x and rounds the scales of
   groups to 8 bits: declined always
 * a bias is added to the rounded result
@@ -60,10 +61,12 @@ def constant_zero(d: CompressedLinearDescriptor) -> int | None:
 @dataclass(frozen=True, kw_only=True)
 class MixedPrecision(KernelAdapter):
     """One of vLLM's subclasses of ``MPLinearKernel``. ``zeros``: whether its zero points keep the
-    numerical contract; ``never``: why it cannot keep it at all."""
+    numerical contract; ``never``: why it cannot keep it at all; ``multiple``: what N and K must be
+    multiples of."""
 
     zeros: bool = True
     never: str = ""
+    multiple: int = 1
 
     family = "mixed precision"
 
@@ -82,6 +85,8 @@ class MixedPrecision(KernelAdapter):
                 "zero points, which it multiplies with the scales beforehand and rounds, so that "
                 "weights of 0 are none"
             )
+        if d.n % self.multiple or d.k % self.multiple:
+            yield f"{d.n}x{d.k} (supported: multiples of {self.multiple})"
         if scale is None:
             yield "weights without scales"
         elif d.input_dtype == "float16" and scale.dtype != "float16":
@@ -147,6 +152,13 @@ KERNELS = (
         efficiency=0.7,
     ),
     MixedPrecision(
+        kernel="ConchLinearKernel",
+        tag="conch",
+        devices=frozenset({"cuda", "rocm"}),
+        multiple=64,
+        efficiency=0.4,
+    ),
+    MixedPrecision(
         kernel="ExllamaLinearKernel",
         tag="exllama",
         never=_ACCUMULATES,
@@ -159,4 +171,4 @@ KERNELS = (
         efficiency=0.4,
     ),
 )
-"""In vLLM's order; ``conch`` and ``humming`` are packages of their own and not wired."""
+"""In vLLM's order on CUDA."""

@@ -63,14 +63,14 @@ def multiply(
 ) -> torch.Tensor:
     """x [M, K] → [M, N]: what the operator does. ``tensors``: what the class left on the layer, by
     its own names; ``order`` int32 [k], −1 for a channel of zeros; ``row_scale`` [N] of the dtype of
-    x, by which the result is multiplied."""
+    the class's result, by which that is multiplied."""
     if order is not None:
         x = gather_channels(x, order)
     adapter, kernel, attributes = ready(tag, descriptor, device)
     out = adapter.run(kernel, SimpleNamespace(**{**attributes, **tensors}), x.contiguous())
     if row_scale is not None:
         out = out * row_scale
-    return out if bias is None else out + bias
+    return (out if bias is None else out + bias).to(x.dtype)
 
 
 @torch.library.custom_op("compressed_linear::vllm_native_linear", mutates_args=())

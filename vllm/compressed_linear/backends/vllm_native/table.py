@@ -7,17 +7,28 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from vllm.compressed_linear import compat_accelerators
-from vllm.compressed_linear.backends.vllm_native import dense, fp4, fp8, mixed_precision, scaled_mm
+from vllm.compressed_linear.backends.vllm_native import (
+    declined,
+    dense,
+    fp4,
+    fp8,
+    mixed_precision,
+    nvfp4,
+    scaled_mm,
+    torch_fp8,
+)
 from vllm.compressed_linear.backends.vllm_native.adapter import KernelAdapter
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
-from vllm.compressed_linear.numerics import E2M1, E4M3
+from vllm.compressed_linear.numerics import E2M1, E2M3, E3M2, E4M3
 from vllm.compressed_linear.platform import Platform
 
 ADAPTERS: tuple[KernelAdapter, ...] = (
     *mixed_precision.KERNELS,
     *scaled_mm.KERNELS,
+    *torch_fp8.KERNELS,
     *fp8.KERNELS,
     *fp4.KERNELS,
+    *nvfp4.KERNELS,
     *dense.KERNELS,
 )
 """Every class that is wired."""
@@ -43,6 +54,8 @@ def family_of(d: CompressedLinearDescriptor) -> str | None:
         return "mxfp4" if mx else "nvfp4"
     if element == E4M3:
         return "mxfp8" if mx else "fp8 weights" if d.activation is None else "fp8"
+    if element in (E2M3, E3M2):
+        return "mxfp6"
     return None
 
 
@@ -81,7 +94,7 @@ def _answer(
 ) -> Answer:
     name = kernel.__name__
     if adapter is None or platform.device not in adapter.devices:
-        return Answer(name, None, ("not wired to descriptors",))
+        return Answer(name, None, (declined.why(name),))
     reasons = list(adapter.reasons(d))
     scale = d.weight.scale
     if scale is not None and scale.dtype not in adapter.scale_dtypes:
