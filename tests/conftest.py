@@ -19,6 +19,9 @@ from hypothesis import HealthCheck, settings
 from safetensors.torch import load_file
 
 from vllm.compressed_linear import native
+from vllm.compressed_linear.backends.vllm_native.cpu import CPU_OP
+from vllm.compressed_linear.compat_kernels import missing_cpu_op
+from vllm.compressed_linear.platform import Platform
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIES = ROOT / "tests" / "fixtures"
@@ -40,6 +43,12 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("default")
+
+
+def needs_vllms_4_bit_kernel() -> None:
+    """Skips the test where this CPU's library of vLLM has none, as that for AVX2."""
+    if (lacks := missing_cpu_op(CPU_OP, Platform.detect())) is not None:
+        pytest.skip(lacks)
 
 
 def zoo() -> Path:

@@ -31,6 +31,7 @@ from benchmarks.serving import (
     workload,
 )
 from benchmarks.serving.workload import Stream
+from conftest import needs_vllms_4_bit_kernel
 from model_loading import loaded
 from model_loading import logits as model_logits
 
@@ -108,6 +109,7 @@ def test_vllm_is_given_the_same_weights(name: str) -> None:
 @pytest.mark.e2e
 @pytest.mark.usefixtures("tiny_cache")
 def test_vllm_runs_layers_in_a_process_of_its_own() -> None:
+    needs_vllms_4_bit_kernel()
     process = Vllm(STOCK)
     try:
         problem = SCHEMES["w4"].problem(256, 512)

@@ -10,14 +10,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from conftest import checkpoint, checkpoint_reference, checkpoints
+from conftest import checkpoint, checkpoint_reference, checkpoints, needs_vllms_4_bit_kernel
 from model_loading import loaded, logits
 from vllm.compressed_linear import settings
-from vllm.compressed_linear.backends.vllm_native.cpu import CPU_OP
-from vllm.compressed_linear.compat_kernels import missing_cpu_op
 from vllm.compressed_linear.config import NAME, CompressedLinearConfig
 from vllm.compressed_linear.plan import DELEGATED, PLAN
-from vllm.compressed_linear.platform import Platform
 from vllm.compressed_linear.registry import NoBackendError
 
 WEIGHT_ONLY = [
@@ -179,9 +176,8 @@ def test_every_format_runs_on_every_backend_that_can(
     # A declined one has reasons; one that could and ranks lower has none.
     unable = {e.name for e in entries for r in e.rejected if r.backend == backend and r.reasons}
     able = {e.name for e in entries} - unable
-    lacks = missing_cpu_op(CPU_OP, Platform.detect())
-    if backend == "vllm_native" and lacks is not None:
-        pytest.skip(lacks)
+    if backend == "vllm_native":
+        needs_vllms_4_bit_kernel()
     assert able
     monkeypatch.setenv(settings.BACKEND, ",".join(f"{layer}={backend}" for layer in sorted(able)))
     ours, reference = log_probabilities(name, "bfloat16")

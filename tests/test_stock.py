@@ -11,13 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import checkpoint, checkpoint_reference
+from conftest import checkpoint, checkpoint_reference, needs_vllms_4_bit_kernel
 from model_loading import loaded, logits
 from test_models import WEIGHT_ONLY
 from vllm.compressed_linear import settings
-from vllm.compressed_linear.backends.vllm_native.cpu import CPU_OP
-from vllm.compressed_linear.compat_kernels import missing_cpu_op
-from vllm.compressed_linear.platform import Platform
 
 HERE = Path(__file__).parent
 
@@ -47,8 +44,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor | 
 
 
 def test_stock_vllm_loads_some_of_them(stock: dict[str, torch.Tensor | str]) -> None:
-    if lacks := missing_cpu_op(CPU_OP, Platform.detect()):
-        pytest.skip(lacks)
+    needs_vllms_4_bit_kernel()
     assert sum(isinstance(found, torch.Tensor) for found in stock.values()) >= 5
 
 
