@@ -7,7 +7,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from vllm.compressed_linear import compat_accelerators
-from vllm.compressed_linear.backends.vllm_native import dense, fp4, fp8, mixed_precision, scaled_mm
+from vllm.compressed_linear.backends.vllm_native import (
+    dense,
+    fp4,
+    fp8,
+    fp8_block,
+    mixed_precision,
+    scaled_mm,
+)
 from vllm.compressed_linear.backends.vllm_native.adapter import KernelAdapter
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
 from vllm.compressed_linear.numerics import E2M1, E4M3
@@ -17,6 +24,7 @@ ADAPTERS: tuple[KernelAdapter, ...] = (
     *mixed_precision.KERNELS,
     *scaled_mm.KERNELS,
     *fp8.KERNELS,
+    *fp8_block.KERNELS,
     *fp4.KERNELS,
     *dense.KERNELS,
 )
@@ -38,6 +46,8 @@ def family_of(d: CompressedLinearDescriptor) -> str | None:
         return DENSE
     if element.kind == "integer":
         return "mixed precision" if d.activation is None else "int8"
+    if element == E4M3 and d.activation is not None and d.activation.kind in fp8_block.KINDS:
+        return "fp8 blocks"
     mx = scale is not None and scale.dtype == "e8m0"
     if element == E2M1:
         return "mxfp4" if mx else "nvfp4"
@@ -89,7 +99,9 @@ def _answer(
         reasons.append(f"scale dtype {scale.dtype} (supported: {supported})")
     if d.weight.row_scale is not None and not adapter.row_scale:
         reasons.append("second-level scales")
-    newest, have = adapter.max_capability, platform.capability
+    oldest, newest, have = adapter.min_capability, adapter.max_capability, platform.capability
+    if oldest is not None and have is not None and have < oldest:
+        reasons.append(f"compute capability {have} is too old (at least {oldest})")
     if newest is not None and have is not None and have > newest:
         reasons.append(f"compute capability {have} is too new (at most {newest})")
     if not reasons:
