@@ -93,7 +93,8 @@ def rows_share(part: Part, rows: int) -> bool:
         ([shard(16)], (16, 32)),
         ([shard(16, 40)], (16, 32)),
         ([shard(16, 64, 32, 16)], (16, 32)),
-        ([shard(16, 64, 32, 24)], (16, 32)),
+        ([shard(16, 40, 16, 24)], None),
+        ([shard(16, 64, 32, 24)], None),
         ([shard(16, 64, 8, 32)], None),
         ([shard(16, 64, 8, 8)], None),
         ([shard(16, 32), shard(16, 16, first_scale=100)], (16, 32)),
@@ -147,14 +148,22 @@ def fused(draw: st.DrawFn) -> tuple[int, list[LoadedShard]]:
 
 
 @given(fused())
-def test_blocks_are_said_exactly_where_they_begin_with_the_rows(
+def test_blocks_are_said_exactly_where_rows_share_scales_and_no_slice_cuts_them(
     found: tuple[int, list[LoadedShard]],
 ) -> None:
     """All scales are different, so the numbers tell which rows share them."""
     rows, shards = found
     part = only(*shards)
-    begin = all(one.source.n_start % rows == 0 for one in shards)
-    assert (blocks_of(part) is not None) == (begin and rows_share(part, rows))
+    sources = [one.source for one in shards]
+    cut = any(s.n_start % rows or (s.n < s.full_n and s.n % rows) for s in sources)
+    assert (blocks_of(part) is not None) == (rows_share(part, rows) and not cut)
+
+
+@pytest.mark.parametrize("n", [16, 24, 32, 40])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_all_ranks_say_the_same(n: int, ranks: int) -> None:
+    found = {blocks_of(only(shard(16, n * ranks, n * rank, n))) for rank in range(ranks)}
+    assert found == {None if n % 16 else (16, 32)}
 
 
 def test_zero_points_are_of_rows() -> None:

@@ -46,8 +46,8 @@ class ScaleSpec:
 
     Scales reach backends repeated for each row, in [N, G]. With "block" those of rows
     ``block_rows``·i to ``block_rows``·(i + 1) − 1 are the same, counted from the descriptor's first
-    row; the last block may be short. Where a tensor-parallel slice or another member of a fused
-    layer begins in the middle of a block that is not so, and what backends see is "group"."""
+    row; the last block may be short. Where a tensor-parallel slice cuts a block, or another member
+    of a fused layer begins in the middle of one, backends see "group"."""
 
     dtype: str
     granularity: str

@@ -111,14 +111,19 @@ def _with_blocks(
 
 
 def _block_rows(shards: Sequence[LoadedShard]) -> int:
-    """How many rows share scales, counted from the first row of all ``shards`` together; 1 where a
-    block of a shard would begin in the middle of one, or be cut, or be filled up with padding."""
+    """How many rows share scales, counted from the first row of all ``shards`` together; 1 where
+    one of them begins in the middle of a block, or its slice cuts one, or padding fills one up.
+
+    Only whole members may end with a short block: a slice that does begins with one on another
+    rank, and what is said should not depend on the rank.
+    """
     rows = shards[0].source.block_rows
     offset = 0
     for shard in shards:
         source = shard.source
         begins = offset % rows == 0 and source.n_start % rows == 0
-        if source.block_rows != rows or not begins or (source.padding and source.n % rows):
+        whole = source.n == source.full_n and not source.padding
+        if source.block_rows != rows or not begins or not (whole or source.n % rows == 0):
             return 1
         offset += source.n + source.padding
     return rows
