@@ -364,6 +364,68 @@ def static_scaled_fp8_quant(
     held.copy_((x.float() * (1 / scale)).clamp(-448, 448).to(out.dtype))
 
 
+def per_token_group_fp8_quant(
+    x: torch.Tensor,
+    output_q: torch.Tensor,
+    output_s: torch.Tensor,
+    group_size: int,
+    eps: float,
+    fp8_min: float,
+    fp8_max: float,
+    scale_ue8m0: bool,
+    dummy_is_scale_transposed: bool,
+    dummy_is_tma_aligned: bool,
+) -> None:
+    m, k = x.shape
+    expect(output_q.dtype == torch.float8_e4m3fn and output_q.shape == x.shape, "output_q")
+    expect(x.is_contiguous() and output_q.is_contiguous(), "not contiguous")
+    expect(k % group_size == 0, f"K={k} is no multiple of {group_size}")
+    expect(output_s.dtype == torch.float32, f"output_s {output_s.dtype}")
+    expect(output_s.shape == (m, k // group_size), f"output_s {output_s.shape}")
+    expect(output_s.stride() in ((k // group_size, 1), (1, m)), f"output_s {output_s.stride()}")
+    expect((fp8_min, fp8_max) == (-448.0, 448.0) and not scale_ue8m0, "another rule for scales")
+    on(x.device, output_q, output_s)
+    if unreal(x):
+        return
+    groups = x.float().unflatten(1, (-1, group_size))
+    scale = groups.abs().amax(-1, keepdim=True).clamp(min=eps) / fp8_max
+    output_s.copy_(scale.squeeze(-1))
+    output_q.copy_((groups / scale).clamp(fp8_min, fp8_max).flatten(1).to(output_q.dtype))
+
+
+def block_scaled_product(
+    a: torch.Tensor, b: torch.Tensor, a_scales: torch.Tensor, b_scales: torch.Tensor
+) -> torch.Tensor:
+    """float64 [M, N] for a [M, K] and b [N, K] with scales [M, K/128] and [N/128, K/128]."""
+    n, k = b.shape
+    left = a.double() * a_scales.double().repeat_interleave(128, 1)[:, :k]
+    blocks = b_scales.double().repeat_interleave(128, 0)[:n].repeat_interleave(128, 1)[:, :k]
+    return left @ (b.double() * blocks).t()
+
+
+def _block_operands(
+    out: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_scales: torch.Tensor,
+    b_scales: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> None:
+    """What ``cutlass_scaled_mm`` asks for where scales are neither of tokens nor of channels."""
+    (m, k), n = a.shape, b.shape[1]
+    groups = -(-k // 128)
+    expect(a.dtype == b.dtype == torch.float8_e4m3fn, f"{a.dtype} with {b.dtype}")
+    expect(a.stride(1) == 1 and out.stride(1) == 1, "a and out are not row-major")
+    expect(b.stride(0) == 1 and b.stride(1) % 16 == 0, "b is not column-major, or not aligned")
+    expect(out.shape == (m, n) and out.stride(0) % 16 == 0, f"out {out.shape} is not aligned")
+    expect(a_scales.shape == (m, groups) and a_scales.stride() == (1, m), "a scales of 1x128")
+    blocks = (groups, -(-n // 128))
+    expect(b_scales.shape == blocks and b_scales.stride() == (1, groups), "b scales of 128x128")
+    expect(a_scales.dtype == b_scales.dtype == torch.float32, "scales")
+    expect(bias is None, "a bias")
+    on(out.device, a, b, a_scales, b_scales)
+
+
 def _scaled_operands(
     out: torch.Tensor,
     a: torch.Tensor,
@@ -391,6 +453,12 @@ def cutlass_scaled_mm(
     b_scales: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> None:
+    of_tokens, of_channels = (1, a.shape[0]), (1, b.shape[1])
+    if a_scales.numel() not in of_tokens or b_scales.numel() not in of_channels:
+        _block_operands(out, a, b, a_scales, b_scales, bias)
+        if not unreal(a):
+            out.copy_(block_scaled_product(a, b.t(), a_scales, b_scales.t()))
+        return
     _scaled_operands(out, a, b, a_scales, b_scales)
     if unreal(a):
         return
@@ -429,6 +497,7 @@ _IMPLEMENTED: dict[str, Callable[..., Any]] = {
     "dynamic_per_token_scaled_fp8_quant": dynamic_per_token_scaled_fp8_quant,
     "dynamic_scaled_fp8_quant": dynamic_scaled_fp8_quant,
     "static_scaled_fp8_quant": static_scaled_fp8_quant,
+    "per_token_group_fp8_quant": per_token_group_fp8_quant,
     "cutlass_scaled_mm": cutlass_scaled_mm,
     "cutlass_scaled_mm_azp": cutlass_scaled_mm_azp,
 }

@@ -164,7 +164,7 @@ def test_any_part_of_a_weight_means_what_it_meant(name: str, rows: slice, channe
     assert standard.scale is not None
     assert d.weight.scale is not None
     assert numerics.scale_dtype_name(standard.scale.dtype) == d.weight.scale.dtype
-    assert d.weight.scale.granularity in ("channel", "group")
+    assert d.weight.scale.granularity in ("channel", "group", "block")
     scale = numerics.widen_scale(standard.scale).repeat_interleave(d.group_size, 1)
     made = d.weight.element.decode(standard.codes) * scale
     if part.weights.row_scale is not None:

@@ -518,7 +518,6 @@ def reasons(d: CompressedLinearDescriptor, platform: Platform = HERE) -> str:
         (descriptor(scale=None), ["weights without scales"]),
         (descriptor(element=BF16, scale=None), ["bf16 weights (supported: uint4)"]),
         (descriptor(scale=ScaleSpec("float8_e4m3fn", "group", 32)), ["scale dtype float8_e4m3fn"]),
-        (descriptor(scale=ScaleSpec("bfloat16", "block", 32, 32)), ["scales per block"]),
         (descriptor(dtype="float32"), ["input dtype float32 (supported: bfloat16, float16)"]),
         (descriptor(dtype="float16"), ["scale dtype bfloat16 with float16 activations"]),
         (descriptor(output_dtype="float32"), ["output dtype float32"]),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton kernel run by Triton's interpreter, on tensors of this CPU.
+"""The Triton kernel, and one of vLLM's, run by Triton's interpreter, on tensors of this CPU.
 
 Whether Triton interprets is settled when it is imported, so these tests need a process of their
 own: ``test_triton.py`` starts it. By hand:
@@ -8,11 +8,17 @@ own: ``test_triton.py`` starts it. By hand:
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from dataclasses import replace
 
 import pytest
 import torch
+from vllm.model_executor.layers.quantization.utils import fp8_utils
 
+import cuda_doubles
+from test_vllm_native_blocks import BLOCKS
+from test_vllm_native_gpu import assert_in_contract
 from vllm.compressed_linear import numerics
 from vllm.compressed_linear.backends import triton, triton_tiles
 from vllm.compressed_linear.backends.triton import TritonBackend
@@ -139,3 +145,21 @@ def test_weights_that_are_no_numbers_stay_so() -> None:
             found = backend.apply(tensors, x)[0, 0]
             expected = element.decode(torch.tensor(code))
             assert torch.equal(found, expected) or (found.isnan() and not expected.isfinite())
+
+
+@pytest.mark.parametrize("n", [72, 384])
+def test_vllms_own_kernel_for_blocks_of_fp8(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``vllm_native`` prepares is what vLLM's Triton kernel computes with. On a CPU vLLM
+    leaves its kernels plain functions."""
+    real = importlib.import_module("triton")
+    language = importlib.import_module("triton.language")
+    plain = fp8_utils._w8a8_triton_block_scaled_mm
+    constants = [name for name in inspect.signature(plain).parameters if "_SIZE_" in name]
+    monkeypatch.setattr(plain, "__annotations__", dict.fromkeys(constants, language.constexpr))
+    monkeypatch.setattr(fp8_utils, "triton", real)
+    monkeypatch.setattr(fp8_utils, "tl", language)
+    monkeypatch.setattr(fp8_utils, "_w8a8_triton_block_scaled_mm", real.jit(plain))
+    cuda_doubles.install()
+    # The interpreter cuts bf16 off instead of rounding it.
+    case = replace(BLOCKS, n=n, shards=(), input_dtype="float16", output_dtype="")
+    assert assert_in_contract(case, Platform.parse("cuda:89")) == "TritonFp8BlockScaledMMKernel"

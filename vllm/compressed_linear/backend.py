@@ -44,7 +44,8 @@ class Capabilities:
     codebooks: bool = False
     input_dtypes: frozenset[str] = frozenset({"bfloat16", "float16", "float32"})
     scale_dtypes: frozenset[str] = frozenset({"bfloat16", "float16", "float32"})
-    granularities: frozenset[str] = frozenset({"tensor", "channel", "group"})
+    granularities: frozenset[str] = frozenset({"tensor", "channel", "group", "block"})
+    """A backend that reads scales row by row can do "block" whenever it can do "group"."""
     zero_kinds: frozenset[str] = frozenset()
     channel_order: bool = False
     padded_order: bool = False

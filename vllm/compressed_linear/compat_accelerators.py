@@ -26,6 +26,7 @@ TABLES = {
     "mixed precision": "_POSSIBLE_KERNELS",
     "int8": "_POSSIBLE_INT8_KERNELS",
     "fp8": "_POSSIBLE_FP8_KERNELS",
+    "fp8 blocks": "_POSSIBLE_FP8_BLOCK_KERNELS",
     "fp8 weights": "_POSSIBLE_WFP8A16_KERNELS",
     "nvfp4": "_POSSIBLE_NVFP4_KERNELS",
     "mxfp4": "_POSSIBLE_MXFP4_KERNELS",
@@ -230,17 +231,23 @@ def fp8_config(
 ) -> object:
     """vLLM's ``FP8ScaledMMLinearLayerConfig`` for a weight [n, k] and x of ``dtype``.
 
-    ``weight``: what shares its scales, "tensor" or "channel"; ``activation``: "static tensor",
-    "dynamic tensor" or "dynamic token"; ``out_dtype``: of the result, that of x if it is None.
+    ``weight``: what shares its scales, "tensor", "channel" or "block" of 128×128; ``activation``:
+    "static tensor", "dynamic tensor", "dynamic token" or "dynamic group" of 128; ``out_dtype``: of
+    the result, that of x if it is None.
     """
     from vllm.model_executor.kernels.linear import FP8ScaledMMLinearLayerConfig
     from vllm.model_executor.layers.quantization.utils import quant_utils as keys
 
-    weights = {"tensor": keys.kFp8StaticTensorSym, "channel": keys.kFp8StaticChannelSym}
+    weights = {
+        "tensor": keys.kFp8StaticTensorSym,
+        "channel": keys.kFp8StaticChannelSym,
+        "block": keys.kFp8Static128BlockSym,
+    }
     activations = {
         "static tensor": keys.kFp8StaticTensorSym,
         "dynamic tensor": keys.kFp8DynamicTensorSym,
         "dynamic token": keys.kFp8DynamicTokenSym,
+        "dynamic group": keys.kFp8Dynamic128Sym,
     }
     return FP8ScaledMMLinearLayerConfig(
         weight_quant_key=weights[weight],

@@ -44,7 +44,10 @@ class ScaleSpec:
     (``block_rows`` × ``group_size``). ``group_size`` counts input channels; −1 is all of K.
     ``dtype`` may also be "float8_e4m3fn" (NVFP4) and "e8m0" (MX: powers of two).
 
-    Backends see blocks as groups: their scales come repeated for each row."""
+    Scales reach backends repeated for each row, in [N, G]. With "block" those of rows
+    ``block_rows``·i to ``block_rows``·(i + 1) − 1 are the same, counted from the descriptor's first
+    row; the last block may be short. Where a tensor-parallel slice cuts a block, or another member
+    of a fused layer begins in the middle of one, backends see "group"."""
 
     dtype: str
     granularity: str

@@ -48,6 +48,8 @@ def made_up_weights(
         scale = _scales((d.n, groups), weight.scale.dtype, generator)
         if weight.scale.granularity == "tensor":
             axes, scale = (1,), scale[:1, 0]
+        elif weight.scale.granularity == "block":
+            axes, scale = ("B", "G"), scale[: -(-d.n // weight.scale.block_rows)]
         add("scale", Role.SCALE, axes, scale)
         plan = _plan(d, groups, generator)
         if plan.order is not None:

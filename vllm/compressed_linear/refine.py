@@ -79,7 +79,7 @@ def refine(shards: Sequence[LoadedShard], context: LayerContext) -> list[Part]:
         descriptor = CompressedLinearDescriptor(
             in_features=shards[begin].source.k,
             out_features=weights.n,
-            weight=specs[begin],
+            weight=_with_blocks(specs[begin], shards[begin:end], plans[begin]),
             input_dtype=context.input_dtype,
             output_dtype=context.output_dtype,
             bias_dtype=context.bias_dtype,
@@ -98,6 +98,35 @@ def refine(shards: Sequence[LoadedShard], context: LayerContext) -> list[Part]:
         offset += weights.n
         begin = end
     return parts
+
+
+def _with_blocks(
+    spec: WeightSpec, shards: Sequence[LoadedShard], plan: ChannelPlan | None
+) -> WeightSpec:
+    """``spec`` of a part of ``shards``, with the blocks of rows that share scales, if they do."""
+    rows = _block_rows(shards)
+    if rows == 1 or plan is None or spec.scale is None or spec.zero is not None:
+        return spec
+    return replace(spec, scale=ScaleSpec(spec.scale.dtype, "block", plan.group_size, rows))
+
+
+def _block_rows(shards: Sequence[LoadedShard]) -> int:
+    """How many rows share scales, counted from the first row of all ``shards`` together; 1 where
+    one of them begins in the middle of a block, or its slice cuts one, or padding fills one up.
+
+    Only whole members may end with a short block: a slice that does begins with one on another
+    rank, and what is said should not depend on the rank.
+    """
+    rows = shards[0].source.block_rows
+    offset = 0
+    for shard in shards:
+        source = shard.source
+        begins = offset % rows == 0 and source.n_start % rows == 0
+        whole = source.n == source.full_n and not source.padding
+        if source.block_rows != rows or not begins or not (whole or source.n % rows == 0):
+            return 1
+        offset += source.n + source.padding
+    return rows
 
 
 def _alike(

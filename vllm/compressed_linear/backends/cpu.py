@@ -87,7 +87,6 @@ class CpuBackend(QuantLinearMethod):
         ),
         codebooks=True,
         scale_dtypes=frozenset({"bfloat16", "float16", "float32", "float8_e4m3fn", "e8m0"}),
-        granularities=frozenset({"tensor", "channel", "group", "block"}),
         row_scale=True,
         activations=activation_kinds(),
         prescale=True,

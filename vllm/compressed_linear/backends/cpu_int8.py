@@ -73,7 +73,6 @@ class CpuInt8Backend(QuantLinearMethod):
     capabilities = Capabilities(
         devices=frozenset({"cpu"}),
         integer_bits=frozenset(range(1, 9)),
-        granularities=frozenset({"tensor", "channel", "group", "block"}),
         zero_kinds=frozenset({"integer", "float"}),
         channel_order=True,
         padded_order=True,
@@ -245,7 +244,6 @@ class CpuInt8FastBackend(CpuInt8Backend):
     capabilities = Capabilities(
         devices=CpuInt8Backend.capabilities.devices,
         integer_bits=CpuInt8Backend.capabilities.integer_bits,
-        granularities=CpuInt8Backend.capabilities.granularities,
         zero_kinds=CpuInt8Backend.capabilities.zero_kinds,
         channel_order=True,
         padded_order=True,

@@ -52,7 +52,6 @@ class MarlinBackend(QuantLinearMethod):
         codebooks=True,
         input_dtypes=frozenset({"bfloat16", "float16"}),
         scale_dtypes=frozenset({"bfloat16", "float16", "float32", "float8_e4m3fn", "e8m0"}),
-        granularities=frozenset({"tensor", "channel", "group", "block"}),
         zero_kinds=frozenset({"integer"}),
         channel_order=True,
         padded_order=True,

@@ -658,6 +658,7 @@ def _activation_cases() -> list[Case]:
         replace(int4, activation=_FP8_TOKEN),
         replace(int4, activation=static, row_scale="tensor", prescale=True),
         replace(FP8_BLOCK, output_dtype="float32", activation=blocks),
+        replace(FP8_BLOCK, n=384, shards=(256, 128), activation=blocks),
         replace(FP8_BLOCK, k=320, group=64, activation=blocks),
     ]
     for x in _WIDE:

@@ -30,8 +30,9 @@ class KernelAdapter(ABC):
     tables lists the class. ``ops``: operators of vLLM that it calls while repacking or running.
     ``arithmetic`` and ``efficiency``: for ``cost.roofline``, the latter a guess of each. With "mma"
     it has an estimate of its own for each compute capability.
-    ``max_capability``: the newest that the class's operator was built for, where the class itself
-    does not ask. ``scale_dtypes`` and ``row_scale``: scales of groups and of rows.
+    ``min_capability`` and ``max_capability``: the oldest and the newest that the class's operator
+    runs on, where the class itself does not ask. ``scale_dtypes`` and ``row_scale``: scales of
+    groups and of rows.
     """
 
     kernel: str
@@ -40,6 +41,7 @@ class KernelAdapter(ABC):
     devices: frozenset[str] = frozenset({"cuda"})
     arithmetic: str = "bf16"
     efficiency: float = 0.7
+    min_capability: int | None = None
     max_capability: int | None = None
 
     family = ""

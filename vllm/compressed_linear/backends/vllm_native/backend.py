@@ -9,7 +9,14 @@ import torch
 
 from vllm.compressed_linear import compat_accelerators
 from vllm.compressed_linear.backend import Capabilities, QuantLinearMethod, Verdict
-from vllm.compressed_linear.backends.vllm_native import cpu, nvfp4, op, scaled_mm, table
+from vllm.compressed_linear.backends.vllm_native import (
+    cpu,
+    fp8_block,
+    nvfp4,
+    op,
+    scaled_mm,
+    table,
+)
 from vllm.compressed_linear.backends.vllm_native.adapter import KernelAdapter, common_reasons
 from vllm.compressed_linear.compat_kernels import CODES
 from vllm.compressed_linear.cost import roofline
@@ -28,7 +35,9 @@ ACCELERATORS = Capabilities(
     channel_order=True,
     padded_order=True,
     row_scale=True,
-    activations=frozenset({*scaled_mm.INT8_KINDS, *scaled_mm.FP8_KINDS, nvfp4.ACTIVATION.kind}),
+    activations=frozenset(
+        {*scaled_mm.INT8_KINDS, *scaled_mm.FP8_KINDS, *fp8_block.KINDS, nvfp4.ACTIVATION.kind}
+    ),
 )
 """What one or another of vLLM's classes for accelerators can do."""
 

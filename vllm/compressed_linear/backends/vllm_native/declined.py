@@ -50,9 +50,14 @@ REASONS: tuple[tuple[str, str], ...] = (
         "Triton kernels for gfx950 only, whose arguments and layouts were not checked",
     ),
     ("XPU", _LIBRARY.format("XPU", "_xpu_C")),
+    (
+        "BlockWiseTorchFP8",
+        "torch's product of blocks on Hopper: in which order it reads scales was not checked",
+    ),
     ("RowWiseTorchFP8", _OTHER_FP8),
     ("PerTensorTorchFP8", _OTHER_FP8),
     ("ChannelWiseTorchFP8", _OTHER_FP8),
+    ("TritonFp8Block", _OTHER_FP8),
     ("TritonInt8", "checked for CUDA and ROCm only: XPU quantises x by operators of its own"),
 )
 """Beginning of the class's name → the reason, the first that fits. The last few are wired for other

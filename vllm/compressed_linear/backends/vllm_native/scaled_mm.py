@@ -31,7 +31,7 @@ from vllm.compressed_linear.backends.vllm_native.adapter import (
     scales,
 )
 from vllm.compressed_linear.descriptor import ActivationSpec, CompressedLinearDescriptor
-from vllm.compressed_linear.numerics import torch_dtype
+from vllm.compressed_linear.numerics import E4M3, torch_dtype
 from vllm.compressed_linear.weights import CompressedWeights
 
 INT8_KINDS = frozenset(
@@ -48,7 +48,8 @@ _MULTIPLE = 16
 _IMPRECISION = 2.0**-20
 """Of a scale whose reciprocal is rounded, and used: a few units in the last place of fp32."""
 
-_SMALLEST_FP8_TOKEN = 1 / 512
+_SMALLEST_FP8 = {"token": 1 / 512, "group": 1e-10}
+"""What the operators take for max|x| of a token, or a group, where it is less."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,10 +196,14 @@ def slack(
     for nudge in (1 - _IMPRECISION, 1 + _IMPRECISION):
         other = quantize_dequantize(x, spec, input_scale, input_zero, nudge=nudge)
         out = torch.maximum(out, (other - exact).abs())
-    if spec.element.kind == "float" and spec.granularity == "token":
-        small = x.abs().amax(-1, keepdim=True) < _SMALLEST_FP8_TOKEN
+    smallest = _SMALLEST_FP8.get(spec.granularity)
+    if (spec.element, spec.scale_dtype) == (E4M3, "float32") and smallest is not None:
+        members = x if spec.granularity == "token" else x.unflatten(1, (-1, spec.group_size))
+        small = (
+            (members.abs().amax(-1, keepdim=True) < smallest).expand_as(members).reshape(x.shape)
+        )
         # Both lie within half a step of x, in their own steps.
-        step = _SMALLEST_FP8_TOKEN / 448 * 2.0**-9
+        step = smallest / 448 * 2.0**-9
         out = torch.where(small, x.abs() * 2.0**-3 + step, out)
     return out
 

@@ -12,6 +12,7 @@ from vllm.compressed_linear.backends.vllm_native import (
     dense,
     fp4,
     fp8,
+    fp8_block,
     mixed_precision,
     nvfp4,
     scaled_mm,
@@ -27,6 +28,7 @@ ADAPTERS: tuple[KernelAdapter, ...] = (
     *scaled_mm.KERNELS,
     *torch_fp8.KERNELS,
     *fp8.KERNELS,
+    *fp8_block.KERNELS,
     *fp4.KERNELS,
     *nvfp4.KERNELS,
     *dense.KERNELS,
@@ -49,6 +51,8 @@ def family_of(d: CompressedLinearDescriptor) -> str | None:
         return DENSE
     if element.kind == "integer":
         return "mixed precision" if d.activation is None else "int8"
+    if element == E4M3 and d.activation is not None and d.activation.kind in fp8_block.KINDS:
+        return "fp8 blocks"
     mx = scale is not None and scale.dtype == "e8m0"
     if element == E2M1:
         return "mxfp4" if mx else "nvfp4"
@@ -102,7 +106,9 @@ def _answer(
         reasons.append(f"scale dtype {scale.dtype} (supported: {supported})")
     if d.weight.row_scale is not None and not adapter.row_scale:
         reasons.append("second-level scales")
-    newest, have = adapter.max_capability, platform.capability
+    oldest, newest, have = adapter.min_capability, adapter.max_capability, platform.capability
+    if oldest is not None and have is not None and have < oldest:
+        reasons.append(f"compute capability {have} is too old (at least {oldest})")
     if newest is not None and have is not None and have > newest:
         reasons.append(f"compute capability {have} is too new (at most {newest})")
     if not reasons:
