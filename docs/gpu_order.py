@@ -19,7 +19,7 @@ from vllm.compressed_linear.descriptor import (
 from vllm.compressed_linear.gpu import GPUS
 from vllm.compressed_linear.numerics import BF16, E2M1, E4M3, INT8, ElementType, uint
 from vllm.compressed_linear.platform import Platform
-from vllm.compressed_linear.testing.cases import NF4
+from vllm.compressed_linear.testing.cases import NF4, NVFP4_INPUT, mx
 
 SIZE = 4096
 INTEGER = ZeroSpec("integer", "uint8")
@@ -59,6 +59,15 @@ WEIGHTS: Mapping[str, tuple[WeightSpec, dict[str, object]]] = {
         _weight(E4M3, -1, "float32"),
         {"activation": ActivationSpec(E4M3, True, "token", maximum=448.0)},
     ),
+    "e4m3 in blocks of 128×128, x as e4m3 in groups of 128": (
+        WeightSpec(E4M3, ScaleSpec("float32", "block", 128, 128)),
+        {"activation": ActivationSpec(E4M3, True, "group", group_size=128, maximum=448.0)},
+    ),
+    "NVFP4, x as NVFP4": (
+        _weight(E2M1, 16, "float8_e4m3fn", row_scale="float32"),
+        {"activation": NVFP4_INPUT},
+    ),
+    "MXFP4, x as MXFP4": (_weight(E2M1, 32, "e8m0"), {"activation": mx(E2M1, 4.0)}),
 }
 
 
