@@ -29,6 +29,7 @@ from vllm.compressed_linear.descriptor import (
     WeightSpec,
     ZeroSpec,
 )
+from vllm.compressed_linear.gpu import gpu_facts
 from vllm.compressed_linear.numerics import ElementType, torch_dtype, uint
 from vllm.compressed_linear.testing.cases import INT8_TOKEN, NF4
 
@@ -37,6 +38,8 @@ pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 ARCHITECTURES = (80, 90, 100, 120)
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """What one program may have (CUDA C++ Programming Guide, compute capabilities)."""
+RESERVED_BYTES = 1 << 10
+"""Of each program's shared memory, for the driver (the same table)."""
 MOST_REGISTERS = 255
 MOST_SPILLED = 0
 """Loads and stores of spilled registers, in instructions."""
@@ -44,6 +47,8 @@ MOST_PER_WEIGHT = {"int4": 8.0, "int4 zero": 8.0, "nvfp4": 9.0, "fp8": 13.0, "in
 """Instructions in the loop for each weight of a thread, for M = 16 on sm_80; an upper bound of what
 was counted, so that a change that costs more is seen."""
 TOKENS = (16, 32, 64, 512)
+LARGE_MATRICES = {90: "HGMMA", 100: "UTCHMMA"}
+TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA")
 
 
 def _layer(
@@ -127,7 +132,7 @@ def compile_linear(d: CompressedLinearDescriptor, m: int, architecture: int) -> 
     from vllm.compressed_linear.backends import triton_kernel
 
     spec = KernelSpec.of(d)
-    cut = triton_tiles.cut(spec, d.n, m, processors=132)
+    cut = triton_tiles.cut(spec, d.n, m, 132, architecture)
     constants = {**triton_tiles.constants(spec, cut, scale_kind(d)), "INTERPRETED": False}
     output = torch.float32 if cut.splits > 1 else torch_dtype(d.output_dtype)
     # What is quantised was made fp32 before.
@@ -203,9 +208,13 @@ def _check(name: str, m: int, architecture: int) -> None:
     assert found.stack == 0
     assert _count(found.sass, "LDL", "STL") <= MOST_SPILLED
     assert found.shared <= SHARED_BYTES[architecture]
-    # Tensor cores, but where nothing exact can be given to them.
-    multiplied = _count(found.sass, "HMMA", "HGMMA", "UTCHMMA")
-    assert (multiplied == 0) == (KernelSpec.of(LAYERS[name]).operand == "fp32")
+    if m == 16:  # the memory is the limit, and two programs wait for it
+        assert 2 * (found.shared + RESERVED_BYTES) <= gpu_facts(architecture).shared_bytes
+    # Tensor cores, but where nothing exact can be given to them; from 64 tokens on by whole warp
+    # groups and through tensor memory, where there are such.
+    used = {name for name in TENSOR_CORES if _count(found.sass, name)}
+    large = LARGE_MATRICES.get(architecture, "HMMA") if m >= 64 else "HMMA"
+    assert used == (set() if KernelSpec.of(LAYERS[name]).operand == "fp32" else {large})
     # Codes and x come by asynchronous copies.
     assert _count(found.sass, "LDGSTS") > 0
     # Flushed denormals would lose the smallest fp8 weights, which are decoded through them.

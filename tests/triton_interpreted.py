@@ -85,11 +85,11 @@ def _run(case: Case, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_splits_give_the_same_sum_every_time(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(uint(4, 8), 24, 1024, 128, output_dtype="float32", bias_dtype="float32")
     spec = KernelSpec.of(case.build().descriptor)
-    assert triton_tiles.cut(spec, 24, rows, 8).splits > 1
+    assert triton_tiles.cut(spec, 24, rows, 8, 80).splits > 1
     first, exact = _run(case, rows)
     again, _ = _run(case, rows)
     assert torch.equal(first, again)
-    monkeypatch.setattr(triton, "_processors", lambda device: 0)
+    monkeypatch.setattr(triton, "_gpu", lambda device: (0, 80))
     whole, _ = _run(case, rows)
     torch.testing.assert_close(whole, first, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(first.double(), exact, rtol=1e-4, atol=1e-4)

@@ -7,7 +7,7 @@ are made by ``activation.prepare_input`` and multiplied in fp32 precision.
 
 It was tested in Triton's interpreter and compiled for every architecture, and has never run on a
 GPU. The modules beside this one: ``triton_spec`` (how a weight is multiplied), ``triton_layout``
-(how it lies), ``triton_tiles`` (how work is cut), ``triton_kernel``.
+(how it lies), ``triton_tiles`` and ``triton_measured`` (how work is cut), ``triton_kernel``.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _PREPARED_BYTES = 24.0
 """Read and written for each activation while x is prepared in several passes of fp32."""
 _GATHER_ABOVE = 32
 """Tokens above which channels are gathered once, and not by every program."""
-_INTERPRETED_PROCESSORS = 8
+_INTERPRETED = (8, 80)
 
 
 def missing() -> str | None:
@@ -66,10 +66,12 @@ def interpreted() -> bool:
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
+def _gpu(device: torch.device) -> tuple[int, int]:
+    """(multiprocessors, compute capability)"""
     if device.type != "cuda":
-        return _INTERPRETED_PROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count
+        return _INTERPRETED
+    found = torch.cuda.get_device_properties(device)
+    return found.multi_processor_count, 10 * found.major + found.minor
 
 
 @torch.library.custom_op("compressed_linear::triton_linear", mutates_args=())
@@ -183,7 +185,7 @@ def _launch(
 
     m, n = out.shape
     same = os.environ.get("VLLM_BATCH_INVARIANT") == "1"
-    cut = triton_tiles.cut(spec, n, triton_tiles.INVARIANT_M if same else m, _processors(x.device))
+    cut = triton_tiles.cut(spec, n, triton_tiles.INVARIANT_M if same else m, *_gpu(x.device))
     tiles, split = cut.tiles, cut.splits > 1
     target = x.new_empty(cut.splits, m, n, dtype=torch.float32) if split else out
     grid = (-(-m // tiles.block_m) * -(-n // tiles.block_n), cut.splits)
@@ -292,7 +294,7 @@ class TritonBackend(QuantLinearMethod):
         # tf32 has half of the rate of bf16.
         times = spec.x_parts * spec.w_parts * (2 if spec.operand == "tf32" else 1)
         # A tile of tokens is multiplied whole.
-        block = triton_tiles.tiles_of(spec, m).block_m
+        block = triton_tiles.tiles_of(spec, m, platform.capability or 80).block_m
         return roofline(
             platform,
             read_bytes=read / _READ_SHARE,
