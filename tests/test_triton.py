@@ -17,7 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vllm.compressed_linear import numerics
-from vllm.compressed_linear.backends import triton, triton_measured, triton_tiles
+from vllm.compressed_linear.backends import triton_measured, triton_runtime, triton_tiles
 from vllm.compressed_linear.backends.triton import TritonBackend
 from vllm.compressed_linear.backends.triton_layout import columns, pack_codes, packed_rows
 from vllm.compressed_linear.backends.triton_measured import EVERY_M, TileClass, Tiles
@@ -51,13 +51,13 @@ def interpreted(*options: str) -> None:
     assert "skipped" not in found.stdout
 
 
-@pytest.mark.skipif(triton.missing() is not None, reason=str(triton.missing()))
+@pytest.mark.skipif(triton_runtime.missing() is not None, reason=str(triton_runtime.missing()))
 def test_in_the_interpreter() -> None:
     interpreted()
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(triton.missing() is not None, reason=str(triton.missing()))
+@pytest.mark.skipif(triton_runtime.missing() is not None, reason=str(triton_runtime.missing()))
 def test_all_of_the_kit_in_the_interpreter() -> None:
     interpreted("-m", "slow")
 

@@ -40,10 +40,22 @@ _LARGE = 160 << 10
 """Bytes of shared memory of a multiprocessor from which a GPU takes the "large" rows: A100, H100
 and B200 have 164 and 228 KiB, GeForce and L40S 100."""
 
+_PARTS = (
+    Tiles(16, 128, 32, 4, 4),
+    Tiles(32, 128, 32, 4, 4),
+    Tiles(64, 64, 32, 4, 4),
+    Tiles(64, 64, 32, 4, 4),
+)
+_32_BIT = (
+    Tiles(16, 64, 32, 4, 3),
+    Tiles(32, 64, 32, 4, 3),
+    Tiles(32, 64, 32, 4, 3),
+    Tiles(32, 64, 32, 4, 3),
+)
 _TABLE: dict[tuple[str, str, str], tuple[Tiles, Tiles, Tiles, Tiles]] = {
     ("16-bit", "1-4", "large"): (
         Tiles(16, 128, 128, 4, 4),
-        Tiles(32, 128, 128, 4, 3),
+        Tiles(32, 128, 64, 4, 4),
         Tiles(64, 128, 64, 4, 4),
         Tiles(128, 128, 64, 8, 4),
     ),
@@ -65,67 +77,29 @@ _TABLE: dict[tuple[str, str, str], tuple[Tiles, Tiles, Tiles, Tiles]] = {
         Tiles(64, 128, 64, 4, 3),
         Tiles(128, 128, 64, 8, 3),
     ),
-    ("parts", "1-4", "large"): (
-        Tiles(16, 128, 64, 4, 4),
-        Tiles(32, 128, 64, 4, 4),
-        Tiles(64, 128, 32, 4, 4),
-        Tiles(64, 128, 32, 4, 4),
-    ),
-    ("parts", "1-4", "small"): (
-        Tiles(16, 128, 64, 4, 3),
-        Tiles(32, 128, 64, 4, 3),
-        Tiles(64, 128, 32, 4, 3),
-        Tiles(64, 128, 32, 4, 3),
-    ),
-    ("parts", "5-8", "large"): (
-        Tiles(16, 128, 64, 4, 3),
-        Tiles(32, 128, 64, 4, 3),
-        Tiles(64, 128, 32, 4, 4),
-        Tiles(64, 128, 32, 4, 4),
-    ),
-    ("parts", "5-8", "small"): (
-        Tiles(16, 128, 64, 4, 3),
-        Tiles(32, 128, 64, 4, 3),
-        Tiles(64, 128, 32, 4, 3),
-        Tiles(64, 128, 32, 4, 3),
-    ),
-    ("32-bit", "1-4", "large"): (
-        Tiles(16, 64, 32, 4, 3),
-        Tiles(32, 64, 32, 4, 3),
-        Tiles(32, 64, 32, 4, 3),
-        Tiles(32, 64, 32, 4, 3),
-    ),
-    ("32-bit", "1-4", "small"): (
-        Tiles(16, 64, 32, 4, 2),
-        Tiles(32, 64, 32, 4, 2),
-        Tiles(32, 64, 32, 4, 2),
-        Tiles(32, 64, 32, 4, 2),
-    ),
-    ("32-bit", "5-8", "large"): (
-        Tiles(16, 64, 32, 4, 3),
-        Tiles(32, 64, 32, 4, 3),
-        Tiles(32, 64, 32, 4, 3),
-        Tiles(32, 64, 32, 4, 3),
-    ),
-    ("32-bit", "5-8", "small"): (
-        Tiles(16, 64, 32, 4, 2),
-        Tiles(32, 64, 32, 4, 2),
-        Tiles(32, 64, 32, 4, 2),
-        Tiles(32, 64, 32, 4, 2),
-    ),
+    ("parts", "1-4", "large"): _PARTS,
+    ("parts", "1-4", "small"): _PARTS,
+    ("parts", "5-8", "large"): _PARTS,
+    ("parts", "5-8", "small"): _PARTS,
+    ("32-bit", "1-4", "large"): _32_BIT,
+    ("32-bit", "1-4", "small"): _32_BIT,
+    ("32-bit", "5-8", "large"): _32_BIT,
+    ("32-bit", "5-8", "small"): _32_BIT,
 }
 """(what is multiplied, bits of a code, shared memory) → tiles for each of ``M_CLASSES``. What is
 multiplied: bf16 or fp16 once; parts of bf16; or tf32 and fp32, which take twice the space. Reasons:
 
-* Up to 16 tokens the memory is the limit. Two programs on each multiprocessor must have so many
-  weights on the way that it never waits: the memory's rate times 0.8 µs (taken on the safe side),
-  which is 43 kB on a B200, 20 on an H100, 5 to 15 on the others. Codes of 1 to 4 bits are half as
-  many bytes a step as those of 5 to 8, so they are loaded one step further ahead.
+* Up to 16 tokens of 16 bits the memory is the limit. Two programs on each multiprocessor must have
+  so many weights on the way that it never waits: the memory's rate times 0.8 µs (taken on the safe
+  side), which is 43 kB on a B200, 20 on an H100, 5 to 15 on the others. Codes of 1 to 4 bits are
+  half as many bytes a step as those of 5 to 8, so they are loaded one step further ahead.
 * Steps of 128 input channels take 10 % fewer instructions for each weight than steps of 64 (counted
   for sm_80), but decoded weights and loads take twice the shared memory, so that two programs fit
   large ones only.
 * From 64 tokens on tiles of 64 × 128 or more use the instructions of whole warp groups (sm_90) and
   tensor memory (sm_100). Larger ones would spill: group sums are kept beside the total.
+* With parts it is registers that are short, and instructions that take the time, on every GPU. Of
+  what does not spill these take the fewest instructions for each weight.
 """
 
 
