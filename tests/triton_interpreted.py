@@ -31,23 +31,25 @@ DTYPES = ("bfloat16", "float16", "float32")
 GPU = Platform.parse("cuda:80")
 INT4 = Case(uint(4), 40, 96, zero="integer", bias_dtype="bfloat16")
 CASES = (
-    *(Case(uint(bits, 1 << (bits - 1)), 24, 64) for bits in range(1, 9)),
+    *(Case(uint(bits, 1 << (bits - 1)), 24, 64) for bits in (1, 2, 4, 7, 8)),
     *(Case(uint(bits), 24, 64, zero="integer", input_dtype="float16") for bits in (3, 8)),
     Case(uint(7), 24, 64, zero="float", scale_dtype="float16"),
     INT4,
     replace(INT4, n=33, k=20, group=4, shards=()),
-    replace(INT4, n=130, k=75, group=-1, shards=()),
+    replace(INT4, n=130, k=47, group=-1, shards=()),
     replace(INT4, order="act"),
     replace(INT4, order="ragged", input_dtype="float32", output_dtype=""),
     replace(INT4, shards=(19, 11, 10), row_scale="tensor"),
-    *(Case(NF4, 24, 128, 64, scale_dtype="float32", input_dtype=x) for x in DTYPES),
+    *(Case(NF4, 24, 64, scale_dtype="float32", input_dtype=x) for x in DTYPES),
     *(replace(FP8, n=24, k=64, shards=(), element=e) for e in (E4M3, numerics.E5M2)),
-    *(replace(NVFP4, n=24, k=80, shards=(), input_dtype=x, output_dtype="") for x in DTYPES),
-    *(replace(MXFP4, n=24, shards=(), input_dtype=x, output_dtype="") for x in DTYPES),
-    replace(MXFP4, n=24, shards=(), element=numerics.E3M2, activation=mx(numerics.E3M2, 15.0)),
+    *(replace(NVFP4, n=24, k=48, shards=(), input_dtype=x, output_dtype="") for x in DTYPES),
+    *(replace(MXFP4, n=24, k=64, shards=(), input_dtype=x, output_dtype="") for x in DTYPES),
+    replace(
+        MXFP4, n=24, k=64, shards=(), element=numerics.E3M2, activation=mx(numerics.E3M2, 15.0)
+    ),
     replace(FP8, n=24, k=64, shards=(), activation=INT8_TOKEN, prescale=True, hadamard=32),
-    Case(uint(4, 8), 24, 512, 128),
-    Case(uint(4), 24, 512, -1, zero="float"),
+    Case(uint(4, 8), 24, 256, 128),
+    Case(uint(4), 24, 256, -1, zero="float"),
 )
 """Every way a weight is decoded, scaled and multiplied, once; the last two split K."""
 
@@ -86,7 +88,7 @@ def _run(case: Case, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("rows", [1, 16, 33])
 def test_splits_give_the_same_sum_every_time(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(uint(4, 8), 24, 1024, 128, output_dtype="float32", bias_dtype="float32")
+    case = Case(uint(4, 8), 24, 512, 128, output_dtype="float32", bias_dtype="float32")
     spec = KernelSpec.of(case.build().descriptor)
     assert triton_tiles.cut(spec, 24, rows, 8, 80).splits > 1
     first, exact = _run(case, rows)
