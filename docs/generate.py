@@ -158,6 +158,7 @@ def capability_matrix() -> str:
     row("quantized activations", lambda b: yes(b.capabilities.activations))
     row("per-channel scale of activations", lambda b: yes(b.capabilities.prescale))
     row("transforms", lambda b: yes(b.capabilities.transforms))
+    row("rows of embedding tables", lambda b: yes(b.capabilities.lookup))
     row("needs", lambda b: names(b.capabilities.required_ops))
     row("weights rounded before multiplying", lambda b: _rounding(b))
     row("batch invariant", lambda b: yes(b.batch_invariant))

@@ -7,9 +7,11 @@ import json
 import subprocess
 import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
 
+import table_models
 from conftest import checkpoint
 from test_explain import OURS
 from vllm.compressed_linear import compat_accelerators
@@ -76,6 +78,22 @@ def test_reordered_channels_and_zero_points_keep_their_kernel() -> None:
     quantized = [p for p in parts(found) if p.descriptor.weight.element.bits == 4]
     assert {p.variant for p in quantized} == {"MarlinLinearKernel"}
     assert any(p.descriptor.channel_order is not None for p in quantized)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_quantized_table_is_looked_up_on_the_gpu(
+    tied: bool, capability: int, tmp_path: Path
+) -> None:
+    """... by a kernel that a CUDA graph can hold, and not by ``reference``."""
+    table_models.write(table_models.TableModel("llama", tied=tied), tmp_path / "model")
+    platform = Platform.parse(f"cuda:{capability}")
+    found = explain(str(tmp_path / "model"), platform=platform, dtype="bfloat16")
+    (part,) = [part for part in parts(found) if part.descriptor.lookup]
+    assert part.backend == "triton"
+    reasons = {r.backend: r.reasons for r in part.rejected}
+    for name in ("marlin", "vllm_native"):
+        assert reasons[name] == ("rows by their numbers (an embedding table) are not supported",)
 
 
 def test_other_backends_say_that_they_are_not_for_gpus() -> None:

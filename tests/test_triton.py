@@ -4,9 +4,11 @@ Triton's interpreter (``triton_interpreted.py``, in a process of its own)."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +17,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vllm.compressed_linear import numerics
-from vllm.compressed_linear.backends import triton, triton_tiles
+from vllm.compressed_linear.backends import triton_measured, triton_runtime, triton_tiles
 from vllm.compressed_linear.backends.triton import TritonBackend
 from vllm.compressed_linear.backends.triton_layout import columns, pack_codes, packed_rows
+from vllm.compressed_linear.backends.triton_measured import EVERY_M, TileClass, Tiles
 from vllm.compressed_linear.backends.triton_spec import KernelSpec, planes
+from vllm.compressed_linear.gpu import GPUS
 from vllm.compressed_linear.numerics import BF16, E4M3, uint
 from vllm.compressed_linear.platform import Platform
 from vllm.compressed_linear.testing import Case, conformance_cases
@@ -47,13 +51,13 @@ def interpreted(*options: str) -> None:
     assert "skipped" not in found.stdout
 
 
-@pytest.mark.skipif(triton.missing() is not None, reason=str(triton.missing()))
+@pytest.mark.skipif(triton_runtime.missing() is not None, reason=str(triton_runtime.missing()))
 def test_in_the_interpreter() -> None:
     interpreted()
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(triton.missing() is not None, reason=str(triton.missing()))
+@pytest.mark.skipif(triton_runtime.missing() is not None, reason=str(triton_runtime.missing()))
 def test_all_of_the_kit_in_the_interpreter() -> None:
     interpreted("-m", "slow")
 
@@ -140,8 +144,8 @@ def test_codes_are_packed_as_described(bits: int, k: int, group: int) -> None:
 def test_every_block_lies_in_a_segment(case: Case) -> None:
     spec = KernelSpec.of(case.build().descriptor)
     assert KernelSpec.parse(spec.text) == spec
-    for m in (1, 17, 64, 65, 4096):
-        cut = triton_tiles.cut(spec, case.n, m, 132)
+    for capability, m in itertools.product((80, 120), (1, 17, 64, 65, 4096)):
+        cut = triton_tiles.cut(spec, case.n, m, 132, capability)
         block = cut.tiles.block_k
         assert block >= 16
         assert spec.filled % block == 0
@@ -154,10 +158,105 @@ def test_every_block_lies_in_a_segment(case: Case) -> None:
 @pytest.mark.parametrize("m", [1, 64, 4096])
 def test_few_tokens_fill_the_gpu(m: int) -> None:
     spec = KernelSpec.of(Case(uint(4, 8), 8, 4096, 128).build().descriptor)
-    cut = triton_tiles.cut(spec, 4096, m, 132)
+    cut = triton_tiles.cut(spec, 4096, m, 132, 90)
     programs = -(-m // cut.tiles.block_m) * 4096 // cut.tiles.block_n * cut.splits
     assert programs >= 132
     assert (cut.splits > 1) == (m < 4096)
+
+
+INT4_CLASS = TileClass(90, "16-bit", "1-4", 16)
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 103, 120, 121])
+def test_more_is_loaded_ahead_where_there_is_more_shared_memory(capability: int) -> None:
+    for operand, codes, up_to in itertools.product(
+        ("16-bit", "parts", "32-bit"), ("1-4", "5-8"), triton_tiles.M_CLASSES
+    ):
+        here = triton_tiles.declared(TileClass(capability, operand, codes, up_to))
+        small = triton_tiles.declared(TileClass(120, operand, codes, up_to))
+        assert here.block_k * here.stages >= small.block_k * small.stages
+        assert (here == small) or capability in (80, 90, 100, 103)
+
+
+@pytest.mark.parametrize(
+    ("case", "m", "operand", "codes", "up_to"),
+    [
+        (Case(uint(4, 8)), 1, "16-bit", "1-4", 16),
+        (Case(uint(5, 16)), 17, "16-bit", "5-8", 32),
+        (Case(uint(8, 128), input_dtype="float32"), 64, "parts", "5-8", 64),
+        (Case(NF4), 65, "parts", "1-4", EVERY_M),
+        (Case(NF4, input_dtype="float16"), 1 << 40, "32-bit", "1-4", EVERY_M),
+    ],
+    ids=str,
+)
+def test_classes_of_calls(case: Case, m: int, operand: str, codes: str, up_to: int) -> None:
+    spec = KernelSpec.of(case.build().descriptor)
+    assert triton_tiles.class_of(spec, m, 90) == TileClass(90, operand, codes, up_to)
+
+
+@pytest.mark.parametrize("capability", GPUS)
+@pytest.mark.parametrize(("codes", "bits"), [("1-4", 4), ("5-8", 8)])
+def test_enough_weights_are_on_the_way(codes: str, bits: int, capability: int) -> None:
+    """As the table's docstring says: the memory's rate times 0.8 µs, by two programs of each
+    multiprocessor."""
+    tiles = triton_tiles.declared(TileClass(capability, "16-bit", codes, 16))
+    loaded = 2 * (tiles.stages - 1) * tiles.block_n * tiles.block_k * bits / 8
+    facts = GPUS[capability]
+    assert loaded >= facts.limits.read * 0.8e-6 / facts.multiprocessors
+
+
+@pytest.fixture
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A file of measured tiles that is this process's."""
+    path = tmp_path / "tiles.json"
+    monkeypatch.setattr(triton_measured, "PATH", path)
+    triton_measured.table.cache_clear()
+    yield path
+    triton_measured.table.cache_clear()
+
+
+def test_measured_tiles_go_before_the_table(measured: Path) -> None:
+    spec = KernelSpec.of(Case(uint(4, 8), 8, 4096, 128).build().descriptor)
+    first, second = Tiles(16, 64, 32, 8, 2), Tiles(16, 64, 256, 4, 5)
+    other = replace(INT4_CLASS, up_to=32)
+    triton_measured.add(measured, {INT4_CLASS: first, other: first}, "a GPU")
+    triton_measured.add(measured, {INT4_CLASS: second}, "a GPU")
+    assert triton_measured.table() == {INT4_CLASS: second, other: first}
+    assert len(measured.read_text().splitlines()) == 4
+    # Groups of 128 are filled up to 128 channels, so steps are no longer.
+    assert triton_tiles.tiles_of(spec, 16, 90) == replace(second, block_k=128)
+    assert triton_tiles.tiles_of(spec, 32, 90) == first
+    for m, capability in ((16, 80), (33, 90)):
+        declared = triton_tiles.declared(triton_tiles.class_of(spec, m, capability))
+        assert triton_tiles.tiles_of(spec, m, capability) == declared
+
+
+def test_tiles_measured_with_another_triton_do_not_count(
+    measured: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triton_measured.add(measured, {INT4_CLASS: Tiles(16, 64, 32, 8, 2)}, "a GPU")
+    monkeypatch.setattr(triton_measured, "triton_version", lambda: "2.0")
+    assert triton_measured.table() == {}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"version": 1', '"version": 2', "version 2 of 'triton tiles'"),
+        ('"block_n": 64', '"block_n": 256', "of at most 128 output channels"),
+        ('"warps": 8', '"warps": 3', "expected powers of two"),
+        ('"capability": 90', '"capability": "90"', r"\['capability'\] of entry"),
+        ('"entries"', '"rows"', "KeyError: 'entries'"),
+        ('"version": 1', "", "JSONDecodeError"),
+    ],
+)
+def test_a_damaged_file_is_named(measured: Path, old: str, new: str, message: str) -> None:
+    triton_measured.add(measured, {INT4_CLASS: Tiles(16, 64, 32, 8, 2)}, "a GPU")
+    text = measured.read_text()
+    assert old in text
+    measured.write_text(text.replace(old, new))
+    with pytest.raises(ValueError, match=f"(?s)tiles.json holds no measured tiles.*{message}"):
+        triton_measured.table()
 
 
 def test_shapes_are_known_without_numbers() -> None:

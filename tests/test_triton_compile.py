@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ import torch
 
 from vllm.compressed_linear import numerics
 from vllm.compressed_linear.backends import triton_tiles
-from vllm.compressed_linear.backends.triton import missing, scale_kind
+from vllm.compressed_linear.backends.triton import GATHER_ABOVE, scale_kind
 from vllm.compressed_linear.backends.triton_layout import scale_dtype, zero_dtype
+from vllm.compressed_linear.backends.triton_lookup import lookup_constants
+from vllm.compressed_linear.backends.triton_runtime import missing
 from vllm.compressed_linear.backends.triton_spec import KernelSpec
 from vllm.compressed_linear.descriptor import (
     ChannelOrder,
@@ -29,6 +32,7 @@ from vllm.compressed_linear.descriptor import (
     WeightSpec,
     ZeroSpec,
 )
+from vllm.compressed_linear.gpu import gpu_facts
 from vllm.compressed_linear.numerics import ElementType, torch_dtype, uint
 from vllm.compressed_linear.testing.cases import INT8_TOKEN, NF4
 
@@ -37,13 +41,20 @@ pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 ARCHITECTURES = (80, 90, 100, 120)
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """What one program may have (CUDA C++ Programming Guide, compute capabilities)."""
+RESERVED_BYTES = 1 << 10
+"""Of each program's shared memory, for the driver (the same table)."""
 MOST_REGISTERS = 255
-MOST_SPILLED = 0
-"""Loads and stores of spilled registers, in instructions."""
-MOST_PER_WEIGHT = {"int4": 8.0, "int4 zero": 8.0, "nvfp4": 9.0, "fp8": 13.0, "int8": 6.5}
+MOST_LOOKUP_REGISTERS = 64
+"""Of the kernel that reads rows of embedding tables: enough programs to wait for memory."""
+MOST_STACK = 8
+"""Bytes of registers that are put aside around the loop; in it nothing is spilled. The assembler
+does that by itself where it lets a third program onto a multiprocessor."""
+MOST_PER_WEIGHT = {"int4": 6.7, "int4 zero": 6.9, "nvfp4": 8.2, "fp8": 12.0, "int8": 5.4}
 """Instructions in the loop for each weight of a thread, for M = 16 on sm_80; an upper bound of what
 was counted, so that a change that costs more is seen."""
 TOKENS = (16, 32, 64, 512)
+LARGE_MATRICES = {90: "HGMMA", 100: "UTCHMMA"}
+TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA")
 
 
 def _layer(
@@ -90,14 +101,16 @@ QUICK = (("int4", 16), ("nvfp4", 16), ("fp8", 16), ("int8", 16), ("nf4", 16), ("
 
 @dataclass(frozen=True)
 class Compiled:
-    """``shared``: bytes. ``sass``: instructions without their arguments. ``loop``: of its longest
-    loop. ``per_weight``: length of the loop by the weights that a thread decodes in it."""
+    """``shared`` and ``stack``: bytes. ``sass``: instructions without their arguments. ``spills``:
+    loads and stores of spilled registers in the longest loop. ``per_weight``: its length by the
+    weights that a thread decodes in it."""
 
     ptx: str
     shared: int
     registers: int
     stack: int
     sass: Counter[str]
+    spills: int
     per_weight: float
 
 
@@ -118,49 +131,92 @@ def _pointer(dtype: torch.dtype | None) -> str:
     return names[dtype]
 
 
-def compile_linear(d: CompressedLinearDescriptor, m: int, architecture: int) -> Compiled:
-    """``linear_kernel`` as ``triton_linear`` would launch it for ``m`` tokens."""
+def _weight_pointers(d: CompressedLinearDescriptor, spec: KernelSpec) -> dict[str, str]:
+    """Types of the tensors that both kernels are given."""
+    return {
+        "packed": "*i32",
+        "scale": _pointer(scale_dtype(d)),
+        "zero": _pointer(zero_dtype(d)),
+        "row_scale": _pointer(torch.float32 if d.weight.row_scale else None),
+        "order": "constexpr" if d.channel_order is None else "*i32",
+        "table": _pointer(torch.float32 if spec.coded == "table" else None),
+    }
+
+
+def _compile(
+    kernel: Any,
+    pointers: Mapping[str, str],
+    constants: Mapping[str, Any],
+    unaligned: Collection[str],
+    architecture: int,
+    weights: float,
+    **options: int,
+) -> Compiled:
+    """``unaligned``: the numbers that need not be multiples of 16; ``weights``: how many a thread
+    decodes in a loop."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from vllm.compressed_linear.backends import triton_kernel
-
-    spec = KernelSpec.of(d)
-    cut = triton_tiles.cut(spec, d.n, m, processors=132)
-    constants = {**triton_tiles.constants(spec, cut, scale_kind(d)), "INTERPRETED": False}
-    output = torch.float32 if cut.splits > 1 else torch_dtype(d.output_dtype)
-    # What is quantised was made fp32 before.
-    taken = torch.float32 if d.activation is not None else torch_dtype(d.input_dtype)
-    pointers = {
-        "x": _pointer(taken),
-        "packed": "*i32",
-        "scale": _pointer(scale_dtype(d)),
-        "zero": _pointer(zero_dtype(d)),
-        "row_scale": _pointer(torch.float32 if d.weight.row_scale and cut.splits == 1 else None),
-        "bias": "constexpr",
-        "order": "*i32" if d.channel_order is not None else "constexpr",
-        "table": _pointer(torch.float32 if spec.coded == "table" else None),
-        "out": _pointer(output),
-    }
-    numbers = ("m", "n", "columns", "x_stride", "k_filled", "segment", "blocks_of_program")
-    types = pointers | dict.fromkeys(numbers, "i32") | dict.fromkeys(constants, "constexpr")
-    names = triton_kernel.linear_kernel.arg_names
+    names = kernel.arg_names
+    numbers = [name for name in names if name not in pointers and name not in constants]
+    types = {**pointers, **dict.fromkeys(numbers, "i32"), **dict.fromkeys(constants, "constexpr")}
+    assert set(types) == set(names)
     values: dict[str, Any] = {name: None for name, kind in types.items() if kind == "constexpr"}
     values |= constants
-    aligned = [name for name, kind in types.items() if kind.startswith("*")]
-    aligned += ["n", "columns", "x_stride", "k_filled", "segment"]
+    aligned = [n for n in names if n not in values and n not in unaligned]
     source = ASTSource(
-        triton_kernel.linear_kernel,
+        kernel,
         {name: types[name] for name in names},
         {(names.index(name),): value for name, value in values.items()},
         {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {"num_warps": cut.tiles.warps, "num_stages": cut.tiles.stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    weights = cut.tiles.block_n * cut.tiles.block_k / (32 * cut.tiles.warps)
     return _read(compiled, tools, weights)
+
+
+def compile_linear(d: CompressedLinearDescriptor, m: int, architecture: int) -> Compiled:
+    """``linear_kernel`` as ``triton_linear`` would launch it for ``m`` tokens."""
+    from vllm.compressed_linear.backends import triton_kernel
+
+    spec = KernelSpec.of(d)
+    cut = triton_tiles.cut(spec, d.n, m, 132, architecture)
+    output = torch.float32 if cut.splits > 1 else torch_dtype(d.output_dtype)
+    # What is quantised was made fp32 before.
+    taken = torch.float32 if d.activation is not None else torch_dtype(d.input_dtype)
+    pointers = _weight_pointers(d, spec)
+    pointers |= {"x": _pointer(taken), "bias": "constexpr", "out": _pointer(output)}
+    if cut.splits > 1:
+        pointers["row_scale"] = "constexpr"
+    if m > GATHER_ABOVE:
+        pointers["order"] = "constexpr"
+    return _compile(
+        triton_kernel.linear_kernel,
+        pointers,
+        {**triton_tiles.constants(spec, cut, scale_kind(d)), "INTERPRETED": False},
+        ("m", "blocks_of_program"),
+        architecture,
+        cut.tiles.block_n * cut.tiles.block_k / (32 * cut.tiles.warps),
+        num_warps=cut.tiles.warps,
+        num_stages=cut.tiles.stages,
+    )
+
+
+def compile_lookup(d: CompressedLinearDescriptor, architecture: int) -> Compiled:
+    """``lookup_kernel`` as ``triton_embedding`` would launch it."""
+    from vllm.compressed_linear.backends import triton_lookup_kernel
+
+    spec = KernelSpec.of(d)
+    pointers = {"ids": "*i64", "out": _pointer(torch_dtype(d.output_dtype))}
+    return _compile(
+        triton_lookup_kernel.lookup_kernel,
+        _weight_pointers(d, spec) | pointers,
+        {**lookup_constants(spec, scale_kind(d)), "INTERPRETED": False},
+        ("m",),
+        architecture,
+        1.0,
+    )
 
 
 def _read(compiled: Any, tools: Path, weights: float) -> Compiled:
@@ -174,7 +230,7 @@ def _read(compiled: Any, tools: Path, weights: float) -> Compiled:
     usage = dict(re.findall(r"(REG|STACK):(\d+)", output("cuobjdump", "-res-usage")))
     instructions: list[str] = []
     labels: dict[str, int] = {}
-    longest = 0
+    loop: list[str] = []
     for line in output("nvdisasm", "-c").splitlines():
         if label := re.match(r"(\.L_x_\d+):", line):
             labels[label.group(1)] = len(instructions)
@@ -182,14 +238,15 @@ def _read(compiled: Any, tools: Path, weights: float) -> Compiled:
             instructions.append(found.group(1))
             back = re.search(r"(\.L_x_\d+)", found.group(2))
             if found.group(1).startswith("BRA") and back and back.group(1) in labels:
-                longest = max(longest, len(instructions) - labels[back.group(1)])
+                loop = max(loop, instructions[labels[back.group(1)] :], key=len)
     return Compiled(
         compiled.asm["ptx"],
         compiled.metadata.shared,
         int(usage["REG"]),
         int(usage["STACK"]),
         Counter(instructions),
-        longest / weights,
+        _count(Counter(loop), "LDL", "STL"),
+        len(loop) / weights,
     )
 
 
@@ -200,12 +257,16 @@ def _count(sass: Counter[str], *names: str) -> int:
 def _check(name: str, m: int, architecture: int) -> None:
     found = compile_linear(LAYERS[name], m, architecture)
     assert found.registers <= MOST_REGISTERS
-    assert found.stack == 0
-    assert _count(found.sass, "LDL", "STL") <= MOST_SPILLED
+    assert found.spills == 0
+    assert found.stack <= MOST_STACK
     assert found.shared <= SHARED_BYTES[architecture]
-    # Tensor cores, but where nothing exact can be given to them.
-    multiplied = _count(found.sass, "HMMA", "HGMMA", "UTCHMMA")
-    assert (multiplied == 0) == (KernelSpec.of(LAYERS[name]).operand == "fp32")
+    if m == 16:  # the memory is the limit, and two programs wait for it
+        assert 2 * (found.shared + RESERVED_BYTES) <= gpu_facts(architecture).shared_bytes
+    # Tensor cores, but where nothing exact can be given to them; from 64 tokens on by whole warp
+    # groups and through tensor memory, where there are such.
+    used = {name for name in TENSOR_CORES if _count(found.sass, name)}
+    large = LARGE_MATRICES.get(architecture, "HMMA") if m >= 64 else "HMMA"
+    assert used == (set() if KernelSpec.of(LAYERS[name]).operand == "fp32" else {large})
     # Codes and x come by asynchronous copies.
     assert _count(found.sass, "LDGSTS") > 0
     # Flushed denormals would lose the smallest fp8 weights, which are decoded through them.
@@ -225,3 +286,21 @@ def test_compiles_without_spills(name: str, m: int) -> None:
 @pytest.mark.parametrize("name", LAYERS)
 def test_compiles_everywhere(name: str, m: int, architecture: int) -> None:
     _check(name, m, architecture)
+
+
+def _check_lookup(name: str, architecture: int) -> None:
+    found = compile_lookup(LAYERS[name], architecture)
+    assert found.stack == 0
+    assert found.registers <= MOST_LOOKUP_REGISTERS
+    assert "ftz" not in found.ptx
+
+
+def test_the_lookup_compiles_without_spills() -> None:
+    _check_lookup("int4 zero", ARCHITECTURES[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_lookup_compiles_everywhere(name: str, architecture: int) -> None:
+    _check_lookup(name, architecture)

@@ -65,6 +65,7 @@ def _further(capabilities: Capabilities) -> list[str]:
         "quantised activations": capabilities.activations,
         "scaled activations": capabilities.prescale,
         "transforms": capabilities.transforms,
+        "rows of embedding tables": capabilities.lookup,
     }
     return [name for name, present in named.items() if present]
 

@@ -7,14 +7,13 @@ are made by ``activation.prepare_input`` and multiplied in fp32 precision.
 
 It was tested in Triton's interpreter and compiled for every architecture, and has never run on a
 GPU. The modules beside this one: ``triton_spec`` (how a weight is multiplied), ``triton_layout``
-(how it lies), ``triton_tiles`` (how work is cut), ``triton_kernel``.
+(how it lies), ``triton_tiles`` and ``triton_measured`` (how work is cut), ``triton_kernel``, and
+``triton_lookup`` (rows of embedding tables).
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib.util
 import os
 from collections.abc import Iterable, Mapping
 
@@ -23,7 +22,7 @@ import torch
 from vllm.compressed_linear import numerics
 from vllm.compressed_linear.activation import gather_channels, prepare_input
 from vllm.compressed_linear.backend import Capabilities, QuantLinearMethod
-from vllm.compressed_linear.backends import triton_tiles
+from vllm.compressed_linear.backends import triton_runtime, triton_tiles
 from vllm.compressed_linear.backends.tiles import small_bytes, small_tensors
 from vllm.compressed_linear.backends.triton_layout import (
     columns,
@@ -31,6 +30,13 @@ from vllm.compressed_linear.backends.triton_layout import (
     packed_rows,
     scale_dtype,
     zero_dtype,
+)
+from vllm.compressed_linear.backends.triton_lookup import triton_embedding
+from vllm.compressed_linear.backends.triton_runtime import (
+    check_device,
+    check_packed,
+    interpreted,
+    missing,
 )
 from vllm.compressed_linear.backends.triton_spec import KernelSpec
 from vllm.compressed_linear.call_counter import CallCounter
@@ -41,35 +47,20 @@ from vllm.compressed_linear.platform import Platform
 from vllm.compressed_linear.weights import CompressedWeights
 
 CALLS = CallCounter()
+_OP = "compressed_linear::triton_linear"
 
 _EFFICIENCY = 0.4
-"""Share of what ``mma.sync`` does at best. A guess: weights take the way through shared memory."""
+"""Share of what ``mma.sync`` does at best. A guess: weights take the way through shared memory.
+Tiles of 64 tokens use the faster instructions of 9.0 and 10.0; until that is measured it is not
+counted, or a kernel that never ran would go before vLLM's."""
 _READ_SHARE = 0.7
 """Share of the memory's rate; a guess, too."""
 _CALL_SECONDS = 4e-6
 """Two kernels instead of one where input channels are split."""
 _PREPARED_BYTES = 24.0
 """Read and written for each activation while x is prepared in several passes of fp32."""
-_GATHER_ABOVE = 32
+GATHER_ABOVE = 32
 """Tokens above which channels are gathered once, and not by every program."""
-_INTERPRETED_PROCESSORS = 8
-
-
-def missing() -> str | None:
-    """None if Triton can be imported, else why not."""
-    return None if importlib.util.find_spec("triton") is not None else "Triton is not installed"
-
-
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on tensors of a CPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _INTERPRETED_PROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @torch.library.custom_op("compressed_linear::triton_linear", mutates_args=())
@@ -110,7 +101,7 @@ def triton_linear(
             input_zero=input_zero,
         )
         perm = None
-    elif perm is not None and x.shape[0] > _GATHER_ABOVE:
+    elif perm is not None and x.shape[0] > GATHER_ABOVE:
         x = gather_channels(x, perm)
         perm = None
     if x.stride(1) != 1:
@@ -146,23 +137,12 @@ def _check(
     x: torch.Tensor, packed: torch.Tensor, perm: torch.Tensor | None, n: int, spec: KernelSpec
 ) -> None:
     """``ValueError`` for what would be read out of bounds, ``RuntimeError`` off a GPU."""
-    op = "compressed_linear::triton_linear"
-    if not x.is_cuda and not interpreted():
-        raise RuntimeError(
-            f"{op}: x is on {x.device}, expected cuda (or TRITON_INTERPRET=1 in the environment)"
-        )
-    if packed.device != x.device:
-        raise ValueError(f"{op}: packed is on {packed.device}, x on {x.device}")
-    shape = (packed_rows(spec), columns(n))
-    if packed.shape != shape or packed.dtype != torch.int32 or not packed.is_contiguous():
-        raise ValueError(
-            f"{op}: packed is {packed.dtype} of shape {list(packed.shape)}, expected contiguous "
-            f"int32 of shape {list(shape)}"
-        )
+    check_device(_OP, "x", x)
+    check_packed(_OP, packed, x.device, n, spec)
     if x.dim() != 2 or x.shape[1] != spec.channels:
-        raise ValueError(f"{op}: x has shape {list(x.shape)}, expected [M, {spec.channels}]")
+        raise ValueError(f"{_OP}: x has shape {list(x.shape)}, expected [M, {spec.channels}]")
     if perm is not None and perm.shape != (spec.k,):
-        raise ValueError(f"{op}: perm has shape {list(perm.shape)}, expected [{spec.k}]")
+        raise ValueError(f"{_OP}: perm has shape {list(perm.shape)}, expected [{spec.k}]")
 
 
 def _launch(
@@ -183,7 +163,8 @@ def _launch(
 
     m, n = out.shape
     same = os.environ.get("VLLM_BATCH_INVARIANT") == "1"
-    cut = triton_tiles.cut(spec, n, triton_tiles.INVARIANT_M if same else m, _processors(x.device))
+    counted = triton_tiles.INVARIANT_M if same else m
+    cut = triton_tiles.cut(spec, n, counted, *triton_runtime.gpu(x.device))
     tiles, split = cut.tiles, cut.splits > 1
     target = x.new_empty(cut.splits, m, n, dtype=torch.float32) if split else out
     grid = (-(-m // tiles.block_m) * -(-n // tiles.block_n), cut.splits)
@@ -258,6 +239,7 @@ class TritonBackend(QuantLinearMethod):
         activations=activation_kinds(),
         prescale=True,
         transforms=True,
+        lookup=True,
         min_capability=80,
     )
 
@@ -292,7 +274,7 @@ class TritonBackend(QuantLinearMethod):
         # tf32 has half of the rate of bf16.
         times = spec.x_parts * spec.w_parts * (2 if spec.operand == "tf32" else 1)
         # A tile of tokens is multiplied whole.
-        block = triton_tiles.tiles_of(spec, m).block_m
+        block = triton_tiles.tiles_of(spec, m, platform.capability or 80).block_m
         return roofline(
             platform,
             read_bytes=read / _READ_SHARE,
@@ -346,6 +328,22 @@ class TritonBackend(QuantLinearMethod):
             self.output_dtype,
         )
         return out.reshape(*x.shape[:-1], self.descriptor.n)
+
+    def embedding(self, tensors: Mapping[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+        rows = triton_embedding(
+            ids.reshape(-1),
+            tensors["packed"],
+            tensors.get("scale"),
+            tensors.get("zero"),
+            tensors.get("row_scale"),
+            tensors.get("perm"),
+            tensors.get("table"),
+            self.descriptor.n,
+            self.scale_kind,
+            self.spec,
+            self.output_dtype,
+        )
+        return rows.reshape(*ids.shape, self.descriptor.in_features)
 
 
 def scale_kind(d: CompressedLinearDescriptor) -> str:

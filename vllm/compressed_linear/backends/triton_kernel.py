@@ -73,7 +73,7 @@ def _codes(
 
 
 @triton.jit
-def _small_float(codes, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr):
+def small_float(codes, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr):
     """fp32 of floats whose sign is their highest bit (OCP formats of 4 to 8 bits)."""
     magnitude = codes & ((1 << (EXPONENT + MANTISSA)) - 1)
     sign = (codes >> (EXPONENT + MANTISSA)) << 31
@@ -91,11 +91,11 @@ def _small_float(codes, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr):
 
 
 @triton.jit
-def _scales(scale, places, SCALE_KIND: tl.constexpr):
+def wide_scales(scale, places, SCALE_KIND: tl.constexpr):
     """fp32 scales of any stored dtype."""
     stored = tl.load(scale + places)
     if SCALE_KIND == "e4m3":
-        wide = _small_float(stored.to(tl.int32), 4, 3)
+        wide = small_float(stored.to(tl.int32), 4, 3)
     elif SCALE_KIND == "e8m0":
         code = stored.to(tl.int32)
         # 2^-127 is subnormal; the last code is no number.
@@ -122,7 +122,7 @@ def _decoded(
         # 2^23 + code is an fp32 number with the code in its lowest bits.
         values = (codes | 0x4B000000).to(tl.float32, bitcast=True) - (offset + 8388608.0)
     elif CODED == "float":
-        values = _small_float(codes, EXPONENT, MANTISSA)
+        values = small_float(codes, EXPONENT, MANTISSA)
     else:
         flat = tl.gather(table, tl.reshape(codes, (BLOCK_N * BLOCK_K,)), 0)
         values = tl.reshape(flat, (BLOCK_N, BLOCK_K))
@@ -204,7 +204,7 @@ def _products(
 
 
 @triton.jit
-def _store(places, values, inside, INTERPRETED: tl.constexpr):
+def store_rounded(places, values, inside, INTERPRETED: tl.constexpr):
     """fp32 values, rounded to the dtype of ``places``."""
     if INTERPRETED and places.dtype.element_ty == tl.bfloat16:
         # The interpreter cuts off what bf16 does not hold, so there this rounds, ties to even.
@@ -310,7 +310,7 @@ def linear_kernel(
             )
             if ZERO == "before":
                 w = w - tl.load(zero + places).to(tl.float32)[:, :, None]
-            w = w * _scales(scale, places, SCALE_KIND)[:, :, None]
+            w = w * wide_scales(scale, places, SCALE_KIND)[:, :, None]
             w = tl.reshape(w, (BLOCK_N, BLOCK_K))
         else:
             places = group * columns + column
@@ -326,7 +326,7 @@ def linear_kernel(
             if ZERO == "after":
                 point = tl.load(zero + places).to(tl.float32) + ZERO_SHIFT
                 sums -= tl.sum(taken.to(tl.float32), 1)[:, None] * point[None, :]
-            total += sums * _scales(scale, places, SCALE_KIND)[None, :]
+            total += sums * wide_scales(scale, places, SCALE_KIND)[None, :]
         else:
             total = _products(taken, w, total, OPERAND, X_PARTS, W_PARTS, INTERPRETED)
 
@@ -337,12 +337,12 @@ def linear_kernel(
     else:
         if SCALING == "row":
             if scale is not None:
-                total *= _scales(scale, column, SCALE_KIND)[None, :]
+                total *= wide_scales(scale, column, SCALE_KIND)[None, :]
         if row_scale is not None:
             total *= tl.load(row_scale + column, mask=column < n, other=0.0)[None, :]
         if bias is not None:
             total += tl.load(bias + column, mask=column < n, other=0.0).to(tl.float32)[None, :]
-        _store(out + at, total, inside, INTERPRETED)
+        store_rounded(out + at, total, inside, INTERPRETED)
 
 
 @triton.jit
@@ -372,9 +372,9 @@ def sum_kernel(
     column = at % n
     if SCALING == "row":
         if scale is not None:
-            total *= _scales(scale, column, SCALE_KIND)
+            total *= wide_scales(scale, column, SCALE_KIND)
     if row_scale is not None:
         total *= tl.load(row_scale + column)
     if bias is not None:
         total += tl.load(bias + column).to(tl.float32)
-    _store(out + at, total, inside, INTERPRETED)
+    store_rounded(out + at, total, inside, INTERPRETED)
