@@ -78,8 +78,9 @@ lint: $(ENVIRONMENT)
 	$(BIN)/mypy vllm/compressed_linear setup.py scripts examples/gemma benchmarks
 	$(if $(CXX_FILES),$(BIN)/clang-format --dry-run -Werror $(CXX_FILES))
 
+# In two processes, most of whose tests use one thread.
 test-unit: setup
-	$(PYTEST) -m 'not slow and not e2e'
+	$(PYTEST) -m 'not slow and not e2e' -n 2 --dist worksteal
 
 test-native: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash tests/native/run.sh

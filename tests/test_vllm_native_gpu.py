@@ -365,7 +365,7 @@ def vllms_layer(method: Any, tensors: dict[str, torch.Tensor], n: int, k: int) -
 
 @pytest.mark.parametrize("zero", [None, "integer"])
 @pytest.mark.parametrize("group", [32, 128, -1])
-@pytest.mark.parametrize("platform", [A100, H100], ids=str)
+@pytest.mark.parametrize("platform", [A100, H100], ids=lambda p: p.name)
 def test_compressed_tensors_method_builds_the_same(
     zero: str | None, group: int, platform: Platform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -692,7 +692,7 @@ def _accepted(platform: Platform) -> list[Case]:
     return found
 
 
-@pytest.mark.parametrize("platform", [A100, H100], ids=str)
+@pytest.mark.parametrize("platform", [A100, H100], ids=lambda p: p.name)
 def test_the_kits_cases_are_in_the_contract(platform: Platform) -> None:
     cases = _accepted(platform)
     assert len(cases) >= 30
