@@ -262,11 +262,13 @@ def _check(name: str, m: int, architecture: int) -> None:
     assert found.shared <= SHARED_BYTES[architecture]
     if m == 16:  # the memory is the limit, and two programs wait for it
         assert 2 * (found.shared + RESERVED_BYTES) <= gpu_facts(architecture).shared_bytes
-    # Tensor cores, but where nothing exact can be given to them; from 64 tokens on by whole warp
-    # groups and through tensor memory, where there are such.
+    # Tensor cores, but where nothing exact can be given to them; tiles of 64 tokens and more by
+    # whole warp groups and through tensor memory, where there are such.
+    spec = KernelSpec.of(LAYERS[name])
     used = {name for name in TENSOR_CORES if _count(found.sass, name)}
-    large = LARGE_MATRICES.get(architecture, "HMMA") if m >= 64 else "HMMA"
-    assert used == (set() if KernelSpec.of(LAYERS[name]).operand == "fp32" else {large})
+    tall = triton_tiles.tiles_of(spec, m, architecture).block_m >= 64
+    expected = LARGE_MATRICES.get(architecture, "HMMA") if tall else "HMMA"
+    assert used == (set() if spec.operand == "fp32" else {expected})
     # Codes and x come by asynchronous copies.
     assert _count(found.sass, "LDGSTS") > 0
     # Flushed denormals would lose the smallest fp8 weights, which are decoded through them.

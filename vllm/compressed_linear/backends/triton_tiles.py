@@ -47,10 +47,10 @@ _PARTS = (
     Tiles(64, 64, 32, 4, 4),
 )
 _32_BIT = (
-    Tiles(16, 64, 32, 4, 3),
-    Tiles(32, 64, 32, 4, 3),
-    Tiles(32, 64, 32, 4, 3),
-    Tiles(32, 64, 32, 4, 3),
+    Tiles(16, 64, 32, 4, 2),
+    Tiles(32, 64, 32, 4, 2),
+    Tiles(32, 64, 32, 4, 2),
+    Tiles(32, 64, 32, 4, 2),
 )
 _TABLE: dict[tuple[str, str, str], tuple[Tiles, Tiles, Tiles, Tiles]] = {
     ("16-bit", "1-4", "large"): (
@@ -98,8 +98,8 @@ multiplied: bf16 or fp16 once; parts of bf16; or tf32 and fp32, which take twice
   large ones only.
 * From 64 tokens on tiles of 64 × 128 or more use the instructions of whole warp groups (sm_90) and
   tensor memory (sm_100). Larger ones would spill: group sums are kept beside the total.
-* With parts it is registers that are short, and instructions that take the time, on every GPU. Of
-  what does not spill these take the fewest instructions for each weight.
+* With parts and 32 bits it is registers that are short, and instructions that take the time, on
+  every GPU. Of what does not spill these take the fewest instructions for each weight.
 """
 
 
