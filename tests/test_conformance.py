@@ -15,6 +15,7 @@ import typer
 from conftest import ISAS
 from vllm.compressed_linear import native, registry
 from vllm.compressed_linear.backend import QuantLinearMethod, Verdict
+from vllm.compressed_linear.backends.marlin import MarlinBackend
 from vllm.compressed_linear.backends.reference import ReferenceBackend
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
 from vllm.compressed_linear.numerics import BF16, uint
@@ -26,7 +27,7 @@ from vllm.compressed_linear.testing import (
     check_case,
     conformance_cases,
 )
-from vllm.compressed_linear.testing.__main__ import find_backend
+from vllm.compressed_linear.testing.__main__ import find_backend, of_shape
 from vllm.compressed_linear.weights import CompressedWeights
 
 REGISTERED = {name: found.backend for name, found in registry.backends().items()}
@@ -485,3 +486,15 @@ def test_command_line_finds_backends_by_name_and_by_path() -> None:
     ):
         with pytest.raises(typer.BadParameter, match=message):
             find_backend(name)
+
+
+def test_cases_of_one_shape_are_for_kernels_that_decline_odd_ones() -> None:
+    cases = of_shape("256x512")
+    assert {(case.n, case.k, case.shards) for case in cases} == {(256, 512, (256,))}
+    assert {case.element for case in cases} == {case.element for case in conformance_cases()}
+    platform = Platform.parse("cuda:80")
+    descriptors = [case.build().descriptor for case in cases]
+    assert sum(bool(MarlinBackend.can_implement(d, platform)) for d in descriptors) > 90
+    for text in ("256", "0x512", "256x", "axb"):
+        with pytest.raises(typer.BadParameter, match="expected NxK"):
+            of_shape(text)

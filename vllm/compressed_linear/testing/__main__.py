@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import sys
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -14,7 +16,7 @@ from rich.console import Console
 from vllm.compressed_linear.backend import QuantLinearMethod
 from vllm.compressed_linear.platform import Platform
 from vllm.compressed_linear.registry import backends
-from vllm.compressed_linear.testing.cases import conformance_cases
+from vllm.compressed_linear.testing.cases import Case, conformance_cases
 from vllm.compressed_linear.testing.check import check_backend
 
 
@@ -38,6 +40,18 @@ def find_backend(name: str) -> type[QuantLinearMethod]:
     return found
 
 
+def of_shape(shape: str) -> list[Case]:
+    """The conformance cases as layers of ``shape``, "NxK"; those that then are alike once.
+
+    ``typer.BadParameter`` if it is none.
+    """
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", shape)
+    if match is None:
+        raise typer.BadParameter(f"shape {shape!r} (expected NxK, as in 128x256)")
+    n, k = int(match[1]), int(match[2])
+    return list(dict.fromkeys(replace(c, n=n, k=k, shards=()) for c in conformance_cases()))
+
+
 def run(
     backend: Annotated[str, typer.Argument(help="a registered name, or module:Class")],
     platform: Annotated[
@@ -47,6 +61,12 @@ def run(
         str | None,
         typer.Option(help="where the tensors lie, if a kernel is emulated there, e.g. cpu"),
     ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NxK", help="take this shape instead of each case's, where kernels are choosy"
+        ),
+    ] = None,
     every: Annotated[
         int, typer.Option(min=1, help="take only every so many-th case, where kernels compile long")
     ] = 1,
@@ -54,8 +74,8 @@ def run(
     """Run a backend over the conformance cases and show what it declined, passed and failed."""
     found = find_backend(backend)
     try:
-        cases = conformance_cases()[::every]
-        report = check_backend(found, Platform.parse(platform), cases, device=device)
+        cases = conformance_cases() if shape is None else of_shape(shape)
+        report = check_backend(found, Platform.parse(platform), cases[::every], device=device)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     Console().print(*report.tables(), sep="\n")
