@@ -288,6 +288,41 @@ void test_gather() {
   }
 }
 
+// Of every plan: the shared memory that a block of 8.6, 8.9 and 12.0 may have at most (CUDA C++
+// Programming Guide, "Compute Capabilities"), and work that is dealt out whole.
+void test_plans() {
+  constexpr int64_t kShared = 99 << 10;
+  constexpr Element elements[] = {Element::uint4, Element::uint8, Element::e4m3, Element::e2m1,
+                                  Element::codebook};
+  const uint32_t some_zero = 0;
+  for (const Element element : elements)
+    for (const int m : {1, 16, 17, 32, 33, 4096})
+      for (const int n : {64, 6144, 28672})
+        for (const int group : {16, 32, 64, 128, 4096})
+          for (const Number scale : {Number::e8m0, Number::bfloat16, Number::float32})
+            for (const bool zero : {false, is_integer(element)}) {
+              Case c = {"plan", element, true, m, n, 4096, group, scale, zero};
+              for (c.processors = 1; c.processors <= 170; c.processors += 13) {
+                Params p{};
+                p.m = m;
+                p.n = n;
+                p.k = c.k;
+                p.group = group;
+                p.scale_type = scale;
+                p.zero = zero ? &some_zero : nullptr;
+                const Plan plan = make_plan(p, element, c.processors);
+                check(plan.shared_bytes <= kShared, c,
+                      std::to_string(plan.shared_bytes) + " bytes of shared memory");
+                const int64_t units = int64_t{p.m_tiles} * p.n_tiles * p.k_tiles;
+                check(plan.blocks <= std::min<int64_t>(c.processors, kMaxBlocks), c,
+                      "more blocks than processors");
+                check(int64_t{plan.blocks} * p.per_block >= units &&
+                          int64_t{plan.blocks - 1} * p.per_block < units,
+                      c, "work that no block does, or a block without work");
+              }
+            }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -336,6 +371,7 @@ int main(int argc, char** argv) {
       {"many parts", Element::uint8, false, 36, 128, 640, 128, fp16, true, false, 3, fp32, 3, 2},
   };
   test_gather();
+  test_plans();
   for (size_t i = 0; i < cases.size(); i += step) run(cases[i]);
   std::printf("marlin gemm: %zu cases, %d failures\n", cases.size(), failures);
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
