@@ -447,8 +447,16 @@ def test_quantised_activations_are_chosen_before_reference() -> None:
     descriptor = INT4.build().descriptor
     chosen = select(descriptor, Platform.parse("cpu:avx512bf16"))
     assert (chosen.chosen.name, chosen.variant) == ("cpu_int8", "avx512vnni")
-    # `cpu` quantises x as well, and is taken for the faster one on some machines.
     here = select(descriptor, Platform.detect())
-    assert here.chosen.name in ("cpu", "cpu_int8")
-    by_name = {c.name: c for c in here.candidates}
-    assert by_name["cpu_int8"].variant == native.isa_int8()
+    assert (here.chosen.name, here.variant) == ("cpu_int8", native.isa_int8())
+
+
+def test_codes_below_8_bits_are_faster_where_they_need_not_be_widened() -> None:
+    eight, four = (
+        replace(case, n=4096, k=4096, shards=(), group=-1).build().descriptor
+        for case in (replace(INT4, element=uint(8, 128)), INT4)
+    )
+    for name, times in (("cpu:avx2", 2.0), ("cpu:avx512", 2.0), ("cpu:avx512bf16", 1.0)):
+        platform = Platform.parse(name)
+        slow, fast = (CpuInt8Backend.seconds(d, platform, 512) for d in (eight, four))
+        assert slow / fast == pytest.approx(times, rel=0.05), name

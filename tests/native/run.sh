@@ -48,6 +48,5 @@ cmake --build "$build" --parallel 2 > "$build/build.log" || { cat "$build/build.
 tests=(test_engines test_int8_engines test_repack)
 # The thread sanitizer does not follow fibers, and the emulator has one thread.
 [ "$mode" = thread ] || tests+=(test_emulator test_marlin_repack test_marlin_gemm)
-for test in "${tests[@]}"; do
-    "${runner[@]}" "$build/$test" "$step"
-done
+# Two at a time: most of what they do takes one thread.
+printf '%s\n' "${tests[@]}" | xargs -P 2 -I '{}' "${runner[@]}" "$build/{}" "$step"
