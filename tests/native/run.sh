@@ -49,4 +49,4 @@ tests=(test_engines test_int8_engines test_repack)
 # The thread sanitizer does not follow fibers, and the emulator has one thread.
 [ "$mode" = thread ] || tests+=(test_emulator test_marlin_repack test_marlin_gemm)
 # Two at a time: most of what they do takes one thread.
-printf '%s\n' "${tests[@]}" | xargs -P 2 -I '{}' "${runner[@]}" "$build/{}" "$step"
+printf '%s\n' "${tests[@]}" | xargs -P 2 -I '{}' env "${runner[@]}" "$build/{}" "$step"
