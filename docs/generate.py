@@ -59,6 +59,16 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: int = 0) ->
 
 
 @contextmanager
+def importing_from(directory: Path) -> Iterator[None]:
+    """Inside, modules are found in ``directory`` first."""
+    sys.path.insert(0, str(directory))
+    try:
+        yield
+    finally:
+        sys.path.pop(0)
+
+
+@contextmanager
 def environment(**variables: str) -> Iterator[None]:
     """Inside, the process has these variables and no other settings of this package."""
     before = dict(os.environ)
@@ -232,11 +242,8 @@ def _runs_on(name: str) -> str:
 
 def _load(path: Path, **variables: str) -> None:
     """Load a checkpoint into vLLM's model class in this process; the plan is that of the load."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    try:
+    with importing_from(ROOT / "tests"):
         from model_loading import loaded
-    finally:
-        sys.path.pop(0)
     with environment(**variables), loaded(path, "bfloat16"):
         pass
 
@@ -244,11 +251,8 @@ def _load(path: Path, **variables: str) -> None:
 def benchmark(kind: str, *file: str) -> str:
     """Results in ``benchmarks/results`` as ``benchmarks/markdown.py`` shows them: ``kinds`` or
     ``one-token``; ``contenders``, ``serving``, ``step`` or ``preparation`` with a file's name."""
-    sys.path.insert(0, str(ROOT))
-    try:
+    with importing_from(ROOT):
         from benchmarks import markdown
-    finally:
-        sys.path.pop(0)
     return {
         "kinds": lambda: markdown.kinds(RESULTS / "linear"),
         "contenders": lambda: markdown.contenders(RESULTS / "linear" / f"{file[0]}.json"),
@@ -261,11 +265,8 @@ def benchmark(kind: str, *file: str) -> str:
 
 def message(name: str) -> str:
     """An error, provoked by ``messages.py``; lines that go on are indented."""
-    sys.path.insert(0, str(ROOT / "docs"))
-    try:
+    with importing_from(ROOT / "docs"):
         import messages
-    finally:
-        sys.path.pop(0)
     with environment():
         lines = messages.message(name).splitlines()
     wrapped = [
@@ -299,11 +300,8 @@ def source(file: str) -> str:
 
 def gpu_order() -> str:
     """Which backends run a weight on each GPU, the first first."""
-    sys.path.insert(0, str(ROOT / "docs"))
-    try:
+    with importing_from(ROOT / "docs"):
         import gpu_order
-    finally:
-        sys.path.pop(0)
     with environment():
         return table(["Weights", "Compute capability", "Order"], gpu_order.rows())
 
