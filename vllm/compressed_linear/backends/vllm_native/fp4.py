@@ -52,6 +52,9 @@ class _Marlin(KernelAdapter):
     """What the three have in common. ``group``: input channels that share a scale."""
 
     group: int
+    ops: tuple[str, ...] = ("_C::gptq_marlin_repack", "_C::marlin_gemm")
+    arithmetic: str = "mma"
+    efficiency: float = 0.65
 
     def reasons(self, d: CompressedLinearDescriptor) -> Iterable[str]:
         if d.group_size != self.group:
@@ -175,11 +178,8 @@ def _mx_reasons(d: CompressedLinearDescriptor) -> Iterable[str]:
         yield f"x as {d.activation.kind}: it takes x as it is, which the descriptor does not"
 
 
-_RATE: dict[str, Any] = {"arithmetic": "mma", "efficiency": 0.65}
-_OPS = ("_C::gptq_marlin_repack", "_C::marlin_gemm")
-
 KERNELS = (
-    MarlinNvFp4(kernel="MarlinNvFp4LinearKernel", tag="marlinnvfp4", ops=_OPS, **_RATE),
-    MarlinMxFp4(kernel="MarlinMxFp4LinearKernel", tag="marlinmxfp4", ops=_OPS, **_RATE),
-    MarlinMxfp8(kernel="MarlinMxfp8LinearKernel", tag="marlinmxfp8", ops=_OPS, **_RATE),
+    MarlinNvFp4(kernel="MarlinNvFp4LinearKernel", tag="marlinnvfp4"),
+    MarlinMxFp4(kernel="MarlinMxFp4LinearKernel", tag="marlinmxfp4"),
+    MarlinMxfp8(kernel="MarlinMxfp8LinearKernel", tag="marlinmxfp8"),
 )

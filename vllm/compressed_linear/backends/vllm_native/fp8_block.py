@@ -60,9 +60,9 @@ class Fp8Blocks(KernelAdapter):
         if scale is None:
             yield "weights without scales"
         elif (scale.granularity, scale.block_rows, d.group_size) != ("block", BLOCK, BLOCK):
-            blocks = scale.granularity == "block"
-            found = f"blocks of {scale.block_rows}x{d.group_size}" if blocks else None
-            found = found or f"a scale for each row in groups of {d.group_size}"
+            found = f"a scale for each row in groups of {d.group_size}"
+            if scale.granularity == "block":
+                found = f"blocks of {scale.block_rows}x{d.group_size}"
             yield f"{found} (supported: blocks of {BLOCK}x{BLOCK})"
         if d.n % self.multiple:
             yield f"N={d.n} (supported: multiples of {self.multiple})"

@@ -141,8 +141,10 @@ class Int8(_ScaledMm):
 
 @dataclass(frozen=True, kw_only=True)
 class Fp8(_ScaledMm):
-    """``CutlassFP8ScaledMMLinearKernel``."""
+    """``CutlassFP8ScaledMMLinearKernel``, and what differs from it in a few things. ``scales_of``:
+    what has a scale of the weight in the class's eyes, "channel" or "tensor"."""
 
+    scales_of: str = "channel"
     maximum: float = 448.0
     arithmetic: str = "fp8"
     family = "fp8"
@@ -158,8 +160,9 @@ class Fp8(_ScaledMm):
             d.n,
             d.k,
             torch_dtype(d.input_dtype),
-            weight="channel",
+            weight=self.scales_of,
             activation=FP8_KINDS[d.activation.kind],
+            out_dtype=self.result_dtype(d),
         )
 
     def build(self, kernel: Any, d: CompressedLinearDescriptor) -> Any:

@@ -19,11 +19,9 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm.compressed_linear import compat_accelerators
 from vllm.compressed_linear.backends.vllm_native.adapter import add_parameter, row_ratio, scales
-from vllm.compressed_linear.backends.vllm_native.scaled_mm import FP8_KINDS, Fp8
+from vllm.compressed_linear.backends.vllm_native.scaled_mm import Fp8
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
-from vllm.compressed_linear.numerics import torch_dtype
 from vllm.compressed_linear.weights import CompressedWeights
 
 _OPS = (
@@ -47,16 +45,7 @@ class ChannelWiseTorchFp8(Fp8):
 class PerTensorTorchFp8(Fp8):
     """``PerTensorTorchFP8ScaledMMLinearKernel``."""
 
-    def config(self, d: CompressedLinearDescriptor) -> object:
-        assert d.activation is not None
-        return compat_accelerators.fp8_config(
-            d.n,
-            d.k,
-            torch_dtype(d.input_dtype),
-            weight="tensor",
-            activation=FP8_KINDS[d.activation.kind],
-            out_dtype=self.result_dtype(d),
-        )
+    scales_of: str = "tensor"
 
     def layer(self, d: CompressedLinearDescriptor, weights: CompressedWeights) -> torch.nn.Module:
         layer = super().layer(d, weights)
