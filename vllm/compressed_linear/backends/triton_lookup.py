@@ -91,16 +91,11 @@ def _(
     return packed.new_empty(ids.shape[0], channels, dtype=output_dtype)
 
 
-def lookup_constants(spec: KernelSpec, scale_kind: str) -> dict[str, int | str]:
+def lookup_constants(spec: KernelSpec, scale_kind: str) -> dict[str, int | str | bool]:
     """What ``triton_lookup_kernel.lookup_kernel`` is compiled for."""
     return {
-        "BITS": spec.bits,
-        "CODED": spec.coded,
-        "OFFSET": spec.offset,
-        "EXPONENT": spec.exponent,
-        "MANTISSA": spec.mantissa,
+        **spec.decoding,
         "SCALE_KIND": scale_kind,
-        "ZERO_SHIFT": spec.zero_shift,
         "ROWS": _ROWS,
         "BLOCK": _CHANNELS,
     }

@@ -68,10 +68,14 @@ class TileClass:
 def table() -> dict[TileClass, Tiles]:
     """Class → tiles, read once for each process; empty where nothing was measured."""
     return {
-        TileClass(**{f.name: entry[f.name] for f in fields(TileClass)}): Tiles(**entry["tiles"])
+        _class_of(entry): Tiles(**entry["tiles"])
         for entry in read(PATH)
         if entry["triton"] == triton_version()
     }
+
+
+def _class_of(entry: Mapping[str, Any]) -> TileClass:
+    return TileClass(**{f.name: entry[f.name] for f in fields(TileClass)})
 
 
 def triton_version() -> str:
@@ -110,11 +114,7 @@ def add(path: Path, found: Mapping[TileClass, Tiles], gpu: str) -> None:
         {**asdict(key), "tiles": asdict(tiles), "gpu": gpu, "triton": triton_version()}
         for key, tiles in found.items()
     ]
-    kept = [
-        entry
-        for entry in read(path)
-        if TileClass(**{f.name: entry[f.name] for f in fields(TileClass)}) not in found
-    ]
+    kept = [entry for entry in read(path) if _class_of(entry) not in found]
     entries = sorted(
         kept + new, key=lambda e: (e["capability"], e["operand"], e["codes"], e["up_to"])
     )

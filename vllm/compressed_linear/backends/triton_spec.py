@@ -83,6 +83,18 @@ class KernelSpec:
         return planes(self.bits)
 
     @property
+    def decoding(self) -> dict[str, int | str | bool]:
+        """What every kernel that decodes codes is compiled for."""
+        return {
+            "BITS": self.bits,
+            "CODED": self.coded,
+            "OFFSET": self.offset,
+            "EXPONENT": self.exponent,
+            "MANTISSA": self.mantissa,
+            "ZERO_SHIFT": self.zero_shift,
+        }
+
+    @property
     def text(self) -> str:
         """As JSON, for ops, whose arguments are tensors and plain values."""
         return json.dumps(dataclasses.asdict(self))

@@ -148,17 +148,12 @@ def cut(spec: KernelSpec, n: int, m: int, processors: int, capability: int) -> C
 def constants(spec: KernelSpec, cut: Cut, scale_kind: str) -> dict[str, int | str | bool]:
     """What ``triton_kernel.linear_kernel`` is compiled for."""
     return {
-        "BITS": spec.bits,
-        "CODED": spec.coded,
-        "OFFSET": spec.offset,
-        "EXPONENT": spec.exponent,
-        "MANTISSA": spec.mantissa,
+        **spec.decoding,
         "GROUP": spec.group_size if spec.scaling == "element" else 0,
         "BLOCKS": spec.filled // cut.tiles.block_k if spec.scaling == "block" else 0,
         "SCALING": spec.scaling,
         "SCALE_KIND": scale_kind,
         "ZERO": spec.zero,
-        "ZERO_SHIFT": spec.zero_shift,
         "OPERAND": spec.operand,
         "X_PARTS": spec.x_parts,
         "W_PARTS": spec.w_parts,
