@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from conftest import ISAS, tiled
-from vllm.compressed_linear import native
-from vllm.compressed_linear.backends.cpu import CpuBackend
-from vllm.compressed_linear.numerics import uint
-from vllm.compressed_linear.platform import Platform
+from vllm.compressed_linear.backends.cpu.weight_only import CpuBackend
+from vllm.compressed_linear.machine import native
+from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.settings import CPU_ISA
+from vllm.compressed_linear.spec.elements import uint
 from vllm.compressed_linear.testing import Case
 
 pytestmark = pytest.mark.skipif(native.available() is not None, reason=str(native.available()))
