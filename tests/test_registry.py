@@ -214,15 +214,6 @@ def test_measurements_go_before_estimates() -> None:
 
 
 @pytest.mark.usefixtures("only_toys")
-def test_measurements_serve_every_rank_and_cut_into_shards() -> None:
-    register_backend(toy("a"))
-    register_backend(toy("b", 2.0))
-    found = Measurements(layers={DESCRIPTOR: {"b": measured()}})
-    for change in ({"tp_rank": 1, "tp_size": 2}, {"shards": (32, 16, 16)}):
-        assert select(replace(DESCRIPTOR, **change), CPU, measurements=found).chosen.name == "b"
-
-
-@pytest.mark.usefixtures("only_toys")
 def test_measurements_of_another_code_path_do_not_count() -> None:
     register_backend(toy("a", 2.0, variant=classmethod(lambda cls, d, p: "avx2")))
     register_backend(toy("b"))

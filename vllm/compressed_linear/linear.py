@@ -86,14 +86,12 @@ class Prepared:
 
 
 def layer_context(layer: Any, params_dtype: torch.dtype) -> LayerContext:
-    """Dtypes and place in the tensor-parallel group of a vLLM layer."""
+    """Dtypes of a vLLM layer."""
     bias = getattr(layer, "bias", None)
     return LayerContext(
         input_dtype=dtype_name(params_dtype),
         output_dtype=dtype_name(params_dtype),
         bias_dtype=None if bias is None else dtype_name(bias.dtype),
-        tp_rank=int(layer.tp_rank),
-        tp_size=int(layer.tp_size),
     )
 
 

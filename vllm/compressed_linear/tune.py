@@ -29,7 +29,7 @@ from vllm.compressed_linear.numerics import torch_dtype
 from vllm.compressed_linear.platform import Platform
 from vllm.compressed_linear.registry import REFERENCE, Candidate, backends, rank
 from vllm.compressed_linear.settings import Settings
-from vllm.compressed_linear.tune_file import MachineKey, Measured, Measurements, speed_key
+from vllm.compressed_linear.tune_file import MachineKey, Measured, Measurements
 
 CACHE_MULTIPLE = 3
 """Weights of one backend together, in units of the last-level caches, so that a call finds none of
@@ -220,12 +220,12 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def descriptors(layers: Sequence[LayerPlan]) -> dict[CompressedLinearDescriptor, list[str]]:
-    """Every distinct descriptor of any rank, as ``speed_key`` has it → the layers that have it."""
+    """Every distinct descriptor of any rank → the layers that have it."""
     found: dict[CompressedLinearDescriptor, list[str]] = {}
     for layer in layers:
         for case in (layer.likely, *(cases[0] for _, cases in layer.other_ranks)):
             for part in case.parts:
-                names = found.setdefault(speed_key(part.descriptor), [])
+                names = found.setdefault(part.descriptor, [])
                 if layer.name not in names:
                     names.append(layer.name)
     return {d: names for d, names in found.items() if d.n and d.k}
@@ -301,7 +301,7 @@ def measure_descriptor(
     rows = descriptor.n
     if device == "cpu":
         rows = measured_rows(descriptor, measuring.rotated_bytes, torch.get_num_threads())
-    cut = replace(descriptor, out_features=rows, shards=())
+    cut = replace(descriptor, out_features=rows)
     bias = None
     if descriptor.bias_dtype is not None:
         bias = torch.randn(rows).to(device, torch_dtype(descriptor.bias_dtype))
