@@ -23,7 +23,7 @@ from vllm.compressed_linear import compat, compat_model, settings
 from vllm.compressed_linear.config import ConfigError
 from vllm.compressed_linear.explain import CasePlan, ExplainError, Explanation, LayerPlan, explain
 from vllm.compressed_linear.linear import detect_platform
-from vllm.compressed_linear.model_layout import TensorParallelError
+from vllm.compressed_linear.model_layout import TensorParallelError, model_layouts
 from vllm.compressed_linear.plan import DELEGATED, PLAN, PlanEntry
 from vllm.compressed_linear.platform import Platform
 from vllm.compressed_linear.weights import CheckpointError
@@ -378,6 +378,9 @@ def test_weights_that_are_fused_on_disk(tmp_path: Path) -> None:
     assert found.layers[0].name == "model.layers.0.self_attn.qkv_proj"
     descriptor = found.layers[0].likely.parts[0].descriptor
     assert (descriptor.n, descriptor.k) == (256, 256)
+    architectures = config["architectures"]
+    first, _ = model_layouts(tmp_path, architectures, tp_size=2, dtype="auto", quantized=True)
+    assert [source.n for source in first.layers[0].sources] == [128, 64, 64]
 
 
 def test_what_vllm_refuses_is_an_error_on_this_machine_only(tmp_path: Path) -> None:
