@@ -226,7 +226,7 @@ class CompressedLinearMethod(LinearMethodBase):
         for name, parameter in parameters.items():
             layer.register_parameter(name, parameter)
         self.tensor_names = list(parameters)
-        PLAN.expect(sum(p.numel() * p.element_size() for p in parameters.values()))
+        PLAN.expect(sum(p.nbytes for p in parameters.values()))
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Refine, select, prepare, check; then drop what the checkpoint had."""
@@ -342,7 +342,7 @@ class DenseMethod:
     def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
         super().create_weights(layer, *args, **kwargs)  # type: ignore[misc]
         self.dummy = compat.loads_dummy_weights()
-        PLAN.expect(layer.weight.numel() * layer.weight.element_size())
+        PLAN.expect(layer.weight.nbytes)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         if self.prepared is not None and layer.weight.numel() == 0:

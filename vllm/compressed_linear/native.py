@@ -272,12 +272,6 @@ def _fake_unpack_rows(
     return packed.new_empty((n, k), dtype=_ROW_DTYPES.get(element, torch.uint8))
 
 
-def _fake_pack_rows(
-    packed: torch.Tensor, rows: torch.Tensor, row_start: int, n: int, group_size: int, element: str
-) -> None:
-    return None
-
-
 def _fake_linear_int8(
     x: torch.Tensor,
     packed: torch.Tensor,
@@ -301,55 +295,6 @@ def _fake_linear_int8(
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     return x.new_empty((x.shape[0], n), dtype=out_dtype)
-
-
-def _fake_place(packed: torch.Tensor) -> None:
-    return None
-
-
-def _fake_repack_codes(
-    packed: torch.Tensor,
-    stored: torch.Tensor,
-    order: str,
-    k_at: torch.Tensor,
-    n_at: torch.Tensor | None,
-    widths: list[int],
-    flip: int,
-    n_first: int,
-    rows: int,
-    blank: int,
-    blank_code: int,
-    row_start: int,
-    n: int,
-    group_size: int,
-    element: str,
-) -> None:
-    return None
-
-
-def _fake_marlin_pack_rows(
-    packed: torch.Tensor, rows: torch.Tensor, row_start: int, n: int, element: str
-) -> None:
-    return None
-
-
-def _fake_marlin_repack_codes(
-    packed: torch.Tensor,
-    stored: torch.Tensor,
-    order: str,
-    k_at: torch.Tensor,
-    n_at: torch.Tensor | None,
-    widths: list[int],
-    flip: int,
-    n_first: int,
-    rows: int,
-    blank: int,
-    blank_code: int,
-    row_start: int,
-    n: int,
-    element: str,
-) -> None:
-    return None
 
 
 def _fake_marlin_unpack_rows(packed: torch.Tensor, n: int, k: int, element: str) -> torch.Tensor:
@@ -389,8 +334,6 @@ def _fake_marlin_zeros(zero: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _register_fakes() -> None:
-    torch.library.register_fake("compressed_linear::marlin_pack_rows", _fake_marlin_pack_rows)
-    torch.library.register_fake("compressed_linear::marlin_repack_codes", _fake_marlin_repack_codes)
     torch.library.register_fake("compressed_linear::marlin_unpack_rows", _fake_marlin_unpack_rows)
     torch.library.register_fake("compressed_linear::marlin_scales", _fake_marlin_scales)
     torch.library.register_fake("compressed_linear::marlin_zeros", _fake_marlin_zeros)
@@ -398,11 +341,6 @@ def _register_fakes() -> None:
     torch.library.register_fake("compressed_linear::marlin_gemm", _fake_marlin_gemm)
     torch.library.register_fake("compressed_linear::linear_int8", _fake_linear_int8)
     torch.library.register_fake("compressed_linear::unpack_rows_int8", _fake_unpack_rows)
-    torch.library.register_fake("compressed_linear::pack_rows_int8", _fake_pack_rows)
-    torch.library.register_fake("compressed_linear::place", _fake_place)
-    torch.library.register_fake("compressed_linear::repack_codes", _fake_repack_codes)
-    torch.library.register_fake("compressed_linear::repack_codes_int8", _fake_repack_codes)
     torch.library.register_fake("compressed_linear::linear", _fake_linear)
     torch.library.register_fake("compressed_linear::embedding", _fake_embedding)
     torch.library.register_fake("compressed_linear::unpack_rows", _fake_unpack_rows)
-    torch.library.register_fake("compressed_linear::pack_rows", _fake_pack_rows)

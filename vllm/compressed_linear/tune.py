@@ -274,7 +274,7 @@ class _Contender:
         weights = made_up_weights(descriptor, device)
         first = self.method.prep_weights_for_execution(weights)
         self_check("made-up weights", self.method, first, weights)
-        size = max(sum(t.numel() * t.element_size() for t in first.values()), 1)
+        size = max(sum(t.nbytes for t in first.values()), 1)
         self.copies = [first]
         for _ in range(math.ceil(enough / size) - 1):
             self.copies.append(

@@ -72,19 +72,7 @@ class CpuBackend(QuantLinearMethod):
     capabilities = Capabilities(
         devices=frozenset({"cpu"}),
         integer_bits=frozenset(range(1, 9)),
-        other_elements=frozenset(
-            element.name
-            for element in (
-                numerics.BF16,
-                numerics.FP16,
-                numerics.FP32,
-                numerics.E2M1,
-                numerics.E4M3,
-                numerics.E5M2,
-                numerics.E2M3,
-                numerics.E3M2,
-            )
-        ),
+        other_elements=frozenset(element.name for element in numerics.ALL_FLOATS),
         codebooks=True,
         scale_dtypes=frozenset({"bfloat16", "float16", "float32", "float8_e4m3fn", "e8m0"}),
         row_scale=True,
@@ -167,7 +155,7 @@ class CpuBackend(QuantLinearMethod):
         total = tiles * per_tile + small_bytes(d, d.activation)
         table = _table(weight.element)
         if table is not None:
-            total += table.numel() * table.itemsize
+            total += table.nbytes
         return total
 
     @classmethod

@@ -220,16 +220,7 @@ class TritonBackend(QuantLinearMethod):
     capabilities = Capabilities(
         devices=frozenset({"cuda"}),
         integer_bits=frozenset(range(1, 9)),
-        other_elements=frozenset(
-            element.name
-            for element in (
-                numerics.E2M1,
-                numerics.E4M3,
-                numerics.E5M2,
-                numerics.E2M3,
-                numerics.E3M2,
-            )
-        ),
+        other_elements=frozenset(element.name for element in numerics.SMALL_FLOATS),
         codebooks=True,
         scale_dtypes=frozenset({"bfloat16", "float16", "float32", "float8_e4m3fn", "e8m0"}),
         zero_kinds=frozenset({"integer", "float"}),
