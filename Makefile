@@ -92,7 +92,7 @@ test-native-arm: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash tests/native/run.sh arm
 
 test-triton: setup
-	$(PYTEST) -m slow tests/test_triton.py tests/test_triton_compile.py
+	$(PYTEST) -m slow tests/backends/triton
 
 test-e2e: setup
 	$(PYTEST) -m 'e2e and not slow'
@@ -101,7 +101,7 @@ test-slow: setup
 	$(PYTEST) -m slow
 
 test-cuda-build: setup
-	$(PYTEST) tests/test_cuda_build.py -m 'slow or not slow'
+	$(PYTEST) tests/cuda -m 'slow or not slow'
 
 demo: setup
 	@$(BIN)/python examples/gemma/demo.py $(ARGS)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import checkpoint, checkpoint_reference, checkpoint_tensors
+from tests.support.checkpoints import checkpoint, checkpoint_reference, checkpoint_tensors
 from vllm.compressed_linear.backends.reference import ReferenceBackend
 from vllm.compressed_linear.descriptor import (
     ActivationSpec,

@@ -31,11 +31,9 @@ from benchmarks.serving import (
     workload,
 )
 from benchmarks.serving.workload import Stream
-from conftest import needs_vllms_4_bit_kernel
-from model_loading import loaded
-from model_loading import logits as model_logits
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.support.model_loading import loaded
+from tests.support.model_loading import logits as model_logits
+from tests.support.stock_vllm import needs_vllms_4_bit_kernel
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import pytest
 import torch
 from rich.console import Console
 
-import cuda_doubles
 from benchmarks import gpu_linear
+from tests.support import cuda_doubles
 from vllm.compressed_linear import compat_accelerators
 from vllm.compressed_linear.backends.vllm_native import op
 from vllm.compressed_linear.made_up import made_up_weights

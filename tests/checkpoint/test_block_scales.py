@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import ISAS
+from tests.support.cpu_library import ISAS
 from vllm.compressed_linear.backend import QuantLinearMethod
 from vllm.compressed_linear.backends.cpu import CpuBackend
 from vllm.compressed_linear.backends.reference import ReferenceBackend

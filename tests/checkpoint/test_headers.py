@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from conftest import checkpoint, checkpoint_tensors, checkpoints
+from tests.support.checkpoints import checkpoint, checkpoint_tensors, checkpoints
 from vllm.compressed_linear.headers import Headers, headers_of, read_headers
 from vllm.compressed_linear.weights import CheckpointError
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strategies import Weight, weights
+from tests.support.strategies import Weight, weights
 from vllm.compressed_linear import weights as module
 from vllm.compressed_linear.descriptor import CheckpointScheme, ScaleSpec, WeightSpec, ZeroSpec
 from vllm.compressed_linear.layout import Packing, Role, StandardWeights, StoredTensor

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from cached_layers import prepared, shard, what_the_cache_did
+from tests.support.cached_layers import prepared, shard, what_the_cache_did
 from vllm.compressed_linear import cache as cache_module
 from vllm.compressed_linear import settings
 from vllm.compressed_linear.cache import SUFFIX, UNFINISHED, PreparedCache

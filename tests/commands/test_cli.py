@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from conftest import checkpoint
+from tests.support.checkpoints import checkpoint
 from vllm.compressed_linear import settings
 from vllm.compressed_linear.cli import app
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor

@@ -18,8 +18,8 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from conftest import checkpoint
-from model_loading import loaded
+from tests.support.checkpoints import checkpoint
+from tests.support.model_loading import loaded
 from vllm.compressed_linear import cli, machine, registry, settings, timing, tune_file
 from vllm.compressed_linear import tune as tuning
 from vllm.compressed_linear.backends.reference import ReferenceBackend

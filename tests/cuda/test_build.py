@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from cuda_compiler import CSRC, NVCC, ROOT, compile_for, find_tool
+from tests.support.cuda_compiler import CSRC, NVCC, compile_for, find_tool
+from tests.support.repository import ROOT
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
 

@@ -20,8 +20,9 @@ from types import ModuleType
 
 import pytest
 
-from conftest import ROOT, checkpoint
-from model_loading import loaded
+from tests.support.checkpoints import checkpoint
+from tests.support.model_loading import loaded
+from tests.support.repository import ROOT
 from vllm.compressed_linear import config as config_module
 from vllm.compressed_linear.linear import detect_platform
 from vllm.compressed_linear.plan import PLAN, PlanEntry

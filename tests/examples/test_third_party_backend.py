@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, checkpoint
+from tests.support.checkpoints import checkpoint
+from tests.support.repository import ROOT
 
 EXAMPLE = ROOT / "examples" / "third_party_backend"
 SELECT = """
@@ -34,8 +35,8 @@ SERVE = """
 import sys
 import torch
 from pathlib import Path
-from conftest import checkpoint_reference
-from model_loading import loaded, logits
+from tests.support.checkpoints import checkpoint_reference
+from tests.support.model_loading import loaded, logits
 from vllm.compressed_linear.plan import PLAN
 
 for path in map(Path, sys.argv[1:]):
@@ -104,7 +105,7 @@ def test_is_found_and_selected_and_serves_three_formats(python: str) -> None:
     )
     output = run(
         [python, "-c", SELECT + SERVE, *(str(checkpoint(name)) for name in names)],
-        PYTHONPATH=str(ROOT / "tests"),
+        PYTHONPATH=str(ROOT),
         VLLM_COMPRESSED_LINEAR_BACKEND="dequantizing,unquantized=reference",
     )
     assert "selected dequantizing_linear.DequantizingBackend" in output

@@ -12,19 +12,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from conftest import (
+from tests.support.checkpoints import (
     assert_matches_reference,
-    checkpoint,
     checkpoint_reference,
     checkpoint_tensors,
     checkpoints,
 )
+from tests.support.shards import kind_of, linears, load, read_config, source_of
 from vllm.compressed_linear.config import CompressedLinearConfig
 from vllm.compressed_linear.descriptor import CheckpointScheme
 from vllm.compressed_linear.parameter import collect_shards, create_parameters
 from vllm.compressed_linear.refine import LayerContext, refine
 from vllm.compressed_linear.resolution import Delegated, LayerKind, Unquantized
-from vllm.compressed_linear.weights import CheckpointError, LoadedShard, ShardSource
+from vllm.compressed_linear.weights import CheckpointError, LoadedShard
 
 CHECKPOINTS = [
     name
@@ -32,43 +32,6 @@ CHECKPOINTS = [
     if not any(other in name for other in ("fp8", "fp4", "w8a8", "w4a8"))
 ]
 CONTEXT = LayerContext("bfloat16", "bfloat16")
-
-
-def read_config(name: str) -> CompressedLinearConfig:
-    """The format's config of a checkpoint, headers and all, as vLLM makes it."""
-    path = checkpoint(name)
-    config = json.loads((path / "config.json").read_text())["quantization_config"]
-    found = CompressedLinearConfig.from_config(config)
-    found.maybe_update_config(str(path))
-    return found
-
-
-def linears(name: str) -> list[str]:
-    """Names of the linear layers whose dequantised weights are known."""
-    return sorted(
-        key.removesuffix(".corner") for key in checkpoint_reference(name) if key.endswith(".corner")
-    )
-
-
-def kind_of(linear: str) -> LayerKind:
-    return LayerKind.HEAD if linear == "lm_head" else LayerKind.LINEAR
-
-
-def source_of(
-    linear: str, scheme: CheckpointScheme, n: int, k: int, part: dict[str, int] | None = None
-) -> ShardSource:
-    whole = {"n_start": 0, "n": n, "k_start": 0, "k": k}
-    return ShardSource(linear, scheme, n, k, **{**whole, **(part or {})})
-
-
-def load(source: ShardSource, tensors: dict[str, torch.Tensor]) -> LoadedShard:
-    """One shard through the parameters that vLLM would load into."""
-    parameters = create_parameters([source], source.name)
-    for name, parameter in parameters.items():
-        tensor = tensors.get(f"{source.name}.{name}")
-        if tensor is not None:
-            parameter.weight_loader(parameter, tensor)
-    return collect_shards(parameters, [source])[0]
 
 
 def standard(shard: LoadedShard) -> torch.Tensor:

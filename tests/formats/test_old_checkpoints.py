@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from conftest import checkpoint, checkpoint_reference, checkpoint_tensors
-from model_loading import loaded, logits
+from tests.support.checkpoints import checkpoint, checkpoint_reference, checkpoint_tensors
+from tests.support.model_loading import loaded, logits
 from vllm.compressed_linear.config import NAME
 from vllm.compressed_linear.plan import PLAN
 

@@ -3,20 +3,14 @@
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
-import importlib.util
-import sys
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
 import torch
 
-from architectures import (
+from tests.support.architectures import (
     BLOOM,
     FAMILIES,
     LLAMA4,
@@ -29,8 +23,8 @@ from architectures import (
     layer_outputs,
     write,
 )
-from model_loading import loaded, logits
-from synthetic import Quant
+from tests.support.model_loading import loaded, logits
+from tests.support.synthetic import Quant
 from vllm.compressed_linear.config import NAME, ConfigError
 from vllm.compressed_linear.plan import PLAN
 
@@ -47,42 +41,6 @@ FUSED_ON_DISK = ("phi3-fused-on-disk", "falcon-kv-groups", "gpt-neox-fused-by-he
 """Families that also try every kind of layout: their tensors are cut or reordered as they load."""
 UNQUANTIZED_TOO = ("opt", "gpt2-input-major", "gemma-tied", "falcon-kv-groups", "mixtral")
 ALL = FAMILIES | WITHOUT_LOGITS | SEEING
-
-
-class _NoTorchvision(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Stands in for torchvision, whose names vLLM imports where it defines models that see."""
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name.partition(".")[0] == "torchvision":
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
-        return None
-
-    def create_module(self, spec: Any) -> Any:
-        return _AnyName(spec.name)
-
-    def exec_module(self, module: Any) -> None:
-        pass
-
-
-class _AnyName(types.ModuleType):
-    __path__: list[str] = []  # noqa: RUF012
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return MagicMock(name=name)
-
-
-@pytest.fixture(scope="module")
-def torchvision() -> Iterator[None]:
-    """Text needs none of it, and builds of it for CPUs are not on every index."""
-    if importlib.util.find_spec("torchvision") is not None:
-        yield
-        return
-    finder = _NoTorchvision()
-    sys.meta_path.insert(0, finder)
-    yield
-    sys.meta_path.remove(finder)
 
 
 def forms(name: str) -> list[str]:

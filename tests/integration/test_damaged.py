@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from conftest import checkpoint, checkpoint_tensors
-from model_loading import loaded
+from tests.support.checkpoints import checkpoint, checkpoint_tensors
+from tests.support.model_loading import loaded
 from vllm.compressed_linear.plan import PLAN
 
 GPTQ = "gptqmodel-gptq-w4-g128-sym"

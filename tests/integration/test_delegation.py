@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import subprocess
 import sys
@@ -16,9 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from architectures import FAMILIES, MIXTURE, VOCABULARY, Checkpoint, Family, write
-from model_loading import engine_args, loaded, logits
-from synthetic import Quant
+from tests.support.architectures import FAMILIES, MIXTURE, VOCABULARY, Checkpoint, Family, write
+from tests.support.model_loading import engine_args, loaded, logits
+from tests.support.repository import environment
+from tests.support.synthetic import Quant
 from vllm.compressed_linear import settings
 from vllm.compressed_linear.config import NAME, RefusedByVllmError
 from vllm.compressed_linear.formats.awq import AWQConfig
@@ -135,7 +135,7 @@ def test_registering_twice_is_harmless(llama: Callable[[str], Checkpoint]) -> No
 
 OFF = """
 import sys
-from model_loading import engine_args
+from tests.support.model_loading import engine_args
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
 import vllm.envs
 config = engine_args(sys.argv[1], "bfloat16", skip_tokenizer_init=True).create_engine_config()
@@ -150,7 +150,7 @@ print("compressed_linear" in QUANTIZATION_METHODS,
 def test_switched_off_vllm_is_as_it_was(llama: Callable[[str], Checkpoint]) -> None:
     done = subprocess.run(
         [sys.executable, "-c", OFF, str(llama("gptq").quantized)],
-        env=os.environ | {settings.ENABLE: "0", "PYTHONPATH": str(Path(__file__).parent)},
+        env=environment(**{settings.ENABLE: "0"}),
         capture_output=True,
         text=True,
         timeout=200,

@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from model_loading import LoadedModel, engine_args, loaded, logits
-from table_models import Bits, TableModel, write
-from test_explain import loaded_parts, planned_parts
-from test_lora import activate, with_adapters
-from test_models import use_backend
-from test_reload import reload
+from tests.support.choice import use_backend
+from tests.support.explained import loaded_parts, planned_parts
+from tests.support.lora import activate, with_adapters
+from tests.support.model_loading import LoadedModel, engine_args, loaded, logits
+from tests.support.reloading import reload
+from tests.support.table_models import Bits, TableModel, write
 from vllm.compressed_linear import compat, native, settings
 from vllm.compressed_linear.backends.reference import ReferenceBackend
 from vllm.compressed_linear.execution import SelfCheckError

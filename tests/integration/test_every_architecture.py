@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every architecture that vLLM builds from its default configuration is also built with ours.
 
-On the meta device, so full size costs nothing; whether the weights load is test_architectures.py.
+On the meta device, so full size costs nothing; ``test_architectures`` loads weights.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from model_loading import engine_args, init_distributed
+from tests.support.model_loading import engine_args, init_distributed
 from vllm.compressed_linear.config import NAME, RefusedByVllmError
 from vllm.compressed_linear.embedding import CompressedUnquantizedEmbeddingMethod
 from vllm.compressed_linear.linear import (

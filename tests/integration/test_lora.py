@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from architectures import FAMILIES, VOCABULARY, Family, write
-from model_loading import LoadedModel, loaded, logits
-from synthetic import Quant
+from tests.support.architectures import FAMILIES, VOCABULARY, Family, write
+from tests.support.lora import activate, with_adapters
+from tests.support.model_loading import loaded, logits
+from tests.support.synthetic import Quant
 from vllm.compressed_linear import settings
 
 RANK, ALPHA = 8, 16
@@ -56,29 +56,6 @@ def write_adapter(ideal: Path, adapter: Path, input_ids: torch.Tensor) -> torch.
         )
     )
     return merged
-
-
-def with_adapters(model: LoadedModel) -> Any:
-    """vLLM's manager, which replaces the model's layers by its LoRA layers, as a worker does."""
-    from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
-
-    manager = LRUCacheWorkerLoRAManager(
-        model.config, torch.device("cpu"), model.model.embedding_modules
-    )
-    model.model = manager.create_lora_manager(model.model, model.config)
-    return manager
-
-
-def activate(manager: Any, adapter: Path | None, tokens: int, *, prefill: bool = True) -> None:
-    """For one prompt of ``tokens``, or for so many requests that decode: then also of the head."""
-    from vllm.lora.layers import LoRAMapping
-    from vllm.lora.request import LoRARequest
-
-    requests = {LoRARequest("adapter", 1, str(adapter))} if adapter else set()
-    identifier = 1 if adapter else 0
-    requested = 1 if prefill else tokens
-    mapping = LoRAMapping((identifier,) * tokens, (identifier,) * requested, is_prefill=prefill)
-    manager.set_active_adapters(requests, mapping)
 
 
 def worst(ours: torch.Tensor, reference: torch.Tensor) -> float:

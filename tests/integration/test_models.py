@@ -10,18 +10,15 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from conftest import checkpoint, checkpoint_reference, checkpoints, needs_vllms_4_bit_kernel
-from model_loading import loaded, logits
+from tests.support.checkpoint_lists import WEIGHT_ONLY
+from tests.support.checkpoints import checkpoint, checkpoint_reference, checkpoints
+from tests.support.choice import use_backend
+from tests.support.model_loading import loaded, logits
+from tests.support.stock_vllm import needs_vllms_4_bit_kernel
 from vllm.compressed_linear import settings
 from vllm.compressed_linear.config import NAME, CompressedLinearConfig
 from vllm.compressed_linear.plan import DELEGATED, PLAN
 from vllm.compressed_linear.registry import NoBackendError
-
-WEIGHT_ONLY = [
-    name
-    for name in checkpoints("gptqmodel-gptq", "autoawq-", "autoround-", "llmcompressor-w")
-    if "a8" not in name and "mxfp4" not in name
-] + checkpoints("llmcompressor-mixed-int8attn-int4mlp")
 
 
 @pytest.fixture
@@ -42,10 +39,6 @@ def log_probabilities(name: str, dtype: str) -> tuple[torch.Tensor, torch.Tensor
     with loaded(checkpoint(name), dtype) as model:
         ours = logits(model, reference["input_ids"])
     return torch.log_softmax(ours, -1), torch.log_softmax(reference["logits"], -1)
-
-
-def use_backend(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
-    monkeypatch.setenv(settings.BACKEND, f"unquantized={backend},{backend}")
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

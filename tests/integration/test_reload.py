@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
-from model_loading import LoadedModel, loaded, logits
-from synthetic import Model, Quant, write
+from tests.support.model_loading import loaded, logits
+from tests.support.reloading import reload, worst_error
+from tests.support.synthetic import Model, Quant, write
 
 MODELS = {
     "gptq": Model(Quant("gptq", symmetric=False)),
@@ -22,23 +22,6 @@ MODELS = {
     "fused-on-disk": Model(Quant("awq", symmetric=False), "Phi3ForCausalLM"),
     "with-bias": Model(Quant("gptq"), bias=True),
 }
-
-
-def reload(model: LoadedModel, path: Path) -> None:
-    from vllm.model_executor.model_loader.reload.inplace import reload_weights
-
-    reload_weights(
-        model.config,
-        model.model,
-        weights_iterator=None,
-        weights_path=str(path),
-        is_checkpoint_format=True,
-    )
-
-
-def worst_error(ours: torch.Tensor, reference: dict[str, torch.Tensor]) -> float:
-    error = torch.log_softmax(ours, -1) - torch.log_softmax(reference["logits"], -1)
-    return float(error.abs().max())
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from model_loading import loaded, logits
-from synthetic import Model, Quant, write
+from tests.support.model_loading import loaded, logits
+from tests.support.synthetic import Model, Quant, write
 from vllm.compressed_linear.plan import PLAN
 
 GPTQ = Quant("gptq")

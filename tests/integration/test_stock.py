@@ -3,20 +3,18 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import checkpoint, checkpoint_reference, needs_vllms_4_bit_kernel
-from model_loading import loaded, logits
-from test_models import WEIGHT_ONLY
+from tests.support.checkpoint_lists import WEIGHT_ONLY
+from tests.support.checkpoints import checkpoint, checkpoint_reference
+from tests.support.model_loading import loaded, logits
+from tests.support.repository import environment
+from tests.support.stock_vllm import needs_vllms_4_bit_kernel
 from vllm.compressed_linear import settings
-
-HERE = Path(__file__).parent
 
 MARGIN = 0.4
 """Log-probability by which the fp32 reference must prefer a token for bf16 runs to agree on it:
@@ -29,12 +27,13 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor | 
     process = subprocess.run(
         [
             sys.executable,
-            str(HERE / "stock_worker.py"),
+            "-m",
+            "tests.support.stock_worker",
             str(out),
             "bfloat16",
             *(str(checkpoint(name)) for name in WEIGHT_ONLY),
         ],
-        env=os.environ | {settings.ENABLE: "0"},
+        env=environment(**{settings.ENABLE: "0"}),
         capture_output=True,
         text=True,
         timeout=300,

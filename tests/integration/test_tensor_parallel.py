@@ -13,15 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import checkpoint, checkpoint_reference
-from model_loading import free_port
-from synthetic import Model, Quant, write
-from table_models import Bits, TableModel
-from table_models import write as write_table_model
+from tests.support.checkpoints import checkpoint, checkpoint_reference
+from tests.support.model_loading import free_port
+from tests.support.repository import environment
+from tests.support.synthetic import Model, Quant, write
+from tests.support.table_models import Bits, TableModel
+from tests.support.table_models import write as write_table_model
 from vllm.compressed_linear import settings
 from vllm.compressed_linear.cache_inventory import read_cache
-
-HERE = Path(__file__).parent
 
 MODELS = {
     "group-cut-by-the-border": Model(Quant("gptq", group_size=128), hidden=192, heads=6),
@@ -80,11 +79,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     jobs.append(jobs[0] | {"environment": [{}, unlike], "out": str(root / "unlike.pt")})
     (root / "jobs.json").write_text(json.dumps(jobs))
     port = str(free_port())
-    worker = [sys.executable, str(HERE / "tensor_parallel_worker.py")]
+    worker = [sys.executable, "-m", "tests.support.tensor_parallel_worker"]
     logs = [(root / f"rank{rank}.log").open("w+") for rank in range(2)]
     ranks = [
         subprocess.Popen(
             [*worker, str(rank), "2", port, str(root / "jobs.json")],
+            env=environment(),
             stdout=logs[rank],
             stderr=subprocess.STDOUT,
         )

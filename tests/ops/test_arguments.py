@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests import test_int8, test_native_ops
+from tests.support import int8_ops, weight_only_ops
 from vllm.compressed_linear import native
 from vllm.compressed_linear.descriptor import ActivationSpec
 from vllm.compressed_linear.numerics import INT8
@@ -48,7 +48,7 @@ def _optional() -> Arguments:
 
 
 def linear() -> Arguments:
-    layer = test_native_ops.make_layer((N, K, GROUP), "uint4", "integer")
+    layer = weight_only_ops.make_layer((N, K, GROUP), "uint4", "integer")
     return {
         "x": torch.randn(3, K),
         "packed": layer.packed,
@@ -69,8 +69,8 @@ def linear() -> Arguments:
 
 def linear_int8() -> Arguments:
     spec = ActivationSpec(INT8, False, "tensor", symmetric=False)
-    layer = test_int8.layer(N, K, GROUP, 4, zero=True)
-    return test_int8.arguments(layer, torch.randn(3, K), spec) | _optional()
+    layer = int8_ops.layer(N, K, GROUP, 4, zero=True)
+    return int8_ops.arguments(layer, torch.randn(3, K), spec) | _optional()
 
 
 def embedding() -> Arguments:

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from test_native_ops import DENSE, DTYPES, INTEGERS, SHAPES, Layer, make_layer, pack, tiled
+from tests.support.cpu_library import tiled
+from tests.support.weight_only_ops import DENSE, DTYPES, INTEGERS, SHAPES, Layer, make_layer, pack
 from vllm.compressed_linear import native
 
 pytestmark = pytest.mark.skipif(native.available() is not None, reason=str(native.available()))

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parent.parent
+from tests.support.repository import ROOT
+
 SITE_PACKAGES = Path(sysconfig.get_path("purelib"))
 HIDDEN = ("vllm", "_vllm", "__editable__", "distutils-precedence", "__pycache__")
 
@@ -115,7 +116,7 @@ def build(kind: str, project: Path, target: Path, scratch: Path) -> Path:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project's wheel."""
     target = tmp_path_factory.mktemp("wheel")
-    return build("wheel", REPOSITORY, target, target / "scratch")
+    return build("wheel", ROOT, target, target / "scratch")
 
 
 @pytest.fixture
@@ -127,7 +128,7 @@ def clean(tmp_path: Path) -> CleanEnvironment:
 def test_wheel_holds_the_package_and_no_directory_vllm(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert not [name for name in names if name.startswith("vllm/")]
-    source = REPOSITORY / "vllm" / "compressed_linear"
+    source = ROOT / "vllm" / "compressed_linear"
     modules = {f"_vllm_compressed_linear/{p.relative_to(source)}" for p in source.rglob("*.py")}
     assert "_vllm_compressed_linear/numerics.py" in modules
     assert modules <= set(names)
@@ -142,7 +143,7 @@ def test_wheel_imports_in_a_clean_environment(
     vllm = clean.add_vllm()
     clean.install(wheel)
     package = clean.site_packages / "_vllm_compressed_linear" / "__init__.py"
-    for cwd in (tmp_path, REPOSITORY):
+    for cwd in (tmp_path, ROOT):
         expected = [str(vllm), "0.32.0", "vllm.compressed_linear", str(package)]
         assert clean.where(cwd) == expected
 
@@ -174,7 +175,7 @@ def test_wheel_beside_an_editable_vllm(
 
     clean.install(wheel)
     expected = str(project / "vllm" / "__init__.py")
-    for cwd in (tmp_path, REPOSITORY):
+    for cwd in (tmp_path, ROOT):
         vllm, version, name, package = clean.where(cwd)
         assert (vllm, version, name) == (expected, "0.32.0", "vllm.compressed_linear")
         assert Path(package).is_relative_to(clean.site_packages)
@@ -189,9 +190,9 @@ def test_editable_install_points_to_the_source_tree(
     clean: CleanEnvironment, tmp_path: Path
 ) -> None:
     vllm = clean.add_vllm()
-    clean.install(build("editable", REPOSITORY, tmp_path, tmp_path / "scratch"))
-    package = REPOSITORY / "vllm" / "compressed_linear" / "__init__.py"
-    for cwd in (tmp_path, REPOSITORY):
+    clean.install(build("editable", ROOT, tmp_path, tmp_path / "scratch"))
+    package = ROOT / "vllm" / "compressed_linear" / "__init__.py"
+    for cwd in (tmp_path, ROOT):
         expected = [str(vllm), "0.32.0", "vllm.compressed_linear", str(package)]
         assert clean.where(cwd) == expected
 
@@ -213,7 +214,7 @@ def test_without_vllm_there_is_one_clear_error(
         if command == "console script"
         else [clean.python, "-c", command]
     )
-    for cwd in (tmp_path, REPOSITORY):
+    for cwd in (tmp_path, ROOT):
         done = run(*arguments, cwd=cwd, check=False)
         assert done.returncode != 0
         message = done.stderr.splitlines()[-1]
@@ -270,13 +271,13 @@ def test_entry_points() -> None:
 
 def test_requirements_are_what_the_package_imports() -> None:
     imported = set()
-    for path in (REPOSITORY / "vllm" / "compressed_linear").rglob("*.py"):
+    for path in (ROOT / "vllm" / "compressed_linear").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 imported |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 imported.add(node.module.partition(".")[0])
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     # torch comes with vLLM, which is no requirement since its CPU build has another name. Triton
     # comes with either; where it does not, its backend says so.
     elsewhere = {"torch", "triton", "vllm"}

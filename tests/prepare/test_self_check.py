@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import pytest
 import torch
 
-from conftest import checkpoint
-from model_loading import loaded
+from tests.support.checkpoints import checkpoint
+from tests.support.model_loading import loaded
 from vllm.compressed_linear import settings
 from vllm.compressed_linear.backends.reference import ReferenceBackend
 from vllm.compressed_linear.execution import SelfCheckError

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,33 +12,34 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import checkpoint, checkpoint_reference
-from table_models import Bits, TableModel, write
+from tests.support.checkpoints import checkpoint, checkpoint_reference
+from tests.support.repository import environment
+from tests.support.table_models import Bits, TableModel, write
 from vllm.compressed_linear import settings
 
 pytestmark = pytest.mark.e2e
-HERE = Path(__file__).parent
 TABLE = TableModel(linear=Bits(3, 64, symmetric=False), dtype=torch.bfloat16)
 """Linears of 3 bits, and an embedding table of 8 bits that the head is tied to."""
 
 
 def run_engine(
-    model: str | Path, tmp_path: Path, options: dict[str, Any] | None = None, **environment: str
+    model: str | Path, tmp_path: Path, options: dict[str, Any] | None = None, **changes: str
 ) -> dict[str, Any]:
     """Start an engine on a directory or a checkpoint of the zoo, return what ``engine_worker.py``
     found."""
     out = tmp_path / "result.pt"
     out.unlink(missing_ok=True)
-    env = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_COMPRESSED_LINEAR")}
+    env = {k: v for k, v in environment().items() if not k.startswith("VLLM_COMPRESSED_LINEAR")}
     process = subprocess.run(
         [
             sys.executable,
-            str(HERE / "engine_worker.py"),
+            "-m",
+            "tests.support.engine_worker",
             str(out),
             str(model if isinstance(model, Path) else checkpoint(model)),
             json.dumps(options or {}),
         ],
-        env=env | {"VLLM_CACHE_ROOT": str(tmp_path / "cache")} | environment,
+        env=env | {"VLLM_CACHE_ROOT": str(tmp_path / "cache")} | changes,
         capture_output=True,
         text=True,
         timeout=400,

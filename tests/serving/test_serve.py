@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from conftest import checkpoint
-from model_loading import free_port
+from tests.support.checkpoints import checkpoint
+from tests.support.model_loading import free_port
 from vllm.compressed_linear import settings
 
 pytestmark = pytest.mark.e2e

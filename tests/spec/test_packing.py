@@ -11,8 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import assert_matches_reference, checkpoint_reference, checkpoint_tensors
-from strategies import AWQ_ORDER, CONTAINERS, PLANES, packings
+from tests.support.checkpoints import (
+    assert_matches_reference,
+    checkpoint_reference,
+    checkpoint_tensors,
+)
+from tests.support.strategies import AWQ_ORDER, CONTAINERS, PLANES, packings
 from vllm.compressed_linear.layout import (
     Packing,
     Role,

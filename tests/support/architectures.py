@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from model_loading import loaded
-from synthetic import Model, Quant, random_weight
+from tests.support.model_loading import loaded
+from tests.support.synthetic import Model, Quant, random_weight
 
 VOCABULARY = 512
 LAYER_WEIGHTS = (

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers that are prepared through a prepared-weights cache, for its tests.
 
-``python cached_layers.py DIRECTORY OUT SEED...`` says ``ready``, waits for a line on stdin,
-prepares the layers of these seeds and writes their tensors, what the cache did, and its warnings to
-OUT.
+``python -m tests.support.cached_layers DIRECTORY OUT SEED...`` says ``ready``, waits for a line on
+stdin, prepares the layers of these seeds and writes their tensors, what the cache did, and its
+warnings to OUT.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from synthetic import Quant, random_weight
+from tests.support.synthetic import Quant, random_weight
 from vllm.compressed_linear.cache import PreparedCache
 from vllm.compressed_linear.execution import Executor, prepare
 from vllm.compressed_linear.plan import PLAN

@@ -13,7 +13,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.support.repository import ROOT
+
 CSRC = ROOT / "csrc"
 NVCC = shutil.which("nvcc")
 

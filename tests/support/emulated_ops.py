@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
+from tests.support.repository import ROOT
 from vllm.compressed_linear import native
 
-TREE = Path(__file__).resolve().parent.parent / "build" / "cmake"
+TREE = ROOT / "build" / "cmake"
 TARGET = "compressed_linear_emulated"
 
 

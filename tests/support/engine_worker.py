@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One ``LLM()`` in a process of its own: ``python engine_worker.py OUT MODEL OPTIONS``.
+"""One ``LLM()`` in a process of its own.
 
-OPTIONS is JSON for ``LLM``. Writes to OUT what the prompts of the model's reference give: log
-probabilities, greedy tokens, the plan, and which ops ran how often while generating.
+Run as ``python -m tests.support.engine_worker OUT MODEL OPTIONS``. OPTIONS is JSON for ``LLM``.
+Writes to OUT what the prompts of the model's reference give: log probabilities, greedy tokens, the
+plan, and which ops ran how often while generating.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Logits of checkpoints as vLLM computes them without this package.
 
-Run as ``VLLM_COMPRESSED_LINEAR=0 python stock_worker.py OUT DTYPE CHECKPOINT...``.
+Run as ``VLLM_COMPRESSED_LINEAR=0 python -m tests.support.stock_worker OUT DTYPE CHECKPOINT...``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from model_loading import loaded, logits
+from tests.support.model_loading import loaded, logits
 
 
 def main(out: Path, dtype: str, paths: list[Path]) -> None:

@@ -20,7 +20,7 @@ from compressed_tensors.quantization import (
 from compressed_tensors.quantization.utils import calculate_qparams, is_module_quantized
 from safetensors.torch import save_file
 
-from architectures import FAMILIES, Family
+from tests.support.architectures import FAMILIES, Family
 
 
 @dataclass(frozen=True)

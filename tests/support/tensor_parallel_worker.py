@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One rank of a tensor-parallel group: loads models one after another and saves their logits.
 
-Run by ``test_tensor_parallel.py`` as ``python tensor_parallel_worker.py RANK SIZE PORT JOBS``, JOBS
-a JSON file: list of {"model": directory, "input_ids": list, "out": file, "environment": [2 maps]}.
+Run as ``python -m tests.support.tensor_parallel_worker RANK SIZE PORT JOBS``, JOBS a JSON file:
+list of {"model": directory, "input_ids": list, "out": file, "environment": [2 maps]}.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from unittest import mock
 
 import torch
 
-from model_loading import init_distributed, loaded, logits
+from tests.support.model_loading import init_distributed, loaded, logits
 from vllm.compressed_linear.plan import PLAN
 
 

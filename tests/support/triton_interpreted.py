@@ -2,8 +2,8 @@
 """The Triton kernel, and one of vLLM's, run by Triton's interpreter, on tensors of this CPU.
 
 Whether Triton interprets is settled when it is imported, so these tests need a process of their
-own: ``test_triton.py`` starts it. By hand:
-``TRITON_INTERPRET=1 pytest tests/triton_interpreted.py``.
+own: ``backends/triton/test_backend.py`` starts it. By hand:
+``TRITON_INTERPRET=1 pytest tests/support/triton_interpreted.py``.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ import pytest
 import torch
 from vllm.model_executor.layers.quantization.utils import fp8_utils
 
-import cuda_doubles
-from test_vllm_native_blocks import BLOCKS
-from test_vllm_native_gpu import assert_in_contract
+from tests.support import cuda_doubles
+from tests.support.vllm_classes import BLOCKS, assert_in_contract
 from vllm.compressed_linear import numerics
 from vllm.compressed_linear.backends import triton_measured, triton_runtime, triton_tiles
 from vllm.compressed_linear.backends.triton import TritonBackend

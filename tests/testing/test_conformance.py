@@ -12,7 +12,7 @@ import pytest
 import torch
 import typer
 
-from conftest import ISAS
+from tests.support.cpu_library import ISAS
 from vllm.compressed_linear import native, registry
 from vllm.compressed_linear.backend import QuantLinearMethod, Verdict
 from vllm.compressed_linear.backends.marlin import MarlinBackend

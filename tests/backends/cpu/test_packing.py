@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import ISAS
-from strategies import AWQ_ORDER, Weight, weights
+from tests.support.cpu_library import ISAS
+from tests.support.strategies import AWQ_ORDER, Weight, weights
 from vllm.compressed_linear import native, numerics
 from vllm.compressed_linear.backends.code_source import CodeLocation, locate_codes
 from vllm.compressed_linear.backends.cpu import CpuBackend

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import emulated_ops
+from tests.support import emulated_ops
 from vllm.compressed_linear.backends.marlin import MarlinBackend
 from vllm.compressed_linear.numerics import BF16, E2M1, E4M3, E5M2, ElementType, uint
 from vllm.compressed_linear.platform import Platform

@@ -18,8 +18,8 @@ from vllm.model_executor.layers.quantization.utils import (
     quant_utils,
 )
 
-from conftest import checkpoint_tensors, checkpoints
-from test_formats import kind_of, linears, load, read_config, source_of
+from tests.support.checkpoints import checkpoint_tensors, checkpoints
+from tests.support.shards import kind_of, linears, load, read_config, source_of
 from vllm import _custom_ops
 from vllm.compressed_linear import native, numerics
 from vllm.compressed_linear.backends import marlin_preparation

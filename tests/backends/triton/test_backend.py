@@ -5,7 +5,6 @@ Triton's interpreter (``triton_interpreted.py``, in a process of its own)."""
 from __future__ import annotations
 
 import itertools
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tests.support.repository import ROOT, environment
 from vllm.compressed_linear import numerics
 from vllm.compressed_linear.backends import triton_measured, triton_runtime, triton_tiles
 from vllm.compressed_linear.backends.triton import TritonBackend
@@ -28,7 +28,6 @@ from vllm.compressed_linear.platform import Platform
 from vllm.compressed_linear.testing import Case, conformance_cases
 from vllm.compressed_linear.testing.cases import INT8_TOKEN, MXFP4, NF4, NVFP4
 
-TESTS = Path(__file__).parent
 GPU = Platform.parse("cuda:90")
 CODED = [case for case in conformance_cases() if case.element.kind != "dense"]
 
@@ -36,11 +35,10 @@ CODED = [case for case in conformance_cases() if case.element.kind != "dense"]
 def interpreted(*options: str) -> None:
     """Run ``triton_interpreted.py`` where Triton interprets; its output is this test's."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
     found = subprocess.run(
-        [*command, str(TESTS / "triton_interpreted.py")],
-        env=environment,
-        cwd=TESTS.parent,
+        [*command, str(ROOT / "tests" / "support" / "triton_interpreted.py")],
+        env=environment(TRITON_INTERPRET="1"),
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """fp8 weights with a scale for each 128×128 on vLLM's kernel classes, on a machine without a GPU.
 
-As in ``test_vllm_native_gpu``: stand-ins for the operators, and vLLM's own linear methods as what
+As in ``test_gpu``: stand-ins for the operators, and vLLM's own linear methods as what
 the prepared tensors are held against.
 """
 
@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import cuda_doubles
-from cuda_doubles import expect
-from test_vllm_native_gpu import assert_in_contract, check, reasons
+from tests.support import cuda_doubles
+from tests.support.cuda_doubles import expect
+from tests.support.vllm_classes import BLOCKS, GROUPS, assert_in_contract, check, reasons
 from vllm.compressed_linear import compat_accelerators
 from vllm.compressed_linear.backends.vllm_native import (
     VllmNativeBackend,
@@ -28,11 +28,10 @@ from vllm.compressed_linear.backends.vllm_native import (
     scaled_mm,
     table,
 )
-from vllm.compressed_linear.descriptor import ActivationSpec, CompressedLinearDescriptor
-from vllm.compressed_linear.numerics import E4M3
+from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
 from vllm.compressed_linear.platform import Platform
 from vllm.compressed_linear.registry import select
-from vllm.compressed_linear.testing.cases import FP8_BLOCK, Case
+from vllm.compressed_linear.testing.cases import Case
 
 A100, L40S, H100 = (Platform.parse(f"cuda:{capability}") for capability in (80, 89, 90))
 on_both = pytest.mark.parametrize("platform", [L40S, H100], ids=["cuda:89", "cuda:90"])
@@ -40,8 +39,6 @@ on_both = pytest.mark.parametrize("platform", [L40S, H100], ids=["cuda:89", "cud
 
 CUTLASS, TRITON = "CutlassFp8BlockScaledMMKernel", "TritonFp8BlockScaledMMKernel"
 MARLIN = "MarlinFP8ScaledMMLinearKernel"
-GROUPS = ActivationSpec(E4M3, True, "group", group_size=128, maximum=448.0)
-BLOCKS = replace(FP8_BLOCK, n=384, shards=(), activation=GROUPS)
 
 pytestmark = pytest.mark.skipif(
     compat_accelerators.unavailable("fp8 blocks") is not None,

@@ -15,9 +15,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import cuda_doubles
-import fp4_doubles
-from test_vllm_native_gpu import assert_in_contract, reasons, vllms_layer
+from tests.support import cuda_doubles, fp4_doubles
+from tests.support.vllm_classes import assert_in_contract, reasons, vllms_layer
 from vllm.compressed_linear import compat_accelerators
 from vllm.compressed_linear.backends.vllm_native import (
     VllmNativeBackend,

@@ -15,7 +15,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import assert_matches_reference, checkpoint_reference, checkpoint_tensors
+from tests.support.checkpoints import (
+    assert_matches_reference,
+    checkpoint_reference,
+    checkpoint_tensors,
+)
 from vllm.compressed_linear import compat_kernels
 from vllm.compressed_linear.backend import contract_bound
 from vllm.compressed_linear.backends import vllm_native

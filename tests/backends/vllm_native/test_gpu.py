@@ -18,9 +18,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import cuda_doubles
+from tests.support import cuda_doubles
+from tests.support.vllm_classes import assert_in_contract, check, reasons, vllms_layer
 from vllm.compressed_linear import compat_accelerators
-from vllm.compressed_linear.backend import QuantLinearMethod
 from vllm.compressed_linear.backends.vllm_native import (
     VllmNativeBackend,
     backend,
@@ -28,11 +28,11 @@ from vllm.compressed_linear.backends.vllm_native import (
     scaled_mm,
     table,
 )
-from vllm.compressed_linear.descriptor import ActivationSpec, CompressedLinearDescriptor
+from vllm.compressed_linear.descriptor import ActivationSpec
 from vllm.compressed_linear.layout import Packing, pack, unpack
 from vllm.compressed_linear.numerics import BF16, E2M1, E4M3, INT8, uint
 from vllm.compressed_linear.platform import Platform
-from vllm.compressed_linear.testing.cases import Case, Problem, conformance_cases
+from vllm.compressed_linear.testing.cases import Case, conformance_cases
 from vllm.compressed_linear.wheel_ops import CUDA_OPS
 
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
@@ -55,38 +55,6 @@ def doubles() -> Iterator[None]:
 
 def symmetric(bits: int) -> Any:
     return uint(bits, 1 << (bits - 1))
-
-
-def reasons(d: CompressedLinearDescriptor, platform: Platform) -> str:
-    verdict = VllmNativeBackend.can_implement(d, platform)
-    assert not verdict
-    return "\n".join(verdict.reasons)
-
-
-def assert_in_contract(case: Case, platform: Platform, rows: tuple[int, ...] = (1, 5)) -> str:
-    """Prepare and run ``case`` as on ``platform``; the name of the class that ran."""
-    problem = case.build()
-    d = problem.descriptor
-    verdict = VllmNativeBackend.can_implement(d, platform)
-    assert verdict, str(verdict)
-    with compat_accelerators.pretending(platform):
-        tensors = backend.prepare(d, problem.weights, platform)
-        assert all(type(tensor) is torch.Tensor for tensor in tensors.values())
-        for count in rows:
-            x = problem.activations(count)
-            out = op.call(d, op.text_of(d), tensors, x, problem.bias, "cuda")
-            check(problem, x, out, VllmNativeBackend)
-    return VllmNativeBackend.variant(d, platform)
-
-
-def check(
-    problem: Problem, x: torch.Tensor, out: torch.Tensor, method: type[QuantLinearMethod]
-) -> None:
-    expected = problem.expected(x, problem.bias)
-    bound = problem.bound(x, expected, method)
-    assert out.dtype == getattr(torch, problem.descriptor.output_dtype)
-    worst = float(((out.double() - expected).abs() / bound).max())
-    assert worst <= 1, f"{problem.case}: {worst:.3g} times the error allowed"
 
 
 # --- mixed precision -----------------------------------------------------------------------------
@@ -342,25 +310,6 @@ def test_slack_is_for_ties_and_nothing_else() -> None:
 
 
 # --- what vLLM's own methods would have built ----------------------------------------------------
-
-
-def vllms_layer(method: Any, tensors: dict[str, torch.Tensor], n: int, k: int) -> torch.nn.Module:
-    """``create_weights``, the checkpoint's tensors, ``process_weights_after_loading``."""
-    layer = torch.nn.Module()
-    layer.params_dtype = torch.bfloat16  # type: ignore[assignment]
-    method.create_weights(
-        layer=layer,
-        output_partition_sizes=[n],
-        input_size_per_partition=k,
-        input_size=k,
-        output_size=n,
-        params_dtype=torch.bfloat16,
-        weight_loader=lambda *_: None,
-    )
-    for name, tensor in tensors.items():
-        getattr(layer, name).data.copy_(tensor)
-    method.process_weights_after_loading(layer)
-    return layer
 
 
 @pytest.mark.parametrize("zero", [None, "integer"])

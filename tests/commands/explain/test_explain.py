@@ -17,59 +17,20 @@ from unittest import mock
 import pytest
 import torch
 
-from conftest import checkpoint, checkpoints
-from model_loading import init_distributed, loaded
+from tests.support.checkpoint_lists import OURS
+from tests.support.checkpoints import checkpoint
+from tests.support.explained import explained, loaded_parts, planned_parts
+from tests.support.model_loading import init_distributed, loaded
 from vllm.compressed_linear import compat, compat_model, settings
 from vllm.compressed_linear.config import ConfigError
-from vllm.compressed_linear.explain import CasePlan, ExplainError, Explanation, LayerPlan, explain
+from vllm.compressed_linear.explain import ExplainError, explain
 from vllm.compressed_linear.linear import detect_platform
 from vllm.compressed_linear.model_layout import TensorParallelError
 from vllm.compressed_linear.plan import DELEGATED, PLAN, PlanEntry
 from vllm.compressed_linear.platform import Platform
 from vllm.compressed_linear.weights import CheckpointError
 
-OURS = [
-    name
-    for name in checkpoints("gptqmodel-gptq", "autoawq-", "autoround-", "llmcompressor-")
-    if "a8" not in name and "fp" not in name
-]
-"""Every checkpoint of the zoo of which at least a part is read here."""
-
 ACTIVATION_ORDERED = [name for name in OURS if "descact" in name]
-
-
-def explained(name: str | Path, **options: Any) -> Explanation:
-    path = name if isinstance(name, Path) else checkpoint(name)
-    return explain(str(path), platform=detect_platform(), **options)
-
-
-COMPARED = [
-    "descriptor",
-    "backend",
-    "variant",
-    "bytes_checkpoint",
-    "bytes_prepared",
-    "chosen_by",
-    "rejected",
-]
-
-
-def planned_parts(layer: LayerPlan, case: CasePlan) -> list[list[Any]]:
-    """Everything that the plan of a loaded layer says too."""
-    return [
-        [layer.kind, str(p.descriptor), *(getattr(p, field) for field in COMPARED[1:])]
-        for p in case.parts
-    ]
-
-
-def loaded_parts() -> dict[str, list[list[Any]]]:
-    """The plan of this process by layer, delegated layers apart."""
-    found: dict[str, list[list[Any]]] = {}
-    for entry in PLAN.entries.values():
-        if entry.backend != DELEGATED:
-            values = [getattr(entry, field) for field in COMPARED]
-            found.setdefault(entry.name, []).append([entry.kind, *values])
-    return found
 
 
 def plan_after_loading(path: Path, dtype: str = "float32") -> list[PlanEntry]:

@@ -8,14 +8,12 @@ from typing import Any
 
 import pytest
 
-from architectures import FAMILIES, SEEING, WITHOUT_LOGITS, write
-from model_loading import loaded
-from synthetic import Quant
-from test_architectures import torchvision
-from test_explain import explained, loaded_parts, planned_parts
+from tests.support.architectures import FAMILIES, SEEING, WITHOUT_LOGITS, write
+from tests.support.explained import explained, loaded_parts, planned_parts
+from tests.support.model_loading import loaded
+from tests.support.synthetic import Quant
 
 ALL = FAMILIES | WITHOUT_LOGITS | SEEING
-__all__ = ["torchvision"]  # a fixture
 
 
 @pytest.mark.usefixtures("torchvision")

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-import table_models
-from conftest import checkpoint
-from test_explain import OURS
+from tests.support import table_models
+from tests.support.checkpoint_lists import OURS
+from tests.support.checkpoints import checkpoint
 from vllm.compressed_linear import compat_accelerators
 from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
 from vllm.compressed_linear.explain import Explanation, PartPlan, explain

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import checkpoint, checkpoint_reference
-from model_loading import loaded, logits
-from synthetic import Model, Quant, write
-from test_reload import reload, worst_error
+from tests.support.checkpoints import checkpoint, checkpoint_reference
+from tests.support.model_loading import loaded, logits
+from tests.support.reloading import reload, worst_error
+from tests.support.synthetic import Model, Quant, write
 from vllm.compressed_linear import linear, native, settings
 from vllm.compressed_linear.cache_inventory import read_cache
 from vllm.compressed_linear.plan import PLAN

@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 import torch
 
-from cached_layers import QUANT, K, N, prepared, shard, what_the_cache_did
-from synthetic import Quant
+from tests.support.cached_layers import QUANT, K, N, prepared, shard, what_the_cache_did
+from tests.support.repository import environment
+from tests.support.synthetic import Quant
 from vllm.compressed_linear import cache as cache_module
 from vllm.compressed_linear import native
 from vllm.compressed_linear.backend import QuantLinearMethod
@@ -30,7 +31,6 @@ from vllm.compressed_linear.registry import register_backend
 from vllm.compressed_linear.settings import BackendRules, Settings
 from vllm.compressed_linear.weights import LoadedShard
 
-HERE = Path(__file__).parent
 FLOAT32 = LayerContext("float32", "float32")
 
 
@@ -420,7 +420,8 @@ def test_a_disk_that_cannot_be_read_is_a_bad_entry(
 
 def start(directory: Path, out: Path, seeds: list[int]) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, str(HERE / "cached_layers.py"), directory, out, *map(str, seeds)],
+        [sys.executable, "-m", "tests.support.cached_layers", directory, out, *map(str, seeds)],
+        env=environment(),
         text=True,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -464,12 +465,12 @@ def test_a_server_that_is_killed_while_it_writes_leaves_no_entry(tmp_path: Path)
     program = (
         "import os, signal\n"
         "from pathlib import Path\n"
-        "from cached_layers import prepared\n"
+        "from tests.support.cached_layers import prepared\n"
         "from vllm.compressed_linear.cache import PreparedCache\n"
         "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"prepared(PreparedCache(Path({str(tmp_path)!r})))\n"
     )
-    process = subprocess.run([sys.executable, "-c", program], cwd=HERE, timeout=120)
+    process = subprocess.run([sys.executable, "-c", program], env=environment(), timeout=120)
     assert process.returncode == -signal.SIGKILL
     assert entries(tmp_path) == []
     assert len(list(tmp_path.glob(f".*{UNFINISHED}"))) == 1
