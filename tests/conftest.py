@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 
 from tests.support.cpu_library import ISAS, ISAS_INT8
 from tests.support.no_torchvision import NoTorchvision
-from vllm.compressed_linear import native
+from vllm.compressed_linear.machine import native
 
 # Nobody's own measurements decide what a test sees.
 os.environ.setdefault("VLLM_COMPRESSED_LINEAR_TUNE_FILE", "off")
@@ -51,7 +51,7 @@ def isa_int8(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def clean_registry() -> Iterator[None]:
     """Backends that a test registers or removes are put back afterwards."""
-    from vllm.compressed_linear import registry
+    from vllm.compressed_linear.backends import registry
 
     known = dict(registry._REGISTERED)
     points = set(registry._LOADED)

@@ -19,13 +19,15 @@ from tests.support.lora import activate, with_adapters
 from tests.support.model_loading import LoadedModel, engine_args, loaded, logits
 from tests.support.reloading import reload
 from tests.support.table_models import Bits, TableModel, write
-from vllm.compressed_linear import compat, native, settings
+from vllm.compressed_linear import settings
 from vllm.compressed_linear.backends.reference import ReferenceBackend
-from vllm.compressed_linear.execution import SelfCheckError
-from vllm.compressed_linear.explain import explain
-from vllm.compressed_linear.linear import detect_platform
-from vllm.compressed_linear.plan import PLAN, PlanEntry
-from vllm.compressed_linear.registry import NoBackendError, register_backend
+from vllm.compressed_linear.backends.registry import NoBackendError, register_backend
+from vllm.compressed_linear.commands.explain.explain import explain
+from vllm.compressed_linear.integration import compat
+from vllm.compressed_linear.integration.linear import detect_platform
+from vllm.compressed_linear.machine import native
+from vllm.compressed_linear.prepare.plan import PLAN, PlanEntry
+from vllm.compressed_linear.prepare.self_check import SelfCheckError
 
 TIED = {
     "gemma3-8-bit-channel": TableModel(),

@@ -20,7 +20,7 @@ from tests.support.synthetic import Model, Quant, write
 from tests.support.table_models import Bits, TableModel
 from tests.support.table_models import write as write_table_model
 from vllm.compressed_linear import settings
-from vllm.compressed_linear.cache_inventory import read_cache
+from vllm.compressed_linear.prepare.cache.inventory import read_cache
 
 MODELS = {
     "group-cut-by-the-border": Model(Quant("gptq", group_size=128), hidden=192, heads=6),

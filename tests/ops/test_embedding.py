@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.support.cpu_library import tiled
 from tests.support.weight_only_ops import DENSE, DTYPES, INTEGERS, SHAPES, Layer, make_layer, pack
-from vllm.compressed_linear import native
+from vllm.compressed_linear.machine import native
 
 pytestmark = pytest.mark.skipif(native.available() is not None, reason=str(native.available()))
 

@@ -17,15 +17,8 @@ from tests.support.checkpoints import (
     checkpoint_tensors,
 )
 from tests.support.strategies import AWQ_ORDER, CONTAINERS, PLANES, packings
-from vllm.compressed_linear.layout import (
-    Packing,
-    Role,
-    StoredTensor,
-    ZeroBump,
-    pack,
-    slice_axis,
-    unpack,
-)
+from vllm.compressed_linear.spec.packing import Packing, ZeroBump, pack, unpack
+from vllm.compressed_linear.spec.scheme import Role, StoredTensor, slice_axis
 
 
 def stream(fields: list[int], width: int) -> int:

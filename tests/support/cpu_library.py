@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm.compressed_linear import native
+from vllm.compressed_linear.machine import native
 
 ISAS = native.supported_isas() if native.available() is None else []
 """Instruction sets this processor can run, best first; empty without the native library."""

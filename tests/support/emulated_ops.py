@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from tests.support.repository import ROOT
-from vllm.compressed_linear import native
+from vllm.compressed_linear.machine import native
 
 TREE = ROOT / "build" / "cmake"
 TARGET = "compressed_linear_emulated"

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.checkpoints import checkpoint
-from vllm.compressed_linear.explain import CasePlan, Explanation, LayerPlan, explain
-from vllm.compressed_linear.linear import detect_platform
-from vllm.compressed_linear.plan import DELEGATED, PLAN
+from vllm.compressed_linear.commands.explain.explain import explain
+from vllm.compressed_linear.commands.explain.explanation import CasePlan, Explanation, LayerPlan
+from vllm.compressed_linear.integration.linear import detect_platform
+from vllm.compressed_linear.prepare.plan import DELEGATED, PLAN
 
 
 def explained(name: str | Path, **options: Any) -> Explanation:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from tests.support.cpu_library import tiled
-from vllm.compressed_linear.descriptor import ActivationSpec
-from vllm.compressed_linear.numerics import INT8
+from vllm.compressed_linear.spec.descriptor import ActivationSpec
+from vllm.compressed_linear.spec.elements import INT8
 
 TOKEN = ActivationSpec(INT8, True, "token")
 

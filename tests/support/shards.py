@@ -11,11 +11,11 @@ from tests.support.checkpoints import (
     checkpoint,
     checkpoint_reference,
 )
-from vllm.compressed_linear.config import CompressedLinearConfig
-from vllm.compressed_linear.descriptor import CheckpointScheme
-from vllm.compressed_linear.parameter import collect_shards, create_parameters
-from vllm.compressed_linear.resolution import LayerKind
-from vllm.compressed_linear.weights import LoadedShard, ShardSource
+from vllm.compressed_linear.checkpoint.parameter import collect_shards, create_parameters
+from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
+from vllm.compressed_linear.formats.resolution import LayerKind
+from vllm.compressed_linear.integration.config import CompressedLinearConfig
+from vllm.compressed_linear.spec.scheme import CheckpointScheme
 
 
 def read_config(name: str) -> CompressedLinearConfig:

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import pytest
 
+from vllm.compressed_linear.backends.vllm_native.classes.mixed_precision import missing_cpu_op
 from vllm.compressed_linear.backends.vllm_native.cpu import CPU_OP
-from vllm.compressed_linear.compat_kernels import missing_cpu_op
-from vllm.compressed_linear.platform import Platform
+from vllm.compressed_linear.machine.platform import Platform
 
 
 def needs_vllms_4_bit_kernel() -> None:

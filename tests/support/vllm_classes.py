@@ -8,17 +8,18 @@ from typing import Any
 
 import torch
 
-from vllm.compressed_linear import compat_accelerators
-from vllm.compressed_linear.backend import QuantLinearMethod
+from vllm.compressed_linear.backends.base import QuantLinearMethod
 from vllm.compressed_linear.backends.vllm_native import (
     VllmNativeBackend,
     backend,
     op,
 )
-from vllm.compressed_linear.descriptor import ActivationSpec, CompressedLinearDescriptor
-from vllm.compressed_linear.numerics import E4M3
-from vllm.compressed_linear.platform import Platform
-from vllm.compressed_linear.testing.cases import FP8_BLOCK, Case, Problem
+from vllm.compressed_linear.backends.vllm_native.classes import accelerators
+from vllm.compressed_linear.machine.platform import Platform
+from vllm.compressed_linear.spec.descriptor import ActivationSpec, CompressedLinearDescriptor
+from vllm.compressed_linear.spec.elements import E4M3
+from vllm.compressed_linear.testing.cases import Case, Problem
+from vllm.compressed_linear.testing.suite import FP8_BLOCK
 
 
 def reasons(d: CompressedLinearDescriptor, platform: Platform) -> str:
@@ -33,7 +34,7 @@ def assert_in_contract(case: Case, platform: Platform, rows: tuple[int, ...] = (
     d = problem.descriptor
     verdict = VllmNativeBackend.can_implement(d, platform)
     assert verdict, str(verdict)
-    with compat_accelerators.pretending(platform):
+    with accelerators.pretending(platform):
         tensors = backend.prepare(d, problem.weights, platform)
         assert all(type(tensor) is torch.Tensor for tensor in tensors.values())
         for count in rows:

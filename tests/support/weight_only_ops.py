@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tests.support.cpu_library import tiled
-from vllm.compressed_linear import native
+from vllm.compressed_linear.machine import native
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 

@@ -12,7 +12,6 @@ import importlib.machinery
 import importlib.util
 import sys
 import types
-from pathlib import Path
 
 from tests.support.repository import ROOT
 

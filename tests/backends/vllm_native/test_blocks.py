@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tests.support import cuda_doubles
 from tests.support.cuda_doubles import expect
 from tests.support.vllm_classes import BLOCKS, GROUPS, assert_in_contract, check, reasons
-from vllm.compressed_linear import compat_accelerators
+from vllm.compressed_linear.backends.registry import select
 from vllm.compressed_linear.backends.vllm_native import (
     VllmNativeBackend,
     backend,
@@ -28,9 +28,9 @@ from vllm.compressed_linear.backends.vllm_native import (
     scaled_mm,
     table,
 )
-from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
-from vllm.compressed_linear.platform import Platform
-from vllm.compressed_linear.registry import select
+from vllm.compressed_linear.backends.vllm_native.classes import accelerators
+from vllm.compressed_linear.machine.platform import Platform
+from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
 from vllm.compressed_linear.testing.cases import Case
 
 A100, L40S, H100 = (Platform.parse(f"cuda:{capability}") for capability in (80, 89, 90))
@@ -41,7 +41,7 @@ CUTLASS, TRITON = "CutlassFp8BlockScaledMMKernel", "TritonFp8BlockScaledMMKernel
 MARLIN = "MarlinFP8ScaledMMLinearKernel"
 
 pytestmark = pytest.mark.skipif(
-    compat_accelerators.unavailable("fp8 blocks") is not None,
+    accelerators.unavailable("fp8 blocks") is not None,
     reason="this vLLM has no kernel classes that are known here",
 )
 
@@ -168,7 +168,7 @@ def test_a_wrong_scale_of_a_block_breaks_the_bound() -> None:
     """The tests above can fail: one scale of six is seen."""
     problem = BLOCKS.build()
     d = problem.descriptor
-    with compat_accelerators.pretending(H100):
+    with accelerators.pretending(H100):
         tensors = backend.prepare(d, problem.weights, H100)
         tensors["cutlassfp8block_weight_scale"][1, 0] *= 1.01
         x = problem.activations(3)
@@ -260,9 +260,9 @@ def test_vllms_own_method_builds_the_same(
     d = problem.descriptor
     stored = [shard.tensors for shard in problem.own.shards]
     with (
-        compat_accelerators.pretending(platform),
-        compat_accelerators.configured(),
-        compat_accelerators.default_dtype(torch.bfloat16),
+        accelerators.pretending(platform),
+        accelerators.configured(),
+        accelerators.default_dtype(torch.bfloat16),
     ):
         method, scale_name = _BY_VLLM[name]()
         theirs = torch.nn.Module()
@@ -305,7 +305,7 @@ def test_apply_on_fake_cuda_tensors(platform: Platform, m: int) -> None:
     """Every tensor that reaches an operator is on the GPU and has the shape it asks for."""
     problem = replace(BLOCKS, n=160, shards=(), bias_dtype="bfloat16").build()
     d = problem.descriptor
-    with compat_accelerators.pretending(platform):
+    with accelerators.pretending(platform):
         tensors = backend.prepare(d, problem.weights, platform)
         adapter = table.preferred(table.answers(d, platform))
         assert adapter is not None

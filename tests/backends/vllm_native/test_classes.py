@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.support import cuda_doubles, fp4_doubles
 from tests.support.vllm_classes import assert_in_contract, reasons, vllms_layer
-from vllm.compressed_linear import compat_accelerators
 from vllm.compressed_linear.backends.vllm_native import (
     VllmNativeBackend,
     backend,
@@ -25,10 +24,11 @@ from vllm.compressed_linear.backends.vllm_native import (
     op,
     table,
 )
-from vllm.compressed_linear.descriptor import ActivationSpec
-from vllm.compressed_linear.layout import Packing, unpack
-from vllm.compressed_linear.numerics import E2M3, E4M3, uint
-from vllm.compressed_linear.platform import Platform
+from vllm.compressed_linear.backends.vllm_native.classes import accelerators as compat_accelerators
+from vllm.compressed_linear.machine.platform import Platform
+from vllm.compressed_linear.spec.descriptor import ActivationSpec
+from vllm.compressed_linear.spec.elements import E2M3, E4M3, uint
+from vllm.compressed_linear.spec.packing import Packing, unpack
 from vllm.compressed_linear.testing.cases import Case
 
 A100, L40S, H100 = (Platform.parse(f"cuda:{capability}") for capability in (80, 89, 90))
