@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, settings
 
 from tests.support.cpu_library import ISAS, ISAS_INT8
 from tests.support.no_torchvision import NoTorchvision
+from tests.support.unit import is_unit
 from vllm.compressed_linear.machine import native
 
 # Nobody's own measurements decide what a test sees.
@@ -27,7 +28,15 @@ settings.register_profile(
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
+settings.register_profile("quick", settings.get_profile("default"), max_examples=10)
 settings.load_profile("default")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Unit tests are marked by where they are."""
+    for item in items:
+        if is_unit(item.path) and not item.get_closest_marker("needs_vllm"):
+            item.add_marker("unit")
 
 
 @pytest.fixture(params=ISAS)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from importlib.metadata import EntryPoint
@@ -117,7 +118,9 @@ def test_as_a_decorator_with_priority() -> None:
 
 def test_a_taken_name_names_who_has_it() -> None:
     register_backend(Toy)
-    with pytest.raises(ValueError, match=r"'toy' is taken by test_registry\.Toy; .*Toy_toy needs"):
+    with pytest.raises(
+        ValueError, match=rf"'toy' is taken by {re.escape(Toy.__module__)}\.Toy; .*Toy_toy needs"
+    ):
         register_backend(toy("toy"))
     assert registry.backends()["toy"].backend is Toy
     unregister_backend("toy")

@@ -18,7 +18,6 @@ from vllm.compressed_linear.backends.triton.backend import TritonBackend
 from vllm.compressed_linear.checkpoint.facts import LayerContext, Part, refine
 from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
 from vllm.compressed_linear.checkpoint.write import from_standard_layout
-from vllm.compressed_linear.commands.explain.text import in_words
 from vllm.compressed_linear.commands.tune.random_weights import made_up_weights
 from vllm.compressed_linear.spec.descriptor import (
     CompressedLinearDescriptor,
@@ -185,7 +184,10 @@ def test_zero_points_are_of_rows() -> None:
     assert blocks_of(part) is None
 
 
+@pytest.mark.needs_vllm
 def test_the_descriptor_says_it_and_can_be_written() -> None:
+    from vllm.compressed_linear.commands.explain.text import in_words
+
     d = only(shard(16, 40)).descriptor
     assert "block 16x32" in str(d)
     assert "blocks of 16x32 (float32)" in in_words(d)

@@ -113,6 +113,7 @@ def test_warps_on_their_own_reach_all_of_the_rate_but_where_groups_of_them_multi
     assert half.operations("mma") == pytest.approx(limits.operations("mma") / 2, rel=0.01)
 
 
+@pytest.mark.needs_vllm
 @pytest.mark.parametrize("capability", GPUS)
 def test_estimates_grow_with_tokens_and_shrink_with_bits(capability: int) -> None:
     platform = Platform.parse(f"cuda:{capability}")
@@ -131,6 +132,7 @@ def test_estimates_grow_with_tokens_and_shrink_with_bits(capability: int) -> Non
     assert times == sorted(times)
 
 
+@pytest.mark.needs_vllm
 def test_fp8_weights_have_a_kernel_where_there_is_no_fp8_arithmetic() -> None:
     d = layer(E4M3)
     assert VllmNativeBackend.variant(d, Platform.parse("cuda:80")).startswith("Marlin")

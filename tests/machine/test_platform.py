@@ -64,6 +64,7 @@ def test_missing_operators_say_why() -> None:
     assert "b::op" not in platform.ops
 
 
+@pytest.mark.needs_vllm
 def test_threads_are_those_of_vllm_s_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.compressed_linear.integration import compat
 

@@ -194,6 +194,7 @@ def test_static_fp8_is_division_and_torch_s_cast() -> None:
     assert torch.equal(quantize_dequantize(x, spec, scale), cast * scale)
 
 
+@pytest.mark.needs_vllm
 def test_nvfp4_is_vllm_s_up_to_rounded_reciprocals() -> None:
     """Where vLLM's code multiplies with reciprocals, another code can follow, one step apart; with
     a power of two as the scale of the tensor, only from dividing by 6."""
@@ -238,6 +239,7 @@ def ceil_mode(x: torch.Tensor) -> torch.Tensor:
     return codes.float() * scale
 
 
+@pytest.mark.needs_vllm
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_mxfp8_as_vllm_computes_it(dtype: torch.dtype) -> None:
     above = float(torch.nextafter(torch.tensor(224.0), torch.tensor(math.inf)))

@@ -50,6 +50,7 @@ def interpreted(*options: str) -> None:
     assert "skipped" not in found.stdout
 
 
+@pytest.mark.needs_vllm
 @pytest.mark.skipif(runtime.missing() is not None, reason=str(runtime.missing()))
 def test_in_the_interpreter() -> None:
     interpreted()
