@@ -2,7 +2,7 @@
 // Marlin's tile order: where each code, scale, zero point and bias of a weight [N, K] lies, so that
 // a warp finds what its tensor-core fragments need in consecutive words. For nvcc and for g++; free
 // of torch. That it is the order which vLLM's Marlin kernels take (those for 16-bit activations)
-// is checked against vLLM's own packers in tests/test_marlin_repack.py.
+// is checked against vLLM's own packers in tests/backends/marlin/test_packing.py.
 //
 //   strip  16 input channels of all output channels: one row of the int32 weight [K/16, N*16/pack]
 //   tile   64 output channels of a strip: 32 lanes of 4 * bits / 4 consecutive words each. A row is
