@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm.compressed_linear import numerics
-from vllm.compressed_linear.descriptor import (
+from vllm.compressed_linear.spec import elements
+from vllm.compressed_linear.spec.descriptor import (
     ActivationSpec,
     ChannelOrder,
     CompressedLinearDescriptor,
@@ -21,19 +21,19 @@ from vllm.compressed_linear.descriptor import (
     WeightSpec,
     ZeroSpec,
 )
-from vllm.compressed_linear.numerics import E2M1, INT8, ElementType, uint
+from vllm.compressed_linear.spec.elements import E2M1, INT8, ElementType, uint
 from vllm.compressed_linear.testing import conformance_cases
 
 DTYPES = st.sampled_from(["bfloat16", "float16", "float32"])
 ELEMENTS = st.sampled_from(
-    [uint(4, 8), uint(3), numerics.E4M3, numerics.E2M1, ElementType("c", 1, codebook=(-1.0, 2.5))]
+    [uint(4, 8), uint(3), elements.E4M3, elements.E2M1, ElementType("c", 1, codebook=(-1.0, 2.5))]
 )
 
 
 ACTIVATIONS = [
     ActivationSpec(INT8, True, "token"),
     ActivationSpec(INT8, False, "tensor", symmetric=False, maximum=127.5),
-    ActivationSpec(numerics.E4M3, True, "group", group_size=128, maximum=448),
+    ActivationSpec(elements.E4M3, True, "group", group_size=128, maximum=448),
     ActivationSpec(E2M1, True, "group", group_size=16, scale_dtype="float8_e4m3fn", maximum=6),
     ActivationSpec(E2M1, True, "group", group_size=32, scale_dtype="e8m0", maximum=3.5),
 ]
@@ -157,12 +157,12 @@ def test_parts_refuse_what_they_do_not_know() -> None:
     ("change", "message"),
     [
         ({"element": uint(8)}, "activation uint8: expected an integer whose middle code is 0"),
-        ({"element": numerics.BF16}, "activation bf16: expected an integer"),
+        ({"element": elements.BF16}, "activation bf16: expected an integer"),
         ({"granularity": "row"}, "granularity 'row'"),
         ({"granularity": "group"}, "group size -1 per group"),
         ({"group_size": 32}, "group size 32 per token"),
         ({"dynamic": False}, "static scales per token"),
-        ({"element": numerics.E4M3, "symmetric": False}, "zero points are for integers"),
+        ({"element": elements.E4M3, "symmetric": False}, "zero points are for integers"),
         ({"scale_dtype": "float16"}, "scale dtype float16 .expected float32, e8m0 or"),
         ({"scale_dtype": "e8m0"}, "e8m0 scales .expected for symmetric groups only"),
         ({"maximum": 0.0}, "maximum 0.0 .expected a positive number"),

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from conftest import checkpoint, checkpoint_tensors, checkpoints
-from vllm.compressed_linear.headers import Headers, headers_of, read_headers
-from vllm.compressed_linear.weights import CheckpointError
+from vllm.compressed_linear.checkpoint.headers import Headers, headers_of, read_headers
+from vllm.compressed_linear.checkpoint.shard import CheckpointError
 
 TENSORS = {
     "a.q_proj.qweight": torch.zeros(4, 8, dtype=torch.int32),

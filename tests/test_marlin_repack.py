@@ -21,28 +21,22 @@ from vllm.model_executor.layers.quantization.utils import (
 from conftest import checkpoint_tensors, checkpoints
 from test_formats import kind_of, linears, load, read_config, source_of
 from vllm import _custom_ops
-from vllm.compressed_linear import native, numerics
-from vllm.compressed_linear.backends import marlin_preparation
-from vllm.compressed_linear.backends.marlin_preparation import prepare, vllm_scales
-from vllm.compressed_linear.descriptor import (
-    CheckpointScheme,
-    CompressedLinearDescriptor,
-    ScaleSpec,
-    WeightSpec,
-)
+from vllm.compressed_linear.backends.marlin import packing as marlin_preparation
+from vllm.compressed_linear.backends.marlin.packing import prepare, vllm_scales
+from vllm.compressed_linear.checkpoint.facts import LayerContext, refine
+from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
+from vllm.compressed_linear.checkpoint.weights import CompressedWeights
+from vllm.compressed_linear.checkpoint.write import from_standard_layout
 from vllm.compressed_linear.formats.awq import awq_gemm_scheme, awq_gemv_scheme
 from vllm.compressed_linear.formats.compressed_tensors import pack_quantized_scheme
 from vllm.compressed_linear.formats.gptq import gptq_scheme
-from vllm.compressed_linear.layout import Packing, Role, StandardWeights, StoredTensor
-from vllm.compressed_linear.numerics import E2M1, E4M3, ElementType, uint
-from vllm.compressed_linear.refine import LayerContext, refine
+from vllm.compressed_linear.machine import native
+from vllm.compressed_linear.spec import elements
+from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor, ScaleSpec, WeightSpec
+from vllm.compressed_linear.spec.elements import E2M1, E4M3, ElementType, uint
+from vllm.compressed_linear.spec.packing import Packing
+from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role, StandardWeights, StoredTensor
 from vllm.compressed_linear.testing.cases import load_shard
-from vllm.compressed_linear.weights import (
-    CompressedWeights,
-    LoadedShard,
-    ShardSource,
-    from_standard_layout,
-)
 
 pytestmark = pytest.mark.skipif(native.available() is not None, reason=str(native.available()))
 
@@ -208,9 +202,9 @@ def random_weight(
         scheme,
         StandardWeights(
             finite(codes) if weight.element == E4M3 else codes,
-            scales.get(weight.scale.dtype, scale.to(numerics.torch_dtype(weight.scale.dtype)))
+            scales.get(weight.scale.dtype, scale.to(elements.torch_dtype(weight.scale.dtype)))
             if weight.scale.dtype in scales
-            else scale.to(numerics.torch_dtype(weight.scale.dtype)),
+            else scale.to(elements.torch_dtype(weight.scale.dtype)),
             zero if any(t.role is Role.ZERO for t in scheme.tensors) else None,
         ),
         group_index,

@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 
-from vllm.compressed_linear.platform import NATIVE_LIBRARY, X86_TIERS, Platform
+from vllm.compressed_linear.machine.platform import NATIVE_LIBRARY, X86_TIERS, Platform
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_missing_operators_say_why() -> None:
 
 
 def test_threads_are_those_of_vllm_s_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.compressed_linear import compat
+    from vllm.compressed_linear.integration import compat
 
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-2|3")
     assert compat.serving_threads(2) == 3

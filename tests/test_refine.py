@@ -8,17 +8,14 @@ import math
 import pytest
 import torch
 
-from vllm.compressed_linear.descriptor import CheckpointScheme, ScaleSpec, WeightSpec, ZeroSpec
-from vllm.compressed_linear.layout import Packing, Role, StandardWeights, StoredTensor
-from vllm.compressed_linear.numerics import BF16, FP16, dense, uint
-from vllm.compressed_linear.refine import LayerContext, refine
+from vllm.compressed_linear.checkpoint.facts import LayerContext, refine
+from vllm.compressed_linear.checkpoint.shard import CheckpointError, LoadedShard, ShardSource
+from vllm.compressed_linear.checkpoint.write import from_standard_layout
+from vllm.compressed_linear.spec.descriptor import ScaleSpec, WeightSpec, ZeroSpec
+from vllm.compressed_linear.spec.elements import BF16, FP16, dense, uint
+from vllm.compressed_linear.spec.packing import Packing
+from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role, StandardWeights, StoredTensor
 from vllm.compressed_linear.testing.cases import load_shard
-from vllm.compressed_linear.weights import (
-    CheckpointError,
-    LoadedShard,
-    ShardSource,
-    from_standard_layout,
-)
 
 CONTEXT = LayerContext("bfloat16", "bfloat16", "float32", tp_rank=1, tp_size=2)
 K = 128
@@ -228,7 +225,7 @@ def test_a_zero_scale_is_damage_over_codes_and_none_over_a_dead_group(zero: int 
 
 
 def test_many_zero_scales_are_looked_through_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm.compressed_linear.refine.CHUNK_BYTES", 16 * K * 5)
+    monkeypatch.setattr("vllm.compressed_linear.checkpoint.facts.CHUNK_BYTES", 16 * K * 5)
     codes = torch.full((64, K), 8, dtype=torch.uint8)
     scale = torch.zeros(64, 4).half()
     scale[10:15] = 1

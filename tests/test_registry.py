@@ -12,11 +12,23 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from vllm.compressed_linear import registry
-from vllm.compressed_linear.backend import Capabilities, QuantLinearMethod, Verdict
+from vllm.compressed_linear.backends import registry
+from vllm.compressed_linear.backends.base import Capabilities, QuantLinearMethod, Verdict
+from vllm.compressed_linear.backends.measurements import Measured, Measurements
 from vllm.compressed_linear.backends.reference import ReferenceBackend
-from vllm.compressed_linear.cost import MIX
-from vllm.compressed_linear.descriptor import (
+from vllm.compressed_linear.backends.registry import (
+    BackendPackageError,
+    NoBackendError,
+    rank,
+    register_backend,
+    select,
+    unregister_backend,
+)
+from vllm.compressed_linear.checkpoint.weights import CompressedWeights
+from vllm.compressed_linear.machine.cost import MIX
+from vllm.compressed_linear.machine.limits import MachineLimits
+from vllm.compressed_linear.machine.platform import Platform
+from vllm.compressed_linear.spec.descriptor import (
     ActivationSpec,
     ChannelOrder,
     CompressedLinearDescriptor,
@@ -25,19 +37,7 @@ from vllm.compressed_linear.descriptor import (
     WeightSpec,
     ZeroSpec,
 )
-from vllm.compressed_linear.machine import MachineLimits
-from vllm.compressed_linear.numerics import BF16, E4M3, ElementType, uint
-from vllm.compressed_linear.platform import Platform
-from vllm.compressed_linear.registry import (
-    BackendPackageError,
-    NoBackendError,
-    rank,
-    register_backend,
-    select,
-    unregister_backend,
-)
-from vllm.compressed_linear.tune_file import Measured, Measurements
-from vllm.compressed_linear.weights import CompressedWeights
+from vllm.compressed_linear.spec.elements import BF16, E4M3, ElementType, uint
 
 pytestmark = pytest.mark.usefixtures("clean_registry")
 

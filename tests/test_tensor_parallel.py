@@ -19,7 +19,7 @@ from synthetic import Model, Quant, write
 from table_models import Bits, TableModel
 from table_models import write as write_table_model
 from vllm.compressed_linear import settings
-from vllm.compressed_linear.cache_inventory import read_cache
+from vllm.compressed_linear.prepare.cache.inventory import read_cache
 
 HERE = Path(__file__).parent
 

@@ -11,14 +11,8 @@ from typing import Any
 
 import pytest
 
-from vllm.compressed_linear import tune_file
-from vllm.compressed_linear.cost import MIX
-from vllm.compressed_linear.descriptor import CompressedLinearDescriptor, ScaleSpec, WeightSpec
-from vllm.compressed_linear.machine import MachineLimits
-from vllm.compressed_linear.numerics import uint
-from vllm.compressed_linear.platform import Platform
-from vllm.compressed_linear.settings import default_tune_file
-from vllm.compressed_linear.tune_file import (
+from vllm.compressed_linear.backends import measurements as tune_file
+from vllm.compressed_linear.backends.measurements import (
     MachineKey,
     Measured,
     Measurements,
@@ -28,6 +22,12 @@ from vllm.compressed_linear.tune_file import (
     read,
     speed_key,
 )
+from vllm.compressed_linear.machine.cost import MIX
+from vllm.compressed_linear.machine.limits import MachineLimits
+from vllm.compressed_linear.machine.platform import Platform
+from vllm.compressed_linear.settings import default_tune_file
+from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor, ScaleSpec, WeightSpec
+from vllm.compressed_linear.spec.elements import uint
 
 WEIGHT = WeightSpec(uint(4, 8), ScaleSpec("bfloat16", "group", 32))
 DESCRIPTOR = CompressedLinearDescriptor(128, 64, WEIGHT, "bfloat16", "bfloat16")

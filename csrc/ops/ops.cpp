@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Registration of every op, on LibTorch's stable ABI. Arguments are tensors and constants of the
-// descriptor. Fake kernels are in vllm/compressed_linear/native.py.
+// descriptor. Fake kernels are in vllm/compressed_linear/machine/native.py.
 #include "ops.h"
 
 #include <torch/csrc/stable/library.h>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The ops, each with its argument checks in the op_*.cpp file of its name. What they compute is
-// said in vllm/compressed_linear/native.py, where their fake kernels are; they are registered in
+// said in vllm/compressed_linear/machine/native.py, where their fake kernels are; they are registered in
 // ops.cpp.
 #pragma once
 

@@ -9,19 +9,19 @@ from collections.abc import Mapping
 
 import torch
 
-from vllm.compressed_linear import numerics
-from vllm.compressed_linear.activation import prepare_input
-from vllm.compressed_linear.backend import Capabilities, QuantLinearMethod
-from vllm.compressed_linear.call_counter import CallCounter
-from vllm.compressed_linear.cost import roofline
-from vllm.compressed_linear.descriptor import (
+from vllm.compressed_linear.backends.base import Capabilities, QuantLinearMethod
+from vllm.compressed_linear.backends.shared.call_counter import CallCounter
+from vllm.compressed_linear.checkpoint.weights import CompressedWeights, to_standard_layout
+from vllm.compressed_linear.machine.cost import roofline
+from vllm.compressed_linear.machine.platform import Platform
+from vllm.compressed_linear.spec import elements
+from vllm.compressed_linear.spec.activation import prepare_input
+from vllm.compressed_linear.spec.descriptor import (
     ActivationSpec,
     CompressedLinearDescriptor,
     activation_kinds,
 )
-from vllm.compressed_linear.numerics import torch_dtype, widen_scale
-from vllm.compressed_linear.platform import Platform
-from vllm.compressed_linear.weights import CompressedWeights, to_standard_layout
+from vllm.compressed_linear.spec.elements import torch_dtype, widen_scale
 
 CHUNK_ELEMENTS = 4 << 20
 
@@ -167,14 +167,14 @@ class ReferenceBackend(QuantLinearMethod):
         other_elements=frozenset(
             e.name
             for e in (
-                numerics.BF16,
-                numerics.FP16,
-                numerics.FP32,
-                numerics.E4M3,
-                numerics.E5M2,
-                numerics.E3M2,
-                numerics.E2M3,
-                numerics.E2M1,
+                elements.BF16,
+                elements.FP16,
+                elements.FP32,
+                elements.E4M3,
+                elements.E5M2,
+                elements.E3M2,
+                elements.E2M3,
+                elements.E2M1,
             )
         ),
         codebooks=True,
