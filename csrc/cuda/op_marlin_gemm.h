@@ -137,7 +137,7 @@ Params read(const Operands& o, int64_t n, int64_t k, int64_t group_size, Weights
 }
 
 // Machine: check_device(what, tensor, x), processors(x), gather(params, x), and
-// gemm(bfloat16, weights, params, plan, x, operands).
+// gemm(bfloat16, weights, params, plan, x).
 template <class Machine>
 Tensor marlin_gemm(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor> zero,
                    std::optional<Tensor> codebook, std::optional<Tensor> order,
