@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // marlin_gemm on a GPU. It never waits for the GPU and allocates through torch alone, so it can be
 // captured in a graph. Nothing in this file has run on hardware.
-#include "op_marlin_gemm.h"
+#include "cuda/op_marlin_gemm.h"
 #include "cuda/marlin/launch.h"
 #include "cuda/op_cuda.h"
 #include "cuda/ops.h"
@@ -30,9 +30,9 @@ struct Gpu {
   }
 
   static void gemm(bool bfloat16, marlin::Element weights, const marlin::Params& params,
-                   const marlin::Plan& plan, const Tensor& x) {
+                   const marlin::LaunchShape& launch, const Tensor& x) {
     check_launch(marlin_op::kOp,
-                 marlin::launch_gemm(bfloat16, weights, params, plan, current_stream(x)));
+                 marlin::launch_gemm(bfloat16, weights, params, launch, current_stream(x)));
   }
 };
 

@@ -12,7 +12,7 @@ int processors();
 
 // Each returns null, or what CUDA says went wrong. `stream`: a cudaStream_t of the current device.
 const char* launch_gather(const GatherParams& params, void* stream);
-const char* launch_gemm(bool bfloat16, Element element, const Params& params, const Plan& plan,
-                        void* stream);
+const char* launch_gemm(bool bfloat16, Element element, const Params& params,
+                        const LaunchShape& launch, void* stream);
 
 }  // namespace compressed_linear::cuda::marlin
