@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+// The buffers of global memory that a kernel may access.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "cuda/emulator/emulator.h"
+
+namespace compressed_linear::cuda::emulator {
+
+class GlobalMemory {
+ public:
+  explicit GlobalMemory(const std::vector<Buffer>& buffers);
+
+  // Buffer number and offset of an access, in one number. False where it is outside, misaligned or
+  // a write to a read-only buffer; `fatal` then says how. `what` names the primitive.
+  bool locate(const void* data, int bytes, bool write, bool constant, const char* what,
+              uint64_t* address);
+  const std::string& fatal() const { return fatal_; }
+  // The kernel's end: buffers that were written and read by load_constant.
+  std::vector<std::string> problems() const;
+
+ private:
+  const std::vector<Buffer>& buffers_;
+  std::vector<char> written_, constant_;
+  std::string fatal_;
+};
+
+}  // namespace compressed_linear::cuda::emulator
