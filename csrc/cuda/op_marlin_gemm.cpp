@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// marlin_gemm on a GPU. It never waits for the GPU and allocates through torch alone, so it can be
-// captured in a graph. Nothing in this file has run on hardware.
+// marlin_gemm on a GPU. It does not synchronize with the GPU and allocates through torch only, so
+// it can be captured in a graph. Has run on hardware: nothing.
 #include "cuda/op_marlin_gemm.h"
 #include "cuda/marlin/launch.h"
 #include "cuda/op_cuda.h"
@@ -21,7 +21,7 @@ struct Gpu {
 
   static int processors(const Tensor&) {
     const int count = marlin::processors();
-    if (count < 1) fail(marlin_op::kOp, "CUDA does not say how many multiprocessors there are");
+    if (count < 1) fail(marlin_op::kOp, "CUDA fails to report the number of multiprocessors");
     return count;
   }
 

@@ -131,7 +131,7 @@ Params read(const Operands& o, int64_t n, int64_t k, int64_t group_size, Weights
   }
   check_operand<Machine>("workspace", o.workspace, ScalarType::Int, o.x);
   check_shape<1>(kOp, "workspace", o.workspace, {cuda::marlin::kMaxBlocks});
-  // Zero before and after, so for torch it is not written to.
+  // Zero before and after each call, so the op's schema does not declare it as written.
   p.arrived = static_cast<int*>(o.workspace.mutable_data_ptr());
   return p;
 }

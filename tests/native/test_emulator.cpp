@@ -190,7 +190,7 @@ void out_of_bounds() {
   expect_problem("misaligned", emulator::launch(o, [] { load_shared<int>(shared_base() + 2); }),
                  "not aligned");
   expect_problem("never written", emulator::launch(o, [] { load_shared<int>(shared_base()); }),
-                 "nobody has written");
+                 "reads uninitialized bytes");
   expect_problem("beyond a buffer", emulator::launch(o, [&] { load_global(in.data() + 8); }),
                  "at byte 32 of in");
   expect_problem(
@@ -253,7 +253,7 @@ void copies() {
         break;
       case Mistake::no_wait:
       case Mistake::too_few:
-        expect_problem("a missing wait", report, "has not brought yet");
+        expect_problem("a missing wait", report, "before waiting for it");
         break;
       case Mistake::no_barrier:
         expect_problem("copies of other threads", report, "no barrier between");
@@ -377,7 +377,7 @@ void blocks() {
       expect_clean("blocks that wait for later ones", report);
       check(sum[0] == ((3 * 3 + 2) * 3 + 1) * 3 + 0, "blocks in reverse");
     } else {
-      expect_problem("blocks that wait for those that cannot start", report, "can go no further");
+      expect_problem("blocks that wait for those that cannot start", report, "deadlock in block");
     }
   }
 }

@@ -32,7 +32,7 @@
 
 namespace compressed_linear::cuda::emulator {
 
-// Global memory that the kernel may touch. Its first byte counts as aligned to 256.
+// Global memory that the kernel may access. Its first byte counts as aligned to 256.
 struct Buffer {
   const void* data;
   size_t bytes;
@@ -45,12 +45,12 @@ struct Options {
   size_t shared_bytes = 0;
   std::vector<Buffer> buffers;
   int resident = 1;    // blocks that run at a time, in turns
-  unsigned order = 0;  // another order in which threads run, for each number
-  bool races = true;   // look for races (a third of the time)
+  unsigned order = 0;  // seed of the order in which threads run; 0: by number
+  bool races = true;   // detect races; takes a third of the time
 };
 
-// Accesses of warps, and the transactions that they take: wavefronts of shared memory, sectors of
-// global memory. `least`: those that the same bytes need at least.
+// Accesses of warps, and their transactions: wavefronts of shared memory, sectors of global memory.
+// `least`: the minimum for the same bytes.
 struct Traffic {
   int64_t accesses = 0, transactions = 0, least = 0;
   double ratio() const {
@@ -63,14 +63,14 @@ struct Report {
   Traffic global_loads, global_stores, global_copies;
   int64_t matrix_products = 0, barriers = 0;
   int64_t problem_count = 0;
-  std::vector<std::string> problems;  // the first of them
+  std::vector<std::string> problems;  // the first 20
 };
 
-// Runs `kernel` once for each thread. After an access outside of memory or a barrier that is never
-// reached the rest is not run. Throws std::invalid_argument for impossible options.
+// Runs `kernel` once for each thread. Stops after an invalid access, after mismatched warp
+// instructions and at a deadlock. Throws std::invalid_argument for impossible options.
 Report launch(const Options& options, const std::function<void()>& kernel);
 
-// What the primitives call, from inside of a kernel only.
+// For the primitives, inside of a kernel only.
 struct Position {
   int thread, threads, block_x, block_y, grid_x, grid_y;
 };

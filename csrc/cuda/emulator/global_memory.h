@@ -14,12 +14,13 @@ class GlobalMemory {
  public:
   explicit GlobalMemory(const std::vector<Buffer>& buffers);
 
-  // Buffer number and offset of an access, in one number. False where it is outside, misaligned or
-  // a write to a read-only buffer; `fatal` then says how. `what` names the primitive.
+  // Buffer number and offset of an access, in one number. False where it is out of bounds,
+  // misaligned or a write to a read-only buffer; `fatal` then describes it. `what` names the
+  // primitive.
   bool locate(const void* data, int bytes, bool write, bool constant, const char* what,
               uint64_t* address);
   const std::string& fatal() const { return fatal_; }
-  // The kernel's end: buffers that were written and read by load_constant.
+  // At the kernel's end: buffers that were written and read by load_constant.
   std::vector<std::string> problems() const;
 
  private:

@@ -188,8 +188,8 @@ void Machine::explain_deadlock() {
       waiting[thread->state == State::done ? "have ended" : "wait in " + std::string(thread->waits)]
           .push_back(thread->at.thread);
     std::ostringstream text;
-    text << "block " << block->threads[0]->at.block_x << "," << block->threads[0]->at.block_y
-         << " can go no further:";
+    text << "deadlock in block " << block->threads[0]->at.block_x << ","
+         << block->threads[0]->at.block_y << ":";
     for (const auto& [what, threads] : waiting)
       text << " " << threads.size() << " threads (the first is " << threads[0] << ") " << what
            << ";";

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// marlin_gemm on the CPU, for tests: the kernels' source in the emulator, with all its checks on.
-// In a library of its own that nothing but tests builds and loads.
+// marlin_gemm on the CPU, for tests: the kernels' source in the emulator, with all its checks. In a
+// library of its own that only tests build and load.
 #include "cuda/op_marlin_gemm.h"
 
 #include <torch/csrc/stable/library.h>
@@ -16,7 +16,7 @@ using marlin::GatherParams;
 using marlin::LaunchShape;
 using marlin::Params;
 
-// Buffers as large as the op has checked the tensors to be.
+// A buffer of the size that the op has checked the tensor to have; none where `data` is null.
 void add(Options& o, const char* name, const void* data, int64_t bytes, bool writable = false) {
   if (data != nullptr) o.buffers.push_back({data, static_cast<size_t>(bytes), name, writable});
 }
@@ -41,7 +41,7 @@ struct Emulated {
     if (!tensor.is_cpu()) fail(marlin_op::kOp, what, " is not on the CPU");
   }
 
-  // Few, so that output tiles are cut in small problems, too.
+  // Few, so that blocks share output tiles in small problems, too.
   static int processors(const Tensor&) { return 3; }
 
   static void gather(const GatherParams& p, const Tensor& x) {

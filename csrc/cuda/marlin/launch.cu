@@ -34,8 +34,8 @@ const char* launch_gemm(bool bfloat16, Element element, const Params& params,
                         const LaunchShape& launch, void* stream) {
   const Kernel kernel = bfloat16 ? kernel_for<BFloat16>(element, launch.shape)
                                  : kernel_for<Half>(element, launch.shape);
-  // More than 48 KiB have to be asked for. A property of the kernel, no work on a stream, so graphs
-  // may be captured meanwhile.
+  // More than 48 KiB of shared memory need this attribute of the kernel. Setting it enqueues
+  // nothing on a stream, so it is allowed during graph capture.
   const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                  cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                  static_cast<int>(launch.shared_bytes));
