@@ -3,8 +3,8 @@
 //
 // | tile  | 16 output channels
 // | block | 32 input channels of one tile: 64 * bits bytes, whatever the element
-// | strip | 4 tiles (fewer at the end) whose blocks alternate: block 0 of each, block 1 of each, and
-// |       | so on. A kernel that works on four tiles at once reads memory front to back
+// | strip | 4 tiles (fewer at the end) whose blocks alternate: block 0 of each, block 1 of each
+// |       | and so on. A kernel that works on four tiles at once reads memory front to back
 // | chunk | 128 input channels: the unit that is decoded at once; no partial sum crosses its end
 //
 // Inside a block of integers the code is cut into bit planes of 4, 2 and 1 bits (3 = 2+1, 5 = 4+1,

@@ -29,7 +29,7 @@
 // | void store_shared(uint32_t, T)                 | the same
 // | T load_global(const T*)                        | the same
 // | void store_global(T*, T)                       | the same
-// | T load_constant(const T*)                      | ld.global.nc: memory that the kernel only reads
+// | T load_constant(const T*)                      | ld.global.nc: memory the kernel only reads
 // | T load_coherent(const T*)                      | ld.global.cg, past L1: T of 4 or 16 bytes
 // |                                                |
 // | void copy_async<Bytes>(to, from, bool valid)   | cp.async of 4, 8 or 16; zeros if not `valid`
