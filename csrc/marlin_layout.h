@@ -136,39 +136,6 @@ COMPRESSED_LINEAR_LAYOUT int64_t zero_channel(int bits, int64_t word, int slot) 
   return channel_of_grouped_column(word * codes_per_word(bits) + element_of_slot(bits, slot));
 }
 
-// Exponent of the power of two that vLLM's kernels expect in the scales of small floats. They
-// decode an element by moving its bits into the wider type, whose larger exponent bias is left in
-// the value; the scale corrects it. Arguments: exponent bits of the element and of the wider type.
-// E4M3: 8 in float16, 120 in bfloat16; E2M1: 14 and 126.
-COMPRESSED_LINEAR_LAYOUT int missing_exponent(int element_exponent_bits, int wide_exponent_bits) {
-  return (1 << (wide_exponent_bits - 1)) - (1 << (element_exponent_bits - 1));
-}
-
-// The part of those 126 or 14 that NVFP4's group scales carry; its scale of the tensor has the
-// rest.
-constexpr int kNvfp4ScaleExponent = 7;
-
-// A group scale of NVFP4 as vLLM's kernels read it: the E4M3 number `code` (not negative) times
-// 2^(7 + lift), as the upper byte of a float16 without its sign: five bits of exponent and three of
-// mantissa. Results below 2 underflow to 0, so the top bit of all others is set. `lift` >= 0 moves
-// the largest scale of a weight to the top of E4M3's range, so small scales do not underflow. A
-// result above kNvfp4ScaleLargest is invalid: it overflows float16.
-constexpr int kNvfp4ScaleLargest = 30 << 3 | 7;
-COMPRESSED_LINEAR_LAYOUT int nvfp4_scale(uint8_t code, int lift) {
-  int exponent = code >> 3 & 15, mantissa = code & 7;
-  if (exponent == 0) {
-    if (mantissa == 0) return 0;
-    exponent = 1;
-    while (mantissa < 8) {
-      mantissa <<= 1;
-      --exponent;
-    }
-  }
-  // From the bias of e4m3 to that of float16.
-  exponent += 15 - 7 + kNvfp4ScaleExponent + lift;
-  return exponent < 16 ? 0 : exponent << 3 | (mantissa & 7);
-}
-
 namespace checks {
 
 // Positions are unique, and the inverse finds each code. Two strips of two tiles suffice, since the
@@ -194,11 +161,6 @@ static_assert(code_field(4, 64, 1, 0).shift - code_field(4, 64, 0, 0).shift == 1
                   code_field(8, 64, 7, 9).shift - code_field(8, 64, 6, 9).shift == 16,
               "");
 static_assert(lane_words(4) == 4 && lane_words(8) == 8 && strip_words(4, 64) == 128, "");
-static_assert(missing_exponent(4, 5) == 8 && missing_exponent(2, 8) == 126, "");
-// 1.0, the largest (448), the smallest, and the smallest when lifted.
-static_assert(nvfp4_scale(0x38, 0) == 22 << 3 && nvfp4_scale(0x7e, 0) == (30 << 3 | 6) &&
-                  nvfp4_scale(0x01, 0) == 0 && nvfp4_scale(0x01, 8) == 21 << 3,
-              "");
 
 }  // namespace checks
 }  // namespace compressed_linear::marlin

@@ -21,7 +21,7 @@ std::atomic<int64_t>& linear_counter(const cpu::Engine& engine, Element element,
   return *entry.counter;
 }
 
-// Reads what ActivationSpec.kind of vllm/compressed_linear/descriptor.py writes.
+// Reads what ActivationSpec.kind of vllm/compressed_linear/spec/descriptor.py writes.
 cpu::Activation parse_activation(const char* op, const std::string& kind, int64_t group,
                                  double maximum) {
   struct Named {

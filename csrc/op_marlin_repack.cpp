@@ -95,22 +95,4 @@ Tensor marlin_zeros(Tensor zero, int64_t bits) {
   return out;
 }
 
-Tensor marlin_nvfp4_scales(Tensor scale, int64_t lift) {
-  constexpr const char* op = "marlin_nvfp4_scales";
-  check_plain(op, "scale", scale);
-  check_type(op, "scale", scale, ScalarType::Float8_e4m3fn);
-  if (lift < 0 || lift > 17) fail(op, "lift is ", lift, ", expected 0 to 17");
-  Tensor out = torch::stable::new_empty(scale, scale.sizes());
-  const uint8_t* from = static_cast<const uint8_t*>(scale.const_data_ptr());
-  uint8_t* to = static_cast<uint8_t*>(out.mutable_data_ptr());
-  for (int64_t i = 0; i < scale.numel(); ++i) {
-    const int stored = from[i] < 0x7f ? marlin::nvfp4_scale(from[i], static_cast<int>(lift)) : -1;
-    if (stored < 0 || stored > marlin::kNvfp4ScaleLargest)
-      fail(op, "scale holds code ", int{from[i]}, ", expected 0 or more and at most 480 / 2^",
-           lift);
-    to[i] = static_cast<uint8_t>(stored);
-  }
-  return out;
-}
-
 }  // namespace compressed_linear

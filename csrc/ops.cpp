@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Registration of every op, on LibTorch's stable ABI. Arguments are tensors and constants of the
-// descriptor. Fake kernels are in vllm/compressed_linear/native.py.
+// descriptor. Fake kernels are in vllm/compressed_linear/machine/native.py.
 #include "ops.h"
 
 #include <torch/csrc/stable/library.h>
@@ -90,7 +90,6 @@ STABLE_TORCH_LIBRARY(compressed_linear, m) {
   m.def("marlin_unpack_rows(Tensor packed, int n, int k, str element) -> Tensor");
   m.def("marlin_scales(Tensor scale, str columns) -> Tensor");
   m.def("marlin_zeros(Tensor zero, int bits) -> Tensor");
-  m.def("marlin_nvfp4_scales(Tensor scale, int lift) -> Tensor");
   m.def(
       "marlin_gemm(Tensor x, Tensor weight, Tensor scale, Tensor? zero, Tensor? codebook, "
       "Tensor? order, Tensor? row_scale, Tensor? bias, Tensor workspace, int n, int k, "
@@ -125,7 +124,6 @@ STABLE_TORCH_LIBRARY_IMPL(compressed_linear, CPU, m) {
   m.impl("marlin_unpack_rows", TORCH_BOX(&marlin_unpack_rows));
   m.impl("marlin_scales", TORCH_BOX(&marlin_scales));
   m.impl("marlin_zeros", TORCH_BOX(&marlin_zeros));
-  m.impl("marlin_nvfp4_scales", TORCH_BOX(&marlin_nvfp4_scales));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(compressed_linear, CompositeExplicitAutograd, m) {

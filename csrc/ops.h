@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The ops, each with its argument checks in the op_*.cpp file of its name. What they compute is
-// said in vllm/compressed_linear/native.py, where their fake kernels are; they are registered in
+// said in vllm/compressed_linear/machine/native.py, where their fake kernels are; they are registered in
 // ops.cpp.
 #pragma once
 
@@ -65,6 +65,5 @@ void marlin_repack_codes(Tensor packed, Tensor stored, std::string order, Tensor
 Tensor marlin_unpack_rows(Tensor packed, int64_t n, int64_t k, std::string element);
 Tensor marlin_scales(Tensor scale, std::string columns);
 Tensor marlin_zeros(Tensor zero, int64_t bits);
-Tensor marlin_nvfp4_scales(Tensor scale, int64_t lift);
 
 }  // namespace compressed_linear

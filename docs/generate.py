@@ -88,7 +88,7 @@ def command(*arguments: str) -> str:
     """The command line ``vllm-compressed-linear ARGUMENTS`` and what it writes."""
     from typer.testing import CliRunner
 
-    from vllm.compressed_linear.cli import app
+    from vllm.compressed_linear.commands.cli import app
 
     here = Path.cwd()
     os.chdir(ROOT)
@@ -128,8 +128,7 @@ def _code(text: str) -> str:
 
 def own_backends() -> dict[str, Any]:
     """The backends of this package by name, in the order they are listed in."""
-    from vllm.compressed_linear import registry
-    from vllm.compressed_linear.backends import register_all
+    from vllm.compressed_linear.backends import register_all, registry
 
     register_all()
     package = "vllm.compressed_linear.backends."
@@ -176,7 +175,7 @@ def capability_matrix() -> str:
 
 
 def _rounding(backend: Any) -> str:
-    from vllm.compressed_linear.numerics import uint
+    from vllm.compressed_linear.spec.elements import uint
     from vllm.compressed_linear.testing import Case
 
     value = backend.weight_rounding(Case(uint(4, 8)).build().descriptor)
@@ -233,7 +232,7 @@ def _short(error: str) -> str:
 
 
 def _runs_on(name: str) -> str:
-    from vllm.compressed_linear.plan import DELEGATED, PLAN
+    from vllm.compressed_linear.prepare.plan import DELEGATED, PLAN
 
     _load(ROOT / FIXTURES / name)
     found = sorted({entry.backend for entry in PLAN.entries.values()})

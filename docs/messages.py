@@ -141,14 +141,14 @@ def no_vllm() -> str:
 
 def other_vllm() -> str:
     import vllm
-    from vllm.compressed_linear import compat
+    from vllm.compressed_linear.integration import compat
 
     with mock.patch.object(vllm, "__version__", "0.29.1"):
         return error_of(compat.check_vllm)
 
 
 def not_built() -> str:
-    from vllm.compressed_linear import native
+    from vllm.compressed_linear.machine import native
 
     missing = Path("lib") / native.LIBRARY.name
     with mock.patch.object(native, "LIBRARY", missing), mock.patch.object(native, "_reason", ""):
@@ -156,8 +156,8 @@ def not_built() -> str:
 
 
 def wrong_numbers() -> str:
-    from vllm.compressed_linear import execution
     from vllm.compressed_linear.backends.reference import ReferenceBackend
+    from vllm.compressed_linear.prepare import layer
 
     apply = ReferenceBackend.apply
 
@@ -168,7 +168,7 @@ def wrong_numbers() -> str:
         mock.patch.object(ReferenceBackend, "apply", wrong),
         mock.patch.dict("os.environ", {"VLLM_COMPRESSED_LINEAR_BACKEND": "reference"}),
     ):
-        assert execution.CHECK_ROWS
+        assert layer.CHECK_ROWS
         return error_of(lambda: load(ROOT / "tests" / "fixtures" / GPTQ))
 
 
@@ -179,7 +179,7 @@ def additional_config() -> str:
 
 
 def unknown_method() -> str:
-    from vllm.compressed_linear.config import CompressedLinearConfig
+    from vllm.compressed_linear.integration.config import CompressedLinearConfig
 
     return error_of(lambda: CompressedLinearConfig.from_config({"quant_method": "aqlm"}))
 
@@ -188,7 +188,8 @@ def without_native(**variables: str) -> Callable[[], str]:
     """The error of loading a fixture where the native library is missing."""
 
     def provoke() -> str:
-        from vllm.compressed_linear import linear, native
+        from vllm.compressed_linear.integration import linear
+        from vllm.compressed_linear.machine import native
 
         with (
             mock.patch.object(native, "available", not_built),

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 
 from synthetic import Quant, random_weight
-from vllm.compressed_linear.cache import PreparedCache
-from vllm.compressed_linear.execution import Executor, prepare
-from vllm.compressed_linear.plan import PLAN
-from vllm.compressed_linear.platform import Platform
-from vllm.compressed_linear.refine import LayerContext
+from vllm.compressed_linear.checkpoint.facts import LayerContext
+from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
+from vllm.compressed_linear.machine.platform import Platform
+from vllm.compressed_linear.prepare.cache.store import PreparedCache
+from vllm.compressed_linear.prepare.layer import Executor, prepare
+from vllm.compressed_linear.prepare.plan import PLAN
 from vllm.compressed_linear.settings import Settings
-from vllm.compressed_linear.weights import LoadedShard, ShardSource
 
 QUANT = Quant("gptq", symmetric=False, act_order=True)
 N, K = 80, 128
@@ -67,7 +67,7 @@ def main(directory: Path, out: Path, seeds: list[int]) -> None:
     warnings: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("vllm.compressed_linear.cache").addHandler(handler)
+    logging.getLogger("vllm.compressed_linear.prepare.cache.store").addHandler(handler)
     shards = [shard(seed) for seed in seeds]
     print("ready", flush=True)
     sys.stdin.readline()

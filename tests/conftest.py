@@ -18,10 +18,10 @@ import torch
 from hypothesis import HealthCheck, settings
 from safetensors.torch import load_file
 
-from vllm.compressed_linear import native
+from vllm.compressed_linear.backends.vllm_native.classes.mixed_precision import missing_cpu_op
 from vllm.compressed_linear.backends.vllm_native.cpu import CPU_OP
-from vllm.compressed_linear.compat_kernels import missing_cpu_op
-from vllm.compressed_linear.platform import Platform
+from vllm.compressed_linear.machine import native
+from vllm.compressed_linear.machine.platform import Platform
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIES = ROOT / "tests" / "fixtures"
@@ -144,7 +144,7 @@ def isa_int8(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def clean_registry() -> Iterator[None]:
     """Backends that a test registers or removes are put back afterwards."""
-    from vllm.compressed_linear import registry
+    from vllm.compressed_linear.backends import registry
 
     known = dict(registry._REGISTERED)
     points = set(registry._LOADED)

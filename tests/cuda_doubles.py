@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from vllm.compressed_linear.layout import Packing, unpack
-from vllm.compressed_linear.numerics import E2M1, E4M3
+from vllm.compressed_linear.spec.elements import E2M1, E4M3
+from vllm.compressed_linear.spec.packing import Packing, unpack
 
 SCHEMAS: dict[str, str] = json.loads(
     (Path(__file__).parent / "data" / "vllm_cuda_ops.json").read_text()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from vllm.compressed_linear import native
+from vllm.compressed_linear.machine import native
 
 TREE = Path(__file__).resolve().parent.parent / "build" / "cmake"
 TARGET = "compressed_linear_emulated"

@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file
 
 from vllm import LLM, SamplingParams
-from vllm.compressed_linear import native
 from vllm.compressed_linear.backends import reference as reference_backend
-from vllm.compressed_linear.plan import PLAN
+from vllm.compressed_linear.machine import native
+from vllm.compressed_linear.prepare.plan import PLAN
 
 DEFAULTS: dict[str, object] = {
     "max_model_len": 128,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from cuda_doubles import expect, on, unreal
-from vllm.compressed_linear.numerics import E2M1
+from vllm.compressed_linear.spec.elements import E2M1
 
 GROUP = 16
 MULTIPLE = 32

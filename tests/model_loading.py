@@ -73,7 +73,7 @@ def loaded(path: Path, dtype: str = "float32", **options: Any) -> Iterator[Loade
     from vllm.model_executor.layers import rotary_embedding
     from vllm.model_executor.model_loader import get_model
 
-    from vllm.compressed_linear.plan import PLAN
+    from vllm.compressed_linear.prepare.plan import PLAN
 
     # Models share rotary embeddings; a reload that was refused leaves them without data.
     rotary_embedding._ROPE_DICT.clear()

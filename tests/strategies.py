@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 
-from vllm.compressed_linear.descriptor import CheckpointScheme, ScaleSpec, WeightSpec, ZeroSpec
-from vllm.compressed_linear.layout import Packing, Role, StandardWeights, StoredTensor, ZeroBump
-from vllm.compressed_linear.numerics import uint
+from vllm.compressed_linear.spec.descriptor import ScaleSpec, WeightSpec, ZeroSpec
+from vllm.compressed_linear.spec.elements import uint
+from vllm.compressed_linear.spec.packing import Packing, ZeroBump
+from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role, StandardWeights, StoredTensor
 
 CONTAINERS = {"int8": 8, "uint8": 8, "int16": 16, "int32": 32, "int64": 64}
 PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 2: (2,), 4: (4,), 8: (8,)}

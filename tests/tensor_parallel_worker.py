@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 
 from model_loading import init_distributed, loaded, logits
-from vllm.compressed_linear.plan import PLAN
+from vllm.compressed_linear.prepare.plan import PLAN
 
 
 def main(rank: int, size: int, port: int, jobs: Path) -> None:

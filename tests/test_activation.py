@@ -17,9 +17,14 @@ from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm.compressed_linear.activation import hadamard, prepare_input, quantize_dequantize, round_to
-from vllm.compressed_linear.descriptor import ActivationSpec
-from vllm.compressed_linear.numerics import (
+from vllm.compressed_linear.spec.activation import (
+    hadamard,
+    prepare_input,
+    quantize_dequantize,
+    round_to,
+)
+from vllm.compressed_linear.spec.descriptor import ActivationSpec
+from vllm.compressed_linear.spec.elements import (
     E2M1,
     E2M3,
     E3M2,
@@ -29,7 +34,7 @@ from vllm.compressed_linear.numerics import (
     ElementType,
     uint,
 )
-from vllm.compressed_linear.testing.cases import NVFP4_INPUT, mx
+from vllm.compressed_linear.testing.suite import NVFP4_INPUT, mx
 
 FLOATS = (E4M3, E5M2, E3M2, E2M3, E2M1)
 FP8 = {E4M3: torch.float8_e4m3fn, E5M2: torch.float8_e5m2}

@@ -15,18 +15,15 @@ import torch
 
 from conftest import checkpoint, checkpoint_reference, checkpoint_tensors
 from vllm.compressed_linear.backends.reference import ReferenceBackend
-from vllm.compressed_linear.descriptor import (
-    ActivationSpec,
-    CheckpointScheme,
-    ScaleSpec,
-    WeightSpec,
-)
-from vllm.compressed_linear.execution import self_check
-from vllm.compressed_linear.layout import Packing, Role, StoredTensor
-from vllm.compressed_linear.numerics import E2M1, E3M2, E4M3, INT8, ElementType
-from vllm.compressed_linear.refine import LayerContext, refine
-from vllm.compressed_linear.testing.cases import INT8_TOKEN, NVFP4_INPUT, load_shard, mx
-from vllm.compressed_linear.weights import ShardSource
+from vllm.compressed_linear.checkpoint.facts import LayerContext, refine
+from vllm.compressed_linear.checkpoint.shard import ShardSource
+from vllm.compressed_linear.prepare.self_check import self_check
+from vllm.compressed_linear.spec.descriptor import ActivationSpec, ScaleSpec, WeightSpec
+from vllm.compressed_linear.spec.elements import E2M1, E3M2, E4M3, INT8, ElementType
+from vllm.compressed_linear.spec.packing import Packing
+from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role, StoredTensor
+from vllm.compressed_linear.testing.cases import load_shard
+from vllm.compressed_linear.testing.suite import INT8_TOKEN, NVFP4_INPUT, mx
 
 FP32 = LayerContext("float32", "float32")
 INT8_CODES = StoredTensor(

@@ -11,24 +11,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import ISAS
-from vllm.compressed_linear.backend import QuantLinearMethod
-from vllm.compressed_linear.backends.cpu import CpuBackend
+from vllm.compressed_linear.backends.base import QuantLinearMethod
+from vllm.compressed_linear.backends.cpu.weight_only import CpuBackend
 from vllm.compressed_linear.backends.reference import ReferenceBackend
-from vllm.compressed_linear.backends.triton import TritonBackend
-from vllm.compressed_linear.descriptor import (
-    CheckpointScheme,
+from vllm.compressed_linear.backends.triton.backend import TritonBackend
+from vllm.compressed_linear.checkpoint.facts import LayerContext, Part, refine
+from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
+from vllm.compressed_linear.checkpoint.write import from_standard_layout
+from vllm.compressed_linear.commands.explain.text import in_words
+from vllm.compressed_linear.commands.tune.random_weights import made_up_weights
+from vllm.compressed_linear.spec.descriptor import (
     CompressedLinearDescriptor,
     ScaleSpec,
     WeightSpec,
     ZeroSpec,
 )
-from vllm.compressed_linear.explain_text import in_words
-from vllm.compressed_linear.layout import Role, StandardWeights, StoredTensor
-from vllm.compressed_linear.made_up import made_up_weights
-from vllm.compressed_linear.numerics import E4M3, uint
-from vllm.compressed_linear.refine import LayerContext, Part, refine
-from vllm.compressed_linear.testing.cases import FP8_BLOCK, load_shard
-from vllm.compressed_linear.weights import LoadedShard, ShardSource, from_standard_layout
+from vllm.compressed_linear.spec.elements import E4M3, uint
+from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role, StandardWeights, StoredTensor
+from vllm.compressed_linear.testing.cases import load_shard
+from vllm.compressed_linear.testing.suite import FP8_BLOCK
 
 CONTEXT = LayerContext("bfloat16", "bfloat16")
 CODES = StoredTensor("weight", Role.CODES, "float8_e4m3fn", ("N", "K"))

@@ -19,16 +19,16 @@ import torch
 
 from cached_layers import QUANT, K, N, prepared, shard, what_the_cache_did
 from synthetic import Quant
-from vllm.compressed_linear import cache as cache_module
-from vllm.compressed_linear import native
-from vllm.compressed_linear.backend import QuantLinearMethod
-from vllm.compressed_linear.backends.cpu import CpuBackend
-from vllm.compressed_linear.cache import SUFFIX, UNFINISHED, PreparedCache
-from vllm.compressed_linear.execution import SelfCheckError
-from vllm.compressed_linear.refine import LayerContext
-from vllm.compressed_linear.registry import register_backend
+from vllm.compressed_linear.backends.base import QuantLinearMethod
+from vllm.compressed_linear.backends.cpu.weight_only import CpuBackend
+from vllm.compressed_linear.backends.registry import register_backend
+from vllm.compressed_linear.checkpoint.facts import LayerContext
+from vllm.compressed_linear.checkpoint.shard import LoadedShard
+from vllm.compressed_linear.machine import native
+from vllm.compressed_linear.prepare.cache import store as cache_module
+from vllm.compressed_linear.prepare.cache.store import SUFFIX, UNFINISHED, PreparedCache
+from vllm.compressed_linear.prepare.self_check import SelfCheckError
 from vllm.compressed_linear.settings import BackendRules, Settings
-from vllm.compressed_linear.weights import LoadedShard
 
 HERE = Path(__file__).parent
 FLOAT32 = LayerContext("float32", "float32")
@@ -151,8 +151,6 @@ OTHERS: dict[str, dict[str, Any]] = {
     "one shard more": {"shards": [shard(), shard()]},
     "dtype of activations": {"context": replace(FLOAT32, input_dtype="bfloat16")},
     "dtype of the output": {"context": replace(FLOAT32, output_dtype="float16")},
-    "rank": {"context": replace(FLOAT32, tp_rank=1, tp_size=2)},
-    "number of ranks": {"context": replace(FLOAT32, tp_size=2)},
     "a bias": {"context": replace(FLOAT32, bias_dtype="float32")},
 }
 
@@ -465,7 +463,7 @@ def test_a_server_that_is_killed_while_it_writes_leaves_no_entry(tmp_path: Path)
         "import os, signal\n"
         "from pathlib import Path\n"
         "from cached_layers import prepared\n"
-        "from vllm.compressed_linear.cache import PreparedCache\n"
+        "from vllm.compressed_linear.prepare.cache.store import PreparedCache\n"
         "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"prepared(PreparedCache(Path({str(tmp_path)!r})))\n"
     )
@@ -479,7 +477,7 @@ def test_a_server_that_is_killed_while_it_writes_leaves_no_entry(tmp_path: Path)
 
 
 def test_unquantized_weights_are_kept_too(tmp_path: Path) -> None:
-    from vllm.compressed_linear.linear import dense_shard
+    from vllm.compressed_linear.integration.linear import dense_shard
 
     weight = torch.randn(N, K, dtype=torch.bfloat16)
     context = LayerContext("bfloat16", "bfloat16")
@@ -490,8 +488,8 @@ def test_unquantized_weights_are_kept_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("backend", ["cpu_int8", "cpu_int8_fast"])
 def test_weights_of_integer_kernels_are_kept_apart(backend: str, tmp_path: Path) -> None:
-    from vllm.compressed_linear.descriptor import ActivationSpec
-    from vllm.compressed_linear.numerics import uint
+    from vllm.compressed_linear.spec.descriptor import ActivationSpec
+    from vllm.compressed_linear.spec.elements import uint
 
     found = shard(quant=Quant("ct", bits=4))
     rules = BackendRules.parse(backend)

@@ -13,13 +13,13 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from cached_layers import prepared, shard, what_the_cache_did
-from vllm.compressed_linear import cache as cache_module
 from vllm.compressed_linear import settings
-from vllm.compressed_linear.cache import SUFFIX, UNFINISHED, PreparedCache
-from vllm.compressed_linear.cache_inventory import parse_age, parse_bytes, read_cache
-from vllm.compressed_linear.cache_text import age
-from vllm.compressed_linear.cli import app
-from vllm.compressed_linear.text import size
+from vllm.compressed_linear.commands.cache import age
+from vllm.compressed_linear.commands.cli import app
+from vllm.compressed_linear.commands.text import size
+from vllm.compressed_linear.prepare.cache import store as cache_module
+from vllm.compressed_linear.prepare.cache.inventory import parse_age, parse_bytes, read_cache
+from vllm.compressed_linear.prepare.cache.store import SUFFIX, UNFINISHED, PreparedCache
 
 DAY = 86400.0
 

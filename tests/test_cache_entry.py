@@ -11,8 +11,14 @@ from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm.compressed_linear import digest as digest_module
-from vllm.compressed_linear.cache_entry import (
+from vllm.compressed_linear.prepare.cache import digest as digest_module
+from vllm.compressed_linear.prepare.cache.digest import (
+    DIGEST_BYTES,
+    PieceDigest,
+    digest_file,
+    digest_memory,
+)
+from vllm.compressed_linear.prepare.cache.entry import (
     ALIGNMENT,
     MAGIC,
     EntryError,
@@ -22,7 +28,6 @@ from vllm.compressed_linear.cache_entry import (
     verify_entry,
     write_entry,
 )
-from vllm.compressed_linear.digest import DIGEST_BYTES, PieceDigest, digest_file, digest_memory
 
 KEY = {"backend": "cpu", "shards": [{"n": 3}]}
 LABEL = Label("model", "model.layers.0.mlp.down_proj", "3x5, uint4b8", 1.5)

@@ -12,9 +12,11 @@ from conftest import checkpoint, checkpoint_reference
 from model_loading import loaded, logits
 from synthetic import Model, Quant, write
 from test_reload import reload, worst_error
-from vllm.compressed_linear import linear, native, settings
-from vllm.compressed_linear.cache_inventory import read_cache
-from vllm.compressed_linear.plan import PLAN
+from vllm.compressed_linear import settings
+from vllm.compressed_linear.integration import linear
+from vllm.compressed_linear.machine import native
+from vllm.compressed_linear.prepare.cache.inventory import read_cache
+from vllm.compressed_linear.prepare.plan import PLAN
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm.compressed_linear.channels import (
+from vllm.compressed_linear.checkpoint.channels import (
     FILL_UNIT,
     SMALLEST_PLAIN_GROUP,
     ChannelPlan,

@@ -16,12 +16,12 @@ from typer.testing import CliRunner, Result
 
 from conftest import checkpoint
 from vllm.compressed_linear import settings
-from vllm.compressed_linear.cli import app
-from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
-from vllm.compressed_linear.explain import explain
-from vllm.compressed_linear.explain_text import in_words, print_explanation
-from vllm.compressed_linear.linear import detect_platform
-from vllm.compressed_linear.text import compress_names, size
+from vllm.compressed_linear.commands.cli import app
+from vllm.compressed_linear.commands.explain.explain import explain
+from vllm.compressed_linear.commands.explain.text import in_words, print_explanation
+from vllm.compressed_linear.commands.text import compress_names, size
+from vllm.compressed_linear.integration.linear import detect_platform
+from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
 
 PLAIN = "llmcompressor-w4a16-sym-g128"
 MIXED = "gptqmodel-gptq-dynamic"

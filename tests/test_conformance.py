@@ -13,13 +13,15 @@ import torch
 import typer
 
 from conftest import ISAS
-from vllm.compressed_linear import native, registry
-from vllm.compressed_linear.backend import QuantLinearMethod, Verdict
-from vllm.compressed_linear.backends.marlin import MarlinBackend
+from vllm.compressed_linear.backends import registry
+from vllm.compressed_linear.backends.base import QuantLinearMethod, Verdict
+from vllm.compressed_linear.backends.marlin.backend import MarlinBackend
 from vllm.compressed_linear.backends.reference import ReferenceBackend
-from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
-from vllm.compressed_linear.numerics import BF16, uint
-from vllm.compressed_linear.platform import Platform
+from vllm.compressed_linear.checkpoint.weights import CompressedWeights
+from vllm.compressed_linear.machine import native
+from vllm.compressed_linear.machine.platform import Platform
+from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
+from vllm.compressed_linear.spec.elements import BF16, uint
 from vllm.compressed_linear.testing import (
     Case,
     ConformanceError,
@@ -28,7 +30,6 @@ from vllm.compressed_linear.testing import (
     conformance_cases,
 )
 from vllm.compressed_linear.testing.__main__ import find_backend, of_shape
-from vllm.compressed_linear.weights import CompressedWeights
 
 REGISTERED = {name: found.backend for name, found in registry.backends().items()}
 

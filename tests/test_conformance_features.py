@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from vllm.compressed_linear.backend import QuantLinearMethod
+from vllm.compressed_linear.backends.base import QuantLinearMethod
 from vllm.compressed_linear.backends.reference import ReferenceBackend
-from vllm.compressed_linear.descriptor import ActivationSpec, CompressedLinearDescriptor
-from vllm.compressed_linear.execution import SelfCheckError, self_check
-from vllm.compressed_linear.numerics import E3M2, E4M3, E5M2, INT8, uint, widen_scale
+from vllm.compressed_linear.checkpoint.weights import CompressedWeights
+from vllm.compressed_linear.prepare.self_check import SelfCheckError, self_check
+from vllm.compressed_linear.spec.descriptor import ActivationSpec, CompressedLinearDescriptor
+from vllm.compressed_linear.spec.elements import E3M2, E4M3, E5M2, INT8, uint, widen_scale
 from vllm.compressed_linear.testing import Case, check_case, conformance_cases
-from vllm.compressed_linear.testing.cases import (
+from vllm.compressed_linear.testing.suite import (
     FP8,
     FP8_BLOCK,
     INT8_TOKEN,
@@ -25,7 +26,6 @@ from vllm.compressed_linear.testing.cases import (
     NVFP4_INPUT,
     mx,
 )
-from vllm.compressed_linear.weights import CompressedWeights
 
 Tensors = dict[str, torch.Tensor]
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 import pytest
 import torch
 
-from vllm.compressed_linear import timing
-from vllm.compressed_linear.backend import QuantLinearMethod
+from vllm.compressed_linear.backends.base import QuantLinearMethod
 from vllm.compressed_linear.backends.reference import ReferenceBackend
-from vllm.compressed_linear.numerics import uint
+from vllm.compressed_linear.machine import timing
+from vllm.compressed_linear.spec.elements import uint
 from vllm.compressed_linear.testing import Case
 from vllm.compressed_linear.testing.check import _Run
 

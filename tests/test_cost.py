@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from vllm.compressed_linear import machine, native, registry
-from vllm.compressed_linear.backends import cpu, cpu_int8
-from vllm.compressed_linear.cost import MIX, expected_seconds, roofline
-from vllm.compressed_linear.descriptor import CompressedLinearDescriptor, ScaleSpec, WeightSpec
-from vllm.compressed_linear.machine import MachineLimits, declared_limits
-from vllm.compressed_linear.numerics import BF16, FP32, ElementType, uint
-from vllm.compressed_linear.platform import Platform
+from vllm.compressed_linear.backends import registry
+from vllm.compressed_linear.backends.cpu import int8 as cpu_int8
+from vllm.compressed_linear.backends.cpu import weight_only
+from vllm.compressed_linear.machine import limits, native
+from vllm.compressed_linear.machine.cost import MIX, expected_seconds, roofline
+from vllm.compressed_linear.machine.limits import MachineLimits, declared_limits
+from vllm.compressed_linear.machine.platform import Platform
+from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor, ScaleSpec, WeightSpec
+from vllm.compressed_linear.spec.elements import BF16, FP32, ElementType, uint
 
 LIMITS = MachineLimits(read=10e9, fp32=100e9, bf16=200e9, int8=400e9)
 MACHINE = Platform("cpu", measured=LIMITS)
@@ -89,14 +91,14 @@ def test_more_tokens_never_take_less_and_more_threads_never_more(
 def test_fewer_bits_are_faster_for_one_token() -> None:
     platform = Platform.parse("cpu:avx512bf16")
     order = [uint(2, 2), uint(4, 8), uint(8, 128), BF16]
-    times = [cpu.CpuBackend.seconds(layer(element), platform, 1) for element in order]
+    times = [weight_only.CpuBackend.seconds(layer(element), platform, 1) for element in order]
     assert times == sorted(times)
 
 
 def test_exact_activations_of_more_bits_take_longer() -> None:
     platform = Platform.parse("cpu:avx512bf16")
     times = [
-        cpu.CpuBackend.seconds(layer(uint(4, 8), x), platform, 256)
+        weight_only.CpuBackend.seconds(layer(uint(4, 8), x), platform, 256)
         for x in ("bfloat16", "float16", "float32")
     ]
     assert times[1] > 1.9 * times[0]
@@ -105,7 +107,7 @@ def test_exact_activations_of_more_bits_take_longer() -> None:
 
 def test_tiles_that_kernels_do_not_use_do_not_make_them_fast() -> None:
     plain, tiles = Platform.parse("cpu:avx512bf16"), Platform.parse("cpu:amx")
-    for backend in (cpu.CpuBackend, cpu_int8.CpuInt8FastBackend):
+    for backend in (weight_only.CpuBackend, cpu_int8.CpuInt8FastBackend):
         of_tiles = backend.seconds(layer(uint(4, 8), "bfloat16"), tiles, 512)
         assert of_tiles == pytest.approx(
             backend.seconds(layer(uint(4, 8), "bfloat16"), plain, 512), rel=0.1
@@ -114,19 +116,19 @@ def test_tiles_that_kernels_do_not_use_do_not_make_them_fast() -> None:
 
 @pytest.mark.skipif(native.available() is not None, reason=str(native.available()))
 def test_every_instruction_set_has_declared_speeds() -> None:
-    assert set(native.supported_isas()) <= set(cpu._SPEEDS)
+    assert set(native.supported_isas()) <= set(weight_only._SPEEDS)
 
 
 def test_a_processor_is_told_from_others_of_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "cpuinfo"
-    monkeypatch.setattr(machine, "CPUINFO", file)
+    monkeypatch.setattr(limits, "CPUINFO", file)
 
     def name(text: str) -> str:
         file.write_text(text)
-        machine.cpu_name.cache_clear()
-        return machine.cpu_name()
+        limits.cpu_name.cache_clear()
+        return limits.cpu_name()
 
     try:
         zen = "model name\t: AMD EPYC\ncpu family\t: {}\nmodel\t\t: 17\n\nmodel\t: 99\n"
@@ -135,7 +137,7 @@ def test_a_processor_is_told_from_others_of_its_name(
         assert name("CPU implementer\t: 0x41\nCPU part\t: 0xd40\n") == "0xd40"
         assert name("")
     finally:
-        machine.cpu_name.cache_clear()
+        limits.cpu_name.cache_clear()
 
 
 def test_caches_of_the_threads_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,12 +151,12 @@ def test_caches_of_the_threads_in_use(tmp_path: Path, monkeypatch: pytest.Monkey
             directory.mkdir(parents=True)
             for name, value in (("level", level), ("size", size), ("shared_cpu_list", cpus)):
                 (directory / name).write_text(value + "\n")
-    monkeypatch.setattr(machine, "CPUS", tmp_path)
-    machine.cache_bytes.cache_clear()
+    monkeypatch.setattr(limits, "CPUS", tmp_path)
+    limits.cache_bytes.cache_clear()
     try:
-        assert [machine.cache_bytes(threads) >> 20 for threads in (1, 2, 8)] == [4, 8, 8]
-        monkeypatch.setattr(machine, "CPUS", tmp_path / "nothing")
-        machine.cache_bytes.cache_clear()
-        assert machine.cache_bytes(1) == machine.UNKNOWN_CACHE_BYTES
+        assert [limits.cache_bytes(threads) >> 20 for threads in (1, 2, 8)] == [4, 8, 8]
+        monkeypatch.setattr(limits, "CPUS", tmp_path / "nothing")
+        limits.cache_bytes.cache_clear()
+        assert limits.cache_bytes(1) == limits.UNKNOWN_CACHE_BYTES
     finally:
-        machine.cache_bytes.cache_clear()
+        limits.cache_bytes.cache_clear()

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from conftest import checkpoint, checkpoint_tensors
 from model_loading import loaded
-from vllm.compressed_linear.plan import PLAN
+from vllm.compressed_linear.prepare.plan import PLAN
 
 GPTQ = "gptqmodel-gptq-w4-g128-sym"
 ACT_ORDER = "gptqmodel-gptq-w4-g128-sym-descact"

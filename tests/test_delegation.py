@@ -20,12 +20,12 @@ from architectures import FAMILIES, MIXTURE, VOCABULARY, Checkpoint, Family, wri
 from model_loading import engine_args, loaded, logits
 from synthetic import Quant
 from vllm.compressed_linear import settings
-from vllm.compressed_linear.config import NAME, RefusedByVllmError
 from vllm.compressed_linear.formats.awq import AWQConfig
 from vllm.compressed_linear.formats.compressed_tensors import CompressedTensorsConfig
 from vllm.compressed_linear.formats.gptq import GPTQConfig
 from vllm.compressed_linear.formats.unquantized import UnquantizedConfig
-from vllm.compressed_linear.plan import DELEGATED, PLAN
+from vllm.compressed_linear.integration.config import NAME, RefusedByVllmError
+from vllm.compressed_linear.prepare.plan import DELEGATED, PLAN
 
 pytestmark = pytest.mark.usefixtures("inspect_in_process")
 

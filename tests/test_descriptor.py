@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm.compressed_linear import numerics
-from vllm.compressed_linear.descriptor import (
+from vllm.compressed_linear.spec import elements
+from vllm.compressed_linear.spec.descriptor import (
     ActivationSpec,
     ChannelOrder,
     CompressedLinearDescriptor,
@@ -21,19 +21,19 @@ from vllm.compressed_linear.descriptor import (
     WeightSpec,
     ZeroSpec,
 )
-from vllm.compressed_linear.numerics import E2M1, INT8, ElementType, uint
+from vllm.compressed_linear.spec.elements import E2M1, INT8, ElementType, uint
 from vllm.compressed_linear.testing import conformance_cases
 
 DTYPES = st.sampled_from(["bfloat16", "float16", "float32"])
 ELEMENTS = st.sampled_from(
-    [uint(4, 8), uint(3), numerics.E4M3, numerics.E2M1, ElementType("c", 1, codebook=(-1.0, 2.5))]
+    [uint(4, 8), uint(3), elements.E4M3, elements.E2M1, ElementType("c", 1, codebook=(-1.0, 2.5))]
 )
 
 
 ACTIVATIONS = [
     ActivationSpec(INT8, True, "token"),
     ActivationSpec(INT8, False, "tensor", symmetric=False, maximum=127.5),
-    ActivationSpec(numerics.E4M3, True, "group", group_size=128, maximum=448),
+    ActivationSpec(elements.E4M3, True, "group", group_size=128, maximum=448),
     ActivationSpec(E2M1, True, "group", group_size=16, scale_dtype="float8_e4m3fn", maximum=6),
     ActivationSpec(E2M1, True, "group", group_size=32, scale_dtype="e8m0", maximum=3.5),
 ]
@@ -45,11 +45,10 @@ def descriptors(draw: st.DrawFn) -> CompressedLinearDescriptor:
     groups = draw(st.integers(1, 4))
     k = group * groups if group > 0 else draw(st.integers(1, 500))
     order = draw(st.sampled_from([None, ChannelOrder(k), ChannelOrder(k, padded=True)]))
-    shards = tuple(draw(st.lists(st.integers(0, 99), min_size=1, max_size=3)))
     activation = draw(st.sampled_from(ACTIVATIONS))
     return CompressedLinearDescriptor(
         in_features=k - 1 if order and order.padded else k,
-        out_features=sum(shards),
+        out_features=draw(st.integers(0, 297)),
         weight=WeightSpec(
             draw(ELEMENTS),
             ScaleSpec(draw(DTYPES), "group" if group > 0 else "channel", group),
@@ -59,9 +58,6 @@ def descriptors(draw: st.DrawFn) -> CompressedLinearDescriptor:
         input_dtype=draw(DTYPES),
         output_dtype=draw(DTYPES),
         bias_dtype=draw(st.one_of(st.none(), DTYPES)),
-        shards=shards,
-        tp_rank=1,
-        tp_size=2,
         channel_order=order,
         activation=draw(st.sampled_from([None, activation])),
         prescale=draw(st.one_of(st.none(), DTYPES)),
@@ -92,7 +88,7 @@ def test_reads_well() -> None:
     weight = WeightSpec(uint(4), ScaleSpec("bfloat16", "group", 128), ZeroSpec("integer", "uint8"))
     d = CompressedLinearDescriptor(256, 512, weight, "bfloat16", "bfloat16")
     assert str(d) == ("512x256, uint4, g128, bfloat16 scale, integer zero, bfloat16 → bfloat16")
-    assert (d.shards, d.k, d.n, d.groups, d.group_size) == ((512,), 256, 512, 2, 128)
+    assert (d.k, d.n, d.groups, d.group_size) == (256, 512, 2, 128)
 
 
 def test_every_field_counts_for_equality() -> None:
@@ -100,15 +96,12 @@ def test_every_field_counts_for_equality() -> None:
     d = CompressedLinearDescriptor(256, 512, weight, "bfloat16", "bfloat16")
     changed = [
         replace(d, in_features=128),
-        replace(d, out_features=256, shards=(256,)),
+        replace(d, out_features=256),
         replace(d, weight=replace(weight, element=uint(4, 8))),
         replace(d, weight=replace(weight, zero=ZeroSpec("float", "float16"))),
         replace(d, input_dtype="float16"),
         replace(d, output_dtype="float16"),
         replace(d, bias_dtype="float16"),
-        replace(d, shards=(256, 256)),
-        replace(d, tp_rank=1),
-        replace(d, tp_size=2),
         replace(d, channel_order=ChannelOrder(256)),
         replace(d, prescale="float32"),
         replace(d, transform=TransformSpec("hadamard", "input", 64)),
@@ -131,7 +124,6 @@ def test_the_kernel_s_channels_are_the_gathered_ones() -> None:
     ("change", "message"),
     [
         ({"in_features": -1}, "negative shape"),
-        ({"shards": (1, 2)}, "do not add up to N=8"),
         ({"in_features": 40}, "K=40 is no multiple of the group size 32"),
     ],
 )
@@ -157,12 +149,12 @@ def test_parts_refuse_what_they_do_not_know() -> None:
     ("change", "message"),
     [
         ({"element": uint(8)}, "activation uint8: expected an integer whose middle code is 0"),
-        ({"element": numerics.BF16}, "activation bf16: expected an integer"),
+        ({"element": elements.BF16}, "activation bf16: expected an integer"),
         ({"granularity": "row"}, "granularity 'row'"),
         ({"granularity": "group"}, "group size -1 per group"),
         ({"group_size": 32}, "group size 32 per token"),
         ({"dynamic": False}, "static scales per token"),
-        ({"element": numerics.E4M3, "symmetric": False}, "zero points are for integers"),
+        ({"element": elements.E4M3, "symmetric": False}, "zero points are for integers"),
         ({"scale_dtype": "float16"}, "scale dtype float16 .expected float32, e8m0 or"),
         ({"scale_dtype": "e8m0"}, "e8m0 scales .expected for symmetric groups only"),
         ({"maximum": 0.0}, "maximum 0.0 .expected a positive number"),

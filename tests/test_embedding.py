@@ -19,13 +19,15 @@ from test_explain import loaded_parts, planned_parts
 from test_lora import activate, with_adapters
 from test_models import use_backend
 from test_reload import reload
-from vllm.compressed_linear import compat, native, settings
+from vllm.compressed_linear import settings
 from vllm.compressed_linear.backends.reference import ReferenceBackend
-from vllm.compressed_linear.execution import SelfCheckError
-from vllm.compressed_linear.explain import explain
-from vllm.compressed_linear.linear import detect_platform
-from vllm.compressed_linear.plan import PLAN, PlanEntry
-from vllm.compressed_linear.registry import NoBackendError, register_backend
+from vllm.compressed_linear.backends.registry import NoBackendError, register_backend
+from vllm.compressed_linear.commands.explain.explain import explain
+from vllm.compressed_linear.integration import compat
+from vllm.compressed_linear.integration.linear import detect_platform
+from vllm.compressed_linear.machine import native
+from vllm.compressed_linear.prepare.plan import PLAN, PlanEntry
+from vllm.compressed_linear.prepare.self_check import SelfCheckError
 
 TIED = {
     "gemma3-8-bit-channel": TableModel(),
@@ -126,9 +128,7 @@ def test_an_unquantized_tied_table_is_kept_once(name: str, dtype: str, tmp_path:
         assert worst_error(model, reference) <= (1e-4 if dtype == "float32" else 0.1)
         packed = [p for n, p in table.named_parameters() if p.numel()]
         padded = table.num_embeddings_padded
-        assert sum(p.numel() * p.element_size() for p in packed) == (
-            padded * 128 * getattr(torch, dtype).itemsize
-        )
+        assert sum(p.nbytes for p in packed) == (padded * 128 * getattr(torch, dtype).itemsize)
         assert not any(p.numel() for p in head.parameters())
     planned = entry("lm_head")
     assert planned.backend == "cpu"

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from test_native_ops import DENSE, DTYPES, INTEGERS, SHAPES, Layer, make_layer, pack, tiled
-from vllm.compressed_linear import native
+from vllm.compressed_linear.machine import native
 
 pytestmark = pytest.mark.skipif(native.available() is not None, reason=str(native.available()))
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from model_loading import engine_args, init_distributed
-from vllm.compressed_linear.config import NAME, RefusedByVllmError
-from vllm.compressed_linear.embedding import CompressedUnquantizedEmbeddingMethod
-from vllm.compressed_linear.linear import (
+from vllm.compressed_linear.integration.config import NAME, RefusedByVllmError
+from vllm.compressed_linear.integration.embedding import CompressedUnquantizedEmbeddingMethod
+from vllm.compressed_linear.integration.linear import (
     CompressedLinearMethod,
     CompressedUnquantizedLinearMethod,
 )

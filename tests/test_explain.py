@@ -19,14 +19,18 @@ import torch
 
 from conftest import checkpoint, checkpoints
 from model_loading import init_distributed, loaded
-from vllm.compressed_linear import compat, compat_model, settings
-from vllm.compressed_linear.config import ConfigError
-from vllm.compressed_linear.explain import CasePlan, ExplainError, Explanation, LayerPlan, explain
-from vllm.compressed_linear.linear import detect_platform
-from vllm.compressed_linear.model_layout import TensorParallelError
-from vllm.compressed_linear.plan import DELEGATED, PLAN, PlanEntry
-from vllm.compressed_linear.platform import Platform
-from vllm.compressed_linear.weights import CheckpointError
+from vllm.compressed_linear import settings
+from vllm.compressed_linear.checkpoint.shard import CheckpointError
+from vllm.compressed_linear.commands.explain import meta_model
+from vllm.compressed_linear.commands.explain.checkpoint import ExplainError
+from vllm.compressed_linear.commands.explain.explain import explain
+from vllm.compressed_linear.commands.explain.explanation import CasePlan, Explanation, LayerPlan
+from vllm.compressed_linear.commands.explain.layers import TensorParallelError, model_layouts
+from vllm.compressed_linear.integration import compat
+from vllm.compressed_linear.integration.config import ConfigError
+from vllm.compressed_linear.integration.linear import detect_platform
+from vllm.compressed_linear.machine.platform import Platform
+from vllm.compressed_linear.prepare.plan import DELEGATED, PLAN, PlanEntry
 
 OURS = [
     name
@@ -140,10 +144,10 @@ def rank_loaded(path: Path, rank: int, size: int) -> Iterator[None]:
     if not torch.accelerator.is_available():
         torch.accelerator.empty_cache = lambda: None
     init_distributed()
-    config = compat_model.engine_config(str(path), dtype="float32", tp_size=size, quantization=None)
+    config = meta_model.engine_config(str(path), dtype="float32", tp_size=size, quantization=None)
     PLAN.reset()
     with (
-        compat_model.pretend_parallel(rank, size),
+        meta_model.pretend_parallel(rank, size),
         set_current_vllm_config(config),
         mock.patch.object(compat, "gather_from_ranks", lambda value: [value]),
     ):
@@ -377,7 +381,10 @@ def test_weights_that_are_fused_on_disk(tmp_path: Path) -> None:
     found = explained(tmp_path, tp_size=2)
     assert found.layers[0].name == "model.layers.0.self_attn.qkv_proj"
     descriptor = found.layers[0].likely.parts[0].descriptor
-    assert (descriptor.n, descriptor.k, descriptor.shards) == (256, 256, (128, 64, 64))
+    assert (descriptor.n, descriptor.k) == (256, 256)
+    architectures = config["architectures"]
+    first, _ = model_layouts(tmp_path, architectures, tp_size=2, dtype="auto", quantized=True)
+    assert [source.n for source in first.layers[0].sources] == [128, 64, 64]
 
 
 def test_what_vllm_refuses_is_an_error_on_this_machine_only(tmp_path: Path) -> None:

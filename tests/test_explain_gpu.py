@@ -14,14 +14,15 @@ import pytest
 import table_models
 from conftest import checkpoint
 from test_explain import OURS
-from vllm.compressed_linear import compat_accelerators
-from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
-from vllm.compressed_linear.explain import Explanation, PartPlan, explain
-from vllm.compressed_linear.gpu import GPUS
-from vllm.compressed_linear.platform import Platform
+from vllm.compressed_linear.backends.vllm_native.classes import accelerators
+from vllm.compressed_linear.commands.explain.explain import explain
+from vllm.compressed_linear.commands.explain.explanation import Explanation, PartPlan
+from vllm.compressed_linear.machine.gpus import GPUS
+from vllm.compressed_linear.machine.platform import Platform
+from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
 
 pytestmark = pytest.mark.skipif(
-    compat_accelerators.unavailable("mixed precision") is not None,
+    accelerators.unavailable("mixed precision") is not None,
     reason="this vLLM has no kernel classes that are known here",
 )
 
@@ -104,7 +105,7 @@ def test_other_backends_say_that_they_are_not_for_gpus() -> None:
 
 @pytest.mark.slow
 def test_the_command_prints_it() -> None:
-    command = [sys.executable, "-m", "vllm.compressed_linear.cli", "explain", "--json"]
+    command = [sys.executable, "-m", "vllm.compressed_linear.commands.cli", "explain", "--json"]
     path = str(checkpoint("llmcompressor-w4a16-sym-g128"))
     out = subprocess.run(
         [*command, "--platform", "cuda:100", path], capture_output=True, text=True, check=True

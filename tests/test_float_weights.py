@@ -9,26 +9,22 @@ from typing import Any
 import pytest
 import torch
 
-from vllm.compressed_linear import numerics
-from vllm.compressed_linear.descriptor import (
+from vllm.compressed_linear.checkpoint.facts import LayerContext, refine
+from vllm.compressed_linear.checkpoint.parameter import collect_shards, create_parameters
+from vllm.compressed_linear.checkpoint.shard import CheckpointError, LoadedShard, ShardSource
+from vllm.compressed_linear.checkpoint.weights import to_standard_layout
+from vllm.compressed_linear.checkpoint.write import from_standard_layout
+from vllm.compressed_linear.spec import elements
+from vllm.compressed_linear.spec.descriptor import (
     ActivationSpec,
-    CheckpointScheme,
     ScaleSpec,
     TransformSpec,
     WeightSpec,
 )
-from vllm.compressed_linear.layout import Packing, Role, StandardWeights, StoredTensor
-from vllm.compressed_linear.numerics import E2M1, E4M3, INT8, ElementType
-from vllm.compressed_linear.parameter import collect_shards, create_parameters
-from vllm.compressed_linear.refine import LayerContext, refine
+from vllm.compressed_linear.spec.elements import E2M1, E4M3, INT8, ElementType
+from vllm.compressed_linear.spec.packing import Packing
+from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role, StandardWeights, StoredTensor
 from vllm.compressed_linear.testing.cases import load_shard
-from vllm.compressed_linear.weights import (
-    CheckpointError,
-    LoadedShard,
-    ShardSource,
-    from_standard_layout,
-    to_standard_layout,
-)
 
 CONTEXT = LayerContext("bfloat16", "bfloat16")
 N, K = 40, 96
@@ -122,7 +118,7 @@ def values(kind: Kind, seed: int = 0, n: int = N) -> Values:
     else:
         # Powers of two, so that a reciprocal loses nothing.
         wide = torch.exp2(exponents.double())
-        scale = wide.to(numerics.torch_dtype(spec.dtype))
+        scale = wide.to(elements.torch_dtype(spec.dtype))
     block = n if rows == 1 else spec.block_rows
     scale, wide = (t.repeat_interleave(block, 0)[:n] for t in (scale, wide))
     exact = element.decode(codes).double() * wide.repeat_interleave(-(-K // groups), 1)[:, :K]
@@ -163,9 +159,9 @@ def test_any_part_of_a_weight_means_what_it_meant(name: str, rows: slice, channe
     assert standard.codes.dtype == torch.uint8
     assert standard.scale is not None
     assert d.weight.scale is not None
-    assert numerics.scale_dtype_name(standard.scale.dtype) == d.weight.scale.dtype
+    assert elements.scale_dtype_name(standard.scale.dtype) == d.weight.scale.dtype
     assert d.weight.scale.granularity in ("channel", "group", "block")
-    scale = numerics.widen_scale(standard.scale).repeat_interleave(d.group_size, 1)
+    scale = elements.widen_scale(standard.scale).repeat_interleave(d.group_size, 1)
     made = d.weight.element.decode(standard.codes) * scale
     if part.weights.row_scale is not None:
         assert part.weights.row_scale.dtype == torch.float32
@@ -201,7 +197,7 @@ def test_shards_of_a_fused_layer_stay_one_part(name: str, fused: bool) -> None:
     (part,) = refine(collect_shards(params, sources), CONTEXT)
     expected = torch.cat([exact for _, exact in made])
     assert torch.equal(part.weights.dequantize(0, 2 * n).double(), expected)
-    assert part.descriptor.shards == (n, n)
+    assert [shard.source.n for shard in part.weights.shards] == [n, n]
 
 
 def test_exponents_may_come_in_their_own_dtype() -> None:
@@ -226,7 +222,7 @@ def test_codes_of_another_dtype_are_refused(dtype: torch.dtype) -> None:
 
 
 INT8_SCHEME = CheckpointScheme(
-    WeightSpec(numerics.uint(8, 128), ScaleSpec("float32", "channel")),
+    WeightSpec(elements.uint(8, 128), ScaleSpec("float32", "channel")),
     (
         StoredTensor("weight", Role.CODES, "int8", ("N", "K"), INT8_PACKING),
         StoredTensor("weight_scale", Role.SCALE, "float32", ("N", 1)),
@@ -274,7 +270,7 @@ def test_what_the_input_needs_arrives() -> None:
 def test_a_prescale_follows_the_order_of_channels() -> None:
     scheme = replace(
         INT8_SCHEME,
-        weight=WeightSpec(numerics.uint(8, 128), ScaleSpec("float32", "group", 32)),
+        weight=WeightSpec(elements.uint(8, 128), ScaleSpec("float32", "group", 32)),
         tensors=(
             *INT8_SCHEME.tensors[:1],
             StoredTensor("weight_scale", Role.SCALE, "float32", ("N", "G")),
@@ -315,7 +311,7 @@ def test_a_prescale_follows_the_order_of_channels() -> None:
 )
 def test_shards_that_want_other_inputs_stay_apart(other: LoadedShard) -> None:
     parts = refine([static_shard(), other, other], CONTEXT)
-    assert [part.descriptor.shards for part in parts] == [(N,), (N, N)]
+    assert [[shard.source.n for shard in part.weights.shards] for part in parts] == [[N], [N, N]]
 
 
 @pytest.mark.parametrize(

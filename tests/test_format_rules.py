@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import save_file
 from vllm.model_executor.models.utils import WeightsMapper
 
-from vllm.compressed_linear.config import (
+from vllm.compressed_linear.formats.resolution import Delegated, LayerKind, Resolution, Unquantized
+from vllm.compressed_linear.formats.unquantized import UnquantizedConfig
+from vllm.compressed_linear.integration.config import (
     NAME,
     CompressedLinearConfig,
     ConfigError,
     format_of,
 )
-from vllm.compressed_linear.descriptor import CheckpointScheme
-from vllm.compressed_linear.formats.unquantized import UnquantizedConfig
-from vllm.compressed_linear.resolution import Delegated, LayerKind, Resolution, Unquantized
+from vllm.compressed_linear.spec.scheme import CheckpointScheme
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}

@@ -19,12 +19,12 @@ from conftest import (
     checkpoint_tensors,
     checkpoints,
 )
-from vllm.compressed_linear.config import CompressedLinearConfig
-from vllm.compressed_linear.descriptor import CheckpointScheme
-from vllm.compressed_linear.parameter import collect_shards, create_parameters
-from vllm.compressed_linear.refine import LayerContext, refine
-from vllm.compressed_linear.resolution import Delegated, LayerKind, Unquantized
-from vllm.compressed_linear.weights import CheckpointError, LoadedShard, ShardSource
+from vllm.compressed_linear.checkpoint.facts import LayerContext, refine
+from vllm.compressed_linear.checkpoint.parameter import collect_shards, create_parameters
+from vllm.compressed_linear.checkpoint.shard import CheckpointError, LoadedShard, ShardSource
+from vllm.compressed_linear.formats.resolution import Delegated, LayerKind, Unquantized
+from vllm.compressed_linear.integration.config import CompressedLinearConfig
+from vllm.compressed_linear.spec.scheme import CheckpointScheme
 
 CHECKPOINTS = [
     name

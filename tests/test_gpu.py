@@ -9,13 +9,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vllm.compressed_linear import registry
+from vllm.compressed_linear.backends import registry
 from vllm.compressed_linear.backends.vllm_native import VllmNativeBackend
-from vllm.compressed_linear.cost import GPU_MIX, MIX, expected_seconds, mix, mix_of, roofline
-from vllm.compressed_linear.descriptor import CompressedLinearDescriptor, ScaleSpec, WeightSpec
-from vllm.compressed_linear.gpu import GPUS, LAUNCH_SECONDS, gpu_facts, gpu_limits
-from vllm.compressed_linear.numerics import BF16, E4M3, ElementType, uint
-from vllm.compressed_linear.platform import Platform
+from vllm.compressed_linear.machine.cost import (
+    GPU_MIX,
+    MIX,
+    expected_seconds,
+    mix,
+    mix_of,
+    roofline,
+)
+from vllm.compressed_linear.machine.gpus import GPUS, LAUNCH_SECONDS, gpu_facts, gpu_limits
+from vllm.compressed_linear.machine.platform import Platform
+from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor, ScaleSpec, WeightSpec
+from vllm.compressed_linear.spec.elements import BF16, E4M3, ElementType, uint
 
 H100 = Platform.parse("cuda:90")
 

@@ -12,10 +12,10 @@ from rich.console import Console
 
 import cuda_doubles
 from benchmarks import gpu_linear
-from vllm.compressed_linear import compat_accelerators
 from vllm.compressed_linear.backends.vllm_native import op
-from vllm.compressed_linear.made_up import made_up_weights
-from vllm.compressed_linear.platform import Platform
+from vllm.compressed_linear.backends.vllm_native.classes import accelerators
+from vllm.compressed_linear.commands.tune.random_weights import made_up_weights
+from vllm.compressed_linear.machine.platform import Platform
 
 H100 = Platform.parse("cuda:90")
 
@@ -43,7 +43,7 @@ def test_every_layer_of_both_models_is_measured_with_every_kind() -> None:
 
 
 @pytest.mark.skipif(
-    compat_accelerators.unavailable("mixed precision") is not None, reason="no kernel classes"
+    accelerators.unavailable("mixed precision") is not None, reason="no kernel classes"
 )
 @pytest.mark.parametrize(
     ("weights", "kernels"),
@@ -72,7 +72,7 @@ def test_contenders_compute_the_layer(weights: str) -> None:
     exact = made.dequantize(0, d.n)
     can, _ = gpu_linear.able(d, a100)
     name, tag = next((name, tag) for name, tag in can.items() if "Marlin" in name)
-    with compat_accelerators.pretending(a100):
+    with accelerators.pretending(a100):
         found = gpu_linear.contender(name, tag, d, made, a100, enough=1 << 20)
         assert len(found.copies) * found.weight_bytes >= 1 << 20
         assert gpu_linear.check(found, exact) < gpu_linear.TOLERANCE

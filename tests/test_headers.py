@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from conftest import checkpoint, checkpoint_tensors, checkpoints
-from vllm.compressed_linear.headers import Headers, headers_of, read_headers
-from vllm.compressed_linear.weights import CheckpointError
+from vllm.compressed_linear.checkpoint.headers import Headers, headers_of, read_headers
+from vllm.compressed_linear.checkpoint.shard import CheckpointError
 
 TENSORS = {
     "a.q_proj.qweight": torch.zeros(4, 8, dtype=torch.int32),
@@ -51,7 +51,7 @@ def test_names_dtypes_shapes_and_bytes(tmp_path: Path) -> None:
         found = headers[name]
         assert found.dtype == str(tensor.dtype).removeprefix("torch.")
         assert found.shape == tuple(tensor.shape)
-        assert found.nbytes == tensor.numel() * tensor.element_size()
+        assert found.nbytes == tensor.nbytes
         assert found.file == str(file)
     assert headers.modules["a.q_proj"] == {"qweight", "scales"}
     assert headers.modules[""] == {"lonely"}

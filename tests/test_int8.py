@@ -14,15 +14,15 @@ import pytest
 import torch
 
 from conftest import ISAS_INT8, tiled
-from vllm.compressed_linear import native
-from vllm.compressed_linear.activation import quantize_dequantize
-from vllm.compressed_linear.backend import activation_error, contract_bound
-from vllm.compressed_linear.backends.cpu_int8 import CpuInt8Backend, CpuInt8FastBackend
-from vllm.compressed_linear.descriptor import ActivationSpec
-from vllm.compressed_linear.execution import contract_note
-from vllm.compressed_linear.numerics import INT8, uint
-from vllm.compressed_linear.platform import Platform
-from vllm.compressed_linear.registry import NoBackendError, select
+from vllm.compressed_linear.backends.contract import activation_error, contract_bound
+from vllm.compressed_linear.backends.cpu.int8 import CpuInt8Backend, CpuInt8FastBackend
+from vllm.compressed_linear.backends.registry import NoBackendError, select
+from vllm.compressed_linear.machine import native
+from vllm.compressed_linear.machine.platform import Platform
+from vllm.compressed_linear.prepare.layer import contract_note
+from vllm.compressed_linear.spec.activation import quantize_dequantize
+from vllm.compressed_linear.spec.descriptor import ActivationSpec
+from vllm.compressed_linear.spec.elements import INT8, uint
 from vllm.compressed_linear.testing import Case, check_case
 
 pytestmark = pytest.mark.skipif(native.available() is not None, reason=str(native.available()))
@@ -148,7 +148,7 @@ def test_unpacking_gives_back_what_was_packed(bits: int, shape: tuple[int, int, 
 def test_results_are_those_of_the_quantised_x(
     isa_int8: str, bits: int, spec: ActivationSpec
 ) -> None:
-    """x̂ is that of ``activation.py``, bit for bit: one code off would be far outside the bound."""
+    """x̂ equals ``spec/activation.py`` bit for bit: one code off would be far outside the bound."""
     for shape in SHAPES:
         if spec.granularity == "group" and shape[2] % 4:
             continue
@@ -334,7 +334,7 @@ def test_calls_are_counted_by_path(isa_int8: str) -> None:
 def test_the_variable_keeps_to_its_tier(tier: str, expected: set[str]) -> None:
     if tier not in native.supported_isas():
         pytest.skip(f"this processor has no {tier}")
-    text = "from vllm.compressed_linear import native; print(native.isa_int8())"
+    text = "from vllm.compressed_linear.machine import native; print(native.isa_int8())"
     out = subprocess.run(
         [sys.executable, "-c", text],
         env=os.environ | {"VLLM_COMPRESSED_LINEAR_CPU_ISA": tier},

@@ -13,15 +13,8 @@ from hypothesis import strategies as st
 
 from conftest import assert_matches_reference, checkpoint_reference, checkpoint_tensors
 from strategies import AWQ_ORDER, CONTAINERS, PLANES, packings
-from vllm.compressed_linear.layout import (
-    Packing,
-    Role,
-    StoredTensor,
-    ZeroBump,
-    pack,
-    slice_axis,
-    unpack,
-)
+from vllm.compressed_linear.spec.packing import Packing, ZeroBump, pack, unpack
+from vllm.compressed_linear.spec.scheme import Role, StoredTensor, slice_axis
 
 
 def stream(fields: list[int], width: int) -> int:

@@ -11,9 +11,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import emulated_ops
-from vllm.compressed_linear.backends.marlin import MarlinBackend
-from vllm.compressed_linear.numerics import BF16, E2M1, E4M3, E5M2, ElementType, uint
-from vllm.compressed_linear.platform import Platform
+from vllm.compressed_linear.backends.marlin.backend import MarlinBackend
+from vllm.compressed_linear.machine.platform import Platform
+from vllm.compressed_linear.spec.elements import BF16, E2M1, E4M3, E5M2, ElementType, uint
 from vllm.compressed_linear.testing import Case, check_case
 
 CODEBOOK = ElementType("halves", 4, codebook=tuple(i / 2 - 3.5 for i in range(16)))

@@ -12,17 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm.compressed_linear.descriptor import CheckpointScheme
-from vllm.compressed_linear.execution import prepare
+from vllm.compressed_linear.checkpoint.facts import LayerContext
+from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
 from vllm.compressed_linear.formats.awq import awq_gemm_scheme
 from vllm.compressed_linear.formats.compressed_tensors import pack_quantized_scheme
 from vllm.compressed_linear.formats.gptq import gptq_scheme
-from vllm.compressed_linear.layout import Role
-from vllm.compressed_linear.numerics import torch_dtype
-from vllm.compressed_linear.platform import Platform
-from vllm.compressed_linear.refine import LayerContext
+from vllm.compressed_linear.machine.platform import Platform
+from vllm.compressed_linear.prepare.layer import prepare
 from vllm.compressed_linear.settings import Settings
-from vllm.compressed_linear.weights import LoadedShard, ShardSource
+from vllm.compressed_linear.spec.elements import torch_dtype
+from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role
 
 N, K = 28672, 8192
 """gate_up_proj of a 70B model on four ranks: 112 MiB of 4-bit codes, 224 MiB unpacked."""
@@ -99,7 +98,7 @@ def test_preparation_takes_its_result_and_64_mib(name: str) -> None:
     shard = random_shard(SCHEMES[name], act_order=act_order)
     with Peak() as peak:
         executors = prepare("layer", "linear", [shard], context, platform, Settings())
-    result = sum(t.numel() * t.element_size() for t in executors[0].tensors.values())
+    result = sum(t.nbytes for t in executors[0].tensors.values())
     assert executors[0].method.name == "cpu"
     assert result > 100 << 20
     print(f"{name}: result {result >> 20} MiB, peak extra {(peak.extra - result) >> 20} MiB")

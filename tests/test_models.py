@@ -13,9 +13,9 @@ import torch
 from conftest import checkpoint, checkpoint_reference, checkpoints, needs_vllms_4_bit_kernel
 from model_loading import loaded, logits
 from vllm.compressed_linear import settings
-from vllm.compressed_linear.config import NAME, CompressedLinearConfig
-from vllm.compressed_linear.plan import DELEGATED, PLAN
-from vllm.compressed_linear.registry import NoBackendError
+from vllm.compressed_linear.backends.registry import NoBackendError
+from vllm.compressed_linear.integration.config import NAME, CompressedLinearConfig
+from vllm.compressed_linear.prepare.plan import DELEGATED, PLAN
 
 WEIGHT_ONLY = [
     name
@@ -105,8 +105,10 @@ def test_strict_mode_refuses_reference_unless_it_was_named(
 ) -> None:
     name = "gptqmodel-gptq-w4-g128-sym"
     monkeypatch.setenv(settings.STRICT, "1")
-    monkeypatch.setattr("vllm.compressed_linear.native.available", lambda: "it was not built")
-    monkeypatch.setattr("vllm.compressed_linear.linear._PLATFORM", [])
+    monkeypatch.setattr(
+        "vllm.compressed_linear.machine.native.available", lambda: "it was not built"
+    )
+    monkeypatch.setattr("vllm.compressed_linear.integration.linear._PLATFORM", [])
     with (
         pytest.raises(NoBackendError, match=r"(?s)it was not built.*strict mode refuses"),
         loaded(checkpoint(name)),
@@ -134,8 +136,10 @@ def test_additional_config_chooses_a_backend_and_the_environment_wins(
 def test_a_fall_to_reference_is_loud(
     monkeypatch: pytest.MonkeyPatch, caplog_vllm: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("vllm.compressed_linear.native.available", lambda: "it was not built")
-    monkeypatch.setattr("vllm.compressed_linear.linear._PLATFORM", [])
+    monkeypatch.setattr(
+        "vllm.compressed_linear.machine.native.available", lambda: "it was not built"
+    )
+    monkeypatch.setattr("vllm.compressed_linear.integration.linear._PLATFORM", [])
     with loaded(checkpoint("gptqmodel-gptq-w3-g128-asym")):
         pass
     assert "run on the reference backend" in caplog_vllm.text
@@ -149,7 +153,7 @@ def test_devices_without_a_fast_backend_are_left_to_vllm_unless_asked(
     config = {"quant_method": "gptq", "bits": 4, "group_size": 128}
     claim = CompressedLinearConfig.override_quantization_method
     assert claim(config, None) == NAME
-    monkeypatch.setattr("vllm.compressed_linear.compat.current_device", lambda: device)
+    monkeypatch.setattr("vllm.compressed_linear.integration.compat.current_device", lambda: device)
     assert claim(config, None) is None
     assert claim(config, "gptq") is None
     assert claim(config, NAME) == NAME

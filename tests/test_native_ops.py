@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from conftest import ISAS, tiled
-from vllm.compressed_linear import native
-from vllm.compressed_linear.backends.cpu import CpuBackend
-from vllm.compressed_linear.numerics import uint
-from vllm.compressed_linear.platform import Platform
+from vllm.compressed_linear.backends.cpu.weight_only import CpuBackend
+from vllm.compressed_linear.machine import native
+from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.settings import CPU_ISA
+from vllm.compressed_linear.spec.elements import uint
 from vllm.compressed_linear.testing import Case
 
 pytestmark = pytest.mark.skipif(native.available() is not None, reason=str(native.available()))
@@ -410,7 +410,7 @@ def test_loading_twice_is_harmless() -> None:
 
 
 def ask_isa(wanted: str) -> subprocess.CompletedProcess[str]:
-    code = "from vllm.compressed_linear import native; print(native.isa())"
+    code = "from vllm.compressed_linear.machine import native; print(native.isa())"
     environment = os.environ | {"VLLM_COMPRESSED_LINEAR_CPU_ISA": wanted}
     return subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False

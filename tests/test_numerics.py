@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm.compressed_linear import numerics
-from vllm.compressed_linear.numerics import ElementType, dense, dtype_name, torch_dtype, uint
+from vllm.compressed_linear.spec import elements
+from vllm.compressed_linear.spec.elements import ElementType, dense, dtype_name, torch_dtype, uint
 
 # Positive halves, from OCP Microscaling Formats (MX) v1.0, tables 3 to 5.
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
@@ -41,7 +41,7 @@ def test_integer_names() -> None:
 
 @pytest.mark.parametrize(
     ("element", "half", "largest"),
-    [(numerics.E2M1, E2M1, 6), (numerics.E2M3, E2M3, 7.5), (numerics.E3M2, E3M2, 28)],
+    [(elements.E2M1, E2M1, 6), (elements.E2M3, E2M3, 7.5), (elements.E3M2, E3M2, 28)],
     ids=str,
 )
 def test_small_floats_have_the_published_values(
@@ -57,9 +57,9 @@ def test_small_floats_have_the_published_values(
 @pytest.mark.parametrize(
     ("element", "dtype", "largest"),
     [
-        (numerics.E4M3, torch.float8_e4m3fn, 448),
-        (numerics.E5M2, torch.float8_e5m2, 57344),
-        (numerics.E8M0, torch.float8_e8m0fnu, 2.0**127),
+        (elements.E4M3, torch.float8_e4m3fn, 448),
+        (elements.E5M2, torch.float8_e5m2, 57344),
+        (elements.E8M0, torch.float8_e8m0fnu, 2.0**127),
     ],
     ids=str,
 )
@@ -73,7 +73,7 @@ def test_eight_bit_floats_are_torch_s(
 
 
 def test_e8m0_are_powers_of_two() -> None:
-    table = numerics.E8M0.table().double()
+    table = elements.E8M0.table().double()
     assert table[:255].tolist() == [2.0 ** (code - 127) for code in range(255)]
     assert math.isnan(table[255])
 
@@ -84,7 +84,7 @@ def test_codebooks() -> None:
     assert element.decode(torch.tensor([[3, 0], [1, 2]])).tolist() == [[7.5, -1.0], [0.25, 3.0]]
 
 
-@pytest.mark.parametrize("element", [numerics.BF16, numerics.FP16, numerics.FP32], ids=str)
+@pytest.mark.parametrize("element", [elements.BF16, elements.FP16, elements.FP32], ids=str)
 def test_dense_types_hold_the_numbers_themselves(element: ElementType) -> None:
     values = torch.tensor([1.5, -0.25, 100.0], dtype=element.dense_dtype)
     assert element.decode(values).tolist() == values.tolist()
@@ -99,7 +99,7 @@ def test_a_table_may_be_changed_by_who_asked_for_it() -> None:
     assert uint(2).table().tolist() == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("name", numerics.DTYPE_NAMES)
+@pytest.mark.parametrize("name", elements.DTYPE_NAMES)
 def test_dtype_names_go_both_ways(name: str) -> None:
     assert dtype_name(torch_dtype(name)) == name
 
@@ -128,10 +128,10 @@ def test_what_is_no_element_type_is_refused() -> None:
 def test_scales_widen_to_what_they_mean() -> None:
     stored = torch.tensor([0, 1, 127, 130, 254], dtype=torch.uint8)
     expected = [2.0**-127, 2.0**-126, 1.0, 8.0, 2.0**127]
-    assert numerics.widen_scale(stored).tolist() == expected
-    assert numerics.widen_scale(torch.tensor([255], dtype=torch.uint8)).isnan().all()
+    assert elements.widen_scale(stored).tolist() == expected
+    assert elements.widen_scale(torch.tensor([255], dtype=torch.uint8)).isnan().all()
     for dtype in (torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float32):
-        assert numerics.widen_scale(torch.tensor([0.25]).to(dtype)).tolist() == [0.25]
-        assert numerics.scale_dtype_name(dtype) == dtype_name(dtype)
-    assert numerics.scale_dtype_name(torch.uint8) == "e8m0"
+        assert elements.widen_scale(torch.tensor([0.25]).to(dtype)).tolist() == [0.25]
+        assert elements.scale_dtype_name(dtype) == dtype_name(dtype)
+    assert elements.scale_dtype_name(torch.uint8) == "e8m0"
     assert torch_dtype("e8m0") == torch.uint8

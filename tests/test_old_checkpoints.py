@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 from conftest import checkpoint, checkpoint_reference, checkpoint_tensors
 from model_loading import loaded, logits
-from vllm.compressed_linear.config import NAME
-from vllm.compressed_linear.plan import PLAN
+from vllm.compressed_linear.integration.config import NAME
+from vllm.compressed_linear.prepare.plan import PLAN
 
 CHECKPOINT = "gptqmodel-gptq-w4-g128-sym"
 

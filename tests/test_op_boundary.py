@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import test_int8, test_native_ops
-from vllm.compressed_linear import native
-from vllm.compressed_linear.descriptor import ActivationSpec
-from vllm.compressed_linear.numerics import INT8
+from vllm.compressed_linear.machine import native
+from vllm.compressed_linear.spec.descriptor import ActivationSpec
+from vllm.compressed_linear.spec.elements import INT8
 
 pytestmark = pytest.mark.skipif(native.available() is not None, reason=str(native.available()))
 

@@ -37,7 +37,7 @@ packages = ["vllm"]
 package-dir = { vllm = "vllm" }
 """
 WHERE = """
-import vllm, vllm.compressed_linear as package, vllm.compressed_linear.numerics
+import vllm, vllm.compressed_linear as package, vllm.compressed_linear.spec.elements
 print(vllm.__file__, vllm.__version__, package.__name__, package.__file__, sep="\\n")
 """
 
@@ -129,7 +129,7 @@ def test_wheel_holds_the_package_and_no_directory_vllm(wheel: Path) -> None:
     assert not [name for name in names if name.startswith("vllm/")]
     source = REPOSITORY / "vllm" / "compressed_linear"
     modules = {f"_vllm_compressed_linear/{p.relative_to(source)}" for p in source.rglob("*.py")}
-    assert "_vllm_compressed_linear/numerics.py" in modules
+    assert "_vllm_compressed_linear/spec/elements.py" in modules
     assert modules <= set(names)
     assert "_vllm_compressed_linear/lib/libcompressed_linear.so" in names
     assert wheel.name.startswith("vllm_compressed_linear-")
@@ -264,7 +264,7 @@ def test_entry_points() -> None:
     points = {(point.group, point.name): point.value for point in distribution.entry_points}
     assert points == {
         ("vllm.general_plugins", "compressed_linear"): "vllm.compressed_linear.plugin:register",
-        ("console_scripts", "vllm-compressed-linear"): "vllm.compressed_linear.cli:main",
+        ("console_scripts", "vllm-compressed-linear"): "vllm.compressed_linear.commands.cli:main",
     }
 
 

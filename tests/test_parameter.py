@@ -11,24 +11,19 @@ from typing import Any
 import pytest
 import torch
 
-from vllm.compressed_linear.descriptor import CheckpointScheme
-from vllm.compressed_linear.formats.awq import awq_gemm_scheme, awq_gemv_scheme
-from vllm.compressed_linear.formats.compressed_tensors import pack_quantized_scheme
-from vllm.compressed_linear.formats.gptq import gptq_scheme
-from vllm.compressed_linear.layout import StandardWeights
-from vllm.compressed_linear.linear import dense_scheme
-from vllm.compressed_linear.parameter import (
+from vllm.compressed_linear.checkpoint.facts import LayerContext, refine
+from vllm.compressed_linear.checkpoint.parameter import (
     CheckpointParameter,
     collect_shards,
     create_parameters,
 )
-from vllm.compressed_linear.refine import LayerContext, refine
-from vllm.compressed_linear.weights import (
-    CheckpointError,
-    LoadedShard,
-    ShardSource,
-    from_standard_layout,
-)
+from vllm.compressed_linear.checkpoint.shard import CheckpointError, LoadedShard, ShardSource
+from vllm.compressed_linear.checkpoint.write import from_standard_layout
+from vllm.compressed_linear.formats.awq import awq_gemm_scheme, awq_gemv_scheme
+from vllm.compressed_linear.formats.compressed_tensors import pack_quantized_scheme
+from vllm.compressed_linear.formats.gptq import gptq_scheme
+from vllm.compressed_linear.integration.linear import dense_scheme
+from vllm.compressed_linear.spec.scheme import CheckpointScheme, StandardWeights
 
 K = 128
 CONTEXT = LayerContext("bfloat16", "bfloat16")

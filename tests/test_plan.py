@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm.compressed_linear import plan as plan_module
-from vllm.compressed_linear.plan import Plan, PlanEntry, Rejection, disagreements
+from vllm.compressed_linear.prepare import plan as plan_module
+from vllm.compressed_linear.prepare.plan import Plan, PlanEntry, Rejection, disagreements
 
 ENTRY = PlanEntry(
     name="model.layers.0.mlp.down_proj",

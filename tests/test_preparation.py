@@ -13,36 +13,33 @@ from hypothesis import strategies as st
 
 from conftest import ISAS
 from strategies import AWQ_ORDER, Weight, weights
-from vllm.compressed_linear import native, numerics
-from vllm.compressed_linear.backends.code_source import CodeLocation, locate_codes
-from vllm.compressed_linear.backends.cpu import CpuBackend
-from vllm.compressed_linear.backends.cpu_int8 import CpuInt8Backend
-from vllm.compressed_linear.backends.cpu_preparation import (
+from vllm.compressed_linear.backends.cpu.int8 import CpuInt8Backend
+from vllm.compressed_linear.backends.cpu.packing import (
     PLANES,
     QUADS,
     PackedLayout,
     pack_codes,
-    pack_standard,
 )
-from vllm.compressed_linear.descriptor import (
+from vllm.compressed_linear.backends.cpu.weight_only import CpuBackend
+from vllm.compressed_linear.backends.shared.repack import CodeLocation, locate_codes
+from vllm.compressed_linear.checkpoint.facts import LayerContext, refine
+from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
+from vllm.compressed_linear.checkpoint.weights import CompressedWeights
+from vllm.compressed_linear.checkpoint.write import from_standard_layout
+from vllm.compressed_linear.formats.awq import awq_gemm_scheme, awq_gemv_scheme
+from vllm.compressed_linear.formats.compressed_tensors import pack_quantized_scheme
+from vllm.compressed_linear.formats.gptq import gptq_scheme
+from vllm.compressed_linear.machine import native
+from vllm.compressed_linear.spec import elements
+from vllm.compressed_linear.spec.descriptor import (
     ActivationSpec,
-    CheckpointScheme,
     CompressedLinearDescriptor,
     ScaleSpec,
     WeightSpec,
 )
-from vllm.compressed_linear.formats.awq import awq_gemm_scheme, awq_gemv_scheme
-from vllm.compressed_linear.formats.compressed_tensors import pack_quantized_scheme
-from vllm.compressed_linear.formats.gptq import gptq_scheme
-from vllm.compressed_linear.layout import Packing, Role, StandardWeights, StoredTensor
-from vllm.compressed_linear.numerics import ElementType, uint
-from vllm.compressed_linear.refine import LayerContext, refine
-from vllm.compressed_linear.weights import (
-    CompressedWeights,
-    LoadedShard,
-    ShardSource,
-    from_standard_layout,
-)
+from vllm.compressed_linear.spec.elements import ElementType, uint
+from vllm.compressed_linear.spec.packing import Packing
+from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role, StandardWeights, StoredTensor
 
 pytestmark = pytest.mark.skipif(native.available() is not None, reason=str(native.available()))
 
@@ -87,8 +84,8 @@ SCHEMES = {
     "wide": plain_scheme(5, Packing(5, "K", "int64", dense=False), ("N", "K")),
     "planes": plain_scheme(7, Packing(7, "K", planes=(4, 2, 1)), ("K", "N")),
     "planes-across": plain_scheme(3, Packing(3, "N", planes=(2, 1)), ("K", "N")),
-    "e4m3": plain_scheme(numerics.E4M3, None, ("N", "K"), "float8_e4m3fn"),
-    "e5m2-down": plain_scheme(numerics.E5M2, None, ("K", "N"), "float8_e5m2"),
+    "e4m3": plain_scheme(elements.E4M3, None, ("N", "K"), "float8_e4m3fn"),
+    "e5m2-down": plain_scheme(elements.E5M2, None, ("K", "N"), "float8_e5m2"),
     "three-across": plain_scheme(3, Packing(3, "N"), ("K", "N")),
 }
 """Layouts that are read without a detour."""
@@ -145,6 +142,20 @@ def loaded(
 
 def layouts(descriptor: CompressedLinearDescriptor) -> list[PackedLayout]:
     return [PLANES, QUADS] if descriptor.weight.element.kind == "integer" else [PLANES]
+
+
+def pack_standard(
+    packed: torch.Tensor,
+    held: CompressedWeights,
+    d: CompressedLinearDescriptor,
+    element: str,
+    layout: PackedLayout,
+) -> None:
+    """Fill ``packed`` through the standard layout."""
+    pack_rows = getattr(torch.ops.compressed_linear, layout.pack_rows)
+    for start, stop in held.chunks(native.TILE):
+        codes = held.rows(start, stop).codes.contiguous()
+        pack_rows(packed, codes, start, d.n, d.group_size, element)
 
 
 def packed_both_ways(
@@ -228,7 +239,7 @@ def test_backends_read_codes_where_they_lie(isa: str, name: str) -> None:
     """Also int8 [N, K], as compressed-tensors writes W8A8."""
     shard = random_shard(SCHEMES[name], 80, 192)
     [part] = refine([shard], CONTEXT)
-    activation = ActivationSpec(numerics.INT8, True, "token")
+    activation = ActivationSpec(elements.INT8, True, "token")
     for backend, layout, d in (
         (CpuBackend, PLANES, part.descriptor),
         (CpuInt8Backend, QUADS, replace(part.descriptor, activation=activation)),

@@ -12,8 +12,8 @@ from conftest import checkpoint
 from model_loading import loaded
 from vllm.compressed_linear import settings
 from vllm.compressed_linear.backends.reference import ReferenceBackend
-from vllm.compressed_linear.execution import SelfCheckError
-from vllm.compressed_linear.registry import register_backend
+from vllm.compressed_linear.backends.registry import register_backend
+from vllm.compressed_linear.prepare.self_check import SelfCheckError
 
 CHECKPOINTS = ["gptqmodel-gptq-w4-g32-asym-descact", "autoawq-awq-gemm-g128-asym"]
 

@@ -10,7 +10,7 @@ import torch
 
 from model_loading import loaded, logits
 from synthetic import Model, Quant, write
-from vllm.compressed_linear.plan import PLAN
+from vllm.compressed_linear.prepare.plan import PLAN
 
 GPTQ = Quant("gptq")
 MODELS = {

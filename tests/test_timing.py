@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
-from vllm.compressed_linear import timing
-from vllm.compressed_linear.timing import Timing, measure
+from vllm.compressed_linear.machine import timing
+from vllm.compressed_linear.machine.timing import Timing, measure
 
 
 class Hand:

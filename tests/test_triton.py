@@ -16,17 +16,18 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vllm.compressed_linear import numerics
-from vllm.compressed_linear.backends import triton_measured, triton_runtime, triton_tiles
-from vllm.compressed_linear.backends.triton import TritonBackend
-from vllm.compressed_linear.backends.triton_layout import columns, pack_codes, packed_rows
-from vllm.compressed_linear.backends.triton_measured import EVERY_M, TileClass, Tiles
-from vllm.compressed_linear.backends.triton_spec import KernelSpec, planes
-from vllm.compressed_linear.gpu import GPUS
-from vllm.compressed_linear.numerics import BF16, E4M3, uint
-from vllm.compressed_linear.platform import Platform
+from vllm.compressed_linear.backends.triton import launch, runtime
+from vllm.compressed_linear.backends.triton import measured as triton_measured
+from vllm.compressed_linear.backends.triton.backend import TritonBackend
+from vllm.compressed_linear.backends.triton.measured import EVERY_M, TileClass, Tiles
+from vllm.compressed_linear.backends.triton.packing import columns, pack_codes, packed_rows
+from vllm.compressed_linear.backends.triton.spec import KernelSpec, planes
+from vllm.compressed_linear.machine.gpus import GPUS
+from vllm.compressed_linear.machine.platform import Platform
+from vllm.compressed_linear.spec import elements
+from vllm.compressed_linear.spec.elements import BF16, E4M3, uint
 from vllm.compressed_linear.testing import Case, conformance_cases
-from vllm.compressed_linear.testing.cases import INT8_TOKEN, MXFP4, NF4, NVFP4
+from vllm.compressed_linear.testing.suite import INT8_TOKEN, MXFP4, NF4, NVFP4
 
 TESTS = Path(__file__).parent
 GPU = Platform.parse("cuda:90")
@@ -51,13 +52,13 @@ def interpreted(*options: str) -> None:
     assert "skipped" not in found.stdout
 
 
-@pytest.mark.skipif(triton_runtime.missing() is not None, reason=str(triton_runtime.missing()))
+@pytest.mark.skipif(runtime.missing() is not None, reason=str(runtime.missing()))
 def test_in_the_interpreter() -> None:
     interpreted()
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(triton_runtime.missing() is not None, reason=str(triton_runtime.missing()))
+@pytest.mark.skipif(runtime.missing() is not None, reason=str(runtime.missing()))
 def test_all_of_the_kit_in_the_interpreter() -> None:
     interpreted("-m", "slow")
 
@@ -145,7 +146,7 @@ def test_every_block_lies_in_a_segment(case: Case) -> None:
     spec = KernelSpec.of(case.build().descriptor)
     assert KernelSpec.parse(spec.text) == spec
     for capability, m in itertools.product((80, 120), (1, 17, 64, 65, 4096)):
-        cut = triton_tiles.cut(spec, case.n, m, 132, capability)
+        cut = launch.cut(spec, case.n, m, 132, capability)
         block = cut.tiles.block_k
         assert block >= 16
         assert spec.filled % block == 0
@@ -158,7 +159,7 @@ def test_every_block_lies_in_a_segment(case: Case) -> None:
 @pytest.mark.parametrize("m", [1, 64, 4096])
 def test_few_tokens_fill_the_gpu(m: int) -> None:
     spec = KernelSpec.of(Case(uint(4, 8), 8, 4096, 128).build().descriptor)
-    cut = triton_tiles.cut(spec, 4096, m, 132, 90)
+    cut = launch.cut(spec, 4096, m, 132, 90)
     programs = -(-m // cut.tiles.block_m) * 4096 // cut.tiles.block_n * cut.splits
     assert programs >= 132
     assert (cut.splits > 1) == (m < 4096)
@@ -170,10 +171,10 @@ INT4_CLASS = TileClass(90, "16-bit", "1-4", 16)
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 103, 120, 121])
 def test_more_is_loaded_ahead_where_there_is_more_shared_memory(capability: int) -> None:
     for operand, codes, up_to in itertools.product(
-        ("16-bit", "parts", "32-bit"), ("1-4", "5-8"), triton_tiles.M_CLASSES
+        ("16-bit", "parts", "32-bit"), ("1-4", "5-8"), launch.M_CLASSES
     ):
-        here = triton_tiles.declared(TileClass(capability, operand, codes, up_to))
-        small = triton_tiles.declared(TileClass(120, operand, codes, up_to))
+        here = launch.declared(TileClass(capability, operand, codes, up_to))
+        small = launch.declared(TileClass(120, operand, codes, up_to))
         assert here.block_k * here.stages >= small.block_k * small.stages
         assert (here == small) or capability in (80, 90, 100, 103)
 
@@ -191,7 +192,7 @@ def test_more_is_loaded_ahead_where_there_is_more_shared_memory(capability: int)
 )
 def test_classes_of_calls(case: Case, m: int, operand: str, codes: str, up_to: int) -> None:
     spec = KernelSpec.of(case.build().descriptor)
-    assert triton_tiles.class_of(spec, m, 90) == TileClass(90, operand, codes, up_to)
+    assert launch.class_of(spec, m, 90) == TileClass(90, operand, codes, up_to)
 
 
 @pytest.mark.parametrize("capability", GPUS)
@@ -199,7 +200,7 @@ def test_classes_of_calls(case: Case, m: int, operand: str, codes: str, up_to: i
 def test_enough_weights_are_on_the_way(codes: str, bits: int, capability: int) -> None:
     """As the table's docstring says: the memory's rate times 0.8 µs, by two programs of each
     multiprocessor."""
-    tiles = triton_tiles.declared(TileClass(capability, "16-bit", codes, 16))
+    tiles = launch.declared(TileClass(capability, "16-bit", codes, 16))
     loaded = 2 * (tiles.stages - 1) * tiles.block_n * tiles.block_k * bits / 8
     facts = GPUS[capability]
     assert loaded >= facts.limits.read * 0.8e-6 / facts.multiprocessors
@@ -224,11 +225,11 @@ def test_measured_tiles_go_before_the_table(measured: Path) -> None:
     assert triton_measured.table() == {INT4_CLASS: second, other: first}
     assert len(measured.read_text().splitlines()) == 4
     # Groups of 128 are filled up to 128 channels, so steps are no longer.
-    assert triton_tiles.tiles_of(spec, 16, 90) == replace(second, block_k=128)
-    assert triton_tiles.tiles_of(spec, 32, 90) == first
+    assert launch.tiles_of(spec, 16, 90) == replace(second, block_k=128)
+    assert launch.tiles_of(spec, 32, 90) == first
     for m, capability in ((16, 80), (33, 90)):
-        declared = triton_tiles.declared(triton_tiles.class_of(spec, m, capability))
-        assert triton_tiles.tiles_of(spec, m, capability) == declared
+        declared = launch.declared(launch.class_of(spec, m, capability))
+        assert launch.tiles_of(spec, m, capability) == declared
 
 
 def test_tiles_measured_with_another_triton_do_not_count(
@@ -293,4 +294,4 @@ def test_prepared_numbers_keep_their_bits() -> None:
     assert scale is not None
     assert torch.equal(tensors["scale"][:, :40].t(), scale.view(torch.uint8))
     assert not tensors["scale"][:, 40:].any()
-    assert tensors["table"].tolist() == numerics.E2M1.table().tolist()
+    assert tensors["table"].tolist() == elements.E2M1.table().tolist()

@@ -18,23 +18,23 @@ from typing import Any
 import pytest
 import torch
 
-from vllm.compressed_linear import numerics
-from vllm.compressed_linear.backends import triton_tiles
-from vllm.compressed_linear.backends.triton import GATHER_ABOVE, scale_kind
-from vllm.compressed_linear.backends.triton_layout import scale_dtype, zero_dtype
-from vllm.compressed_linear.backends.triton_lookup import lookup_constants
-from vllm.compressed_linear.backends.triton_runtime import missing
-from vllm.compressed_linear.backends.triton_spec import KernelSpec
-from vllm.compressed_linear.descriptor import (
+from vllm.compressed_linear.backends.triton import launch as triton_tiles
+from vllm.compressed_linear.backends.triton.backend import GATHER_ABOVE, scale_kind
+from vllm.compressed_linear.backends.triton.lookup import lookup_constants
+from vllm.compressed_linear.backends.triton.packing import scale_dtype, zero_dtype
+from vllm.compressed_linear.backends.triton.runtime import missing
+from vllm.compressed_linear.backends.triton.spec import KernelSpec
+from vllm.compressed_linear.machine.gpus import gpu_facts
+from vllm.compressed_linear.spec import elements
+from vllm.compressed_linear.spec.descriptor import (
     ChannelOrder,
     CompressedLinearDescriptor,
     ScaleSpec,
     WeightSpec,
     ZeroSpec,
 )
-from vllm.compressed_linear.gpu import gpu_facts
-from vllm.compressed_linear.numerics import ElementType, torch_dtype, uint
-from vllm.compressed_linear.testing.cases import INT8_TOKEN, NF4
+from vllm.compressed_linear.spec.elements import ElementType, torch_dtype, uint
+from vllm.compressed_linear.testing.suite import INT8_TOKEN, NF4
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
@@ -88,12 +88,12 @@ LAYERS = {
     "nf4": _layer(NF4, 64, "float32"),
     "nf4 fp16": _layer(NF4, 64, "float32", x="float16"),
     "nf4 fp32": _layer(NF4, 64, "float32", x="float32"),
-    "fp8": _layer(numerics.E4M3, -1, "float32"),
-    "fp8 blocks": _layer(numerics.E5M2, 128, "float32"),
-    "nvfp4": _layer(numerics.E2M1, 16, "float8_e4m3fn", row_scale="float32"),
-    "mxfp4": _layer(numerics.E2M1, 32, "e8m0"),
-    "mxfp4 fp16": _layer(numerics.E2M1, 32, "e8m0", x="float16"),
-    "mxfp6": _layer(numerics.E3M2, 32, "e8m0"),
+    "fp8": _layer(elements.E4M3, -1, "float32"),
+    "fp8 blocks": _layer(elements.E5M2, 128, "float32"),
+    "nvfp4": _layer(elements.E2M1, 16, "float8_e4m3fn", row_scale="float32"),
+    "mxfp4": _layer(elements.E2M1, 32, "e8m0"),
+    "mxfp4 fp16": _layer(elements.E2M1, 32, "e8m0", x="float16"),
+    "mxfp6": _layer(elements.E3M2, 32, "e8m0"),
 }
 QUICK = (("int4", 16), ("nvfp4", 16), ("fp8", 16), ("int8", 16), ("nf4", 16), ("int4 zero", 16))
 """What a normal run compiles, for the first architecture; the others are slow tests."""
@@ -178,7 +178,7 @@ def _compile(
 
 def compile_linear(d: CompressedLinearDescriptor, m: int, architecture: int) -> Compiled:
     """``linear_kernel`` as ``triton_linear`` would launch it for ``m`` tokens."""
-    from vllm.compressed_linear.backends import triton_kernel
+    from vllm.compressed_linear.backends.triton import kernel as triton_kernel
 
     spec = KernelSpec.of(d)
     cut = triton_tiles.cut(spec, d.n, m, 132, architecture)
@@ -205,7 +205,7 @@ def compile_linear(d: CompressedLinearDescriptor, m: int, architecture: int) -> 
 
 def compile_lookup(d: CompressedLinearDescriptor, architecture: int) -> Compiled:
     """``lookup_kernel`` as ``triton_embedding`` would launch it."""
-    from vllm.compressed_linear.backends import triton_lookup_kernel
+    from vllm.compressed_linear.backends.triton import lookup_kernel as triton_lookup_kernel
 
     spec = KernelSpec.of(d)
     pointers = {"ids": "*i64", "out": _pointer(torch_dtype(d.output_dtype))}

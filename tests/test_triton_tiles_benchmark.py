@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from benchmarks import triton_tiles as benchmark
-from vllm.compressed_linear.backends import triton_measured, triton_tiles
-from vllm.compressed_linear.backends.triton_measured import Tiles
-from vllm.compressed_linear.backends.triton_spec import KernelSpec
+from vllm.compressed_linear.backends.triton import launch, measured
+from vllm.compressed_linear.backends.triton.measured import Tiles
+from vllm.compressed_linear.backends.triton.spec import KernelSpec
 
 DECLARED = Tiles(16, 128, 64, 4, 4)
 
@@ -38,7 +38,7 @@ def test_without_a_gpu_it_ends_with_one_line(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_every_kind_is_of_another_class_that_serving_knows() -> None:
     specs = [KernelSpec.of(benchmark.layers_of(kind)[0]) for kind in benchmark.KINDS]
-    classes = {triton_tiles.class_of(spec, 1, 90) for spec in specs}
+    classes = {launch.class_of(spec, 1, 90) for spec in specs}
     assert {(c.operand, c.codes) for c in classes} == {
         ("16-bit", "1-4"),
         ("16-bit", "5-8"),
@@ -87,13 +87,13 @@ def test_what_does_not_fit_is_told_and_left_out() -> None:
 
 def test_calls_are_cut_as_they_are_measured() -> None:
     spec = KernelSpec.of(benchmark.layers_of("int4")[0])
-    key = triton_tiles.class_of(spec, 16, 90)
-    before = triton_tiles.tiles_of(spec, 16, 90)
+    key = launch.class_of(spec, 16, 90)
+    before = launch.tiles_of(spec, 16, 90)
     tried = Tiles(16, 64, 32, 8, 2)
     with benchmark.cut_as(key, tried):
-        assert triton_tiles.tiles_of(spec, 16, 90) == tried
+        assert launch.tiles_of(spec, 16, 90) == tried
         with benchmark.cut_as(key, DECLARED):
-            assert triton_tiles.tiles_of(spec, 16, 90) == DECLARED
-        assert triton_tiles.tiles_of(spec, 16, 90) == tried
-    assert triton_tiles.tiles_of(spec, 16, 90) == before
-    assert key not in triton_measured.table()
+            assert launch.tiles_of(spec, 16, 90) == DECLARED
+        assert launch.tiles_of(spec, 16, 90) == tried
+    assert launch.tiles_of(spec, 16, 90) == before
+    assert key not in measured.table()

@@ -20,30 +20,34 @@ from typer.testing import CliRunner, Result
 
 from conftest import checkpoint
 from model_loading import loaded
-from vllm.compressed_linear import cli, machine, registry, settings, timing, tune_file
-from vllm.compressed_linear import tune as tuning
+from vllm.compressed_linear import settings
+from vllm.compressed_linear.backends import measurements, registry
+from vllm.compressed_linear.backends.measurements import MachineKey, Measured, TuneFileError, read
 from vllm.compressed_linear.backends.reference import ReferenceBackend
-from vllm.compressed_linear.cost import GPU_MIX, MIX, expected_seconds
-from vllm.compressed_linear.descriptor import (
+from vllm.compressed_linear.checkpoint.facts import LayerContext, refine
+from vllm.compressed_linear.commands import cli
+from vllm.compressed_linear.commands.explain.explain import explain
+from vllm.compressed_linear.commands.tune import tune as tuning
+from vllm.compressed_linear.commands.tune.random_weights import made_up_weights
+from vllm.compressed_linear.commands.tune.text import print_result
+from vllm.compressed_linear.commands.tune.tune import Measuring, TuneError, tune
+from vllm.compressed_linear.integration.linear import detect_platform
+from vllm.compressed_linear.machine import limits as machine
+from vllm.compressed_linear.machine import timing
+from vllm.compressed_linear.machine.cost import GPU_MIX, MIX, expected_seconds
+from vllm.compressed_linear.machine.platform import Platform
+from vllm.compressed_linear.prepare.plan import PLAN
+from vllm.compressed_linear.prepare.self_check import SelfCheckError, self_check
+from vllm.compressed_linear.settings import Settings
+from vllm.compressed_linear.spec.descriptor import (
     ActivationSpec,
     CompressedLinearDescriptor,
     ScaleSpec,
     TransformSpec,
     WeightSpec,
 )
-from vllm.compressed_linear.execution import SelfCheckError, self_check
-from vllm.compressed_linear.explain import explain
-from vllm.compressed_linear.linear import detect_platform
-from vllm.compressed_linear.made_up import made_up_weights
-from vllm.compressed_linear.numerics import E2M1, E4M3, INT8, torch_dtype, uint
-from vllm.compressed_linear.plan import PLAN
-from vllm.compressed_linear.platform import Platform
-from vllm.compressed_linear.refine import LayerContext, refine
-from vllm.compressed_linear.settings import Settings
+from vllm.compressed_linear.spec.elements import E2M1, E4M3, INT8, torch_dtype, uint
 from vllm.compressed_linear.testing import Case, conformance_cases
-from vllm.compressed_linear.tune import Measuring, TuneError, tune
-from vllm.compressed_linear.tune_file import MachineKey, Measured, TuneFileError, read
-from vllm.compressed_linear.tune_text import print_result
 
 MODEL = "gptqmodel-gptq-w4-g128-sym"
 ACT_ORDER = "gptqmodel-gptq-w4-g32-asym-descact"
@@ -97,12 +101,12 @@ def only_toys(clean_registry: None, monkeypatch: pytest.MonkeyPatch) -> Iterator
             registry.unregister_backend(name)
     registry.register_backend(Fast)
     registry.register_backend(Slow)
-    tune_file._load.cache_clear()
+    measurements._load.cache_clear()
     monkeypatch.setattr(Toy, "sizes", [])
     # The rates of a machine on which only toys take time.
     monkeypatch.setattr(timing, "best_rate", lambda work, action, seconds, now: 12345678.9)
     yield
-    tune_file._load.cache_clear()
+    measurements._load.cache_clear()
 
 
 def tuned(model: str, output: Path, **options: Any) -> tuning.TuneResult:
@@ -166,14 +170,14 @@ def test_a_file_of_other_threads_is_mentioned_once_and_not_used(
     data["machines"][0]["key"]["threads"] += 1
     file.write_text(json.dumps(data))
     monkeypatch.setenv(settings.TUNE_FILE, str(file))
-    from vllm.compressed_linear import linear
+    from vllm.compressed_linear.integration import linear
 
     said: list[str] = []
     monkeypatch.setattr(linear.logger, "warning", lambda text, *a: said.append(text % a))
     with loaded(checkpoint(MODEL), "bfloat16"):
         assert {entry.chosen_by for entry in PLAN.entries.values()} == {"cost model"}
     assert [line for line in said if "tune file" in line] == [
-        tune_file.load(str(file), detect_platform()).note
+        measurements.load(str(file), detect_platform()).note
     ]
     assert "was made with threads" in said[0]
     found = explain(str(checkpoint(MODEL)), platform=detect_platform(), settings=Settings.read())
@@ -201,7 +205,7 @@ def test_all_ranks_are_measured(tmp_path: Path) -> None:
         settings=Settings(),
     ).layers:
         for cases in (layer.cases, *(cases for _, cases in layer.other_ranks)):
-            wanted |= {tune_file.speed_key(part.descriptor) for part in cases[0].parts}
+            wanted |= {part.descriptor for part in cases[0].parts}
     assert {layer.descriptor for layer in result.layers} == wanted
     assert len(wanted) > 5
 
@@ -336,7 +340,7 @@ def described_anew(descriptor: CompressedLinearDescriptor) -> CompressedLinearDe
     """What loading would say of weights made up for ``descriptor``."""
     context = LayerContext(descriptor.input_dtype, descriptor.output_dtype, descriptor.bias_dtype)
     (part,) = refine(made_up_weights(descriptor).shards, context)
-    return replace(part.descriptor, shards=descriptor.shards)
+    return part.descriptor
 
 
 NVFP4 = WeightSpec(E2M1, ScaleSpec("float8_e4m3fn", "group", 16), row_scale="float32")
@@ -439,7 +443,7 @@ def test_errors_are_one_line(arguments: tuple[str, ...], message: str, tmp_path:
     damaged = tmp_path / "damaged.json"
     damaged.write_text("{")
     places = {"MODEL": str(checkpoint(MODEL)), "DAMAGED": str(damaged)}
-    command = [sys.executable, "-m", "vllm.compressed_linear.cli"]
+    command = [sys.executable, "-m", "vllm.compressed_linear.commands.cli"]
     command += [places.get(argument, argument) for argument in arguments]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1, result.stderr

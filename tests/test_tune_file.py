@@ -11,14 +11,8 @@ from typing import Any
 
 import pytest
 
-from vllm.compressed_linear import tune_file
-from vllm.compressed_linear.cost import MIX
-from vllm.compressed_linear.descriptor import CompressedLinearDescriptor, ScaleSpec, WeightSpec
-from vllm.compressed_linear.machine import MachineLimits
-from vllm.compressed_linear.numerics import uint
-from vllm.compressed_linear.platform import Platform
-from vllm.compressed_linear.settings import default_tune_file
-from vllm.compressed_linear.tune_file import (
+from vllm.compressed_linear.backends import measurements as tune_file
+from vllm.compressed_linear.backends.measurements import (
     MachineKey,
     Measured,
     Measurements,
@@ -26,8 +20,13 @@ from vllm.compressed_linear.tune_file import (
     load,
     merge,
     read,
-    speed_key,
 )
+from vllm.compressed_linear.machine.cost import MIX
+from vllm.compressed_linear.machine.limits import MachineLimits
+from vllm.compressed_linear.machine.platform import Platform
+from vllm.compressed_linear.settings import default_tune_file
+from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor, ScaleSpec, WeightSpec
+from vllm.compressed_linear.spec.elements import uint
 
 WEIGHT = WeightSpec(uint(4, 8), ScaleSpec("bfloat16", "group", 32))
 DESCRIPTOR = CompressedLinearDescriptor(128, 64, WEIGHT, "bfloat16", "bfloat16")
@@ -85,10 +84,8 @@ def test_new_measurements_join_the_old(tmp_path: Path) -> None:
     assert found[elsewhere] == of(cpu=1e-4)
 
 
-def test_speed_does_not_depend_on_rank_or_shards() -> None:
-    cut = replace(DESCRIPTOR, tp_rank=3, tp_size=4, shards=(32, 32))
-    assert speed_key(cut) == speed_key(DESCRIPTOR) == DESCRIPTOR
-    assert of(cpu=1.0).of(cut).keys() == {"cpu"}
+def test_measurements_are_found_by_the_descriptor() -> None:
+    assert of(cpu=1.0).of(replace(DESCRIPTOR)).keys() == {"cpu"}
     assert not of(cpu=1.0).of(replace(DESCRIPTOR, input_dtype="float16"))
 
 
@@ -113,7 +110,8 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "cut off": (lambda data: json.dumps(data)[:-20], "is no JSON"),
     "another file": (lambda data: json.dumps({"layers": []}), "is no tune file"),
     "a list": (lambda data: "[]", "is no tune file"),
-    "a later version": (lambda data: data.update(version=2), "has version 2, expected 1"),
+    "a later version": (lambda data: data.update(version=3), "has version 3, expected 2"),
+    "an earlier version": (lambda data: data.update(version=1), "has version 1, expected 2"),
     "no key": (lambda data: data["machines"][0].pop("key"), "damaged: KeyError: 'key'"),
     "threads in words": (
         lambda data: data["machines"][0]["key"].update(threads="two"),

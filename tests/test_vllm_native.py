@@ -16,27 +16,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import assert_matches_reference, checkpoint_reference, checkpoint_tensors
-from vllm.compressed_linear import compat_kernels
-from vllm.compressed_linear.backend import contract_bound
 from vllm.compressed_linear.backends import vllm_native
+from vllm.compressed_linear.backends.contract import contract_bound
 from vllm.compressed_linear.backends.reference import ReferenceBackend
 from vllm.compressed_linear.backends.vllm_native import VllmNativeBackend
-from vllm.compressed_linear.descriptor import (
+from vllm.compressed_linear.backends.vllm_native.classes import mixed_precision
+from vllm.compressed_linear.checkpoint.facts import LayerContext, Part, refine
+from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
+from vllm.compressed_linear.machine.platform import Platform, cpu_features
+from vllm.compressed_linear.spec.descriptor import (
     ActivationSpec,
     ChannelOrder,
-    CheckpointScheme,
     CompressedLinearDescriptor,
     ScaleSpec,
     TransformSpec,
     WeightSpec,
     ZeroSpec,
 )
-from vllm.compressed_linear.layout import Packing, Role, StoredTensor, ZeroBump, pack
-from vllm.compressed_linear.numerics import BF16, E2M1, ElementType, torch_dtype, uint
-from vllm.compressed_linear.platform import Platform, cpu_features
-from vllm.compressed_linear.refine import LayerContext, Part, refine
+from vllm.compressed_linear.spec.elements import BF16, E2M1, ElementType, torch_dtype, uint
+from vllm.compressed_linear.spec.packing import Packing, ZeroBump, pack
+from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role, StoredTensor
 from vllm.compressed_linear.testing import check_backend
-from vllm.compressed_linear.weights import LoadedShard, ShardSource
 
 HERE = Platform("cpu", host.machine(), cpu_features())
 FORMATS = ("gptq", "awq", "compressed-tensors")
@@ -44,9 +44,9 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 LEAST_NORMAL = torch.finfo(torch.float32).smallest_normal
 
 needs_kernel = pytest.mark.skipif(
-    compat_kernels.unavailable() is not None
-    or compat_kernels.missing_cpu_op(vllm_native.CPU_OP, HERE) is not None
-    or compat_kernels.quantises_activations(HERE, "bfloat16") is not None,
+    mixed_precision.unavailable() is not None
+    or mixed_precision.missing_cpu_op(vllm_native.CPU_OP, HERE) is not None
+    or mixed_precision.quantises_activations(HERE, "bfloat16") is not None,
     reason="vLLM's cpu_gemm_wna16 cannot run unquantised activations here",
 )
 
@@ -55,8 +55,8 @@ needs_kernel = pytest.mark.skipif(
 def fresh_answers() -> Iterator[None]:
     """Tests change vLLM's classes; what was cached about them must not outlive a test."""
     yield
-    compat_kernels.unavailable.cache_clear()
-    compat_kernels.ready.cache_clear()
+    mixed_precision.unavailable.cache_clear()
+    mixed_precision.ready.cache_clear()
 
 
 @dataclass(frozen=True)
@@ -426,7 +426,7 @@ def test_a_new_instance_needs_only_the_tensors() -> None:
     backend, tensors = prepared(part)
     x = torch.randn(2, 128).bfloat16()
     want = backend.apply(tensors, x)
-    compat_kernels.ready.cache_clear()
+    mixed_precision.ready.cache_clear()
     copied = {name: tensor.clone() for name, tensor in tensors.items()}
     assert torch.equal(VllmNativeBackend(part.descriptor).apply(copied, x), want)
 
@@ -583,11 +583,11 @@ def test_every_reason_is_given(declined: CompressedLinearDescriptor, expected: l
 @needs_kernel
 def test_a_declined_descriptor_is_not_prepared_either() -> None:
     """vLLM's constructor asserts a tuple, which is always true; ours asks."""
-    request = compat_kernels.KernelRequest(100, 64, 4, 8, False, -1, "bfloat16")
+    request = mixed_precision.KernelRequest(100, 64, 4, 8, False, -1, "bfloat16")
     with pytest.raises(ValueError, match=r"Input size \(100\)"):
-        compat_kernels.build(vllm_native.CPU_KERNEL, "cpu", request)
+        mixed_precision.build(vllm_native.CPU_KERNEL, "cpu", request)
     with pytest.raises(ValueError, match="no kernel class Nothing"):
-        compat_kernels.build("Nothing", "cpu", request)
+        mixed_precision.build("Nothing", "cpu", request)
 
 
 @needs_kernel
@@ -628,8 +628,9 @@ def test_the_operator_is_looked_for_in_the_library_of_the_platform() -> None:
     )
     assert VllmNativeBackend.can_implement(descriptor(), Platform.parse("cpu:avx512"))
     assert VllmNativeBackend.can_implement(descriptor(), Platform.parse("cpu:avx512bf16"))
+    avx2 = Platform.parse("cpu:avx2")
     assert VllmNativeBackend.can_implement(
-        descriptor(), Platform.parse("cpu:avx2").with_ops("_C::cpu_gemm_wna16")
+        descriptor(), dataclasses.replace(avx2, ops=avx2.ops | {"_C::cpu_gemm_wna16"})
     )
     told = dataclasses.replace(HERE, missing=(("_C::cpu_gemm_wna16", "not built today"),))
     assert "not built today" in reasons(descriptor(), told)
@@ -659,14 +660,14 @@ def test_weights_repacked_for_8_bit_activations_stop_the_load(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     part = part_of("gptq", values())
-    real = compat_kernels.repack
+    real = mixed_precision.repack
 
     def repack(*args: Any) -> torch.nn.Module:
         layer = real(*args)
         layer.use_w4a8 = True  # type: ignore[assignment]
         return layer
 
-    monkeypatch.setattr(compat_kernels, "repack", repack)
+    monkeypatch.setattr(mixed_precision, "repack", repack)
     with pytest.raises(RuntimeError, match="repacked the weights for 8-bit activations"):
         VllmNativeBackend(part.descriptor).prep_weights_for_execution(part.weights)
 
@@ -702,7 +703,7 @@ def test_a_vllm_with_another_interface_is_a_reason_and_no_exception(
         quant_key: Mapping[str, str]
 
     monkeypatch.setattr(home, "MPLinearLayerConfig", Newer)
-    compat_kernels.unavailable.cache_clear()
+    mixed_precision.unavailable.cache_clear()
     assert "needs 'quant_key', which is not known here" in reasons(descriptor())
 
 
@@ -712,7 +713,7 @@ def test_a_class_without_our_keywords_is_a_reason(monkeypatch: pytest.MonkeyPatc
     def init(self: Any, config: Any) -> None: ...
 
     monkeypatch.setattr(home.MPLinearKernel, "__init__", init)
-    compat_kernels.unavailable.cache_clear()
+    mixed_precision.unavailable.cache_clear()
     assert "takes no 'c'" in reasons(descriptor())
 
 

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import cuda_doubles
 from cuda_doubles import expect
 from test_vllm_native_gpu import assert_in_contract, check, reasons
-from vllm.compressed_linear import compat_accelerators
+from vllm.compressed_linear.backends.registry import select
 from vllm.compressed_linear.backends.vllm_native import (
     VllmNativeBackend,
     backend,
@@ -28,11 +28,12 @@ from vllm.compressed_linear.backends.vllm_native import (
     scaled_mm,
     table,
 )
-from vllm.compressed_linear.descriptor import ActivationSpec, CompressedLinearDescriptor
-from vllm.compressed_linear.numerics import E4M3
-from vllm.compressed_linear.platform import Platform
-from vllm.compressed_linear.registry import select
-from vllm.compressed_linear.testing.cases import FP8_BLOCK, Case
+from vllm.compressed_linear.backends.vllm_native.classes import accelerators
+from vllm.compressed_linear.machine.platform import Platform
+from vllm.compressed_linear.spec.descriptor import ActivationSpec, CompressedLinearDescriptor
+from vllm.compressed_linear.spec.elements import E4M3
+from vllm.compressed_linear.testing.cases import Case
+from vllm.compressed_linear.testing.suite import FP8_BLOCK
 
 A100, L40S, H100 = (Platform.parse(f"cuda:{capability}") for capability in (80, 89, 90))
 on_both = pytest.mark.parametrize("platform", [L40S, H100], ids=["cuda:89", "cuda:90"])
@@ -44,7 +45,7 @@ GROUPS = ActivationSpec(E4M3, True, "group", group_size=128, maximum=448.0)
 BLOCKS = replace(FP8_BLOCK, n=384, shards=(), activation=GROUPS)
 
 pytestmark = pytest.mark.skipif(
-    compat_accelerators.unavailable("fp8 blocks") is not None,
+    accelerators.unavailable("fp8 blocks") is not None,
     reason="this vLLM has no kernel classes that are known here",
 )
 
@@ -171,7 +172,7 @@ def test_a_wrong_scale_of_a_block_breaks_the_bound() -> None:
     """The tests above can fail: one scale of six is seen."""
     problem = BLOCKS.build()
     d = problem.descriptor
-    with compat_accelerators.pretending(H100):
+    with accelerators.pretending(H100):
         tensors = backend.prepare(d, problem.weights, H100)
         tensors["cutlassfp8block_weight_scale"][1, 0] *= 1.01
         x = problem.activations(3)
@@ -263,9 +264,9 @@ def test_vllms_own_method_builds_the_same(
     d = problem.descriptor
     stored = [shard.tensors for shard in problem.own.shards]
     with (
-        compat_accelerators.pretending(platform),
-        compat_accelerators.configured(),
-        compat_accelerators.default_dtype(torch.bfloat16),
+        accelerators.pretending(platform),
+        accelerators.configured(),
+        accelerators.default_dtype(torch.bfloat16),
     ):
         method, scale_name = _BY_VLLM[name]()
         theirs = torch.nn.Module()
@@ -308,7 +309,7 @@ def test_apply_on_fake_cuda_tensors(platform: Platform, m: int) -> None:
     """Every tensor that reaches an operator is on the GPU and has the shape it asks for."""
     problem = replace(BLOCKS, n=160, shards=(), bias_dtype="bfloat16").build()
     d = problem.descriptor
-    with compat_accelerators.pretending(platform):
+    with accelerators.pretending(platform):
         tensors = backend.prepare(d, problem.weights, platform)
         adapter = table.preferred(table.answers(d, platform))
         assert adapter is not None

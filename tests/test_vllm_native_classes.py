@@ -18,7 +18,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import cuda_doubles
 import fp4_doubles
 from test_vllm_native_gpu import assert_in_contract, reasons, vllms_layer
-from vllm.compressed_linear import compat_accelerators
 from vllm.compressed_linear.backends.vllm_native import (
     VllmNativeBackend,
     backend,
@@ -26,10 +25,11 @@ from vllm.compressed_linear.backends.vllm_native import (
     op,
     table,
 )
-from vllm.compressed_linear.descriptor import ActivationSpec
-from vllm.compressed_linear.layout import Packing, unpack
-from vllm.compressed_linear.numerics import E2M3, E4M3, uint
-from vllm.compressed_linear.platform import Platform
+from vllm.compressed_linear.backends.vllm_native.classes import accelerators as compat_accelerators
+from vllm.compressed_linear.machine.platform import Platform
+from vllm.compressed_linear.spec.descriptor import ActivationSpec
+from vllm.compressed_linear.spec.elements import E2M3, E4M3, uint
+from vllm.compressed_linear.spec.packing import Packing, unpack
 from vllm.compressed_linear.testing.cases import Case
 
 A100, L40S, H100 = (Platform.parse(f"cuda:{capability}") for capability in (80, 89, 90))

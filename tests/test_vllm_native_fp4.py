@@ -15,8 +15,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import cuda_doubles
 import fp4_doubles
 from test_vllm_native_gpu import assert_in_contract, check, reasons, vllms_layer
-from vllm.compressed_linear import compat_accelerators
-from vllm.compressed_linear.activation import quantize_dequantize
 from vllm.compressed_linear.backends.vllm_native import (
     VllmNativeBackend,
     backend,
@@ -24,18 +22,21 @@ from vllm.compressed_linear.backends.vllm_native import (
     op,
     table,
 )
+from vllm.compressed_linear.backends.vllm_native.classes import accelerators
 from vllm.compressed_linear.backends.vllm_native.nvfp4 import ACTIVATION
-from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
-from vllm.compressed_linear.platform import Platform
-from vllm.compressed_linear.refine import LayerContext, refine
-from vllm.compressed_linear.testing.cases import NVFP4, Case, conformance_cases
+from vllm.compressed_linear.checkpoint.facts import LayerContext, refine
+from vllm.compressed_linear.machine.platform import Platform
+from vllm.compressed_linear.spec.activation import quantize_dequantize
+from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
+from vllm.compressed_linear.testing.cases import Case
+from vllm.compressed_linear.testing.suite import NVFP4, conformance_cases
 
 CUTLASS, TORCH = "CutlassNvFp4LinearKernel", "TorchNvFp4LinearKernel"
 B200, RTX5090 = Platform.parse("cuda:100"), Platform.parse("cuda:120")
 W4A4 = replace(NVFP4, n=128, k=256, shards=(), activation=ACTIVATION)
 
 pytestmark = pytest.mark.skipif(
-    compat_accelerators.unavailable("nvfp4") is not None,
+    accelerators.unavailable("nvfp4") is not None,
     reason="this vLLM has no kernel classes that are known here",
 )
 
@@ -99,7 +100,7 @@ def test_a_wrong_code_and_a_wrong_scale_break_the_bound() -> None:
     problem = W4A4.build()
     d = problem.descriptor
     x = torch.eye(256).bfloat16()
-    with compat_accelerators.pretending(B200):
+    with accelerators.pretending(B200):
         for name in ("cutlassnvfp4_weight", "cutlassnvfp4_weight_scale"):
             tensors = backend.prepare(d, problem.weights, B200)
             tensors[name].view(torch.uint8)[3, 5] ^= 1 << 2
@@ -139,7 +140,7 @@ def test_a_static_scale_that_is_no_positive_number_stops_the_load() -> None:
     problem = W4A4.build()
     problem.weights.input_scale = torch.tensor([-0.5])
     with (
-        compat_accelerators.pretending(B200),
+        accelerators.pretending(B200),
         pytest.raises(ValueError, match=r"the static scale of x is -0\.5, expected a positive"),
     ):
         backend.prepare(problem.descriptor, problem.weights, B200)
@@ -150,7 +151,7 @@ def test_layers_with_unlike_input_scales_are_parts_of_their_own() -> None:
     shards[1].tensors["input_scale"] = shards[1].tensors["input_scale"] * 2
     parts = refine(shards, LayerContext("bfloat16", "bfloat16"))
     assert [part.descriptor.n for part in parts] == [64, 64]
-    with compat_accelerators.pretending(B200):
+    with accelerators.pretending(B200):
         made = [backend.prepare(part.descriptor, part.weights, B200) for part in parts]
     one, two = (float(tensors["cutlassnvfp4_input_global_scale_inv"]) for tensors in made)
     assert two == one / 2
@@ -243,7 +244,7 @@ def test_vllm_s_own_method_builds_the_same(
         monkeypatch.setenv("VLLM_DISABLED_KERNELS", ",".join(disabled))
     problem = case.build()
     d, x = problem.descriptor, problem.activations(5)
-    with compat_accelerators.pretending(B200), compat_accelerators.configured():
+    with accelerators.pretending(B200), accelerators.configured():
         method, apply, checkpoint = make(problem.own.shards[0].tensors)
         theirs = vllms_layer(method, checkpoint, d.n, d.k)
         expected = apply(theirs, x)
@@ -272,7 +273,7 @@ def test_vllm_s_own_method_builds_the_same(
 def test_scales_lie_where_the_tensor_cores_read_them() -> None:
     """By the formula of NVIDIA's documentation, not by vLLM's reordering."""
     problem = replace(W4A4, n=200, k=336, shards=()).build()
-    with compat_accelerators.pretending(B200):
+    with accelerators.pretending(B200):
         tensors = backend.prepare(problem.descriptor, problem.weights, B200)
     tiles = tensors["cutlassnvfp4_weight_scale"]
     assert tiles.shape == (256, 24)
@@ -293,7 +294,7 @@ def test_apply_on_fake_cuda_tensors(kernel: str, m: int, monkeypatch: pytest.Mon
     case = replace(W4A4, n=96, k=80, shards=(64, 32), order="act", bias_dtype="bfloat16")
     problem = case.build()
     d = problem.descriptor
-    with compat_accelerators.pretending(B200):
+    with accelerators.pretending(B200):
         tensors = backend.prepare(d, problem.weights, B200)
         tag = table.preferred(table.answers(d, B200)).tag  # type: ignore[union-attr]
         with FakeTensorMode():
@@ -313,7 +314,7 @@ def test_apply_on_fake_cuda_tensors(kernel: str, m: int, monkeypatch: pytest.Mon
 def test_the_operator_is_well_behaved() -> None:
     problem = W4A4.build()
     d: CompressedLinearDescriptor = problem.descriptor
-    with compat_accelerators.pretending(B200):
+    with accelerators.pretending(B200):
         tensors = backend.prepare(d, problem.weights, B200)
         own = {name.removeprefix("cutlassnvfp4_"): t for name, t in tensors.items()}
         names, text = ",".join(own), op.text_of(d)
@@ -328,8 +329,8 @@ def test_the_operator_is_well_behaved() -> None:
 
 def test_prepared_bytes_are_those_of_whole_tiles() -> None:
     problem = W4A4.build()
-    with compat_accelerators.pretending(B200):
+    with accelerators.pretending(B200):
         tensors = backend.prepare(problem.descriptor, problem.weights, B200)
     stated = VllmNativeBackend.prepared_bytes(problem.descriptor)
     large = [t for t in tensors.values() if t.dim()]
-    assert stated == sum(t.numel() * t.element_size() for t in large)
+    assert stated == sum(t.nbytes for t in large)

@@ -19,8 +19,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cuda_doubles
-from vllm.compressed_linear import compat_accelerators
-from vllm.compressed_linear.backend import QuantLinearMethod
+from vllm.compressed_linear.backends.base import QuantLinearMethod
 from vllm.compressed_linear.backends.vllm_native import (
     VllmNativeBackend,
     backend,
@@ -28,18 +27,20 @@ from vllm.compressed_linear.backends.vllm_native import (
     scaled_mm,
     table,
 )
-from vllm.compressed_linear.descriptor import ActivationSpec, CompressedLinearDescriptor
-from vllm.compressed_linear.layout import Packing, pack, unpack
-from vllm.compressed_linear.numerics import BF16, E2M1, E4M3, INT8, uint
-from vllm.compressed_linear.platform import Platform
-from vllm.compressed_linear.testing.cases import Case, Problem, conformance_cases
-from vllm.compressed_linear.wheel_ops import CUDA_OPS
+from vllm.compressed_linear.backends.vllm_native.classes import accelerators
+from vllm.compressed_linear.machine.platform import Platform
+from vllm.compressed_linear.machine.vllm_wheel import CUDA_OPS
+from vllm.compressed_linear.spec.descriptor import ActivationSpec, CompressedLinearDescriptor
+from vllm.compressed_linear.spec.elements import BF16, E2M1, E4M3, INT8, uint
+from vllm.compressed_linear.spec.packing import Packing, pack, unpack
+from vllm.compressed_linear.testing.cases import Case, Problem
+from vllm.compressed_linear.testing.suite import conformance_cases
 
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 A100, H100 = Platform.parse("cuda:80"), Platform.parse("cuda:90")
 
 pytestmark = pytest.mark.skipif(
-    compat_accelerators.unavailable("mixed precision") is not None,
+    accelerators.unavailable("mixed precision") is not None,
     reason="this vLLM has no kernel classes that are known here",
 )
 
@@ -69,7 +70,7 @@ def assert_in_contract(case: Case, platform: Platform, rows: tuple[int, ...] = (
     d = problem.descriptor
     verdict = VllmNativeBackend.can_implement(d, platform)
     assert verdict, str(verdict)
-    with compat_accelerators.pretending(platform):
+    with accelerators.pretending(platform):
         tensors = backend.prepare(d, problem.weights, platform)
         assert all(type(tensor) is torch.Tensor for tensor in tensors.values())
         for count in rows:
@@ -173,7 +174,7 @@ def test_a_wrong_code_breaks_the_bound() -> None:
     """The tests above can fail: one code of a group is seen."""
     problem = _INT4.build()
     d = problem.descriptor
-    with compat_accelerators.pretending(A100):
+    with accelerators.pretending(A100):
         tensors = backend.prepare(d, problem.weights, A100)
         tensors["marlin_weight_packed"][3, 5] ^= 1 << 7
         x = torch.eye(256)[:, :].bfloat16()
@@ -221,7 +222,7 @@ def test_a_scale_that_16_bits_cannot_hold_stops_the_load() -> None:
     problem = replace(_INT4, input_dtype="float16", scale_dtype="float16", output_dtype="").build()
     problem.weights.shards[0].tensors["scale"][3, 1] = 60000.0
     with (
-        compat_accelerators.pretending(A100),
+        accelerators.pretending(A100),
         pytest.raises(ValueError, match="a scale of 60000, whose weights"),
     ):
         backend.prepare(problem.descriptor, problem.weights, A100)
@@ -386,7 +387,7 @@ def test_compressed_tensors_method_builds_the_same(
     if zero is not None:
         # vLLM would take Machete on Hopper; ours does not, because of its zero points.
         monkeypatch.setenv("VLLM_DISABLED_KERNELS", MACHETE)
-    with compat_accelerators.pretending(platform), compat_accelerators.configured():
+    with accelerators.pretending(platform), accelerators.configured():
         strategy = "channel" if group == -1 else "group"
         method = CompressedTensorsWNA16(
             strategy=strategy,
@@ -527,9 +528,9 @@ def test_vllms_own_method_builds_the_same(name: str, monkeypatch: pytest.MonkeyP
     problem = case.build()
     d = problem.descriptor
     with (
-        compat_accelerators.pretending(platform),
-        compat_accelerators.configured(),
-        compat_accelerators.default_dtype(torch.bfloat16),
+        accelerators.pretending(platform),
+        accelerators.configured(),
+        accelerators.default_dtype(torch.bfloat16),
     ):
         method, tensors, names = make(problem.own.shards[0].tensors, case)
         theirs = vllms_layer(method, tensors, d.n, d.k)
@@ -563,7 +564,7 @@ def test_vllms_own_method_builds_the_same(name: str, monkeypatch: pytest.MonkeyP
 def test_a_wrong_code_of_a_float_breaks_the_bound(case: Case, tensor: str) -> None:
     problem = case.build()
     d = problem.descriptor
-    with compat_accelerators.pretending(A100):
+    with accelerators.pretending(A100):
         tensors = backend.prepare(d, problem.weights, A100)
         tensors[tensor][3, 5] ^= 1 << 7
         x = torch.eye(256).bfloat16()
@@ -598,7 +599,7 @@ def test_apply_on_fake_cuda_tensors(name: str, m: int) -> None:
     case, platform = _FAKED[name]
     problem = replace(case, bias_dtype="bfloat16").build()
     d = problem.descriptor
-    with compat_accelerators.pretending(platform):
+    with accelerators.pretending(platform):
         tensors = backend.prepare(d, problem.weights, platform)
         with FakeTensorMode(), cuda_doubles.every_call():
             on_gpu = {
@@ -621,7 +622,7 @@ def test_apply_on_fake_cuda_tensors(name: str, m: int) -> None:
 def test_the_operator_is_a_well_behaved_custom_op() -> None:
     problem = replace(_INT4, bias_dtype="bfloat16").build()
     d = problem.descriptor
-    with compat_accelerators.pretending(A100):
+    with accelerators.pretending(A100):
         tensors = backend.prepare(d, problem.weights, A100)
         own = {k.removeprefix("marlin_"): v for k, v in tensors.items()}
         torch.library.opcheck(
@@ -645,7 +646,7 @@ def test_the_operator_is_a_well_behaved_custom_op() -> None:
 def test_apply_compiles_as_one_graph() -> None:
     """vLLM compiles models as one graph: whatever the compiler cannot follow would stop it."""
     problem = replace(_INT4, bias_dtype="bfloat16").build()
-    with compat_accelerators.pretending(A100):
+    with accelerators.pretending(A100):
         method = VllmNativeBackend(problem.descriptor)
         tensors = backend.prepare(problem.descriptor, problem.weights, A100)
         x = problem.activations(4)
@@ -667,12 +668,12 @@ def test_pretending_leaves_nothing_behind() -> None:
     from vllm.platforms import current_platform
 
     before = type(current_platform)
-    with compat_accelerators.pretending(H100):
+    with accelerators.pretending(H100):
         assert current_platform.is_cuda()
         assert current_platform.is_device_capability(90)
-        assert compat_accelerators.device() == "cuda"
+        assert accelerators.device() == "cuda"
     assert type(current_platform) is before
-    assert compat_accelerators.device() == "cpu"
+    assert accelerators.device() == "cpu"
 
 
 # --- the conformance kit's cases -----------------------------------------------------------------

@@ -12,20 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from strategies import Weight, weights
-from vllm.compressed_linear import weights as module
-from vllm.compressed_linear.descriptor import CheckpointScheme, ScaleSpec, WeightSpec, ZeroSpec
-from vllm.compressed_linear.layout import Packing, Role, StandardWeights, StoredTensor
-from vllm.compressed_linear.numerics import BF16, uint
-from vllm.compressed_linear.refine import LayerContext, refine
+from vllm.compressed_linear.checkpoint import weights as module
+from vllm.compressed_linear.checkpoint.facts import LayerContext, refine
+from vllm.compressed_linear.checkpoint.shard import CheckpointError, LoadedShard, ShardSource
+from vllm.compressed_linear.checkpoint.weights import CHUNK_BYTES, to_standard_layout
+from vllm.compressed_linear.checkpoint.write import from_standard_layout
+from vllm.compressed_linear.spec.descriptor import ScaleSpec, WeightSpec, ZeroSpec
+from vllm.compressed_linear.spec.elements import BF16, uint
+from vllm.compressed_linear.spec.packing import Packing
+from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role, StandardWeights, StoredTensor
 from vllm.compressed_linear.testing.cases import load_shard
-from vllm.compressed_linear.weights import (
-    CHUNK_BYTES,
-    CheckpointError,
-    LoadedShard,
-    ShardSource,
-    from_standard_layout,
-    to_standard_layout,
-)
 
 CONTEXT = LayerContext("bfloat16", "bfloat16")
 

@@ -19,19 +19,17 @@ from vllm.model_executor.layers.quantization.utils import fp8_utils
 import cuda_doubles
 from test_vllm_native_blocks import BLOCKS
 from test_vllm_native_gpu import assert_in_contract
-from vllm.compressed_linear import numerics
-from vllm.compressed_linear.backends import triton_measured, triton_runtime, triton_tiles
-from vllm.compressed_linear.backends.triton import TritonBackend
-from vllm.compressed_linear.backends.triton_measured import TileClass, Tiles
-from vllm.compressed_linear.backends.triton_spec import KernelSpec
-from vllm.compressed_linear.numerics import E4M3, uint
-from vllm.compressed_linear.platform import Platform
+from vllm.compressed_linear.backends.triton import launch, measured, runtime
+from vllm.compressed_linear.backends.triton.backend import TritonBackend
+from vllm.compressed_linear.backends.triton.measured import TileClass, Tiles
+from vllm.compressed_linear.backends.triton.spec import KernelSpec
+from vllm.compressed_linear.machine.platform import Platform
+from vllm.compressed_linear.spec import elements
+from vllm.compressed_linear.spec.elements import E4M3, uint
 from vllm.compressed_linear.testing import Case, check_case, conformance_cases
-from vllm.compressed_linear.testing.cases import FP8, INT8_TOKEN, MXFP4, NF4, NVFP4, mx
+from vllm.compressed_linear.testing.suite import FP8, INT8_TOKEN, MXFP4, NF4, NVFP4, mx
 
-pytestmark = pytest.mark.skipif(
-    not triton_runtime.interpreted(), reason="TRITON_INTERPRET=1 is not set"
-)
+pytestmark = pytest.mark.skipif(not runtime.interpreted(), reason="TRITON_INTERPRET=1 is not set")
 
 DTYPES = ("bfloat16", "float16", "float32")
 GPU = Platform.parse("cuda:80")
@@ -47,11 +45,11 @@ CASES = (
     replace(INT4, order="ragged", input_dtype="float32", output_dtype=""),
     replace(INT4, shards=(19, 11, 10), row_scale="tensor"),
     *(Case(NF4, 24, 64, scale_dtype="float32", input_dtype=x) for x in DTYPES),
-    *(replace(FP8, n=24, k=64, shards=(), element=e) for e in (E4M3, numerics.E5M2)),
+    *(replace(FP8, n=24, k=64, shards=(), element=e) for e in (E4M3, elements.E5M2)),
     *(replace(NVFP4, n=24, k=48, shards=(), input_dtype=x, output_dtype="") for x in DTYPES),
     *(replace(MXFP4, n=24, k=64, shards=(), input_dtype=x, output_dtype="") for x in DTYPES),
     replace(
-        MXFP4, n=24, k=64, shards=(), element=numerics.E3M2, activation=mx(numerics.E3M2, 15.0)
+        MXFP4, n=24, k=64, shards=(), element=elements.E3M2, activation=mx(elements.E3M2, 15.0)
     ),
     replace(FP8, n=24, k=64, shards=(), activation=INT8_TOKEN, prescale=True, hadamard=32),
     Case(uint(4, 8), 24, 256, 128),
@@ -96,11 +94,11 @@ def _run(case: Case, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_splits_give_the_same_sum_every_time(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(uint(4, 8), 24, 512, 128, output_dtype="float32", bias_dtype="float32")
     spec = KernelSpec.of(case.build().descriptor)
-    assert triton_tiles.cut(spec, 24, rows, 8, 80).splits > 1
+    assert launch.cut(spec, 24, rows, 8, 80).splits > 1
     first, exact = _run(case, rows)
     again, _ = _run(case, rows)
     assert torch.equal(first, again)
-    monkeypatch.setattr(triton_runtime, "gpu", lambda device: (0, 80))
+    monkeypatch.setattr(runtime, "gpu", lambda device: (0, 80))
     whole, _ = _run(case, rows)
     torch.testing.assert_close(whole, first, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(first.double(), exact, rtol=1e-4, atol=1e-4)
@@ -182,12 +180,10 @@ def test_opcheck_of_rows(case: Case) -> None:
 
 
 def test_measured_tiles_are_those_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.compressed_linear.backends import triton_kernel
+    from vllm.compressed_linear.backends.triton import kernel as triton_kernel
 
     tiles = Tiles(16, 32, 32, 8, 2)
-    monkeypatch.setattr(
-        triton_measured, "table", lambda: {TileClass(80, "16-bit", "1-4", 16): tiles}
-    )
+    monkeypatch.setattr(measured, "table", lambda: {TileClass(80, "16-bit", "1-4", 16): tiles})
     launched = []
 
     class Watched:
@@ -204,7 +200,7 @@ def test_measured_tiles_are_those_that_run(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_weights_that_are_no_numbers_stay_so() -> None:
     """fp8's NaN and infinities, which damaged checkpoints hold, are not decoded as numbers."""
-    for element in (E4M3, numerics.E5M2):
+    for element in (E4M3, elements.E5M2):
         problem = Case(element, 24, 64, -1, scale_dtype="float32", input_dtype="float32").build()
         backend = TritonBackend(problem.descriptor)
         tensors = backend.prep_weights_for_execution(problem.weights)

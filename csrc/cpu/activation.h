@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Quantisation of a row of x and back, to the bit as vllm/compressed_linear/activation.py defines
+// Quantisation of a row of x and back, to the bit as vllm/compressed_linear/spec/activation.py defines
 // it: fp32, IEEE division, ties to even. Where a whole row shares a scale it is left out of the row
 // and given back, so that the row stays exact in bf16.
 #pragma once

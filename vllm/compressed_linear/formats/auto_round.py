@@ -7,10 +7,14 @@ import re
 from contextlib import suppress
 from typing import Any
 
-from vllm.compressed_linear.config import CompressedLinearConfig, ConfigError, register_format
 from vllm.compressed_linear.formats.awq import awq_gemm_scheme
 from vllm.compressed_linear.formats.gptq import gptq_scheme
-from vllm.compressed_linear.resolution import LayerKind, Resolution, Unquantized
+from vllm.compressed_linear.formats.resolution import LayerKind, Resolution, Unquantized
+from vllm.compressed_linear.integration.config import (
+    CompressedLinearConfig,
+    ConfigError,
+    register_format,
+)
 
 GPTQ_VERSIONS = {
     "auto_round": "gptq_v2",

@@ -5,13 +5,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.compressed_linear.config import CompressedLinearConfig, ConfigError, register_format
-from vllm.compressed_linear.descriptor import CheckpointScheme, ScaleSpec, WeightSpec, ZeroSpec
-from vllm.compressed_linear.formats.dynamic import DynamicRules
 from vllm.compressed_linear.formats.gptq import marlin_scheme
-from vllm.compressed_linear.layout import Packing, Role, StoredTensor
-from vllm.compressed_linear.numerics import uint
-from vllm.compressed_linear.resolution import LayerKind, Resolution, Unquantized
+from vllm.compressed_linear.formats.gptqmodel_dynamic import DynamicRules
+from vllm.compressed_linear.formats.resolution import LayerKind, Resolution, Unquantized
+from vllm.compressed_linear.integration.config import (
+    CompressedLinearConfig,
+    ConfigError,
+    register_format,
+)
+from vllm.compressed_linear.spec.descriptor import ScaleSpec, WeightSpec, ZeroSpec
+from vllm.compressed_linear.spec.elements import uint
+from vllm.compressed_linear.spec.packing import Packing
+from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role, StoredTensor
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 GEMV_WORD_MULTIPLE = {64: 2, 32: 4}

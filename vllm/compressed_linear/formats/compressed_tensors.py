@@ -12,11 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm.compressed_linear.config import CompressedLinearConfig, ConfigError, register_format
-from vllm.compressed_linear.descriptor import CheckpointScheme, ScaleSpec, WeightSpec, ZeroSpec
-from vllm.compressed_linear.layout import Packing, Role, StoredTensor
-from vllm.compressed_linear.numerics import uint
-from vllm.compressed_linear.resolution import Delegated, LayerKind, Resolution, Unquantized
+from vllm.compressed_linear.formats.resolution import Delegated, LayerKind, Resolution, Unquantized
+from vllm.compressed_linear.integration.config import (
+    CompressedLinearConfig,
+    ConfigError,
+    register_format,
+)
+from vllm.compressed_linear.spec.descriptor import ScaleSpec, WeightSpec, ZeroSpec
+from vllm.compressed_linear.spec.elements import uint
+from vllm.compressed_linear.spec.packing import Packing
+from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role, StoredTensor
 
 MODULE_CLASS = {
     LayerKind.LINEAR: "Linear",

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.compressed_linear.config import (
+from vllm.compressed_linear.formats.gptqmodel_dynamic import DynamicRules
+from vllm.compressed_linear.formats.resolution import LayerKind, Resolution, Unquantized
+from vllm.compressed_linear.integration.config import (
     CompressedLinearConfig,
     ConfigError,
     quant_method_of,
     register_format,
 )
-from vllm.compressed_linear.descriptor import CheckpointScheme, ScaleSpec, WeightSpec, ZeroSpec
-from vllm.compressed_linear.formats.dynamic import DynamicRules
-from vllm.compressed_linear.layout import Packing, Role, StoredTensor, ZeroBump
-from vllm.compressed_linear.numerics import uint
-from vllm.compressed_linear.resolution import LayerKind, Resolution, Unquantized
+from vllm.compressed_linear.spec.descriptor import ScaleSpec, WeightSpec, ZeroSpec
+from vllm.compressed_linear.spec.elements import uint
+from vllm.compressed_linear.spec.packing import Packing, ZeroBump
+from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role, StoredTensor
 
 PLANES: dict[int, tuple[int, ...]] = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
 """Bit planes of gptq_p; its other widths are packed as in gptq."""

@@ -10,13 +10,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vllm.compressed_linear.config import (
+from vllm.compressed_linear.formats.resolution import LayerKind, Resolution, Unquantized
+from vllm.compressed_linear.integration.config import (
     CompressedLinearConfig,
     ConfigError,
     quant_method_of,
     register_format,
 )
-from vllm.compressed_linear.resolution import LayerKind, Resolution, Unquantized
 
 CONFIG_FILES = ("quantize_config.json", "quant_config.json")
 """What AutoGPTQ and AutoAWQ called their files, in the order AutoGPTQ looks for them."""
