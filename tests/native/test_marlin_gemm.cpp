@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The source of the Marlin GEMM in the emulator against the defining sum, within the numerical
-// contract, with all its checks on; and what decides about speed as far as addresses tell.
+// The source of the Marlin GEMM in the emulator, with all its checks, against the defining sum
+// within the numerical contract; and limits on bank conflicts and memory transactions.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -112,7 +112,7 @@ emulator::Report run(const Case& c) {
   const Number x_type = c.bfloat16 ? Number::bfloat16 : Number::float16;
   const auto size = [](int64_t count) { return static_cast<size_t>(count); };
 
-  // x's rows are further apart than they are long.
+  // The stride of x's rows is larger than their length.
   const int x_stride = c.k + 16;
   Bytes x(size(int64_t{2} * c.m * x_stride), 0xff);
   std::vector<float> wide_x(size(int64_t{c.m} * c.k));
@@ -242,7 +242,7 @@ emulator::Report run(const Case& c) {
         "off by " + std::to_string(worst) + " times what is allowed, at row " +
             std::to_string(worst_at / c.n) + " column " + std::to_string(worst_at % c.n));
 
-  // Nothing of the weights' way has bank conflicts, but for fp32 scales.
+  // No access to weights has bank conflicts, except to fp32 scales.
   const bool wide_scales = c.scale == Number::float32;
   check(report.matrix_loads.ratio() == 1, c, "bank conflicts of load_matrix");
   check(report.shared_copies.ratio() == 1, c, "bank conflicts of copies");
