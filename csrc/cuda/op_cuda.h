@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Argument checks for ops on a GPU, in addition to op_arguments.h, and their stream. Included by
+// Argument checks for ops on a GPU, in addition to ops/arguments.h, and their stream. Included by
 // the cuda/op_*.cpp files only.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include "op_arguments.h"
+#include "ops/arguments.h"
 
 namespace compressed_linear {
 

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // marlin_gemm on a GPU. It does not synchronize with the GPU and allocates through torch only, so
-// it can be captured in a graph. Has run on hardware: nothing.
-#include "cuda/op_marlin_gemm.h"
+// it can be captured in a graph.
+// Has run on hardware: nothing.
+#include "op_marlin_gemm.h"
 #include "cuda/marlin/launch.h"
-#include "cuda/op_cuda.h"
-#include "cuda/ops.h"
+#include "op_cuda.h"
+#include "ops.h"
 
 namespace compressed_linear::cuda {
 namespace {

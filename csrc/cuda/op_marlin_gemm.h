@@ -5,7 +5,7 @@
 
 #include "cuda/marlin/gather_problem.h"
 #include "cuda/marlin/problem.h"
-#include "op_arguments.h"
+#include "ops/arguments.h"
 
 namespace compressed_linear::marlin_op {
 

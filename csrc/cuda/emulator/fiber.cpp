@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cuda/emulator/fiber.h"
+#include "fiber.h"
 
 #include <sys/mman.h>
 #include <unistd.h>

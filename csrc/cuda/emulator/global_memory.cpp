@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cuda/emulator/global_memory.h"
+#include "global_memory.h"
 
 #include <sstream>
 

@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda/emulator/emulator.h"
+#include "emulator.h"
 
 namespace compressed_linear::cuda::emulator {
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cuda/emulator/machine.h"
+#include "machine.h"
 
 #include <algorithm>
 #include <numeric>

@@ -11,11 +11,11 @@
 #include <string>
 #include <vector>
 
-#include "cuda/emulator/emulator.h"
-#include "cuda/emulator/fiber.h"
-#include "cuda/emulator/global_memory.h"
-#include "cuda/emulator/shared_memory.h"
-#include "cuda/emulator/traffic.h"
+#include "emulator.h"
+#include "fiber.h"
+#include "global_memory.h"
+#include "shared_memory.h"
+#include "traffic.h"
 
 namespace compressed_linear::cuda::emulator {
 

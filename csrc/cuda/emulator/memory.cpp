@@ -4,7 +4,7 @@
 #include <cstring>
 #include <utility>
 
-#include "cuda/emulator/machine.h"
+#include "machine.h"
 
 namespace compressed_linear::cuda::emulator {
 

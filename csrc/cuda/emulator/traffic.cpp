@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cuda/emulator/traffic.h"
+#include "traffic.h"
 
 #include <algorithm>
 #include <map>

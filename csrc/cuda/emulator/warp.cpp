@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu/floats.h"
-#include "cuda/emulator/machine.h"
+#include "cpu/common/floats.h"
+#include "machine.h"
 
 namespace compressed_linear::cuda::emulator {
 namespace {

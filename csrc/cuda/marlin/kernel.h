@@ -15,11 +15,11 @@
 #pragma once
 
 #include "cuda/device/device.h"
-#include "cuda/marlin/decode.h"
-#include "cuda/marlin/part.h"
-#include "cuda/marlin/problem.h"
-#include "cuda/marlin/results.h"
-#include "cuda/marlin/stage.h"
+#include "decode.h"
+#include "part.h"
+#include "problem.h"
+#include "results.h"
+#include "stage.h"
 
 namespace compressed_linear::cuda::marlin {
 

@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Kernels that repack weights into Marlin's order on the GPU, with the same bits as cpu/repack.h
-// and cpu/marlin_repack.h. For nvcc and, in the tests, for g++ and the emulator. Has run on
-// hardware: nothing; the kernels have run in the emulator only.
+// Kernels that repack weights into Marlin's order on the GPU, with the same bits as
+// cpu/repack/repack.h and cpu/repack/marlin_scales.h. For nvcc and, in the tests, for g++ and the
+// emulator.
+// Has run on hardware: nothing; the kernels have run in the emulator only.
 #pragma once
 
 #include <cstdint>
 
 #include "cuda/device/device.h"
-#include "cuda/marlin/repack_launch.h"
-#include "marlin_layout.h"
+#include "layouts/marlin.h"
+#include "repack_launch.h"
 
 namespace compressed_linear::cuda {
 

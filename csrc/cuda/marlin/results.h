@@ -4,8 +4,8 @@
 #pragma once
 
 #include "cuda/device/device.h"
-#include "cuda/marlin/part.h"
-#include "cuda/marlin/problem.h"
+#include "part.h"
+#include "problem.h"
 
 namespace compressed_linear::cuda::marlin {
 

@@ -10,9 +10,9 @@
 #pragma once
 
 #include "cuda/device/device.h"
-#include "cuda/marlin/decode.h"
-#include "cuda/marlin/part.h"
-#include "cuda/marlin/problem.h"
+#include "decode.h"
+#include "part.h"
+#include "problem.h"
 
 namespace compressed_linear::cuda::marlin {
 
