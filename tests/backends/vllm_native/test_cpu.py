@@ -20,6 +20,7 @@ from tests.support.checkpoints import (
     checkpoint_reference,
     checkpoint_tensors,
 )
+from tests.support.messages import saying
 from vllm.compressed_linear.backends import vllm_native
 from vllm.compressed_linear.backends.contract import contract_bound
 from vllm.compressed_linear.backends.reference import ReferenceBackend
@@ -590,7 +591,7 @@ def test_a_declined_descriptor_is_not_prepared_either() -> None:
     request = mixed_precision.KernelRequest(100, 64, 4, 8, False, -1, "bfloat16")
     with pytest.raises(ValueError, match=r"Input size \(100\)"):
         mixed_precision.build(vllm_native.CPU_KERNEL, "cpu", request)
-    with pytest.raises(ValueError, match="no kernel class Nothing"):
+    with pytest.raises(ValueError, match=saying("Nothing")):
         mixed_precision.build("Nothing", "cpu", request)
 
 
@@ -599,7 +600,7 @@ def test_a_scale_that_float16_weights_cannot_have_is_refused() -> None:
     plain = values(scale_dtype="float16")
     plain.scale[3, 2] = 5000.0
     part = part_of("awq", plain, "float16")
-    with pytest.raises(ValueError, match=r"scale 5000 in output channels 0 to 63"):
+    with pytest.raises(ValueError, match=saying("scale", 5000, 0, 63)):
         VllmNativeBackend(part.descriptor).prep_weights_for_execution(part.weights)
 
 
@@ -617,7 +618,7 @@ def test_a_zero_point_that_does_not_fit_is_refused() -> None:
     source = ShardSource("layer", CheckpointScheme(weight, scheme), 64, 128, 0, 64, 0, 128)
     tensors = {"c": plain.codes, "s": plain.scale, "z": plain.zero}
     (part,) = refine([LoadedShard(source, tensors)], LayerContext("bfloat16", "bfloat16"))
-    with pytest.raises(ValueError, match="zero point 16 in output channels 0 to 63"):
+    with pytest.raises(ValueError, match=saying("zero point", 16, 0, 63)):
         VllmNativeBackend(part.descriptor).prep_weights_for_execution(part.weights)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.support import cuda_doubles, fp4_doubles
+from tests.support.messages import saying
 from tests.support.vllm_classes import assert_in_contract, check, reasons, vllms_layer
 from vllm.compressed_linear.backends.vllm_native import (
     VllmNativeBackend,
@@ -140,7 +141,7 @@ def test_a_static_scale_that_is_no_positive_number_stops_the_load() -> None:
     problem.weights.input_scale = torch.tensor([-0.5])
     with (
         accelerators.pretending(B200),
-        pytest.raises(ValueError, match=r"the static scale of x is -0\.5, expected a positive"),
+        pytest.raises(ValueError, match=saying("scale", "x", "-0.5", "positive")),
     ):
         backend.prepare(problem.descriptor, problem.weights, B200)
 
