@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from tests.support.choice import use_backend
 from tests.support.explained import loaded_parts, planned_parts
 from tests.support.lora import activate, with_adapters
-from tests.support.messages import saying
+from tests.support.messages import saying, says
 from tests.support.model_loading import LoadedModel, engine_args, loaded, logits
 from tests.support.reloading import reload
 from tests.support.table_models import Bits, TableModel, write
@@ -91,7 +91,7 @@ def test_a_quantized_table_serves_the_head_that_is_tied_to_it(
     planned = entry("lm_head")
     assert planned.backend == backend
     assert "looked up" in planned.descriptor
-    assert planned.note == "tied: model.embed_tokens looks up in it"
+    assert says(planned.note, "tied", "model.embed_tokens")
     assert not any(e.name == "model.embed_tokens" for e in PLAN.entries.values())
     element = f"uint{TIED[name].table.bits}"  # type: ignore[union-attr]
     assert counts.get(f"embedding/{element}", 0) == (2 if backend == "cpu" else 0)
@@ -158,7 +158,7 @@ def test_a_backend_that_looks_up_nothing_leaves_the_natural_weight(
         assert table.weight.shape == (512, 128)
         assert worst_error(model, reference) <= 0.1
     assert entry("lm_head").backend == "looks_up_nothing"
-    assert entry("lm_head").note == "tied: model.embed_tokens looks up in the natural weight"
+    assert says(entry("lm_head").note, "tied", "model.embed_tokens", "natural weight")
 
 
 @pytest.mark.usefixtures("clean_registry")

@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 
-from tests.support.messages import saying
+from tests.support.messages import saying, says
 from vllm.compressed_linear.machine.platform import NATIVE_LIBRARY, X86_TIERS, Platform
 
 
@@ -60,7 +60,7 @@ def test_this_machine() -> None:
 def test_missing_operators_say_why() -> None:
     platform = Platform(missing=(("a::op", "a was not built"),))
     assert platform.why_missing("a::op") == "a was not built"
-    assert platform.why_missing("b::op") == "b::op is not available on cpu:generic"
+    assert says(str(platform.why_missing("b::op")), "b::op", "cpu:generic")
     assert "b::op" in platform.with_ops("b::op").ops
     assert "b::op" not in platform.ops
 

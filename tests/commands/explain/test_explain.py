@@ -21,7 +21,7 @@ import torch
 from tests.support.checkpoint_lists import OURS
 from tests.support.checkpoints import checkpoint
 from tests.support.explained import explained, loaded_parts, planned_parts
-from tests.support.messages import saying
+from tests.support.messages import saying, says
 from tests.support.model_loading import init_distributed, loaded
 from vllm.compressed_linear import settings
 from vllm.compressed_linear.checkpoint.shard import CheckpointError
@@ -82,7 +82,7 @@ def test_bf16_activations_change_the_prediction_as_they_change_the_load() -> Non
 def test_what_the_configuration_claims_comes_first(name: str) -> None:
     first = explained(name).layers[0].likely
     assert first.likely
-    assert first.facts[0].startswith("g_idx reorders channels alike in all shards")
+    assert first.facts[0].startswith("g_idx ")
     assert len(first.parts) == 1
 
 
@@ -159,7 +159,7 @@ def test_another_machine_may_choose_otherwise() -> None:
     gpu = explain(path, platform=Platform.parse("cuda:90"))
     part = gpu.layers[0].likely.parts[0]
     reasons = {r.backend: r.reasons for r in part.rejected}
-    assert reasons["cpu"][0] == "device cuda (supported: cpu)"
+    assert says(reasons["cpu"][0], "device cuda", "cpu")
     assert part.backend != "cpu"
 
 
@@ -170,7 +170,7 @@ def test_a_backend_that_was_asked_for_and_cannot_is_an_error_with_its_reasons(
     found = explained("gptqmodel-gptq-w8-g64-asym-descact")
     assert len(found.errors) == 2
     assert "model.layers.0.mlp.down_proj" in found.errors[0]
-    assert "8-bit integer weights (supported bits: 4)" in found.errors[0]
+    assert says(found.errors[0], "8-bit", "integer", 4)
 
 
 def test_a_backend_that_was_asked_for_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +192,7 @@ def test_the_switch_turns_all_of_it_off(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv(settings.ENABLE, "0")
     found = explained("gptqmodel-gptq-w4-g128-sym")
     assert not found.layers
-    assert "switches this package off" in found.notes[0]
+    assert says(found.notes[0], settings.ENABLE)
 
 
 def test_a_model_id_means_the_local_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,7 +414,7 @@ def test_renamed_modules_are_shown_as_configured(tmp_path: Path) -> None:
     }
     write_sparse(tmp_path, config, tensors, 1)
     found = explained(tmp_path)
-    assert "no tensors are called model.layers.0.mlp.down_proj.*" in found.notes[0]
+    assert says(found.notes[0], "model.layers.0.mlp.down_proj.*")
     down = next(layer for layer in found.layers if layer.name.endswith("down_proj"))
     assert len(down.cases) == 4
 
