@@ -20,6 +20,7 @@ from types import ModuleType
 import pytest
 
 from tests.support.checkpoints import checkpoint
+from tests.support.messages import saying
 from tests.support.model_loading import loaded
 from tests.support.repository import ROOT
 from vllm.compressed_linear.checkpoint.shard import CheckpointError
@@ -230,7 +231,7 @@ def test_hf_overrides_replace_the_quantization_config(tmp_path: Path) -> None:
     right = dict(config["quantization_config"])
     config["quantization_config"]["group_size"] = 64
     (path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="group 64"), loaded(path):
+    with pytest.raises(CheckpointError, match=saying("group 64")), loaded(path):
         pass
     with loaded(path, hf_overrides={"quantization_config": right}):
         assert {entry.backend for entry in PLAN.entries.values()} == {"cpu"}

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from tests.support.choice import use_backend
 from tests.support.explained import loaded_parts, planned_parts
 from tests.support.lora import activate, with_adapters
+from tests.support.messages import saying, says
 from tests.support.model_loading import LoadedModel, engine_args, loaded, logits
 from tests.support.reloading import reload
 from tests.support.table_models import Bits, TableModel, write
@@ -89,7 +91,7 @@ def test_a_quantized_table_serves_the_head_that_is_tied_to_it(
     planned = entry("lm_head")
     assert planned.backend == backend
     assert "looked up" in planned.descriptor
-    assert planned.note == "tied: model.embed_tokens looks up in it"
+    assert says(planned.note, "tied", "model.embed_tokens")
     assert not any(e.name == "model.embed_tokens" for e in PLAN.entries.values())
     element = f"uint{TIED[name].table.bits}"  # type: ignore[union-attr]
     assert counts.get(f"embedding/{element}", 0) == (2 if backend == "cpu" else 0)
@@ -154,7 +156,7 @@ def test_a_backend_that_looks_up_nothing_leaves_the_natural_weight(
         assert table.weight.shape == (512, 128)
         assert worst_error(model, reference) <= 0.1
     assert entry("lm_head").backend == "looks_up_nothing"
-    assert entry("lm_head").note == "tied: model.embed_tokens looks up in the natural weight"
+    assert says(entry("lm_head").note, "tied", "model.embed_tokens", "natural weight")
 
 
 @pytest.mark.usefixtures("clean_registry")
@@ -164,7 +166,7 @@ def test_a_quantized_table_needs_a_backend_that_looks_up(
     register_backend(LooksUpNothing)
     write(TableModel(), tmp_path / "model")
     monkeypatch.setenv(settings.BACKEND, "lm_head=looks_up_nothing")
-    message = r"(?s)cannot run layer lm_head .*uint8.*looked up.*rows by their numbers"
+    message = saying("lm_head", "uint8", "looked up", "rows")
     with pytest.raises(NoBackendError, match=message), loaded(tmp_path / "model", **OPTIONS):
         pass
 
@@ -253,7 +255,7 @@ def test_a_backend_that_looks_up_wrong_rows_stops_the_load(
     register_backend(WrongRows)
     write(TableModel(), tmp_path / "model")
     monkeypatch.setenv(settings.BACKEND, "lm_head=wrong_rows")
-    message = r"backend wrong_rows computes wrong numbers .*channel \d+ of row \d+, looked up, is"
+    message = saying("wrong_rows", re.compile(r"channel \d+ of row \d+"))
     with pytest.raises(SelfCheckError, match=message), loaded(tmp_path / "model", **OPTIONS):
         pass
 
@@ -365,5 +367,5 @@ def test_an_id_beyond_the_table_is_an_error(tmp_path: Path) -> None:
     write(TableModel(), tmp_path / "model")
     with loaded(tmp_path / "model", **OPTIONS) as model:
         table, _ = table_and_head(model)
-        with pytest.raises(ValueError, match="ids holds 512 at 1, expected 0 to 511"):
+        with pytest.raises(ValueError, match=saying("ids", 512, 1, 0, 511)):
             look_up(table, torch.tensor([0, 512]))
