@@ -75,6 +75,7 @@ def one_token(records: list[Report]) -> Figure:
     marks = [place - 0.4 for place in places], [place + 0.4 for place in places]
     axes.vlines(limits, *marks, color=VERMILLION, linewidth=2.5, label="limit: reading or decoding")
     axes.set_yticks(places, [report["title"] for report, _ in shown])
+    axes.margins(y=0.02)
     axes.invert_yaxis()
     axes.set_xlabel("GB/s of packed weights, one token")
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
