@@ -86,6 +86,8 @@ def environment(**variables: str) -> Iterator[None]:
 
 def command(*arguments: str) -> str:
     """The command line ``vllm-compressed-linear ARGUMENTS`` and what it writes."""
+    # vLLM's log handler keeps the stdout of its first import, which must not be the captured one.
+    import vllm.logger  # noqa: F401
     from typer.testing import CliRunner
 
     from vllm.compressed_linear.commands.cli import app
