@@ -12,7 +12,6 @@ import torch
 
 from tests.support.messages import saying, says
 from vllm.compressed_linear.checkpoint.describe import LayerContext
-from vllm.compressed_linear.checkpoint.facts import LayerContext, refine
 from vllm.compressed_linear.checkpoint.parts import Part, refine
 from vllm.compressed_linear.checkpoint.shard import CheckpointError, LoadedShard, ShardSource
 from vllm.compressed_linear.checkpoint.write import from_standard_layout

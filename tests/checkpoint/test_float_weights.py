@@ -11,7 +11,6 @@ import torch
 
 from tests.support.messages import saying
 from vllm.compressed_linear.checkpoint.describe import LayerContext
-from vllm.compressed_linear.checkpoint.facts import LayerContext, refine
 from vllm.compressed_linear.checkpoint.parameter import collect_shards, create_parameters
 from vllm.compressed_linear.checkpoint.parts import refine
 from vllm.compressed_linear.checkpoint.shard import CheckpointError, LoadedShard, ShardSource

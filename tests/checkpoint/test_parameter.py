@@ -13,7 +13,6 @@ import torch
 
 from tests.support.messages import saying
 from vllm.compressed_linear.checkpoint.describe import LayerContext
-from vllm.compressed_linear.checkpoint.facts import LayerContext, refine
 from vllm.compressed_linear.checkpoint.parameter import (
     CheckpointParameter,
     collect_shards,

@@ -565,6 +565,7 @@ def test_what_the_repack_refuses(changes: dict[str, Any], message: tuple[object,
         ("marlin_zeros", (torch.zeros(64, 2, dtype=torch.uint8), 3), ("bits", 3)),
         ("marlin_zeros", (torch.zeros(64, 2), 4), ("zero", "float32", "uint8")),
         ("marlin_zeros", (torch.full((64, 2), 16, dtype=torch.uint8), 4), (4,)),
+        (
             "marlin_pack_rows",
             (
                 torch.zeros(1, 128, dtype=torch.int32),
