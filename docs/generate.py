@@ -4,7 +4,7 @@
     python docs/generate.py
 
 Such a part is enclosed by ``<!-- generated: NAME ARGUMENT... -->`` and ``<!-- end -->`` in
-README.md or a page of ``docs/``; NAME is a key of ``PARTS``. ``tests/docs/test_documentation.py`` fails
+README.md or a page of ``docs/``; NAME is a key of ``PARTS``. The tests of the documentation fail
 when a page and the code disagree.
 """
 
