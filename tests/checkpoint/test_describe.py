@@ -10,18 +10,23 @@ import pytest
 from vllm.compressed_linear.checkpoint.describe import LayerContext, describe
 from vllm.compressed_linear.checkpoint.facts import GroupOrder, ShardFacts
 from vllm.compressed_linear.checkpoint.shard import ShardSource
-from vllm.compressed_linear.formats.gptq import gptq_scheme
-from vllm.compressed_linear.spec.descriptor import ChannelOrder, ZeroSpec
+from vllm.compressed_linear.spec.descriptor import ChannelOrder, ScaleSpec, WeightSpec, ZeroSpec
 from vllm.compressed_linear.spec.elements import uint
+from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role, StoredTensor
 
 CONTEXT = LayerContext("bfloat16", "float16", "float32")
 IN_ORDER = GroupOrder("0 0 1 1", 256, 128, reordered=False, padded=False)
 FACTS = ShardFacts(IN_ORDER, "float16", ZeroSpec("integer", "uint8"))
 
 
+SCHEME = CheckpointScheme(
+    WeightSpec(uint(4), ScaleSpec("float16", "group", 128), ZeroSpec("integer", "uint8")),
+    (StoredTensor("codes", Role.CODES, "uint8", ("N", "K")),),
+)
+
+
 def source(name: str, n: int = 64, padding: int = 0) -> ShardSource:
-    scheme = gptq_scheme(4, 128, version="gptq")
-    return ShardSource(f"model.{name}", scheme, n, 256, 0, n, 0, 256, padding)
+    return ShardSource(f"model.{name}", SCHEME, n, 256, 0, n, 0, 256, padding)
 
 
 def test_shards_with_equal_facts_are_one_part() -> None:
