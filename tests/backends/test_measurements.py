@@ -111,7 +111,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], tuple[object, ...]]] = 
     "cut off": (lambda data: json.dumps(data)[:-20], ("JSON",)),
     "another file": (lambda data: json.dumps({"layers": []}), ("tune file",)),
     "a list": (lambda data: "[]", ("tune file",)),
-    "a later version": (lambda data: data.update(version=2), ("version", 3, 2)),
+    "a later version": (lambda data: data.update(version=3), ("version", 3, 2)),
     "an earlier version": (lambda data: data.update(version=1), ("version", 1, 2)),
     "no key": (lambda data: data["machines"][0].pop("key"), ("KeyError", "'key'")),
     "threads in words": (

@@ -140,9 +140,9 @@ def test_incomplete_backends_are_refused() -> None:
         match=saying(
             "apply",
             "prep_weights_for_execution",
+            "seconds",
             "name",
             "capabilities",
-            "seconds",
         ),
     ):
         register_backend(nameless)
