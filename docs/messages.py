@@ -53,9 +53,9 @@ def changed(
 
 def load(path: Path, dtype: str = "bfloat16", **options: Any) -> None:
     """Load a checkpoint into vLLM's model class, as a server does."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT))
     try:
-        from model_loading import loaded
+        from tests.support.model_loading import loaded
     finally:
         sys.path.pop(0)
     with loaded(path, dtype, **options):

@@ -66,7 +66,7 @@ dynamic, in groups of ``activation_group`` channels of x[:, perm] · prescale (0
 of ``linear``. Products are added up as integers, exactly, and scaled in fp32 once for each run of
 channels with one scale of x and of ŵ; every instruction set gives the same bits.
 
-Marlin's layout (``csrc/marlin_layout.h``) is for N a multiple of 64 and K of 16, and for elements
+Marlin's layout (``csrc/layouts/marlin.h``) is for N a multiple of 64 and K of 16, and for elements
 ``uint4``, ``uint8``, ``e4m3`` and ``e5m2``. On the CPU there are all of these ops; on CUDA devices,
 if ``cuda_available()``, those but ``marlin_unpack_rows``, with ``k_at`` and ``n_at`` on the CPU and
 one field to a code:

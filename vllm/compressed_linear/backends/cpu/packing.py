@@ -27,10 +27,10 @@ class PackedLayout:
 
 
 PLANES = PackedLayout("repack_codes", "pack_rows")
-"""``csrc/cpu/layout.h``"""
+"""``csrc/layouts/planes.h``"""
 
 QUADS = PackedLayout("repack_codes_int8", "pack_rows_int8")
-"""``csrc/cpu/int8_layout.h``"""
+"""``csrc/layouts/quads.h``"""
 
 
 def pack_codes(

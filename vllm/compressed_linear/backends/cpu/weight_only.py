@@ -59,7 +59,7 @@ _CALL_SECONDS = 5e-6
 
 
 class CpuBackend(QuantLinearMethod):
-    """Weight-only kernels on the packed layout of ``csrc/cpu/layout.h``.
+    """Weight-only kernels on the packed layout of ``csrc/layouts/planes.h``.
 
     Prepared tensors (T = ceil(N / 16) tiles): ``packed`` uint8 [T, bytes]; ``scale`` and ``zero``
     [T, G, 16] with the output channels of a tile innermost, in the checkpoint's dtype (uint8 for

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a checkpoint's tensors to Marlin's layout (``csrc/marlin_layout.h``).
+"""From a checkpoint's tensors to Marlin's layout (``csrc/layouts/marlin.h``).
 
 The layout is that of vLLM's Marlin kernels for 16-bit activations: the tests hold every tensor
 against vLLM's own packers. It knows codes of 4 and 8 bits, N a multiple of 64 and K of 16; nothing
