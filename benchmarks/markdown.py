@@ -41,7 +41,10 @@ def _cell(report: Report, result: Report, base: Report | None, m: int) -> str:
     share = share_of_limit(report, result, m)
     if share is not None and result["id"].startswith("ours/"):
         notes.append(f"{share:.0%}")
-    return f"{found['median_ms']:.2f}" + (f" ({', '.join(notes)})" if notes else "")
+    if not notes:
+        return f"{found['median_ms']:.2f}"
+    joined = ",\N{NO-BREAK SPACE}".join(notes)  # a narrow cell is broken before the parenthesis
+    return f"{found['median_ms']:.2f} ({joined})"
 
 
 def _stock(report: Report) -> Report | None:
