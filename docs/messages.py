@@ -157,7 +157,7 @@ def not_built() -> str:
 
 def wrong_numbers() -> str:
     from vllm.compressed_linear.backends.reference import ReferenceBackend
-    from vllm.compressed_linear.prepare import layer
+    from vllm.compressed_linear.prepare import self_check
 
     apply = ReferenceBackend.apply
 
@@ -168,7 +168,7 @@ def wrong_numbers() -> str:
         mock.patch.object(ReferenceBackend, "apply", wrong),
         mock.patch.dict("os.environ", {"VLLM_COMPRESSED_LINEAR_BACKEND": "reference"}),
     ):
-        assert layer.CHECK_ROWS
+        assert self_check.CHECK_ROWS
         return error_of(lambda: load(ROOT / "tests" / "fixtures" / GPTQ))
 
 
@@ -217,7 +217,7 @@ ERRORS: dict[str, Callable[[], str]] = {
     "cannot-run": from_environment(
         "gptqmodel-gptq-w3-g128-asym", VLLM_COMPRESSED_LINEAR_BACKEND="vllm_native"
     ),
-    "not-registered": from_environment(GPTQ, VLLM_COMPRESSED_LINEAR_BACKEND="marlin"),
+    "not-registered": from_environment(GPTQ, VLLM_COMPRESSED_LINEAR_BACKEND="exllama"),
     "strict": without_native(VLLM_COMPRESSED_LINEAR_STRICT="1"),
     "wrong-numbers": wrong_numbers,
     "refused": from_changed(config=weights_only, fixture="llmcompressor-mixed-qv-differ"),

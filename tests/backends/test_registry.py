@@ -137,13 +137,7 @@ def test_incomplete_backends_are_refused() -> None:
     nameless = type("Nameless", (QuantLinearMethod,), {})
     with pytest.raises(
         TypeError,
-        match=saying(
-            "apply",
-            "prep_weights_for_execution",
-            "name",
-            "capabilities",
-            "seconds(descriptor, platform, m)",
-        ),
+        match=saying("apply", "prep_weights_for_execution", "seconds", "name", "capabilities"),
     ):
         register_backend(nameless)
     blind = type("Blind", (Toy,), {"capabilities": replace(Toy.capabilities, lookup=True)})
@@ -182,17 +176,6 @@ def test_priority_goes_before_cost_but_not_before_ability() -> None:
     assert selection.chosen_by == "cost model"
 
 
-@pytest.mark.usefixtures("only_toys")
-def test_backends_that_know_bytes_only_are_still_ranked() -> None:
-    """As they were written before times depended on M."""
-    for name, nbytes in (("light", 1e9), ("heavy", 2e9)):
-        cost = classmethod(lambda cls, d, p, nbytes=nbytes: nbytes)
-        register_backend(toy(name, seconds=vars(QuantLinearMethod)["seconds"], cost=cost))
-    ranked = rank(DESCRIPTOR, CPU)
-    assert [c.name for c in ranked] == ["light", "heavy", "reference"]
-    assert ranked[0].seconds == pytest.approx(1e9 / CPU.limits.read)
-
-
 def measured(*, seconds: float = 1.0, variant: str = "") -> Measured:
     return Measured(variant, dict.fromkeys(MIX, seconds), dict.fromkeys(MIX, 0.01))
 
@@ -217,15 +200,6 @@ def test_measurements_go_before_estimates() -> None:
     assert select(other, CPU, measurements=found).chosen_by == "cost model"
     forced = select(DESCRIPTOR, CPU, measurements=found, override="c")
     assert (forced.chosen.name, forced.chosen_by) == ("c", "asked for")
-
-
-@pytest.mark.usefixtures("only_toys")
-def test_measurements_serve_every_rank_and_cut_into_shards() -> None:
-    register_backend(toy("a"))
-    register_backend(toy("b", 2.0))
-    found = Measurements(layers={DESCRIPTOR: {"b": measured()}})
-    for change in ({"tp_rank": 1, "tp_size": 2}, {"shards": (32, 16, 16)}):
-        assert select(replace(DESCRIPTOR, **change), CPU, measurements=found).chosen.name == "b"
 
 
 @pytest.mark.usefixtures("only_toys")

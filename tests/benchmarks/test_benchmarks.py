@@ -348,5 +348,21 @@ def test_plots_are_written(tmp_path: Path) -> None:
     report = record({"ours/cpu": 0.5, "vllm": 2.0})
     (tmp_path / "linear" / "w4.json").write_text(json.dumps(report))
     written = plots.draw(tmp_path, tmp_path / "images")
-    assert [path.name for path in written] == ["linear-one-token.png", "linear-w4.png"]
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+    assert [path.name for path in written] == ["linear-one-token.svg", "linear-w4.svg"]
+    assert all("<svg" in path.read_text() for path in written)
+
+
+def test_every_line_of_a_plot_can_be_told_from_the_others() -> None:
+    ours = ("ours/cpu", "ours/cpu_int8", "ours/cpu_int8_fast")
+    names = (*ours, "vllm", "zentorch", "zentorch-a16", "aten/0", "aten/1")
+    lines = plots.over_rows(record(dict.fromkeys(names, 1.0))).axes[0].lines
+    assert len(lines) == len(names) + 1
+    assert len({line.get_color() for line in lines}) == len(lines)
+    assert len({line.get_marker() for line in lines}) == len(lines)
+
+
+def test_plots_of_the_same_results_are_the_same_files(tmp_path: Path) -> None:
+    (tmp_path / "linear").mkdir()
+    (tmp_path / "linear" / "w4.json").write_text(json.dumps(record({"ours/cpu": 0.5})))
+    once, again = (plots.draw(tmp_path, tmp_path / name) for name in ("once", "again"))
+    assert [path.read_bytes() for path in once] == [path.read_bytes() for path in again]

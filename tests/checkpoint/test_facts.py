@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from tests.support.messages import saying, says
-from vllm.compressed_linear.checkpoint.facts import LayerContext, refine
+from vllm.compressed_linear.checkpoint.facts import LayerContext, Part, refine
 from vllm.compressed_linear.checkpoint.shard import CheckpointError, LoadedShard, ShardSource
 from vllm.compressed_linear.checkpoint.write import from_standard_layout
 from vllm.compressed_linear.spec.descriptor import ScaleSpec, WeightSpec, ZeroSpec
@@ -18,7 +19,7 @@ from vllm.compressed_linear.spec.packing import Packing
 from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role, StandardWeights, StoredTensor
 from vllm.compressed_linear.testing.cases import load_shard
 
-CONTEXT = LayerContext("bfloat16", "bfloat16", "float32", tp_rank=1, tp_size=2)
+CONTEXT = LayerContext("bfloat16", "bfloat16", "float32")
 K = 128
 
 
@@ -85,15 +86,48 @@ def shuffled(seed: int) -> torch.Tensor:
     return (torch.arange(K) // 32)[order]
 
 
+def widths(part: Part) -> list[int]:
+    """Output channels of each shard of ``part``."""
+    return [shard.source.n for shard in part.weights.shards]
+
+
 def test_alike_shards_become_one_part() -> None:
     shards = [shard(n=16), shard(n=8), shard(n=24)]
     (part,) = refine(shards, CONTEXT)
     assert part.start == 0
     d = part.descriptor
-    assert (d.n, d.k, d.shards) == (48, K, (16, 8, 24))
-    assert (d.input_dtype, d.bias_dtype, d.tp_rank, d.tp_size) == ("bfloat16", "float32", 1, 2)
+    assert (d.n, d.k, widths(part)) == (48, K, [16, 8, 24])
+    assert (d.input_dtype, d.bias_dtype) == ("bfloat16", "float32")
     assert d.channel_order is None
     assert torch.equal(part.weights.dequantize(0, 48), whole(shards))
+
+
+ROW_PARALLEL = [{"k_start": rank * K // 2, "k": K // 2} for rank in range(2)]
+COLUMN_PARALLEL = [{"n_start": rank * 8, "n": 8} for rank in range(2)]
+
+
+@pytest.mark.parametrize(
+    "slices", [ROW_PARALLEL, COLUMN_PARALLEL], ids=["row parallel", "column parallel"]
+)
+@pytest.mark.parametrize("zero", [None, 8, 3], ids=["symmetric", "middle", "asymmetric"])
+@pytest.mark.parametrize("fused", [1, 2])
+def test_ranks_with_equal_work_have_equal_descriptors(
+    slices: list[dict[str, int]], zero: int | None, fused: int
+) -> None:
+    stored = [shard(n=16, zero=zero) for _ in range(fused)]
+    first, second = (
+        refine([load_shard(replace(s.source, **own), s.tensors) for s in stored], CONTEXT)
+        for own in slices
+    )
+    assert [p.descriptor for p in first] == [p.descriptor for p in second]
+    assert len({p.descriptor for p in (*first, *second)}) == 1
+    assert not torch.equal(first[0].weights.dequantize(0, 8), second[0].weights.dequantize(0, 8))
+
+
+def test_equal_work_has_equal_descriptors_however_it_is_cut_into_shards() -> None:
+    (one,) = refine([shard(n=24)], CONTEXT)
+    (several,) = refine([shard(n=16), shard(n=8)], CONTEXT)
+    assert one.descriptor == several.descriptor
 
 
 @pytest.mark.parametrize(
@@ -113,7 +147,8 @@ def test_unlike_shards_stay_apart(other: LoadedShard) -> None:
     first, last = shard(n=8), shard(n=24)
     parts = refine([first, other, last], CONTEXT)
     assert [p.start for p in parts] == [0, 8, 8 + other.source.n]
-    assert [p.descriptor.shards for p in parts] == [(8,), (other.source.n,), (24,)]
+    assert [widths(p) for p in parts] == [[8], [other.source.n], [24]]
+    assert [p.descriptor.n for p in parts] == [8, other.source.n, 24]
     assert parts[0].descriptor.weight == parts[2].descriptor.weight
     assert parts[1].descriptor != parts[0].descriptor
     for part, source in zip(parts, [first, other, last], strict=True):
@@ -187,7 +222,7 @@ def test_dense_shards_of_one_dtype_merge() -> None:
 
 def test_padding_counts_as_rows() -> None:
     (part,) = refine([shard(n=10, padding=6)], CONTEXT)
-    assert part.descriptor.shards == (16,)
+    assert part.descriptor.n == 16
     assert part.weights.rows(8, 16).codes.shape == (8, K)
 
 

@@ -198,7 +198,7 @@ def test_shards_of_a_fused_layer_stay_one_part(name: str, fused: bool) -> None:
     (part,) = refine(collect_shards(params, sources), CONTEXT)
     expected = torch.cat([exact for _, exact in made])
     assert torch.equal(part.weights.dequantize(0, 2 * n).double(), expected)
-    assert part.descriptor.shards == (n, n)
+    assert [shard.source.n for shard in part.weights.shards] == [n, n]
 
 
 def test_exponents_may_come_in_their_own_dtype() -> None:
@@ -312,7 +312,7 @@ def test_a_prescale_follows_the_order_of_channels() -> None:
 )
 def test_shards_that_want_other_inputs_stay_apart(other: LoadedShard) -> None:
     parts = refine([static_shard(), other, other], CONTEXT)
-    assert [part.descriptor.shards for part in parts] == [(N,), (N, N)]
+    assert [[shard.source.n for shard in part.weights.shards] for part in parts] == [[N], [N, N]]
 
 
 @pytest.mark.parametrize(

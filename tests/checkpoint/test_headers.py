@@ -51,7 +51,7 @@ def test_names_dtypes_shapes_and_bytes(tmp_path: Path) -> None:
         found = headers[name]
         assert found.dtype == str(tensor.dtype).removeprefix("torch.")
         assert found.shape == tuple(tensor.shape)
-        assert found.nbytes == tensor.numel() * tensor.element_size()
+        assert found.nbytes == tensor.nbytes
         assert found.file == str(file)
     assert headers.modules["a.q_proj"] == {"qweight", "scales"}
     assert headers.modules[""] == {"lonely"}

@@ -98,7 +98,7 @@ def test_preparation_takes_its_result_and_64_mib(name: str) -> None:
     shard = random_shard(SCHEMES[name], act_order=act_order)
     with Peak() as peak:
         executors = prepare("layer", "linear", [shard], context, platform, Settings())
-    result = sum(t.numel() * t.element_size() for t in executors[0].tensors.values())
+    result = sum(t.nbytes for t in executors[0].tensors.values())
     assert executors[0].method.name == "cpu"
     assert result > 100 << 20
     print(f"{name}: result {result >> 20} MiB, peak extra {(peak.extra - result) >> 20} MiB")

@@ -46,11 +46,10 @@ def descriptors(draw: st.DrawFn) -> CompressedLinearDescriptor:
     groups = draw(st.integers(1, 4))
     k = group * groups if group > 0 else draw(st.integers(1, 500))
     order = draw(st.sampled_from([None, ChannelOrder(k), ChannelOrder(k, padded=True)]))
-    shards = tuple(draw(st.lists(st.integers(0, 99), min_size=1, max_size=3)))
     activation = draw(st.sampled_from(ACTIVATIONS))
     return CompressedLinearDescriptor(
         in_features=k - 1 if order and order.padded else k,
-        out_features=sum(shards),
+        out_features=draw(st.integers(0, 297)),
         weight=WeightSpec(
             draw(ELEMENTS),
             ScaleSpec(draw(DTYPES), "group" if group > 0 else "channel", group),
@@ -60,9 +59,6 @@ def descriptors(draw: st.DrawFn) -> CompressedLinearDescriptor:
         input_dtype=draw(DTYPES),
         output_dtype=draw(DTYPES),
         bias_dtype=draw(st.one_of(st.none(), DTYPES)),
-        shards=shards,
-        tp_rank=1,
-        tp_size=2,
         channel_order=order,
         activation=draw(st.sampled_from([None, activation])),
         prescale=draw(st.one_of(st.none(), DTYPES)),
@@ -93,7 +89,7 @@ def test_reads_well() -> None:
     weight = WeightSpec(uint(4), ScaleSpec("bfloat16", "group", 128), ZeroSpec("integer", "uint8"))
     d = CompressedLinearDescriptor(256, 512, weight, "bfloat16", "bfloat16")
     assert str(d) == ("512x256, uint4, g128, bfloat16 scale, integer zero, bfloat16 → bfloat16")
-    assert (d.shards, d.k, d.n, d.groups, d.group_size) == ((512,), 256, 512, 2, 128)
+    assert (d.k, d.n, d.groups, d.group_size) == (256, 512, 2, 128)
 
 
 def test_every_field_counts_for_equality() -> None:
@@ -101,15 +97,12 @@ def test_every_field_counts_for_equality() -> None:
     d = CompressedLinearDescriptor(256, 512, weight, "bfloat16", "bfloat16")
     changed = [
         replace(d, in_features=128),
-        replace(d, out_features=256, shards=(256,)),
+        replace(d, out_features=256),
         replace(d, weight=replace(weight, element=uint(4, 8))),
         replace(d, weight=replace(weight, zero=ZeroSpec("float", "float16"))),
         replace(d, input_dtype="float16"),
         replace(d, output_dtype="float16"),
         replace(d, bias_dtype="float16"),
-        replace(d, shards=(256, 256)),
-        replace(d, tp_rank=1),
-        replace(d, tp_size=2),
         replace(d, channel_order=ChannelOrder(256)),
         replace(d, prescale="float32"),
         replace(d, transform=TransformSpec("hadamard", "input", 64)),
@@ -132,7 +125,6 @@ def test_the_kernel_s_channels_are_the_gathered_ones() -> None:
     ("change", "message"),
     [
         ({"in_features": -1}, ("negative",)),
-        ({"shards": (1, 2)}, ("N=8",)),
         ({"in_features": 40}, ("K=40", 32)),
     ],
 )

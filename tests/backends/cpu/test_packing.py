@@ -20,7 +20,6 @@ from vllm.compressed_linear.backends.cpu.packing import (
     QUADS,
     PackedLayout,
     pack_codes,
-    pack_standard,
 )
 from vllm.compressed_linear.backends.cpu.weight_only import CpuBackend
 from vllm.compressed_linear.backends.shared.repack import CodeLocation, locate_codes
@@ -144,6 +143,20 @@ def loaded(
 
 def layouts(descriptor: CompressedLinearDescriptor) -> list[PackedLayout]:
     return [PLANES, QUADS] if descriptor.weight.element.kind == "integer" else [PLANES]
+
+
+def pack_standard(
+    packed: torch.Tensor,
+    held: CompressedWeights,
+    d: CompressedLinearDescriptor,
+    element: str,
+    layout: PackedLayout,
+) -> None:
+    """Fill ``packed`` through the standard layout."""
+    pack_rows = getattr(torch.ops.compressed_linear, layout.pack_rows)
+    for start, stop in held.chunks(native.TILE):
+        codes = held.rows(start, stop).codes.contiguous()
+        pack_rows(packed, codes, start, d.n, d.group_size, element)
 
 
 def packed_both_ways(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from tests.support.messages import saying
 from tests.support.shards import kind_of, linears, load, read_config, source_of
 from vllm import _custom_ops
 from vllm.compressed_linear.backends.marlin import packing as marlin_preparation
-from vllm.compressed_linear.backends.marlin.packing import prepare, vllm_scales
+from vllm.compressed_linear.backends.marlin.packing import prepare
 from vllm.compressed_linear.checkpoint.facts import LayerContext, refine
 from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
 from vllm.compressed_linear.checkpoint.weights import CompressedWeights
@@ -34,7 +35,7 @@ from vllm.compressed_linear.formats.gptq import gptq_scheme
 from vllm.compressed_linear.machine import native
 from vllm.compressed_linear.spec import elements
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor, ScaleSpec, WeightSpec
-from vllm.compressed_linear.spec.elements import E2M1, E4M3, ElementType, uint
+from vllm.compressed_linear.spec.elements import E2M1, E4M3, ElementType, torch_dtype, uint
 from vllm.compressed_linear.spec.packing import Packing
 from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role, StandardWeights, StoredTensor
 from vllm.compressed_linear.testing.cases import load_shard
@@ -320,6 +321,43 @@ def layer_of(weights: CompressedWeights, d: CompressedLinearDescriptor) -> torch
     return layer
 
 
+NVFP4_EXPONENT = 7
+"""What of the bias vLLM's kernels leave to NVFP4's group scales; the row scale has the rest."""
+
+
+def vllm_scales(
+    tensors: dict[str, torch.Tensor], d: CompressedLinearDescriptor
+) -> dict[str, torch.Tensor]:
+    """``scale`` and, for NVFP4, ``row_scale`` as vLLM's own Marlin kernels want them, which
+    otherwise take the ``tensors`` that ``prepare`` makes.
+
+    Of e2m1 and e4m3 weights they leave an exponent bias to the scales.
+    """
+    element, wide, scale = d.weight.element, torch_dtype(d.input_dtype), tensors["scale"]
+    if element.kind != "float" or scale.dtype == torch.uint8:
+        return {"scale": scale}
+    exponent_bits = 5 if wide == torch.float16 else 8
+    missing = (1 << (exponent_bits - 1)) - (1 << (element.exponent - 1))
+    if scale.dtype != torch.float8_e4m3fn:
+        return {"scale": scale.to(wide) * 2.0**missing}
+    lift, largest = 0, float(scale.float().max())
+    if wide != torch.float16 and largest > 0:
+        lift = math.floor(math.log2(448 / largest))
+    row_scale = tensors["row_scale"] if "row_scale" in tensors else torch.ones(d.n)
+    return {
+        "scale": vllm_nvfp4_scales(scale, lift),
+        "row_scale": row_scale * 2.0 ** (missing - NVFP4_EXPONENT - lift),
+    }
+
+
+def vllm_nvfp4_scales(scale: torch.Tensor, lift: int) -> torch.Tensor:
+    """float8_e4m3fn scales times 2^(7 + lift), as the upper bytes of float16 numbers without their
+    sign: five exponent bits and three of the mantissa. What is below 2 becomes 0."""
+    halves = (scale.float() * 2.0 ** (NVFP4_EXPONENT + lift)).half()
+    upper = (halves.view(torch.int16) >> 7).to(torch.uint8)
+    return torch.where(halves < 2, 0, upper).view(torch.float8_e4m3fn)
+
+
 @pytest.mark.usefixtures("vllm_repack")
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("name", [name for name in SCHEMES if name not in INTEGERS])
@@ -403,9 +441,7 @@ def test_nvfp4_scales_are_vllm_s(lift: int) -> None:
         scale.view(torch.float8_e4m3fn).half().reshape(1, -1), 2.0**lift
     )
     assert factor == 2.0**lift
-    got = torch.ops.compressed_linear.marlin_nvfp4_scales(
-        scale.reshape(1, -1).view(torch.float8_e4m3fn), lift
-    )
+    got = vllm_nvfp4_scales(scale.reshape(1, -1).view(torch.float8_e4m3fn), lift)
     swapped = got.view(torch.uint8).reshape(-1, 4)[:, [0, 2, 1, 3]].reshape(1, -1)
     assert torch.equal(swapped, expected.view(torch.uint8))
 
@@ -530,11 +566,6 @@ def test_what_the_repack_refuses(changes: dict[str, Any], message: tuple[object,
         ("marlin_zeros", (torch.zeros(64, 2), 4), ("zero", "float32", "uint8")),
         ("marlin_zeros", (torch.full((64, 2), 16, dtype=torch.uint8), 4), (4,)),
         (
-            "marlin_nvfp4_scales",
-            (torch.full((1, 4), 300.0).to(torch.float8_e4m3fn), 1),
-            ("scale", 121),
-        ),
-        (
             "marlin_pack_rows",
             (
                 torch.zeros(1, 128, dtype=torch.int32),
@@ -566,9 +597,6 @@ def test_fake_kernels_have_the_shapes_of_the_ops() -> None:
         (ops.marlin_zeros, (torch.zeros(64, 2, dtype=torch.uint8), 4)),
     ):
         torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))
-    # torch cannot compare e4m3 tensors, which the test of the schema does.
-    scale = torch.ones(2, 64).to(torch.float8_e4m3fn)
-    torch.library.opcheck(ops.marlin_nvfp4_scales.default, (scale, 0), test_utils="test_faketensor")
 
 
 def test_the_shape_of_the_weight() -> None:

@@ -633,8 +633,9 @@ def test_the_operator_is_looked_for_in_the_library_of_the_platform() -> None:
     )
     assert VllmNativeBackend.can_implement(descriptor(), Platform.parse("cpu:avx512"))
     assert VllmNativeBackend.can_implement(descriptor(), Platform.parse("cpu:avx512bf16"))
+    avx2 = Platform.parse("cpu:avx2")
     assert VllmNativeBackend.can_implement(
-        descriptor(), Platform.parse("cpu:avx2").with_ops("_C::cpu_gemm_wna16")
+        descriptor(), dataclasses.replace(avx2, ops=avx2.ops | {"_C::cpu_gemm_wna16"})
     )
     told = dataclasses.replace(HERE, missing=(("_C::cpu_gemm_wna16", "not built today"),))
     assert "not built today" in reasons(descriptor(), told)

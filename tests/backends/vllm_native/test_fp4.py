@@ -333,4 +333,4 @@ def test_prepared_bytes_are_those_of_whole_tiles() -> None:
         tensors = backend.prepare(problem.descriptor, problem.weights, B200)
     stated = VllmNativeBackend.prepared_bytes(problem.descriptor)
     large = [t for t in tensors.values() if t.dim()]
-    assert stated == sum(t.numel() * t.element_size() for t in large)
+    assert stated == sum(t.nbytes for t in large)

@@ -152,8 +152,6 @@ OTHERS: dict[str, dict[str, Any]] = {
     "one shard more": {"shards": [shard(), shard()]},
     "dtype of activations": {"context": replace(FLOAT32, input_dtype="bfloat16")},
     "dtype of the output": {"context": replace(FLOAT32, output_dtype="float16")},
-    "rank": {"context": replace(FLOAT32, tp_rank=1, tp_size=2)},
-    "number of ranks": {"context": replace(FLOAT32, tp_size=2)},
     "a bias": {"context": replace(FLOAT32, bias_dtype="float32")},
 }
 
