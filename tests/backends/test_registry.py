@@ -137,13 +137,7 @@ def test_incomplete_backends_are_refused() -> None:
     nameless = type("Nameless", (QuantLinearMethod,), {})
     with pytest.raises(
         TypeError,
-        match=saying(
-            "apply",
-            "prep_weights_for_execution",
-            "seconds",
-            "name",
-            "capabilities",
-        ),
+        match=saying("apply", "prep_weights_for_execution", "seconds", "name", "capabilities"),
     ):
         register_backend(nameless)
     blind = type("Blind", (Toy,), {"capabilities": replace(Toy.capabilities, lookup=True)})

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.support.checkpoints import checkpoint, checkpoint_tensors, checkpoints
+from tests.support.checkpoints import Entry, checkpoint, checkpoint_tensors, checkpoints
 from tests.support.messages import saying
 from vllm.compressed_linear.checkpoint.headers import Headers, headers_of, read_headers
 from vllm.compressed_linear.checkpoint.shard import CheckpointError
@@ -67,7 +67,11 @@ def test_renaming_regroups_modules(tmp_path: Path) -> None:
     assert renamed["b.weight"] == headers["b.weight"]
 
 
-@pytest.mark.parametrize("name", checkpoints("gptqmodel-gptq-w4", "llmcompressor-w3"))
+def is_4_bit_gptq_or_3_bit_packed(entry: Entry) -> bool:
+    return (entry.quant_method, entry.bits) in (("gptq", 4), ("compressed-tensors", 3))
+
+
+@pytest.mark.parametrize("name", checkpoints(is_4_bit_gptq_or_3_bit_packed))
 def test_checkpoints_of_real_tools(name: str) -> None:
     headers = read_headers(checkpoint(name))
     assert headers is not None

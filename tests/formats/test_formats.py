@@ -17,6 +17,8 @@ from tests.support.checkpoints import (
     checkpoint_reference,
     checkpoint_tensors,
     checkpoints,
+    entry_of,
+    is_ours,
 )
 from tests.support.messages import saying
 from tests.support.shards import kind_of, linears, load, read_config, source_of
@@ -28,11 +30,6 @@ from vllm.compressed_linear.formats.resolution import Delegated, LayerKind, Unqu
 from vllm.compressed_linear.integration.config import CompressedLinearConfig
 from vllm.compressed_linear.spec.scheme import CheckpointScheme
 
-CHECKPOINTS = [
-    name
-    for name in checkpoints("gptqmodel-gptq", "autoawq-", "autoround-native-", "llmcompressor-")
-    if not any(other in name for other in ("fp8", "fp4", "w8a8", "w4a8"))
-]
 CONTEXT = LayerContext("bfloat16", "bfloat16")
 
 
@@ -55,7 +52,7 @@ def standard(shard: LoadedShard) -> torch.Tensor:
     return out
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("name", checkpoints(is_ours))
 def test_weights_equal_the_makers(name: str) -> None:
     config, tensors = read_config(name), checkpoint_tensors(name)
     reference = checkpoint_reference(name)
@@ -64,7 +61,7 @@ def test_weights_equal_the_makers(name: str) -> None:
         scheme = config.resolve(linear, kind_of(linear))
         n, k = len(reference[f"{linear}.rowsum"]), len(reference[f"{linear}.colsum"])
         if isinstance(scheme, Delegated):
-            assert "mixed" in name
+            assert entry_of(name).bits == "mixed"
             continue
         if isinstance(scheme, Unquantized):
             assert_matches_reference(tensors[f"{linear}.weight"].float(), reference, linear)

@@ -10,8 +10,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.support.checkpoint_lists import WEIGHT_ONLY
-from tests.support.checkpoints import checkpoint, checkpoint_reference, checkpoints
+from tests.support.checkpoints import (
+    checkpoint,
+    checkpoint_reference,
+    checkpoints,
+    is_ours,
+    is_weight_only,
+)
 from tests.support.choice import use_backend
 from tests.support.messages import saying, says
 from tests.support.model_loading import loaded, logits
@@ -31,7 +36,7 @@ def caplog_vllm(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureF
     logger.removeHandler(caplog.handler)
 
 
-WITH_FP8_LAYERS = checkpoints("llmcompressor-mixed-qv-differ")
+WITH_FP8_LAYERS = checkpoints(lambda entry: is_ours(entry) and not is_weight_only(entry))
 
 
 def log_probabilities(name: str, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,7 +48,7 @@ def log_probabilities(name: str, dtype: str) -> tuple[torch.Tensor, torch.Tensor
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("name", WEIGHT_ONLY)
+@pytest.mark.parametrize("name", checkpoints(is_weight_only))
 def test_fp32_logits_match_the_makers_library(
     name: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -53,7 +58,7 @@ def test_fp32_logits_match_the_makers_library(
     assert {entry.backend for entry in PLAN.entries.values()} == {backend}
 
 
-@pytest.mark.parametrize("name", WEIGHT_ONLY)
+@pytest.mark.parametrize("name", checkpoints(is_weight_only))
 def test_bf16_logits_are_near_the_fp32_reference(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,7 @@ from vllm.model_executor.layers.quantization.utils import (
     quant_utils,
 )
 
-from tests.support.checkpoints import checkpoint_tensors, checkpoints
+from tests.support.checkpoints import Entry, checkpoint_tensors, checkpoints, is_weight_only
 from tests.support.messages import saying
 from tests.support.shards import kind_of, linears, load, read_config, source_of
 from vllm import _custom_ops
@@ -447,13 +447,14 @@ def test_nvfp4_scales_are_vllm_s(lift: int) -> None:
     assert torch.equal(swapped, expected.view(torch.uint8))
 
 
-FIXTURES = [
-    name
-    for name in checkpoints(
-        "gptqmodel-gptq-", "gptqmodel-gptqv2", "autoawq-awq-gemm", "llmcompressor-w"
+def marlin_holds(entry: Entry) -> bool:
+    """Whether all of it has a layout of 4 or 8 bits that vLLM unpacks."""
+    methods = (("gptq", None), ("awq", "gemm"), ("compressed-tensors", None))
+    return (
+        is_weight_only(entry)
+        and entry.bits in (4, 8)
+        and (entry.quant_method, entry.version_field) in methods
     )
-    if any(width in name for width in ("w4-", "w8-", "w4a16", "w8a16", "awq")) and "a8" not in name
-]
 
 
 def vllm_codes(linear: str, tensors: dict[str, torch.Tensor], bits: int) -> torch.Tensor:
@@ -470,7 +471,7 @@ def vllm_codes(linear: str, tensors: dict[str, torch.Tensor], bits: int) -> torc
     return codes.unflatten(1, (-1, 8))[:, :, undo].flatten(1).t()
 
 
-@pytest.mark.parametrize("name", FIXTURES)
+@pytest.mark.parametrize("name", checkpoints(marlin_holds))
 def test_real_checkpoints(name: str) -> None:
     config, tensors = read_config(name), checkpoint_tensors(name)
     seen = 0

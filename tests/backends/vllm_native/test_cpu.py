@@ -674,7 +674,7 @@ def test_weights_repacked_for_8_bit_activations_stop_the_load(
         return layer
 
     monkeypatch.setattr(mixed_precision, "repack", repack)
-    with pytest.raises(RuntimeError, match="repacked the weights for 8-bit activations"):
+    with pytest.raises(RuntimeError, match=saying("8-bit")):
         VllmNativeBackend(part.descriptor).prep_weights_for_execution(part.weights)
 
 

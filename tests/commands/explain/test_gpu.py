@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import table_models
-from tests.support.checkpoint_lists import OURS
-from tests.support.checkpoints import checkpoint
+from tests.support.checkpoints import checkpoint, checkpoints, is_ours
 from tests.support.messages import says
 from vllm.compressed_linear.backends.vllm_native.classes import accelerators
 from vllm.compressed_linear.commands.explain.explain import explain
@@ -49,7 +48,7 @@ def vllm_has_a_kernel(d: CompressedLinearDescriptor) -> bool:
 
 
 @pytest.mark.parametrize("capability", GPUS)
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", checkpoints(is_ours))
 def test_nothing_runs_on_reference_and_vllms_kernels_are_candidates(
     name: str, capability: int
 ) -> None:
