@@ -17,20 +17,13 @@ import torch
 from vllm.compressed_linear.checkpoint.facts import LayerContext, refine
 from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
 from vllm.compressed_linear.commands.explain.tensors import LayerTensors, ReadTensor, load_shards
+from vllm.compressed_linear.formats.base import Hints
 from vllm.compressed_linear.prepare.layer import checkpoint_bytes
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
 from vllm.compressed_linear.spec.scheme import Role
 
 MIXED_SHARDS = 3
 """Up to this many shards with open facts, shards that differ among themselves are supposed too."""
-
-
-@dataclass(frozen=True)
-class Hints:
-    """What the configuration claims; formats do not trust it, so it only says what is likely."""
-
-    reordered: bool = False
-    symmetric: bool = False
 
 
 @dataclass(frozen=True)
