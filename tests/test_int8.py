@@ -334,7 +334,7 @@ def test_calls_are_counted_by_path(isa_int8: str) -> None:
 def test_the_variable_keeps_to_its_tier(tier: str, expected: set[str]) -> None:
     if tier not in native.supported_isas():
         pytest.skip(f"this processor has no {tier}")
-    text = "from vllm.compressed_linear import native; print(native.isa_int8())"
+    text = "from vllm.compressed_linear.machine import native; print(native.isa_int8())"
     out = subprocess.run(
         [sys.executable, "-c", text],
         env=os.environ | {"VLLM_COMPRESSED_LINEAR_CPU_ISA": tier},

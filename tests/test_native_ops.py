@@ -410,7 +410,7 @@ def test_loading_twice_is_harmless() -> None:
 
 
 def ask_isa(wanted: str) -> subprocess.CompletedProcess[str]:
-    code = "from vllm.compressed_linear import native; print(native.isa())"
+    code = "from vllm.compressed_linear.machine import native; print(native.isa())"
     environment = os.environ | {"VLLM_COMPRESSED_LINEAR_CPU_ISA": wanted}
     return subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False

@@ -37,7 +37,7 @@ packages = ["vllm"]
 package-dir = { vllm = "vllm" }
 """
 WHERE = """
-import vllm, vllm.compressed_linear as package, vllm.compressed_linear.numerics
+import vllm, vllm.compressed_linear as package, vllm.compressed_linear.spec.elements
 print(vllm.__file__, vllm.__version__, package.__name__, package.__file__, sep="\\n")
 """
 

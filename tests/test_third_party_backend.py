@@ -17,9 +17,9 @@ from conftest import ROOT, checkpoint
 
 EXAMPLE = ROOT / "examples" / "third_party_backend"
 SELECT = """
-from vllm.compressed_linear import registry
-from vllm.compressed_linear.numerics import uint
-from vllm.compressed_linear.platform import Platform
+from vllm.compressed_linear.backends import registry
+from vllm.compressed_linear.spec.elements import uint
+from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.testing import Case
 
 descriptor = Case(uint(4), zero="integer", order="act").build().descriptor
@@ -36,7 +36,7 @@ import torch
 from pathlib import Path
 from conftest import checkpoint_reference
 from model_loading import loaded, logits
-from vllm.compressed_linear.plan import PLAN
+from vllm.compressed_linear.prepare.plan import PLAN
 
 for path in map(Path, sys.argv[1:]):
     reference = checkpoint_reference(path.name)
