@@ -31,7 +31,8 @@ from architectures import (
 )
 from model_loading import loaded, logits
 from synthetic import Quant
-from vllm.compressed_linear.integration.config import NAME, ConfigError
+from vllm.compressed_linear.formats.resolution import ConfigError
+from vllm.compressed_linear.integration.config import NAME
 from vllm.compressed_linear.prepare.plan import PLAN
 
 pytestmark = pytest.mark.usefixtures("inspect_in_process")

@@ -19,11 +19,11 @@ from conftest import (
     checkpoint_tensors,
     checkpoints,
 )
+from described import Described
 from vllm.compressed_linear.checkpoint.facts import LayerContext, refine
 from vllm.compressed_linear.checkpoint.parameter import collect_shards, create_parameters
 from vllm.compressed_linear.checkpoint.shard import CheckpointError, LoadedShard, ShardSource
 from vllm.compressed_linear.formats.resolution import Delegated, LayerKind, Unquantized
-from vllm.compressed_linear.integration.config import CompressedLinearConfig
 from vllm.compressed_linear.spec.scheme import CheckpointScheme
 
 CHECKPOINTS = [
@@ -34,13 +34,11 @@ CHECKPOINTS = [
 CONTEXT = LayerContext("bfloat16", "bfloat16")
 
 
-def read_config(name: str) -> CompressedLinearConfig:
-    """The format's config of a checkpoint, headers and all, as vLLM makes it."""
+def read_config(name: str) -> Described:
+    """The format of a checkpoint and what its files have."""
     path = checkpoint(name)
     config = json.loads((path / "config.json").read_text())["quantization_config"]
-    found = CompressedLinearConfig.from_config(config)
-    found.maybe_update_config(str(path))
-    return found
+    return Described.of(config).with_file(path)
 
 
 def linears(name: str) -> list[str]:
@@ -168,7 +166,7 @@ def test_marlin_files_are_read_as_vllms_packer_writes_them(
     config: dict[str, Any] = {"bits": 4, "group_size": group_size, "quant_method": method}
     config |= {"is_marlin_format": True} if method == "gptq" else {"version": "marlin"}
     config |= {"zero_point": False}
-    scheme = CompressedLinearConfig.from_config(config).resolve("a.q_proj", LayerKind.LINEAR)
+    scheme = Described.of(config).resolve("a.q_proj", LayerKind.LINEAR)
     assert isinstance(scheme, CheckpointScheme)
     tensors = {f"a.q_proj.{names[0]}": packed, f"a.q_proj.{names[1]}": permuted}
     weight = (codes.float() - 8) * scale.float().repeat_interleave(k // scale.shape[1], 1)
@@ -196,7 +194,7 @@ def test_marlin_tiles_may_hold_a_part_of_a_fused_weight() -> None:
     permuted = marlin_permute_scales(scale.t().contiguous(), k, sum(widths), 128)
     weight = (codes.float() - 8) * scale.float().repeat_interleave(128, 1)
     config = {"quant_method": "marlin", "bits": 4, "group_size": 128}
-    scheme = CompressedLinearConfig.from_config(config).resolve("a.qkv_proj", LayerKind.LINEAR)
+    scheme = Described.of(config).resolve("a.qkv_proj", LayerKind.LINEAR)
     assert isinstance(scheme, CheckpointScheme)
     for rank in (0, 1):
         sources = [
@@ -217,7 +215,7 @@ def test_marlin_tiles_may_hold_a_part_of_a_fused_weight() -> None:
 )
 def test_marlin_needs_whole_tiles(n: int, k: int, complaint: str) -> None:
     config = {"bits": 4, "group_size": -1, "quant_method": "marlin"}
-    scheme = CompressedLinearConfig.from_config(config).resolve("a.q_proj", LayerKind.LINEAR)
+    scheme = Described.of(config).resolve("a.q_proj", LayerKind.LINEAR)
     assert isinstance(scheme, CheckpointScheme)
     with pytest.raises(CheckpointError, match=f"a.q_proj.B .*{complaint}"):
         create_parameters([source_of("a.q_proj", scheme, n, k)], "a.qkv_proj")
@@ -230,8 +228,7 @@ def test_gemv_fast_of_early_autoawq_calls_its_zeros_otherwise(tmp_path: Path) ->
         for key, value in checkpoint_tensors(name).items()
     }
     save_file(tensors, tmp_path / "model.safetensors")
-    config = read_config(name)
-    config.maybe_update_config(str(tmp_path))
+    config = read_config(name).with_file(tmp_path)
     linear = "model.layers.0.mlp.down_proj"
     scheme = config.resolve(linear, LayerKind.LINEAR)
     assert isinstance(scheme, CheckpointScheme)
@@ -246,7 +243,7 @@ def test_pack_quantized_as_the_installed_library_writes_it(bits: int, symmetric:
     width tells, whatever the configuration's version says."""
     scheme, tensors, expected = compressed(bits, symmetric)
     n, k = expected.shape
-    config = CompressedLinearConfig.from_config(
+    config = Described.of(
         {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
@@ -268,7 +265,7 @@ def test_pack_quantized_as_the_installed_library_writes_it(bits: int, symmetric:
 def test_pack_quantized_with_a_group_index() -> None:
     scheme, tensors, expected = compressed(4, True, actorder=True)
     n, k = expected.shape
-    config = CompressedLinearConfig.from_config(
+    config = Described.of(
         {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
@@ -355,7 +352,7 @@ def test_gemv_files_of_every_group_size(version: str, group: int) -> None:
         wide = scale.float().repeat_interleave(size, 1)
         expected = codes.float() * wide + addend[:, : k // size].float().repeat_interleave(size, 1)
     config = {"quant_method": "awq", "bits": 4, "group_size": group, "version": version}
-    scheme = CompressedLinearConfig.from_config(config).resolve("a.q_proj", LayerKind.LINEAR)
+    scheme = Described.of(config).resolve("a.q_proj", LayerKind.LINEAR)
     assert isinstance(scheme, CheckpointScheme)
     for axis in ("n", "k"):
         halves = in_two("a.q_proj", scheme, n, k, axis, tensors)
