@@ -4,8 +4,8 @@
     python docs/generate.py
 
 Such a part stands between ``<!-- generated: NAME ARGUMENT... -->`` and ``<!-- end -->`` in
-README.md or a page of ``docs/``; NAME is a key of ``PARTS``. ``tests/test_documentation.py`` fails
-when a page and the code disagree.
+README.md or a page of ``docs/``; NAME is a key of ``PARTS``. ``tests/docs/test_documentation.py``
+fails when a page and the code disagree.
 """
 
 from __future__ import annotations
@@ -212,10 +212,11 @@ def _stock(names: tuple[str, ...]) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "logits.pt"
         paths = [str(ROOT / FIXTURES / name) for name in names]
-        worker = str(ROOT / "tests" / "stock_worker.py")
+        worker = "tests.support.stock_worker"
         with environment(VLLM_COMPRESSED_LINEAR="0"):
             subprocess.run(
-                [sys.executable, worker, str(out), "bfloat16", *paths],
+                [sys.executable, "-m", worker, str(out), "bfloat16", *paths],
+                cwd=ROOT,
                 check=True,
                 capture_output=True,
                 timeout=300,
@@ -241,8 +242,8 @@ def _runs_on(name: str) -> str:
 
 def _load(path: Path, **variables: str) -> None:
     """Load a checkpoint into vLLM's model class in this process; the plan is that of the load."""
-    with importing_from(ROOT / "tests"):
-        from model_loading import loaded
+    with importing_from(ROOT):
+        from tests.support.model_loading import loaded
     with environment(**variables), loaded(path, "bfloat16"):
         pass
 

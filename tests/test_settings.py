@@ -119,6 +119,7 @@ def test_a_switch_that_is_neither_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         Settings.read()
 
 
+@pytest.mark.needs_vllm
 def test_vllm_knows_our_variables_after_the_plugin_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.platforms import current_platform
 
@@ -131,6 +132,7 @@ def test_vllm_knows_our_variables_after_the_plugin_ran(monkeypatch: pytest.Monke
     current_platform.validate_environ(hard_fail=True)
 
 
+@pytest.mark.needs_vllm
 def test_values_of_our_variables_are_no_part_of_the_compile_key(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -1,58 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What needs no vLLM is imported without it."""
+"""The lower layers of the package, and the unit tests, run in a process without vLLM."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.support.repository import ROOT, environment
 
-PROGRAM = """
-import importlib, importlib.machinery, importlib.util, json, pkgutil, sys, types
+WITHOUT_VLLM = ("spec", "machine", "checkpoint", "formats", "backends", "prepare", "testing")
+"""Folders of the package whose modules import nothing of vLLM when they are imported."""
 
-# A package that has nothing but a path: the real one would run its own __init__, which takes 3 s.
-stub = types.ModuleType("vllm")
-stub.__path__ = [sys.argv[1]]
-sys.modules["vllm"] = stub
 
-ours = "vllm.compressed_linear"
-# Not by a plain import: the finder of the installed package answers only where vLLM is.
-spec = importlib.machinery.PathFinder.find_spec(ours, stub.__path__)
-sys.modules[ours] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sys.modules[ours])
-for folder in ("settings", "spec", "machine", "checkpoint", "formats", "backends", "prepare",
-               "testing"):
-    module = importlib.import_module(f"{ours}.{folder}")
-    for found in pkgutil.walk_packages(getattr(module, "__path__", []), f"{ours}.{folder}."):
-        if "vllm_native" not in found.name and not found.name.endswith("__main__"):
-            importlib.import_module(found.name)
+def python(*arguments: str) -> str:
+    """What a new process says, which must succeed."""
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
 
-from vllm.compressed_linear.formats.file_view import FileView
-from vllm.compressed_linear.formats.registry import parse
 
-found = parse({"quant_method": "gptq", "bits": 4, "group_size": 128})
-print(json.dumps({
-    "ours": [name for name in sys.modules if name.startswith(ours)],
-    "others": [name for name in sys.modules
-               if name.startswith("vllm.") and not name.startswith(ours)],
-    "stub": sys.modules["vllm"] is stub,
-    "scheme": str(found.resolve("model.layers.0.mlp.up_proj", "linear", FileView())),
-}))
+IMPORT_ALL = """
+import importlib, pkgutil, sys
+from tests.support import without_vllm
+for folder in sys.argv[1:]:
+    package = importlib.import_module(f"vllm.compressed_linear.{folder}")
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        importlib.import_module(module.name)
+print(len([name for name in sys.modules if name.startswith("vllm.compressed_linear.")]))
+print(without_vllm.others())
 """
 
 
-def test_formats_specs_checkpoints_and_backends_import_nothing_of_vllm() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(ROOT / "vllm")], capture_output=True, text=True
+def test_the_lower_layers_import_nothing_of_vllm() -> None:
+    count, others = python("-c", IMPORT_ALL, *WITHOUT_VLLM).splitlines()[-2:]
+    assert int(count) > 50
+    assert others == "[]"
+
+
+def test_an_import_from_vllm_is_found() -> None:
+    program = (
+        "import sys, types\n"
+        "from tests.support import without_vllm\n"
+        "try:\n"
+        "    import vllm.config\n"
+        "except ModuleNotFoundError as error:\n"
+        "    print(error.name)\n"
+        "sys.modules['vllm.config'] = types.ModuleType('vllm.config')\n"
+        "print(without_vllm.others())\n"
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["stub"]
-    assert found["others"] == []
-    folders = {name.split(".")[2] for name in found["ours"] if name.count(".") > 2}
-    expected = {"spec", "machine", "checkpoint", "formats", "backends", "prepare", "testing"}
-    assert folders == expected
-    assert "uint4" in found["scheme"]
+    assert python("-c", program).split() == ["vllm.config", "['vllm.config']"]
+
+
+def test_unit_tests_are_collected_without_vllm() -> None:
+    """Also those that share a file with tests that need vLLM."""
+    command = ["-m", "pytest", "-p", "tests.support.without_vllm", "-p", "no:cacheprovider"]
+    found = python(*command, "--collect-only", "-q", "-m", "unit").splitlines()
+    names = [line for line in found if "::" in line]
+    assert len(names) > 1000
+    assert {name.split("/")[1] for name in names} >= {"spec", "machine", "checkpoint", "prepare"}
+    assert not any("/integration/" in name for name in names)

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// What ops on the GPU check beside op_arguments.h, and what they launch on. Included by the
+// What ops on the GPU check beside ops/arguments.h, and what they launch on. Included by the
 // csrc/cuda/op_*.cpp files only.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include "op_arguments.h"
+#include "ops/arguments.h"
 
 namespace compressed_linear {
 

@@ -3,8 +3,8 @@
 // captured in a graph. Nothing in this file has run on hardware.
 #include "op_marlin_gemm.h"
 #include "cuda/marlin/launch.h"
-#include "cuda/op_cuda.h"
-#include "cuda/ops.h"
+#include "op_cuda.h"
+#include "ops.h"
 
 namespace compressed_linear::cuda {
 namespace {

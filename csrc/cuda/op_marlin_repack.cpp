@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The ops of csrc/op_marlin_repack.cpp for weights on a GPU. They wait for the GPU once, to hear of
-// wrong codes: preparation may. Nothing in this file has run on hardware.
+// The ops of csrc/ops/marlin_repack.cpp for weights on a GPU. They wait for the GPU once, to hear
+// of wrong codes: preparation may. Nothing in this file has run on hardware.
 #include "cuda/marlin/repack_launch.h"
-#include "cuda/op_cuda.h"
-#include "cuda/ops.h"
-#include "op_marlin.h"
-#include "op_repack.h"
+#include "op_cuda.h"
+#include "ops.h"
+#include "ops/marlin.h"
+#include "ops/repack.h"
 
 namespace compressed_linear::cuda {
 namespace {

@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "cpu/marlin_repack.h"
-#include "cpu/repack.h"
+#include "cpu/repack/marlin_scales.h"
+#include "cpu/repack/repack.h"
 #include "cuda/emulator/emulator.h"
 #include "cuda/marlin/repack.h"
 

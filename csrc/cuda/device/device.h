@@ -66,7 +66,7 @@ struct alignas(8) Floats2 {
 }  // namespace compressed_linear::cuda
 
 #if defined(__CUDACC__)
-#include "cuda/device/instructions.h"
+#include "instructions.h"
 #else
 #include "cuda/emulator/primitives.h"
 #endif

@@ -306,4 +306,4 @@ CL_DEVICE float widen(uint16_t value) {
 
 }  // namespace compressed_linear::cuda
 
-#include "cuda/device/small_floats.h"
+#include "small_floats.h"

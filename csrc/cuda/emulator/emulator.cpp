@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cuda/emulator/emulator.h"
+#include "emulator.h"
 
 #include <setjmp.h>
 #include <sys/mman.h>
@@ -17,8 +17,8 @@
 #include <sstream>
 #include <stdexcept>
 
-#include "cpu/floats.h"
-#include "cuda/emulator/shared_memory.h"
+#include "cpu/common/floats.h"
+#include "shared_memory.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>

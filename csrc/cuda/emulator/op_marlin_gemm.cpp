@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // marlin_gemm on the CPU, for tests: the kernels' source in the emulator, with all its checks on.
 // In a library of its own that nothing but tests builds and loads.
-#include "op_marlin_gemm.h"
+#include "cuda/op_marlin_gemm.h"
 
 #include <torch/csrc/stable/library.h>
 

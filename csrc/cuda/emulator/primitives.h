@@ -7,8 +7,8 @@
 #include <cstring>
 #include <type_traits>
 
-#include "cpu/floats.h"
-#include "cuda/emulator/emulator.h"
+#include "cpu/common/floats.h"
+#include "emulator.h"
 
 #define CL_GLOBAL(...) inline
 #define CL_PARAMS const

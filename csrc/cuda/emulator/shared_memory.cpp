@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cuda/emulator/shared_memory.h"
+#include "shared_memory.h"
 
 #include <algorithm>
 #include <cstring>

@@ -11,7 +11,7 @@
 #include <type_traits>
 
 #include "cuda/device/device.h"
-#include "cuda/marlin/problem.h"
+#include "problem.h"
 
 namespace compressed_linear::cuda::marlin {
 

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "cuda/device/device.h"
-#include "cuda/marlin/gather_problem.h"
+#include "gather_problem.h"
 
 namespace compressed_linear::cuda::marlin {
 

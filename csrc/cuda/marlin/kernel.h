@@ -15,8 +15,8 @@
 #pragma once
 
 #include "cuda/device/device.h"
-#include "cuda/marlin/decode.h"
-#include "cuda/marlin/problem.h"
+#include "decode.h"
+#include "problem.h"
 
 namespace compressed_linear::cuda::marlin {
 

@@ -2,8 +2,8 @@
 // Defines kernel_for, for the units that instantiate it.
 #pragma once
 
-#include "cuda/marlin/kernel.h"
-#include "cuda/marlin/kernels.h"
+#include "kernel.h"
+#include "kernels.h"
 
 namespace compressed_linear::cuda::marlin {
 

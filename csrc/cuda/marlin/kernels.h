@@ -4,7 +4,7 @@
 #pragma once
 
 #include "cuda/device/device.h"
-#include "cuda/marlin/problem.h"
+#include "problem.h"
 
 namespace compressed_linear::cuda::marlin {
 

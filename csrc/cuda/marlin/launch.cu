@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cuda/marlin/launch.h"
+#include "launch.h"
 
 #include <cuda_runtime.h>
 
-#include "cuda/marlin/gather.h"
-#include "cuda/marlin/kernels.h"
+#include "gather.h"
+#include "kernels.h"
 
 namespace compressed_linear::cuda::marlin {
 namespace {

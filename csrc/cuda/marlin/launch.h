@@ -2,8 +2,8 @@
 // How the op launches the GEMM and the gather. Plain C++, without CUDA's headers.
 #pragma once
 
-#include "cuda/marlin/gather_problem.h"
-#include "cuda/marlin/problem.h"
+#include "gather_problem.h"
+#include "problem.h"
 
 namespace compressed_linear::cuda::marlin {
 

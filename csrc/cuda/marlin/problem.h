@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "marlin_layout.h"
+#include "layouts/marlin.h"
 
 namespace compressed_linear::cuda::marlin {
 
@@ -34,7 +34,7 @@ constexpr int kPadding = 8;  // floats between rows of a tile of results in shar
 // y[m, n] = row_scale[n] * sum_k x[m, k] * w[n, k] + bias[n]
 // w[n, k] = scale[k / group, n] * (decode(code) - zero[k / group, n])
 //
-// Layouts as in marlin_layout.h: weight int32 [k / 16, n * bits / 2]; scale [groups, n] of any
+// Layouts as in layouts/marlin.h: weight int32 [k / 16, n * bits / 2]; scale [groups, n] of any
 // of the `Number`s, in channel columns if there is one group, else in grouped ones (those of one
 // byte in byte columns); zero int32 [groups, n * bits / 32] or null, in which case `code_bias`
 // takes its place. x [m, k] rows of 16-bit floats, 16-byte aligned; row_scale float [n] and bias

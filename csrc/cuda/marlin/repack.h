@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Kernels that bring weights into Marlin's order on the GPU: what cpu/repack.h and
-// cpu/marlin_repack.h do, bit for bit. For nvcc and, in the tests, for g++ and the emulator. They
-// have not run on hardware.
+// cpu/repack/marlin_scales.h do, bit for bit. For nvcc and, in the tests, for g++ and the emulator.
+// They have not run on hardware.
 #pragma once
 
 #include <cstdint>
 
 #include "cuda/device/device.h"
-#include "cuda/marlin/repack_launch.h"
-#include "marlin_layout.h"
+#include "layouts/marlin.h"
+#include "repack_launch.h"
 
 namespace compressed_linear::cuda {
 

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "cpu/marlin_repack.h"
+#include "cpu/repack/marlin_scales.h"
 
 namespace compressed_linear::cuda {
 

@@ -29,14 +29,12 @@ from vllm.compressed_linear.spec.scheme import Role
 
 @dataclass(frozen=True)
 class LayerContext:
-    """What a layer is apart from its weights: dtypes, place in the tensor-parallel group, and
-    whether it is an embedding table, whose rows are looked up."""
+    """What a layer is apart from its weights: dtypes, and whether it is an embedding table, whose
+    rows are looked up."""
 
     input_dtype: str
     output_dtype: str
     bias_dtype: str | None = None
-    tp_rank: int = 0
-    tp_size: int = 1
     lookup: bool = False
 
 
@@ -78,9 +76,6 @@ def refine(shards: Sequence[LoadedShard], context: LayerContext) -> list[Part]:
             input_dtype=context.input_dtype,
             output_dtype=context.output_dtype,
             bias_dtype=context.bias_dtype,
-            shards=tuple(s.source.n + s.source.padding for s in shards[begin:end]),
-            tp_rank=context.tp_rank,
-            tp_size=context.tp_size,
             channel_order=(
                 None if plan is None or plan.order is None else ChannelOrder(plan.k, plan.padded)
             ),

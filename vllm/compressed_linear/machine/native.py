@@ -66,10 +66,10 @@ dynamic, in groups of ``activation_group`` channels of x[:, perm] · prescale (0
 of ``linear``. Products are added up as integers, exactly, and scaled in fp32 once for each run of
 channels with one scale of x and of ŵ; every instruction set gives the same bits.
 
-Marlin's layout (``csrc/marlin_layout.h``) is for N a multiple of 64 and K of 16, and for elements
+Marlin's layout (``csrc/layouts/marlin.h``) is for N a multiple of 64 and K of 16, and for elements
 ``uint4``, ``uint8``, ``e4m3`` and ``e5m2``. On the CPU there are all of these ops; on CUDA devices,
-if ``cuda_available()``, those but ``marlin_unpack_rows`` and ``marlin_nvfp4_scales``, with ``k_at``
-and ``n_at`` on the CPU and one field to a code:
+if ``cuda_available()``, those but ``marlin_unpack_rows``, with ``k_at`` and ``n_at`` on the CPU and
+one field to a code:
 
 * ``marlin_pack_rows(packed!, rows, row_start, n, element)``: codes uint8 [rows, k] into ``packed``
   int32 [k / 16, n · bits / 2]
@@ -82,8 +82,6 @@ and ``n_at`` on the CPU and one field to a code:
 * ``marlin_zeros(zero, bits) -> Tensor`` int32 [G, n · bits / 32]: zero points uint8 [n, G]
 * ``marlin_gemm(x, weight, scale, zero, codebook, order, row_scale, bias, workspace, n, k,
   group_size, element, element_bias, out_dtype) -> Tensor`` [m, n]: on CUDA devices only
-* ``marlin_nvfp4_scales(scale, lift) -> Tensor``: float8_e4m3fn scales times 2^lift in the form
-  that vLLM's own kernels read
 
 ``marlin_gemm`` computes y = row_scale · (x[:, order] ŵᵀ) + bias with ŵ[n,k] = scale[n,g] · (code −
 element_bias − zero[n,g]), or scale · value for the elements ``e4m3``, ``e2m1`` and ``codebook4``.
@@ -272,12 +270,6 @@ def _fake_unpack_rows(
     return packed.new_empty((n, k), dtype=_ROW_DTYPES.get(element, torch.uint8))
 
 
-def _fake_pack_rows(
-    packed: torch.Tensor, rows: torch.Tensor, row_start: int, n: int, group_size: int, element: str
-) -> None:
-    return None
-
-
 def _fake_linear_int8(
     x: torch.Tensor,
     packed: torch.Tensor,
@@ -303,65 +295,12 @@ def _fake_linear_int8(
     return x.new_empty((x.shape[0], n), dtype=out_dtype)
 
 
-def _fake_place(packed: torch.Tensor) -> None:
-    return None
-
-
-def _fake_repack_codes(
-    packed: torch.Tensor,
-    stored: torch.Tensor,
-    order: str,
-    k_at: torch.Tensor,
-    n_at: torch.Tensor | None,
-    widths: list[int],
-    flip: int,
-    n_first: int,
-    rows: int,
-    blank: int,
-    blank_code: int,
-    row_start: int,
-    n: int,
-    group_size: int,
-    element: str,
-) -> None:
-    return None
-
-
-def _fake_marlin_pack_rows(
-    packed: torch.Tensor, rows: torch.Tensor, row_start: int, n: int, element: str
-) -> None:
-    return None
-
-
-def _fake_marlin_repack_codes(
-    packed: torch.Tensor,
-    stored: torch.Tensor,
-    order: str,
-    k_at: torch.Tensor,
-    n_at: torch.Tensor | None,
-    widths: list[int],
-    flip: int,
-    n_first: int,
-    rows: int,
-    blank: int,
-    blank_code: int,
-    row_start: int,
-    n: int,
-    element: str,
-) -> None:
-    return None
-
-
 def _fake_marlin_unpack_rows(packed: torch.Tensor, n: int, k: int, element: str) -> torch.Tensor:
     return packed.new_empty((n, k), dtype=torch.uint8)
 
 
 def _fake_marlin_scales(scale: torch.Tensor, columns: str) -> torch.Tensor:
     return scale.new_empty((scale.shape[1], scale.shape[0]))
-
-
-def _fake_marlin_nvfp4_scales(scale: torch.Tensor, lift: int) -> torch.Tensor:
-    return torch.empty_like(scale)
 
 
 def _fake_marlin_gemm(
@@ -389,20 +328,12 @@ def _fake_marlin_zeros(zero: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _register_fakes() -> None:
-    torch.library.register_fake("compressed_linear::marlin_pack_rows", _fake_marlin_pack_rows)
-    torch.library.register_fake("compressed_linear::marlin_repack_codes", _fake_marlin_repack_codes)
     torch.library.register_fake("compressed_linear::marlin_unpack_rows", _fake_marlin_unpack_rows)
     torch.library.register_fake("compressed_linear::marlin_scales", _fake_marlin_scales)
     torch.library.register_fake("compressed_linear::marlin_zeros", _fake_marlin_zeros)
-    torch.library.register_fake("compressed_linear::marlin_nvfp4_scales", _fake_marlin_nvfp4_scales)
     torch.library.register_fake("compressed_linear::marlin_gemm", _fake_marlin_gemm)
     torch.library.register_fake("compressed_linear::linear_int8", _fake_linear_int8)
     torch.library.register_fake("compressed_linear::unpack_rows_int8", _fake_unpack_rows)
-    torch.library.register_fake("compressed_linear::pack_rows_int8", _fake_pack_rows)
-    torch.library.register_fake("compressed_linear::place", _fake_place)
-    torch.library.register_fake("compressed_linear::repack_codes", _fake_repack_codes)
-    torch.library.register_fake("compressed_linear::repack_codes_int8", _fake_repack_codes)
     torch.library.register_fake("compressed_linear::linear", _fake_linear)
     torch.library.register_fake("compressed_linear::embedding", _fake_embedding)
     torch.library.register_fake("compressed_linear::unpack_rows", _fake_unpack_rows)
-    torch.library.register_fake("compressed_linear::pack_rows", _fake_pack_rows)

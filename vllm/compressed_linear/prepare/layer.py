@@ -92,7 +92,7 @@ def prepare(
                 variant=selection.variant,
                 descriptor=str(part.descriptor),
                 bytes_checkpoint=checkpoint_bytes(part.weights),
-                bytes_prepared=sum(t.numel() * t.element_size() for t in tensors.values()),
+                bytes_prepared=sum(t.nbytes for t in tensors.values()),
                 prepare_seconds=obtained.seconds,
                 batch_invariant=method.batch_invariant,
                 chosen_by=selection.chosen_by,
@@ -201,9 +201,7 @@ def contract_note(method: QuantLinearMethod) -> str:
 
 def checkpoint_bytes(weights: CompressedWeights) -> int:
     """Bytes of the checkpoint's tensors, this rank's part."""
-    return sum(
-        t.numel() * t.element_size() for shard in weights.shards for t in shard.tensors.values()
-    )
+    return sum(t.nbytes for shard in weights.shards for t in shard.tensors.values())
 
 
 def _check_pinned(name: str, parts: Sequence[Part], pinned: Sequence[Executor]) -> None:

@@ -63,7 +63,7 @@ QUAD = 4
 
 
 class CpuInt8Backend(QuantLinearMethod):
-    """Integer kernels on the packed layout of ``csrc/cpu/int8_layout.h``.
+    """Integer kernels on the packed layout of ``csrc/layouts/quads.h``.
 
     Prepared tensors (T = ceil(N / 16) tiles): ``packed`` uint8 [T, bytes]; ``scale`` and ``zero``
     [T, G, 16]; ``row_scale`` float32 [N]; ``prescale`` float32 [K]; ``perm`` int32 [K];

@@ -59,7 +59,7 @@ _CALL_SECONDS = 5e-6
 
 
 class CpuBackend(QuantLinearMethod):
-    """Weight-only kernels on the packed layout of ``csrc/cpu/layout.h``.
+    """Weight-only kernels on the packed layout of ``csrc/layouts/planes.h``.
 
     Prepared tensors (T = ceil(N / 16) tiles): ``packed`` uint8 [T, bytes]; ``scale`` and ``zero``
     [T, G, 16] with the output channels of a tile innermost, in the checkpoint's dtype (uint8 for
@@ -73,19 +73,7 @@ class CpuBackend(QuantLinearMethod):
     capabilities = Capabilities(
         devices=frozenset({"cpu"}),
         integer_bits=frozenset(range(1, 9)),
-        other_elements=frozenset(
-            element.name
-            for element in (
-                elements.BF16,
-                elements.FP16,
-                elements.FP32,
-                elements.E2M1,
-                elements.E4M3,
-                elements.E5M2,
-                elements.E2M3,
-                elements.E3M2,
-            )
-        ),
+        other_elements=frozenset(element.name for element in elements.ALL_FLOATS),
         codebooks=True,
         scale_dtypes=frozenset({"bfloat16", "float16", "float32", "float8_e4m3fn", "e8m0"}),
         row_scale=True,
@@ -168,7 +156,7 @@ class CpuBackend(QuantLinearMethod):
         total = tiles * per_tile + small_bytes(d, d.activation)
         table = _table(weight.element)
         if table is not None:
-            total += table.numel() * table.itemsize
+            total += table.nbytes
         return total
 
     @classmethod
