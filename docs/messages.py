@@ -179,9 +179,9 @@ def additional_config() -> str:
 
 
 def unknown_method() -> str:
-    from vllm.compressed_linear.integration.config import CompressedLinearConfig
+    from vllm.compressed_linear.formats.registry import parse
 
-    return error_of(lambda: CompressedLinearConfig.from_config({"quant_method": "aqlm"}))
+    return error_of(lambda: parse({"quant_method": "aqlm"}))
 
 
 def without_native(**variables: str) -> Callable[[], str]:

@@ -25,7 +25,7 @@ from tests.support.messages import saying
 from tests.support.model_loading import loaded
 from tests.support.repository import ROOT
 from vllm.compressed_linear.checkpoint.shard import CheckpointError
-from vllm.compressed_linear.integration import config as config_module
+from vllm.compressed_linear.formats import base, registry
 from vllm.compressed_linear.integration.linear import detect_platform
 from vllm.compressed_linear.prepare.plan import PLAN, PlanEntry
 
@@ -65,11 +65,10 @@ def in_pages(language: str) -> list[Path]:
 @pytest.fixture
 def clean_formats() -> Iterator[None]:
     """Formats that a page registers are forgotten again."""
-    config_module.formats()
-    known = dict(config_module._FORMATS)
+    known = registry.formats()
     yield
-    config_module._FORMATS.clear()
-    config_module._FORMATS.update(known)
+    base._FORMATS.clear()
+    base._FORMATS.update(known)
 
 
 @pytest.mark.usefixtures("clean_registry", "clean_formats")

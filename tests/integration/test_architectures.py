@@ -27,7 +27,8 @@ from tests.support.architectures import (
 from tests.support.messages import saying
 from tests.support.model_loading import loaded, logits
 from tests.support.synthetic import Quant
-from vllm.compressed_linear.integration.config import NAME, ConfigError
+from vllm.compressed_linear.formats.resolution import ConfigError
+from vllm.compressed_linear.integration.config import NAME
 from vllm.compressed_linear.prepare.plan import PLAN
 
 pytestmark = pytest.mark.usefixtures("inspect_in_process")

@@ -28,8 +28,8 @@ from vllm.compressed_linear.commands.explain import meta_model
 from vllm.compressed_linear.commands.explain.checkpoint import ExplainError
 from vllm.compressed_linear.commands.explain.explain import explain
 from vllm.compressed_linear.commands.explain.layers import TensorParallelError, model_layouts
+from vllm.compressed_linear.formats.resolution import ConfigError
 from vllm.compressed_linear.integration import compat
-from vllm.compressed_linear.integration.config import ConfigError
 from vllm.compressed_linear.integration.linear import detect_platform
 from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.prepare.plan import DELEGATED, PLAN, PlanEntry

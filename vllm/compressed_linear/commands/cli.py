@@ -110,7 +110,7 @@ def explain(
     from vllm.compressed_linear.commands.explain.checkpoint import ExplainError
     from vllm.compressed_linear.commands.explain.layers import TensorParallelError
     from vllm.compressed_linear.commands.explain.text import print_explanation
-    from vllm.compressed_linear.integration.config import ConfigError
+    from vllm.compressed_linear.formats.resolution import ConfigError
     from vllm.compressed_linear.settings import Settings
 
     machine = _platform(platform, tp)
@@ -175,7 +175,7 @@ def tune(
     from vllm.compressed_linear.commands.explain.layers import TensorParallelError
     from vllm.compressed_linear.commands.tune import tune as tuning
     from vllm.compressed_linear.commands.tune.text import print_result, progress_bar
-    from vllm.compressed_linear.integration.config import ConfigError
+    from vllm.compressed_linear.formats.resolution import ConfigError
     from vllm.compressed_linear.prepare.self_check import SelfCheckError
     from vllm.compressed_linear.settings import Settings, default_tune_file
 

@@ -25,7 +25,6 @@ from vllm.compressed_linear.integration.linear import (
     CompressedLinearMethod,
     DenseMethod,
     layer_context,
-    layer_finished,
     no_rows,
 )
 from vllm.compressed_linear.integration.preparation import ModelPreparation

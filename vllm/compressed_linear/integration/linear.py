@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +14,6 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 
-from vllm.compressed_linear.backends import measurements
 from vllm.compressed_linear.checkpoint.describe import LayerContext
 from vllm.compressed_linear.checkpoint.parameter import (
     CheckpointParameter,
@@ -26,11 +23,8 @@ from vllm.compressed_linear.checkpoint.parameter import (
 from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
 from vllm.compressed_linear.formats.resolution import LayerKind, Unquantized
 from vllm.compressed_linear.integration import compat
-from vllm.compressed_linear.integration.sharding import shard_geometry
-from vllm.compressed_linear.machine.platform import Platform
-from vllm.compressed_linear.prepare.cache.store import PreparedCache
 from vllm.compressed_linear.integration.preparation import ModelPreparation, Prepared
-from vllm.compressed_linear.settings import Settings
+from vllm.compressed_linear.integration.sharding import shard_geometry
 from vllm.compressed_linear.spec.descriptor import WeightSpec
 from vllm.compressed_linear.spec.elements import dense, dtype_name
 from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role, StoredTensor
