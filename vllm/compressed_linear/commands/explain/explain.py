@@ -37,7 +37,7 @@ from vllm.compressed_linear.commands.explain.possibilities import (
 from vllm.compressed_linear.commands.explain.tensors import ReadTensor, assumed, load_shards, locate
 from vllm.compressed_linear.formats.base import Hints
 from vllm.compressed_linear.formats.registry import format_of, formats, parse_in
-from vllm.compressed_linear.integration.linear import detect_platform
+from vllm.compressed_linear.integration.preparation import detect_platform
 from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.prepare.layer import choose, settle_lookup
 from vllm.compressed_linear.prepare.plan import rejections
