@@ -479,7 +479,7 @@ def test_a_server_that_is_killed_while_it_writes_leaves_no_entry(tmp_path: Path)
 
 
 def test_unquantized_weights_are_kept_too(tmp_path: Path) -> None:
-    from vllm.compressed_linear.integration.linear import dense_shard
+    from vllm.compressed_linear.checkpoint.shard import dense_shard
 
     weight = torch.randn(N, K, dtype=torch.bfloat16)
     context = LayerContext("bfloat16", "bfloat16")
