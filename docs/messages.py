@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the errors that ``troubleshooting.md`` quotes, each by really doing what it warns of."""
+"""Provoke the errors that ``troubleshooting.md`` quotes, each by its real cause."""
 
 from __future__ import annotations
 

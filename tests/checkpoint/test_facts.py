@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from tests.support.messages import saying, says
-from vllm.compressed_linear.checkpoint.facts import LayerContext, Part, refine
+from vllm.compressed_linear.checkpoint.describe import LayerContext
+from vllm.compressed_linear.checkpoint.parts import Part, refine
 from vllm.compressed_linear.checkpoint.shard import CheckpointError, LoadedShard, ShardSource
 from vllm.compressed_linear.checkpoint.write import from_standard_layout
 from vllm.compressed_linear.spec.descriptor import ScaleSpec, WeightSpec, ZeroSpec
@@ -260,7 +262,7 @@ def test_a_zero_scale_is_damage_over_codes_and_none_over_a_dead_group(zero: int 
 
 
 def test_many_zero_scales_are_looked_through_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm.compressed_linear.checkpoint.facts.CHUNK_BYTES", 16 * K * 5)
+    monkeypatch.setattr("vllm.compressed_linear.checkpoint.validation.CHUNK_BYTES", 16 * K * 5)
     codes = torch.full((64, K), 8, dtype=torch.uint8)
     scale = torch.zeros(64, 4).half()
     scale[10:15] = 1
@@ -290,3 +292,22 @@ def test_group_indices_out_of_range(bad: int) -> None:
         CheckpointError, match=saying("model.k.g_idx", min(bad, 0), max(bad, 3), 0, 3)
     ):
         refine([shard("model.k", index=index)], CONTEXT)
+
+
+def test_scales_zero_points_and_group_index_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refinement, preparation of all rows, and no second look at either."""
+    calls = []
+    for name in ("scale", "zero", "group_index"):
+        original = getattr(LoadedShard, name)
+
+        def counted(self: LoadedShard, name: str = name, original: Any = original) -> Any:
+            calls.append(name)
+            return original(self)
+
+        monkeypatch.setattr(LoadedShard, name, counted)
+    generator = torch.Generator().manual_seed(3)
+    index = (torch.arange(K) // 32)[torch.randperm(K, generator=generator)]
+    (part,) = refine([shard(zero=3, index=index)], CONTEXT)
+    for start, stop in ((0, 5), (5, 16)):
+        part.weights.rows(start, stop)
+    assert sorted(calls) == ["group_index", "scale", "zero"]

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from tests.support.messages import saying
-from vllm.compressed_linear.checkpoint.facts import LayerContext, refine
+from vllm.compressed_linear.checkpoint.describe import LayerContext
 from vllm.compressed_linear.checkpoint.parameter import collect_shards, create_parameters
+from vllm.compressed_linear.checkpoint.parts import refine
 from vllm.compressed_linear.checkpoint.shard import CheckpointError, LoadedShard, ShardSource
 from vllm.compressed_linear.checkpoint.weights import to_standard_layout
 from vllm.compressed_linear.checkpoint.write import from_standard_layout

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tests.support.messages import saying
 from tests.support.strategies import Weight, weights
 from vllm.compressed_linear.checkpoint import weights as module
-from vllm.compressed_linear.checkpoint.facts import LayerContext, refine
+from vllm.compressed_linear.checkpoint.describe import LayerContext
+from vllm.compressed_linear.checkpoint.parts import refine
 from vllm.compressed_linear.checkpoint.shard import CheckpointError, LoadedShard, ShardSource
 from vllm.compressed_linear.checkpoint.weights import CHUNK_BYTES, to_standard_layout
 from vllm.compressed_linear.checkpoint.write import from_standard_layout

@@ -25,7 +25,8 @@ from vllm.compressed_linear import settings
 from vllm.compressed_linear.backends import measurements, registry
 from vllm.compressed_linear.backends.measurements import MachineKey, Measured, TuneFileError, read
 from vllm.compressed_linear.backends.reference import ReferenceBackend
-from vllm.compressed_linear.checkpoint.facts import LayerContext, refine
+from vllm.compressed_linear.checkpoint.describe import LayerContext
+from vllm.compressed_linear.checkpoint.parts import refine
 from vllm.compressed_linear.commands import cli
 from vllm.compressed_linear.commands.explain.explain import explain
 from vllm.compressed_linear.commands.tune import tune as tuning

@@ -22,8 +22,9 @@ from tests.support.checkpoints import (
 )
 from tests.support.messages import saying
 from tests.support.shards import kind_of, linears, load, read_config, source_of
-from vllm.compressed_linear.checkpoint.facts import LayerContext, refine
+from vllm.compressed_linear.checkpoint.describe import LayerContext
 from vllm.compressed_linear.checkpoint.parameter import collect_shards, create_parameters
+from vllm.compressed_linear.checkpoint.parts import refine
 from vllm.compressed_linear.checkpoint.shard import CheckpointError, LoadedShard
 from vllm.compressed_linear.formats.resolution import Delegated, LayerKind, Unquantized
 from vllm.compressed_linear.integration.config import CompressedLinearConfig

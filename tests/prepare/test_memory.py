@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm.compressed_linear.checkpoint.facts import LayerContext
+from vllm.compressed_linear.checkpoint.describe import LayerContext
 from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
 from vllm.compressed_linear.formats.awq import awq_gemm_scheme
 from vllm.compressed_linear.formats.compressed_tensors import pack_quantized_scheme

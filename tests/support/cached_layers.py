@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from tests.support.synthetic import Quant, random_weight
-from vllm.compressed_linear.checkpoint.facts import LayerContext
+from vllm.compressed_linear.checkpoint.describe import LayerContext
 from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
 from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.prepare.cache.store import PreparedCache

@@ -8,7 +8,7 @@ from typing import Any
 
 from tests.support.checkpoints import checkpoint
 from vllm.compressed_linear.commands.explain.explain import explain
-from vllm.compressed_linear.commands.explain.explanation import CasePlan, Explanation, LayerPlan
+from vllm.compressed_linear.commands.explain.explanation import Explanation, LayerPlan, Possibility
 from vllm.compressed_linear.integration.linear import detect_platform
 from vllm.compressed_linear.prepare.plan import DELEGATED, PLAN
 
@@ -29,7 +29,7 @@ COMPARED = [
 ]
 
 
-def planned_parts(layer: LayerPlan, case: CasePlan) -> list[list[Any]]:
+def planned_parts(layer: LayerPlan, case: Possibility) -> list[list[Any]]:
     """Everything that the plan of a loaded layer says too."""
     return [
         [layer.kind, str(p.descriptor), *(getattr(p, field) for field in COMPARED[1:])]

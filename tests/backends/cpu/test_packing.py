@@ -23,7 +23,8 @@ from vllm.compressed_linear.backends.cpu.packing import (
 )
 from vllm.compressed_linear.backends.cpu.weight_only import CpuBackend
 from vllm.compressed_linear.backends.shared.repack import CodeLocation, locate_codes
-from vllm.compressed_linear.checkpoint.facts import LayerContext, refine
+from vllm.compressed_linear.checkpoint.describe import LayerContext
+from vllm.compressed_linear.checkpoint.parts import refine
 from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
 from vllm.compressed_linear.checkpoint.weights import CompressedWeights
 from vllm.compressed_linear.checkpoint.write import from_standard_layout

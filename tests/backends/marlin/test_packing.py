@@ -25,7 +25,8 @@ from tests.support.shards import kind_of, linears, load, read_config, source_of
 from vllm import _custom_ops
 from vllm.compressed_linear.backends.marlin import packing as marlin_preparation
 from vllm.compressed_linear.backends.marlin.packing import prepare
-from vllm.compressed_linear.checkpoint.facts import LayerContext, refine
+from vllm.compressed_linear.checkpoint.describe import LayerContext
+from vllm.compressed_linear.checkpoint.parts import refine
 from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
 from vllm.compressed_linear.checkpoint.weights import CompressedWeights
 from vllm.compressed_linear.checkpoint.write import from_standard_layout

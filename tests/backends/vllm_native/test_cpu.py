@@ -26,7 +26,8 @@ from vllm.compressed_linear.backends.contract import contract_bound
 from vllm.compressed_linear.backends.reference import ReferenceBackend
 from vllm.compressed_linear.backends.vllm_native import VllmNativeBackend
 from vllm.compressed_linear.backends.vllm_native.classes import mixed_precision
-from vllm.compressed_linear.checkpoint.facts import LayerContext, Part, refine
+from vllm.compressed_linear.checkpoint.describe import LayerContext
+from vllm.compressed_linear.checkpoint.parts import Part, refine
 from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
 from vllm.compressed_linear.machine.platform import Platform, cpu_features
 from vllm.compressed_linear.spec.descriptor import (

@@ -24,7 +24,8 @@ from vllm.compressed_linear.backends.vllm_native import (
 )
 from vllm.compressed_linear.backends.vllm_native.classes import accelerators
 from vllm.compressed_linear.backends.vllm_native.nvfp4 import ACTIVATION
-from vllm.compressed_linear.checkpoint.facts import LayerContext, refine
+from vllm.compressed_linear.checkpoint.describe import LayerContext
+from vllm.compressed_linear.checkpoint.parts import refine
 from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.spec.activation import quantize_dequantize
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor

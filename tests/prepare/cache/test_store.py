@@ -24,7 +24,7 @@ from tests.support.synthetic import Quant
 from vllm.compressed_linear.backends.base import QuantLinearMethod
 from vllm.compressed_linear.backends.cpu.weight_only import CpuBackend
 from vllm.compressed_linear.backends.registry import register_backend
-from vllm.compressed_linear.checkpoint.facts import LayerContext
+from vllm.compressed_linear.checkpoint.describe import LayerContext
 from vllm.compressed_linear.checkpoint.shard import LoadedShard
 from vllm.compressed_linear.machine import native
 from vllm.compressed_linear.prepare.cache import store as cache_module

@@ -18,7 +18,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     UnquantizedEmbeddingMethod,
 )
 
-from vllm.compressed_linear.checkpoint.facts import LayerContext
+from vllm.compressed_linear.checkpoint.describe import LayerContext
 from vllm.compressed_linear.formats.resolution import LayerKind
 from vllm.compressed_linear.integration import compat
 from vllm.compressed_linear.integration.linear import (

@@ -17,7 +17,7 @@ from vllm.model_executor.layers.linear import (
 )
 
 from vllm.compressed_linear.backends import measurements
-from vllm.compressed_linear.checkpoint.facts import LayerContext
+from vllm.compressed_linear.checkpoint.describe import LayerContext
 from vllm.compressed_linear.checkpoint.parameter import (
     CheckpointParameter,
     collect_shards,

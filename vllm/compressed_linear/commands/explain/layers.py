@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from vllm.compressed_linear.checkpoint.facts import LayerContext
+from vllm.compressed_linear.checkpoint.describe import LayerContext
 from vllm.compressed_linear.checkpoint.headers import Headers, shard_names
 from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
 from vllm.compressed_linear.commands.explain import meta_model
