@@ -28,7 +28,7 @@ from rich.table import Table
 
 from benchmarks import machine
 from vllm.compressed_linear.backends.cpu.int8 import CpuInt8Backend
-from vllm.compressed_linear.backends.cpu.packing import PLANES, QUADS, pack_standard
+from vllm.compressed_linear.backends.cpu.packing import Layout, pack_standard
 from vllm.compressed_linear.backends.cpu.weight_only import CpuBackend
 from vllm.compressed_linear.checkpoint.facts import LayerContext, Part, refine
 from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
@@ -116,11 +116,11 @@ def random_part(name: str, n: int, k: int) -> Part:
 @contextmanager
 def instruction_set(name: str) -> Iterator[None]:
     before = native.isa()
-    torch.ops.compressed_linear.select_isa(name)
+    torch.ops.compressed_linear.select_isa("floats", name)
     try:
         yield
     finally:
-        torch.ops.compressed_linear.select_isa(before)
+        torch.ops.compressed_linear.select_isa("floats", before)
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -133,7 +133,7 @@ def measure(part: Part, repetitions: int, *, plain: bool) -> dict[str, float]:
     """Median seconds of each way to prepare the layer, and its packed bytes."""
     integers = part.descriptor.activation is not None
     method = (CpuInt8Backend if integers else CpuBackend)(part.descriptor)
-    layout = QUADS if integers else PLANES
+    layout: Layout = "quads" if integers else "planes"
     first = method.prep_weights_for_execution(part.weights)["packed"]
 
     def standard() -> None:
@@ -210,7 +210,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     native.load()
     if arguments.isa:
-        torch.ops.compressed_linear.select_isa(arguments.isa)
+        torch.ops.compressed_linear.select_isa("floats", arguments.isa)
     record: dict[str, Any] = {
         "machine": machine.about() | {"isa": native.isa()},
         "threads": arguments.threads,

@@ -26,10 +26,10 @@ from vllm.compressed_linear.machine.platform import Platform
 ROOT = Path(__file__).resolve().parent.parent
 COPIES = ROOT / "tests" / "fixtures"
 
-ISAS = native.supported_isas() if native.available() is None else []
+ISAS = native.supported_isas("floats") if native.available() is None else []
 """Instruction sets this processor can run, best first; empty without the native library."""
 
-ISAS_INT8 = native.supported_isas_int8() if native.available() is None else []
+ISAS_INT8 = native.supported_isas("integers") if native.available() is None else []
 """The same for integer activations."""
 
 # Nobody's own measurements decide what a test sees.
@@ -127,18 +127,18 @@ def tiled(values: torch.Tensor) -> torch.Tensor:
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test with each instruction set."""
     before = native.isa()
-    torch.ops.compressed_linear.select_isa(request.param)
+    torch.ops.compressed_linear.select_isa("floats", request.param)
     yield request.param
-    torch.ops.compressed_linear.select_isa(before)
+    torch.ops.compressed_linear.select_isa("floats", before)
 
 
 @pytest.fixture(params=ISAS_INT8)
 def isa_int8(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test with each instruction set for integer activations."""
-    before = native.isa_int8()
-    torch.ops.compressed_linear.select_isa_int8(request.param)
+    before = native.isa("integers")
+    torch.ops.compressed_linear.select_isa("integers", request.param)
     yield request.param
-    torch.ops.compressed_linear.select_isa_int8(before)
+    torch.ops.compressed_linear.select_isa("integers", before)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import op_calls
 from test_native_ops import DENSE, DTYPES, INTEGERS, SHAPES, Layer, make_layer, pack, tiled
 from vllm.compressed_linear.machine import native
 
@@ -32,7 +33,7 @@ def look_up(layer: Layer, ids: torch.Tensor, **overrides: Any) -> torch.Tensor:
         "channels": layer.k,
         "out_dtype": torch.float32,
     }
-    return torch.ops.compressed_linear.embedding(**(arguments | overrides))
+    return op_calls.embedding(**(arguments | overrides))
 
 
 def fp32_weight(layer: Layer) -> torch.Tensor:
@@ -179,7 +180,7 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "zero": ({"zero": torch.ones(3, 2, 16).double()}, "zero is float64, expected bfloat16"),
     "table": ({"table": torch.zeros(8).bfloat16()}, r"table has shape \[8\], expected \[16\]"),
     "bias": ({"element_bias": 17}, "element_bias is 17, expected 0 to 16"),
-    "channels": ({"channels": 60}, "channels is 60 without perm, expected k = 64"),
+    "channels": ({"channels": 60}, "columns is 60 without perm, expected k = 64"),
     "perm": (
         {"perm": torch.arange(64).int(), "channels": 60},
         "perm runs from 0 to 63, expected -1 to 59",
@@ -193,7 +194,8 @@ def test_wrong_arguments_are_named(case: str) -> None:
     overrides, message = BAD_ARGUMENTS[case]
     layer = make_layer((40, 64, 32), "uint4")
     arguments = {"ids": torch.zeros(1).long()} | overrides
-    with pytest.raises(ValueError, match=f"compressed_linear::embedding: {message}"):
+    op = "make_problem" if case in ("bias", "channels", "perm") else "embedding"
+    with pytest.raises(ValueError, match=f"compressed_linear::{op}: {message}"):
         look_up(layer, **arguments)
 
 
@@ -209,11 +211,12 @@ def test_opcheck() -> None:
     layer = make_layer((40, 64, 32), "uint4", "integer")
     arguments = (
         torch.tensor([1, 39, 7]),
+        torch.ops.compressed_linear.make_problem("planes", 40, 64, 32, "uint4", 0),
         layer.packed,
         layer.scale,
         layer.zero,
+        *(None, None),
         torch.randperm(64).int(),
-        None,
-        *(40, 64, 32, "uint4", 0, 64, torch.bfloat16),
+        *(64, torch.bfloat16),
     )
     torch.library.opcheck(torch.ops.compressed_linear.embedding.default, arguments)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import op_calls
 from conftest import ISAS_INT8, tiled
 from vllm.compressed_linear.backends.contract import activation_error, contract_bound
 from vllm.compressed_linear.backends.cpu.int8 import CpuInt8Backend, CpuInt8FastBackend
@@ -78,10 +79,9 @@ def layer(
     spread = scale.double().repeat_interleave(group, 1)
     away = away.repeat_interleave(group, 1)
     ops = torch.ops.compressed_linear
-    packed = torch.empty(
-        -(-n // 16), ops.packed_tile_bytes_int8(k, group, f"uint{bits}"), dtype=torch.uint8
-    )
-    ops.pack_rows_int8(packed, codes, 0, n, group, f"uint{bits}")
+    shape = ops.packed_shape("quads", n, k, group, f"uint{bits}")
+    packed = torch.empty(shape, dtype=torch.uint8)
+    ops.pack_rows("quads", packed, codes, 0, n, group, f"uint{bits}")
     return Layer(
         n,
         k,
@@ -100,9 +100,7 @@ def arguments(w: Layer, x: torch.Tensor, spec: ActivationSpec = TOKEN) -> dict[s
     group = spec.group_size if spec.granularity == "group" else 0
     sums = None
     if not spec.symmetric:
-        sums = torch.ops.compressed_linear.code_sums_int8(
-            w.packed, w.n, w.k, w.group, w.element, group
-        )
+        sums = torch.ops.compressed_linear.code_sums(w.packed, w.n, w.k, w.group, w.element, group)
     return {
         "x": x,
         "packed": w.packed,
@@ -120,15 +118,12 @@ def arguments(w: Layer, x: torch.Tensor, spec: ActivationSpec = TOKEN) -> dict[s
         "group_size": w.group,
         "element": w.element,
         "element_bias": 0 if w.zero is not None else 1 << (w.bits - 1),
-        "symmetric": spec.symmetric,
-        "activation_group": group,
-        "maximum": spec.maximum,
         "out_dtype": torch.float32,
-    }
+    } | op_calls.activation(spec)
 
 
 def call(given: dict[str, Any]) -> torch.Tensor:
-    return torch.ops.compressed_linear.linear_int8(*given.values())
+    return op_calls.linear(layout="quads", **given)
 
 
 def taken(given: dict[str, Any], spec: ActivationSpec) -> torch.Tensor:
@@ -139,7 +134,7 @@ def taken(given: dict[str, Any], spec: ActivationSpec) -> torch.Tensor:
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_unpacking_gives_back_what_was_packed(bits: int, shape: tuple[int, int, int]) -> None:
     w = layer(*shape, bits)
-    back = torch.ops.compressed_linear.unpack_rows_int8(w.packed, w.n, w.k, w.group, w.element)
+    back = torch.ops.compressed_linear.unpack_rows("quads", w.packed, w.n, w.k, w.group, w.element)
     assert torch.equal(back, w.codes)
 
 
@@ -170,7 +165,7 @@ def test_sums_of_integers_are_exact(isa_int8: str, bits: int) -> None:
     w = layer(48, 512, 512, bits)
     w.scale = torch.full_like(w.scale, 0.5)
     w.codes.fill_((1 << bits) - 1)
-    torch.ops.compressed_linear.pack_rows_int8(w.packed, w.codes, 0, w.n, w.group, w.element)
+    torch.ops.compressed_linear.pack_rows("quads", w.packed, w.codes, 0, w.n, w.group, w.element)
     generator = torch.Generator().manual_seed(bits)
     q = torch.randint(-128, 128, (5, 512), generator=generator)
     given = arguments(w, q.float() * 0.25, STATIC)
@@ -187,10 +182,10 @@ def test_every_instruction_set_batch_and_thread_count_gives_the_same_bits(
     w = layer(150, 384, 64, bits, zero=True)
     x = torch.randn(rows, w.k).bfloat16()
     results = []
-    before, threads = native.isa_int8(), torch.get_num_threads()
+    before, threads = native.isa("integers"), torch.get_num_threads()
     try:
         for name in ISAS_INT8:
-            torch.ops.compressed_linear.select_isa_int8(name)
+            torch.ops.compressed_linear.select_isa("integers", name)
             for spec in ACTIVATIONS:
                 for count in (1, 2):
                     torch.set_num_threads(count)
@@ -199,7 +194,7 @@ def test_every_instruction_set_batch_and_thread_count_gives_the_same_bits(
                     given["x"] = x[-1:]
                     assert torch.equal(call(given), results[-1][1][-1:])
     finally:
-        torch.ops.compressed_linear.select_isa_int8(before)
+        torch.ops.compressed_linear.select_isa("integers", before)
         torch.set_num_threads(threads)
     first = dict(reversed(results))
     assert all(torch.equal(out, first[spec]) for spec, out in results)
@@ -280,8 +275,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"packed": torch.zeros(4, 7, dtype=torch.uint8)}, r"packed has shape \[4, 7\]"),
     ({"group_size": 100}, "group_size is 100, expected a divisor of k = 256"),
     ({"element_bias": 17}, "element_bias is 17, expected 0 to 16"),
-    ({"activation_group": -1}, "activation_group is -1"),
-    ({"activation_group": 30}, "activations in groups of 30, expected a multiple of 4"),
+    ({"granularity": "group", "activation_group": 0}, "activation_group is 0"),
+    (
+        {"granularity": "group", "activation_group": 30},
+        "activations in groups of 30, expected a multiple of 4",
+    ),
     ({"maximum": 0.0}, "maximum is 0"),
     ({"maximum": float("inf")}, "maximum is inf"),
     ({"input_scale": torch.ones(2)}, r"input_scale has shape \[2\], expected \[1\]"),
@@ -317,7 +315,7 @@ def test_calls_are_counted_by_path(isa_int8: str) -> None:
     w = layer(bits=4)
     native.reset_call_counts()
     call(arguments(w, torch.ones(2, w.k)))
-    assert native.call_counts() == {f"linear_int8/{isa_int8}/uint4": 1}
+    assert native.call_counts() == {f"linear/quads/{isa_int8}/uint4": 1}
 
 
 @pytest.mark.parametrize(
@@ -325,7 +323,7 @@ def test_calls_are_counted_by_path(isa_int8: str) -> None:
     [
         ("generic", {"generic"}),
         ("avx2", {"avx2", "avxvnni"}),
-        ("avx512", {"avx512bw"}),
+        ("avx512", {"avx512"}),
         ("avx512bf16", set(ISAS_INT8) - {"amx"}),
         ("amx", {"amx"}),
         ("neon", {"i8mm", "dotprod", "neon"}),
@@ -334,7 +332,7 @@ def test_calls_are_counted_by_path(isa_int8: str) -> None:
 def test_the_variable_keeps_to_its_tier(tier: str, expected: set[str]) -> None:
     if tier not in native.supported_isas():
         pytest.skip(f"this processor has no {tier}")
-    text = "from vllm.compressed_linear.machine import native; print(native.isa_int8())"
+    text = "from vllm.compressed_linear.machine import native; print(native.isa('integers'))"
     out = subprocess.run(
         [sys.executable, "-c", text],
         env=os.environ | {"VLLM_COMPRESSED_LINEAR_CPU_ISA": tier},
@@ -448,7 +446,7 @@ def test_quantised_activations_are_chosen_before_reference() -> None:
     chosen = select(descriptor, Platform.parse("cpu:avx512bf16"))
     assert (chosen.chosen.name, chosen.variant) == ("cpu_int8", "avx512vnni")
     here = select(descriptor, Platform.detect())
-    assert (here.chosen.name, here.variant) == ("cpu_int8", native.isa_int8())
+    assert (here.chosen.name, here.variant) == ("cpu_int8", native.isa("integers"))
 
 
 def test_codes_below_8_bits_are_faster_where_they_need_not_be_widened() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import op_calls
 from conftest import ISAS, tiled
 from vllm.compressed_linear.backends.cpu.weight_only import CpuBackend
 from vllm.compressed_linear.machine import native
@@ -70,7 +71,7 @@ class Layer:
             "element_bias": self.element_bias,
             "out_dtype": out_dtype,
         }
-        return torch.ops.compressed_linear.linear(**(arguments | overrides))
+        return op_calls.linear(**(arguments | overrides))
 
     def check(self, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         """|error| ≤ 4 √K 2⁻²⁴ Σ|x||w| and a rounding of the fp32 result."""
@@ -89,8 +90,8 @@ class Layer:
 def pack(rows: torch.Tensor, group: int, element: str) -> torch.Tensor:
     ops = torch.ops.compressed_linear
     n, k = rows.shape
-    packed = torch.empty(-(-n // native.TILE), ops.packed_tile_bytes(k, group, element)).byte()
-    ops.pack_rows(packed, rows, 0, n, group, element)
+    packed = torch.empty(ops.packed_shape("planes", n, k, group, element)).byte()
+    ops.pack_rows("planes", packed, rows, 0, n, group, element)
     return packed
 
 
@@ -142,7 +143,7 @@ def make_layer(
 def test_unpacking_gives_back_the_rows(element: str, shape: tuple[int, int, int]) -> None:
     layer = make_layer(shape, element)
     rows = torch.ops.compressed_linear.unpack_rows(
-        layer.packed, layer.n, layer.k, layer.group, element
+        "planes", layer.packed, layer.n, layer.k, layer.group, element
     )
     assert torch.equal(rows, layer.rows)
 
@@ -153,7 +154,7 @@ def test_rows_may_be_packed_in_chunks(element: str) -> None:
     packed = torch.full_like(layer.packed, 255)
     for start, stop in ((32, 70), (0, 32)):
         torch.ops.compressed_linear.pack_rows(
-            packed, layer.rows[start:stop], start, layer.n, layer.group, element
+            "planes", packed, layer.rows[start:stop], start, layer.n, layer.group, element
         )
     assert torch.equal(packed, layer.packed)
 
@@ -298,10 +299,10 @@ def test_instruction_sets_agree_within_the_contract() -> None:
     before = native.isa()
     try:
         for name in ISAS:
-            torch.ops.compressed_linear.select_isa(name)
+            torch.ops.compressed_linear.select_isa("floats", name)
             layer.check(x, layer(x))
     finally:
-        torch.ops.compressed_linear.select_isa(before)
+        torch.ops.compressed_linear.select_isa("floats", before)
 
 
 BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
@@ -320,7 +321,7 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "zero shape": ({"zero": torch.ones(2, 2, 16)}, r"zero has shape \[2, 2, 16\]"),
     "bias shape": ({"bias": torch.ones(41)}, r"bias has shape \[41\], expected \[40\]"),
     "x columns": ({"x": torch.ones(2, 63)}, r"x has shape \[2, 63\], expected \[m, 64\]"),
-    "x rank": ({"x": torch.ones(64)}, r"x has shape \[64\], expected \[m, k\]"),
+    "x rank": ({"x": torch.ones(64)}, r"x has shape \[64\], expected \[m, 64\]"),
     "x dtype": (
         {"x": torch.ones(2, 64).int()},
         "x is int32, expected bfloat16, float16 or float32",
@@ -341,11 +342,16 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+PARSED = {"element", "group", "perm range", "perm low", "perm dtype", "bias value"}
+"""Cases that are found when a layer is prepared."""
+
+
 @pytest.mark.parametrize("case", BAD_ARGUMENTS)
 def test_wrong_arguments_are_named(case: str) -> None:
     overrides, message = BAD_ARGUMENTS[case]
     layer = make_layer((40, 64, 32), "uint4")
-    with pytest.raises(ValueError, match=f"compressed_linear::linear: {message}"):
+    op = "make_problem" if case in PARSED else "linear"
+    with pytest.raises(ValueError, match=f"compressed_linear::{op}: {message}"):
         layer(overrides.pop("x", torch.ones(2, 64)), **overrides)
 
 
@@ -354,13 +360,13 @@ def test_wrong_rows_are_named() -> None:
     layer = make_layer((40, 64, 32), "uint4")
     rows = layer.rows
     with pytest.raises(ValueError, match="row_start is 8, expected a multiple of 16"):
-        ops.pack_rows(layer.packed, rows[8:], 8, 40, 32, "uint4")
+        ops.pack_rows("planes", layer.packed, rows[8:], 8, 40, 32, "uint4")
     with pytest.raises(ValueError, match="rows end at 20, expected a multiple of 16 or n = 40"):
-        ops.pack_rows(layer.packed, rows[:20], 0, 40, 32, "uint4")
+        ops.pack_rows("planes", layer.packed, rows[:20], 0, 40, 32, "uint4")
     with pytest.raises(ValueError, match="codes of more than 4 bits"):
-        ops.pack_rows(layer.packed, rows + 16, 0, 40, 32, "uint4")
+        ops.pack_rows("planes", layer.packed, rows + 16, 0, 40, 32, "uint4")
     with pytest.raises(ValueError, match="rows is int32, expected uint8"):
-        ops.pack_rows(layer.packed, rows.int(), 0, 40, 32, "uint4")
+        ops.pack_rows("planes", layer.packed, rows.int(), 0, 40, 32, "uint4")
 
 
 def test_calls_are_counted_by_path(isa: str) -> None:
@@ -368,37 +374,31 @@ def test_calls_are_counted_by_path(isa: str) -> None:
     native.reset_call_counts()
     for _ in range(3):
         layer(torch.ones(1, 64))
-    assert native.call_counts() == {f"linear/{isa}/uint4": 3}
-    ops = torch.ops.compressed_linear
-    assert ops.op_calls("linear") == 3
-    assert ops.op_calls(f"linear/{isa}") == 3
-    assert ops.op_calls(f"linear/{isa}/uint") == 0
+    assert native.call_counts() == {f"linear/planes/{isa}/uint4": 3}
     native.reset_call_counts()
     assert native.call_counts() == {}
 
 
 def test_opcheck() -> None:
     layer = make_layer((40, 64, 32), "uint4", "integer")
+    ops = torch.ops.compressed_linear
     arguments = (
         torch.randn(3, 64).bfloat16(),
+        ops.make_problem("planes", 40, 64, 32, "uint4", 0),
         layer.packed,
         layer.scale,
         layer.zero,
-        torch.randn(40),
+        *(None, None, None),
         torch.randperm(64).int(),
-        None,
+        *(None, None, None),
+        torch.randn(40),
         40,
-        64,
-        32,
-        "uint4",
-        0,
         torch.bfloat16,
     )
-    ops = torch.ops.compressed_linear
     torch.library.opcheck(ops.linear.default, arguments)
-    torch.library.opcheck(ops.unpack_rows.default, (layer.packed, 40, 64, 32, "uint4"))
+    torch.library.opcheck(ops.unpack_rows.default, ("planes", layer.packed, 40, 64, 32, "uint4"))
     torch.library.opcheck(
-        ops.pack_rows.default, (layer.packed.clone(), layer.rows, 0, 40, 32, "uint4")
+        ops.pack_rows.default, ("planes", layer.packed.clone(), layer.rows, 0, 40, 32, "uint4")
     )
 
 
@@ -436,3 +436,31 @@ def test_an_unknown_instruction_set_is_an_error_that_names_the_known() -> None:
     assert result.returncode != 0
     assert "VLLM_COMPRESSED_LINEAR_CPU_ISA asks for the CPU instruction set 'avx9'" in result.stderr
     assert "generic" in result.stderr.splitlines()[-1]
+
+
+def test_a_stale_problem_or_order_is_refused_or_reads_nothing_outside() -> None:
+    ops = torch.ops.compressed_linear
+    layer = make_layer((40, 64, 32), "uint4")
+    order = torch.randperm(64).int()
+    problem = ops.make_problem("planes", 40, 64, 32, "uint4", layer.element_bias, order)
+    x = torch.randn(2, 64)
+
+    def call(problem: torch.Tensor, perm: torch.Tensor | None) -> torch.Tensor:
+        scale, rest = layer.scale, (None, None, None, None)
+        return ops.linear(*(x, problem, layer.packed, scale, *rest, perm, *rest, 40, torch.float32))
+
+    layer.check(x[:, order.long()], call(problem, order))
+    message = "linear: problem does not come from make_problem of this version"
+    for at, number in ((0, 0), (4, 48), (5, 1 << 40), (len(problem) - 1, 0)):
+        stale = problem.clone()
+        stale[at] = number
+        with pytest.raises(ValueError, match=message):
+            call(stale, order)
+    for wrong in (problem[:-1], problem.int(), torch.zeros(0).long()):
+        with pytest.raises(ValueError, match=r"linear: problem (has shape|is int32)"):
+            call(wrong, order)
+    far = order.clone()
+    far[::2] = 1 << 30
+    kept = x[:, order.long()]
+    kept[:, ::2] = 0
+    layer.check(kept, call(problem, far))
