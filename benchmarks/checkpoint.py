@@ -264,7 +264,7 @@ def write(shape: Shape, form: Format, directory: Path) -> None:
         file = f"model-{number:05}-of-{count:05}.safetensors"
         save_file(tensors, directory / file, metadata={"format": "pt"})
         places |= dict.fromkeys(tensors, file)
-        total += sum(t.numel() * t.element_size() for t in tensors.values())
+        total += sum(t.nbytes for t in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 

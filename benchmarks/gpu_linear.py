@@ -106,12 +106,12 @@ class Contender:
 
     @property
     def weight_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.copies[0].values())
+        return sum(t.nbytes for t in self.copies[0].values())
 
 
 def copies_of(tensors: Tensors, enough: int) -> list[Tensors]:
     """``tensors`` and clones of them, ``enough`` bytes or more altogether and two at least."""
-    size = max(sum(t.numel() * t.element_size() for t in tensors.values()), 1)
+    size = max(sum(t.nbytes for t in tensors.values()), 1)
     more = max(math.ceil(enough / size) - 1, 1)
     return [tensors, *({k: t.clone() for k, t in tensors.items()} for _ in range(more))]
 

@@ -28,9 +28,10 @@ from rich.table import Table
 
 from benchmarks import machine
 from vllm.compressed_linear.backends.cpu.int8 import CpuInt8Backend
-from vllm.compressed_linear.backends.cpu.packing import Layout, pack_standard
+from vllm.compressed_linear.backends.cpu.packing import Layout
 from vllm.compressed_linear.backends.cpu.weight_only import CpuBackend
-from vllm.compressed_linear.checkpoint.facts import LayerContext, Part, refine
+from vllm.compressed_linear.checkpoint.describe import LayerContext
+from vllm.compressed_linear.checkpoint.parts import Part, refine
 from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
 from vllm.compressed_linear.formats.awq import awq_gemm_scheme
 from vllm.compressed_linear.formats.compressed_tensors import pack_quantized_scheme
@@ -129,6 +130,14 @@ def seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
+def pack_standard(packed: torch.Tensor, part: Part, element: str, layout: Layout) -> None:
+    """Fill ``packed`` through the standard layout."""
+    pack_rows = torch.ops.compressed_linear.pack_rows
+    shape = (part.descriptor.n, part.descriptor.group_size, element)
+    for start, stop in part.weights.chunks(native.TILE):
+        pack_rows(layout, packed, part.weights.rows(start, stop).codes.contiguous(), start, *shape)
+
+
 def measure(part: Part, repetitions: int, *, plain: bool) -> dict[str, float]:
     """Median seconds of each way to prepare the layer, and its packed bytes."""
     integers = part.descriptor.activation is not None
@@ -138,7 +147,7 @@ def measure(part: Part, repetitions: int, *, plain: bool) -> dict[str, float]:
 
     def standard() -> None:
         packed = torch.empty_like(first)
-        pack_standard(packed, part.weights, part.descriptor, method.element, layout)
+        pack_standard(packed, part, method.element, layout)
 
     def plain_loop() -> None:
         with instruction_set("generic"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernel families. One file each; they know descriptors and layouts, never formats."""
+"""The backends that come with this package. They know descriptors and layouts, never formats."""
 
 
 def register_all() -> None:

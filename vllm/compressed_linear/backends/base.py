@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +12,6 @@ import torch
 
 from vllm.compressed_linear.backends.contract import STANDARD_CONSTANT
 from vllm.compressed_linear.checkpoint.weights import CompressedWeights
-from vllm.compressed_linear.machine.cost import roofline
 from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.spec.descriptor import ActivationSpec, CompressedLinearDescriptor
 
@@ -199,24 +198,12 @@ class QuantLinearMethod(ABC):
         return ()
 
     @classmethod
+    @abstractmethod
     def seconds(cls, descriptor: CompressedLinearDescriptor, platform: Platform, m: int) -> float:
         """Declared estimate of the seconds that one call with ``m`` tokens takes on ``platform``,
         with all of its threads; deterministic. ``cost.roofline`` helps. The least expected time
         over the device's ``cost.mix`` is chosen first.
-
-        A backend without it may have ``cost(descriptor, platform)`` instead: bytes that one token
-        must move, times how far from the memory limit it runs.
         """
-        cost: Callable[[CompressedLinearDescriptor, Platform], float] | None
-        cost = getattr(cls, "cost", None)
-        if cost is None:
-            raise TypeError(f"backend {cls.name} has neither seconds nor cost")
-        return roofline(
-            platform,
-            read_bytes=cost(descriptor, platform),
-            operations=2.0 * m * descriptor.n * descriptor.k,
-            arithmetic="fp32" if descriptor.input_dtype == "float32" else "bf16",
-        )
 
     @classmethod
     def variant(cls, descriptor: CompressedLinearDescriptor, platform: Platform) -> str:

@@ -3,7 +3,7 @@
 
 JSON, made to be read by people too::
 
-    {"format": "vllm-compressed-linear tune file", "version": 1,
+    {"format": "vllm-compressed-linear tune file", "version": 2,
      "machines": [
        {"key": {"cpu": …, "isa": …, "threads": …, "package": …, "torch": …, "vllm": …, "layout": …},
         "limits": {"read": bytes a second, "fp32": …, "bf16": …, "int8": operations a second},
@@ -25,7 +25,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -41,7 +41,7 @@ from vllm.compressed_linear.settings import default_tune_file
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
 
 FORMAT = "vllm-compressed-linear tune file"
-VERSION = 1
+VERSION = 2
 
 
 class TuneFileError(ValueError):
@@ -110,19 +110,14 @@ class Measured:
 
 @dataclass
 class Measurements:
-    """What was measured under one key. ``layers``: descriptor (see ``speed_key``) → backend."""
+    """What was measured under one key. ``layers``: descriptor → backend."""
 
     limits: MachineLimits | None = None
     layers: dict[CompressedLinearDescriptor, dict[str, Measured]] = field(default_factory=dict)
 
     def of(self, descriptor: CompressedLinearDescriptor) -> Mapping[str, Measured]:
         """Backend → measurement, empty where nothing was measured."""
-        return self.layers.get(speed_key(descriptor), {})
-
-
-def speed_key(descriptor: CompressedLinearDescriptor) -> CompressedLinearDescriptor:
-    """The descriptor without what makes no difference to speed: the rank and the shards' widths."""
-    return replace(descriptor, tp_rank=0, tp_size=1, shards=())
+        return self.layers.get(descriptor, {})
 
 
 def read(path: Path) -> dict[MachineKey, Measurements]:

@@ -164,19 +164,7 @@ class ReferenceBackend(QuantLinearMethod):
     capabilities = Capabilities(
         devices=frozenset({"cpu", "cuda", "rocm", "xpu"}),
         integer_bits=frozenset(range(1, 9)),
-        other_elements=frozenset(
-            e.name
-            for e in (
-                elements.BF16,
-                elements.FP16,
-                elements.FP32,
-                elements.E4M3,
-                elements.E5M2,
-                elements.E3M2,
-                elements.E2M3,
-                elements.E2M1,
-            )
-        ),
+        other_elements=frozenset(element.name for element in elements.ALL_FLOATS),
         codebooks=True,
         scale_dtypes=frozenset({"bfloat16", "float16", "float32", "float8_e4m3fn", "e8m0"}),
         zero_kinds=frozenset({"integer", "float"}),

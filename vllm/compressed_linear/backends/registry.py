@@ -93,16 +93,10 @@ def _validate(cls: type[QuantLinearMethod]) -> None:
         raise TypeError(f"{cls!r} is not a subclass of QuantLinearMethod")
     missing = sorted(cls.__abstractmethods__)
     missing += [name for name in ("name", "capabilities") if not hasattr(cls, name)]
-    if not (_estimates(cls) or hasattr(cls, "cost")):
-        missing.append("seconds(descriptor, platform, m)")
     if hasattr(cls, "capabilities") and cls.capabilities.lookup:
         missing += ["embedding"] if cls.embedding is QuantLinearMethod.embedding else []
     if missing:
         raise TypeError(f"backend {_identity(cls)} lacks {', '.join(missing)}")
-
-
-def _estimates(cls: type[QuantLinearMethod]) -> bool:
-    return cls.seconds.__func__ is not QuantLinearMethod.seconds.__func__  # type: ignore[attr-defined]
 
 
 def backends() -> dict[str, Registration]:

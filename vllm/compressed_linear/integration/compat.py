@@ -7,10 +7,8 @@ The folder ``backends/vllm_native/classes`` does the same for the kernel classes
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -209,17 +207,6 @@ def holds_experts(layer: torch.nn.Module) -> bool:
 def current_device() -> str:
     """``"cpu"``, ``"cuda"``, ``"rocm"`` or ``"xpu"``: where this process runs its model."""
     return accelerators.device()
-
-
-@contextmanager
-def _silent(name: str) -> Iterator[None]:
-    """Without the lines that a server says while it starts."""
-    lines = logging.getLogger(name)
-    before, lines.disabled = lines.disabled, True
-    try:
-        yield
-    finally:
-        lines.disabled = before
 
 
 def serving_threads(tp_size: int) -> int:

@@ -18,7 +18,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     UnquantizedEmbeddingMethod,
 )
 
-from vllm.compressed_linear.checkpoint.facts import LayerContext
+from vllm.compressed_linear.checkpoint.describe import LayerContext
 from vllm.compressed_linear.formats.resolution import LayerKind
 from vllm.compressed_linear.integration import compat
 from vllm.compressed_linear.integration.linear import (
@@ -124,13 +124,13 @@ class CompressedUnquantizedEmbeddingMethod(DenseMethod, UnquantizedEmbeddingMeth
         self.reader = compat.reader_of_tables()
         self.announced = isinstance(layer, ParallelLMHead)
         if not self.announced:  # the plan expects the head, tied or not
-            PLAN.withdraw(_nbytes(layer.weight))
+            PLAN.withdraw(layer.weight.nbytes)
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
         """``layer``: the head. Returns what the model is to use as its head."""
         method = embed_tokens.quant_method
         if isinstance(method, CompressedEmbeddingMethod):
-            PLAN.withdraw(_nbytes(layer.weight))
+            PLAN.withdraw(layer.weight.nbytes)
             del layer.weight
             layer.quant_method = TiedHeadMethod(embed_tokens)
             method.heads.add(layer, self.prefix)
@@ -147,7 +147,7 @@ class CompressedUnquantizedEmbeddingMethod(DenseMethod, UnquantizedEmbeddingMeth
             embed_tokens.quant_method = method
         if isinstance(method, CompressedUnquantizedEmbeddingMethod):
             if method.heads.layers:  # one of them is enough for the one table
-                PLAN.withdraw(_nbytes(layer.weight))
+                PLAN.withdraw(layer.weight.nbytes)
             method.heads.add(layer, self.prefix)
             self.table = embed_tokens
         return layer
@@ -205,7 +205,3 @@ class CompressedUnquantizedEmbeddingMethod(DenseMethod, UnquantizedEmbeddingMeth
         if self.table is not None:
             return self.table.quant_method.apply(self.table, x, bias)
         return super().apply(layer, x, bias)
-
-
-def _nbytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -17,7 +17,7 @@ from vllm.model_executor.layers.linear import (
 )
 
 from vllm.compressed_linear.backends import measurements
-from vllm.compressed_linear.checkpoint.facts import LayerContext
+from vllm.compressed_linear.checkpoint.describe import LayerContext
 from vllm.compressed_linear.checkpoint.parameter import (
     CheckpointParameter,
     collect_shards,
@@ -87,14 +87,12 @@ class Prepared:
 
 
 def layer_context(layer: Any, params_dtype: torch.dtype) -> LayerContext:
-    """Dtypes and place in the tensor-parallel group of a vLLM layer."""
+    """Dtypes of a vLLM layer."""
     bias = getattr(layer, "bias", None)
     return LayerContext(
         input_dtype=dtype_name(params_dtype),
         output_dtype=dtype_name(params_dtype),
         bias_dtype=None if bias is None else dtype_name(bias.dtype),
-        tp_rank=int(layer.tp_rank),
-        tp_size=int(layer.tp_size),
     )
 
 
@@ -229,7 +227,7 @@ class CompressedLinearMethod(LinearMethodBase):
         for name, parameter in parameters.items():
             layer.register_parameter(name, parameter)
         self.tensor_names = list(parameters)
-        PLAN.expect(sum(p.numel() * p.element_size() for p in parameters.values()))
+        PLAN.expect(sum(p.nbytes for p in parameters.values()))
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Refine, select, prepare, check; then drop what the checkpoint had."""
@@ -345,7 +343,7 @@ class DenseMethod:
     def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
         super().create_weights(layer, *args, **kwargs)  # type: ignore[misc]
         self.dummy = compat.loads_dummy_weights()
-        PLAN.expect(layer.weight.numel() * layer.weight.element_size())
+        PLAN.expect(layer.weight.nbytes)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         if self.prepared is not None and layer.weight.numel() == 0:

@@ -123,10 +123,7 @@ Arguments = Mapping[str, Any]
 
 _ROW_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-_RESULTS: dict[str, Callable[[Arguments], torch.Tensor] | None] = {
-    "place": None,
-    "pack_rows": None,
-    "repack_codes": None,
+_RESULTS: dict[str, Callable[[Arguments], torch.Tensor]] = {
     "unpack_rows": lambda a: a["packed"].new_empty(
         (a["n"], a["k"]), dtype=_ROW_DTYPES.get(a["element"], torch.uint8)
     ),
@@ -140,8 +137,8 @@ _RESULTS: dict[str, Callable[[Arguments], torch.Tensor] | None] = {
     ),
     "marlin_gemm": lambda a: a["x"].new_empty((a["x"].shape[0], a["n"]), dtype=a["out_dtype"]),
 }
-"""Results of the ops that a compiler may meet, from their arguments by name; None for those that
-fill a tensor. ``code_sums`` and ``make_problem`` run at preparation only."""
+"""Results of the ops that a compiler may meet, from their arguments by name. ``code_sums`` and
+``make_problem`` run at preparation only."""
 
 
 def _register_fakes() -> None:
@@ -152,9 +149,9 @@ def _register_fakes() -> None:
 
 
 def _fake(
-    names: list[str], result: Callable[[Arguments], torch.Tensor] | None
-) -> Callable[..., torch.Tensor | None]:
-    def fake(*values: Any, **named: Any) -> torch.Tensor | None:
-        return None if result is None else result(dict(zip(names, values, strict=False)) | named)
+    names: list[str], result: Callable[[Arguments], torch.Tensor]
+) -> Callable[..., torch.Tensor]:
+    def fake(*values: Any, **named: Any) -> torch.Tensor:
+        return result(dict(zip(names, values, strict=False)) | named)
 
     return fake

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import platform as _host
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -144,10 +144,6 @@ class Platform:
     def why_missing(self, op: str) -> str:
         """Reason text for an op that is not in ``ops``."""
         return dict(self.missing).get(op, f"{op} is not available on {self.name}")
-
-    def with_ops(self, *ops: str) -> Platform:
-        """The same machine with more operators."""
-        return replace(self, ops=self.ops | frozenset(ops))
 
     @classmethod
     def parse(cls, text: str) -> Platform:

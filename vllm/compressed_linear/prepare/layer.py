@@ -15,9 +15,9 @@ import torch
 from vllm.compressed_linear.backends import measurements as tune_file
 from vllm.compressed_linear.backends.base import QuantLinearMethod
 from vllm.compressed_linear.backends.registry import Selection, select
-from vllm.compressed_linear.checkpoint.facts import LayerContext, Part, refine
+from vllm.compressed_linear.checkpoint.describe import LayerContext
+from vllm.compressed_linear.checkpoint.parts import Part, refine
 from vllm.compressed_linear.checkpoint.shard import CheckpointError, LoadedShard
-from vllm.compressed_linear.checkpoint.weights import CompressedWeights
 from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.prepare.cache.store import PreparedCache, cache_key
 from vllm.compressed_linear.prepare.malloc import large_blocks_apart
@@ -91,8 +91,8 @@ def prepare(
                 backend=method.name,
                 variant=selection.variant,
                 descriptor=str(part.descriptor),
-                bytes_checkpoint=checkpoint_bytes(part.weights),
-                bytes_prepared=sum(t.numel() * t.element_size() for t in tensors.values()),
+                bytes_checkpoint=checkpoint_bytes(part.weights.shards),
+                bytes_prepared=sum(t.nbytes for t in tensors.values()),
                 prepare_seconds=obtained.seconds,
                 batch_invariant=method.batch_invariant,
                 chosen_by=selection.chosen_by,
@@ -199,11 +199,9 @@ def contract_note(method: QuantLinearMethod) -> str:
     )
 
 
-def checkpoint_bytes(weights: CompressedWeights) -> int:
+def checkpoint_bytes(shards: Sequence[LoadedShard]) -> int:
     """Bytes of the checkpoint's tensors, this rank's part."""
-    return sum(
-        t.numel() * t.element_size() for shard in weights.shards for t in shard.tensors.values()
-    )
+    return sum(t.nbytes for shard in shards for t in shard.tensors.values())
 
 
 def _check_pinned(name: str, parts: Sequence[Part], pinned: Sequence[Executor]) -> None:

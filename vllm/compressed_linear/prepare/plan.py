@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -166,11 +166,6 @@ class Plan:
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         temporary.write_text(json.dumps(self.to_json(), indent=1))
         temporary.replace(path)
-
-    def entries_for(self, names: Iterable[str]) -> list[PlanEntry]:
-        """Entries of the named layers."""
-        wanted = set(names)
-        return [entry for (name, _), entry in self.entries.items() if name in wanted]
 
     def reset(self) -> None:
         """Forget everything: another model is loaded into this process."""

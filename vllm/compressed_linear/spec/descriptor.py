@@ -234,7 +234,10 @@ class TransformSpec:
 
 @dataclass(frozen=True)
 class CompressedLinearDescriptor:
-    """One linear layer on one rank, as a backend sees it. All shapes are this rank's.
+    """What one linear layer computes, as a backend sees it. All shapes are those of one rank.
+
+    Which rank that is and how a fused layer is cut into shards is not in it: equal work has equal
+    descriptors, which are the keys of measurements and of prepared weights.
 
     ``lookup``: rows of ŵ are asked for by their numbers, too, because an embedding table is what
     the weight is, alone or tied to an output head.
@@ -246,9 +249,6 @@ class CompressedLinearDescriptor:
     input_dtype: str
     output_dtype: str
     bias_dtype: str | None = None
-    shards: tuple[int, ...] = ()
-    tp_rank: int = 0
-    tp_size: int = 1
     channel_order: ChannelOrder | None = None
     activation: ActivationSpec | None = None
     prescale: str | None = None
@@ -258,10 +258,6 @@ class CompressedLinearDescriptor:
     def __post_init__(self) -> None:
         if self.in_features < 0 or self.out_features < 0:
             raise ValueError(f"negative shape N={self.out_features} K={self.in_features}")
-        if not self.shards:
-            object.__setattr__(self, "shards", (self.out_features,))
-        if sum(self.shards) != self.out_features:
-            raise ValueError(f"shards {self.shards} do not add up to N={self.out_features}")
         if self.transform is not None and self.in_features % self.transform.block:
             raise ValueError(
                 f"K={self.in_features} is no multiple of the {self.transform.kind} block "
@@ -314,7 +310,6 @@ class CompressedLinearDescriptor:
             channel_order=maybe(ChannelOrder, data.pop("channel_order")),
             activation=None if activation is None else ActivationSpec.from_json(activation),
             transform=maybe(TransformSpec, data.pop("transform")),
-            shards=tuple(data.pop("shards")),
             **data,
         )
 

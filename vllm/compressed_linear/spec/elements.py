@@ -186,6 +186,9 @@ E5M2 = ElementType("e5m2", 8, exponent=5, mantissa=2)
 E3M2 = ElementType("e3m2", 6, exponent=3, mantissa=2)
 E2M3 = ElementType("e2m3", 6, exponent=2, mantissa=3)
 E2M1 = ElementType("e2m1", 4, exponent=2, mantissa=1)
+SMALL_FLOATS = (E4M3, E5M2, E3M2, E2M3, E2M1)
+ALL_FLOATS = (BF16, FP16, FP32, *SMALL_FLOATS)
+"""Every kind of float that weights may be. E8M0 is for scales only."""
 E8M0 = ElementType("e8m0", 8, exponent=8, unsigned=True)
 INT8 = uint(8, 128)
 

@@ -213,7 +213,7 @@ class _Run:
             if tensor.device != device:
                 self.fail("prepare", f"tensor {name!r} is on {tensor.device}, expected {device}")
         promised = self.backend.prepared_bytes(self.problem.descriptor)
-        size = sum(tensor.numel() * tensor.element_size() for tensor in made.values())
+        size = sum(tensor.nbytes for tensor in made.values())
         if promised is not None and promised != size:
             self.fail("prepared_bytes", f"says {promised}, the tensors have {size}")
         kept = {name: tensor.clone() for name, tensor in made.items()}

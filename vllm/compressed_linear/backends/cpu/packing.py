@@ -11,7 +11,6 @@ from vllm.compressed_linear.backends.shared.repack import (
     CodeLocation,
     CodeWriter,
     write_codes,
-    write_standard,
 )
 from vllm.compressed_linear.backends.shared.side_tensors import put_tiles
 from vllm.compressed_linear.checkpoint.weights import CompressedWeights
@@ -41,17 +40,6 @@ def pack_codes(
     """Fill ``packed`` uint8 [tiles, bytes of a tile] with the codes of ``weights``."""
     torch.ops.compressed_linear.place(packed)
     write_codes(_writer(packed, descriptor, element, layout), weights, descriptor, element)
-
-
-def pack_standard(
-    packed: torch.Tensor,
-    weights: CompressedWeights,
-    descriptor: CompressedLinearDescriptor,
-    element: str,
-    layout: Layout,
-) -> None:
-    """The same through the standard layout; rows of floats it takes where they lie."""
-    write_standard(_writer(packed, descriptor, element, layout), weights)
 
 
 def _writer(

@@ -76,19 +76,7 @@ class CpuBackend(QuantLinearMethod):
     capabilities = Capabilities(
         devices=frozenset({"cpu"}),
         integer_bits=frozenset(range(1, 9)),
-        other_elements=frozenset(
-            element.name
-            for element in (
-                elements.BF16,
-                elements.FP16,
-                elements.FP32,
-                elements.E2M1,
-                elements.E4M3,
-                elements.E5M2,
-                elements.E2M3,
-                elements.E3M2,
-            )
-        ),
+        other_elements=frozenset(element.name for element in elements.ALL_FLOATS),
         codebooks=True,
         scale_dtypes=frozenset({"bfloat16", "float16", "float32", "float8_e4m3fn", "e8m0"}),
         row_scale=True,
@@ -167,7 +155,7 @@ class CpuBackend(QuantLinearMethod):
         total += small_bytes(d, d.activation)
         table = _table(weight.element)
         if table is not None:
-            total += table.numel() * table.itemsize
+            total += table.nbytes
         return total
 
     @classmethod

@@ -11,8 +11,6 @@ have been run by an emulator only, never on hardware.
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from vllm.compressed_linear.backends.shared.repack import CodeLocation, CodeWriter, write_codes
@@ -28,8 +26,6 @@ STRIP_K = 16
 """Input channels come in multiples of this."""
 
 _WORD_BITS = 32
-_NVFP4_EXPONENT = 7
-"""What of the bias vLLM's kernels leave to NVFP4's group scales; the row scale has the rest."""
 
 
 def weight_words(descriptor: CompressedLinearDescriptor) -> tuple[int, int]:
@@ -105,30 +101,3 @@ def scale_columns(descriptor: CompressedLinearDescriptor) -> str:
         return "channel"
     small = d.weight.scale is not None and torch_dtype(d.weight.scale.dtype).itemsize == 1
     return "byte" if small else "grouped"
-
-
-def vllm_scales(
-    tensors: dict[str, torch.Tensor], descriptor: CompressedLinearDescriptor
-) -> dict[str, torch.Tensor]:
-    """``scale`` and, for NVFP4, ``row_scale`` as vLLM's own Marlin kernels want them, which
-    otherwise take the ``tensors`` that ``prepare`` makes: to hold their results against ours.
-
-    Of e2m1 and e4m3 weights they leave an exponent bias to the scales, and NVFP4's have a form of
-    their own that loses the smallest ones. Raises ``ValueError`` where a scale does not fit it.
-    """
-    d, ops, scale = descriptor, torch.ops.compressed_linear, tensors["scale"].cpu()
-    element, wide = d.weight.element, torch_dtype(d.input_dtype)
-    if element.kind != "float" or scale.dtype == torch.uint8:
-        return {"scale": scale}
-    exponent_bits = 5 if wide == torch.float16 else 8
-    missing = (1 << (exponent_bits - 1)) - (1 << (element.exponent - 1))
-    if scale.dtype != torch.float8_e4m3fn:
-        return {"scale": scale.to(wide) * 2.0**missing}
-    lift, largest = 0, float(scale.to(torch.float32).max())
-    if wide != torch.float16 and largest > 0:
-        lift = math.floor(math.log2(torch.finfo(torch.float8_e4m3fn).max / largest))
-    row_scale = tensors["row_scale"].cpu() if "row_scale" in tensors else torch.ones(d.n)
-    return {
-        "scale": ops.marlin_nvfp4_scales(scale, lift),
-        "row_scale": row_scale * 2.0 ** (missing - _NVFP4_EXPONENT - lift),
-    }

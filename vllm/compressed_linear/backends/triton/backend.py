@@ -219,16 +219,7 @@ class TritonBackend(QuantLinearMethod):
     capabilities = Capabilities(
         devices=frozenset({"cuda"}),
         integer_bits=frozenset(range(1, 9)),
-        other_elements=frozenset(
-            element.name
-            for element in (
-                elements.E2M1,
-                elements.E4M3,
-                elements.E5M2,
-                elements.E2M3,
-                elements.E3M2,
-            )
-        ),
+        other_elements=frozenset(element.name for element in elements.SMALL_FLOATS),
         codebooks=True,
         scale_dtypes=frozenset({"bfloat16", "float16", "float32", "float8_e4m3fn", "e8m0"}),
         zero_kinds=frozenset({"integer", "float"}),

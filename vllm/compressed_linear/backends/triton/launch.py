@@ -2,7 +2,7 @@
 """How the work of one call is cut into programs: a table, not a search at serving time.
 
 The table was made without a GPU: what bounds its entries are registers and shared memory, which
-``tests/test_triton_compile.py`` asserts of every architecture. What ``benchmarks.triton_tiles``
+``tests/backends/triton`` asserts of every architecture. What ``benchmarks.triton_tiles``
 measured on a GPU goes before it (``measured.py``).
 """
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
@@ -31,8 +30,8 @@ CALLS = CallCounter()
 
 
 def text_of(d: CompressedLinearDescriptor) -> str:
-    """The descriptor as an argument of the operator, without what the computation does not need."""
-    return json.dumps(replace(d, shards=(), tp_rank=0, tp_size=1).to_json())
+    """The descriptor as an argument of the operator."""
+    return json.dumps(d.to_json())
 
 
 @lru_cache(maxsize=1024)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from vllm.compressed_linear.checkpoint.facts import LayerContext
+from vllm.compressed_linear.checkpoint.describe import LayerContext
 from vllm.compressed_linear.checkpoint.headers import Headers, shard_names
 from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
 from vllm.compressed_linear.commands.explain import meta_model
@@ -135,18 +135,13 @@ def _layout(config: Any, rank: int) -> ModelLayout:
         raise _unavailable(error) from error
     finally:
         vars(PLAN).update(saved)
+    headers = quant_config.headers or Headers({})
+    on_disk = config.quant_config.headers or ()
     layout = ModelLayout(
-        headers=quant_config.headers or Headers({}),
-        stacked=meta_model.stacked_names(
-            model,
-            dict(zip(config.quant_config.headers or (), quant_config.headers or (), strict=True)),
-        ),
+        headers=headers,
+        stacked=meta_model.stacked_names(model, dict(zip(on_disk, headers, strict=True))),
         dtype=str(config.model_config.dtype).removeprefix("torch."),
         model_class=type(model).__name__,
-    )
-    on_disk = config.quant_config.headers or ()
-    layout.stacked = meta_model.stacked_names(
-        model, dict(zip(on_disk, layout.headers, strict=True))
     )
     for name, module in model.named_modules():
         if name in refused:
@@ -229,7 +224,7 @@ def _add(
             reason = f"{type(module).__name__} is one of vLLM's special cases"
         elif isinstance(method, UnquantizedEmbeddingMethod):
             by = UnquantizedEmbeddingMethod.__name__  # ours leaves it to that one
-            nbytes = module.weight.numel() * module.weight.element_size()
+            nbytes = module.weight.nbytes
         layout.left.append(LeftToVllm(name, type(module).__name__, by, reason, nbytes=nbytes))
 
 

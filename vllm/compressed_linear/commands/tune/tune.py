@@ -23,7 +23,6 @@ from vllm.compressed_linear.backends.measurements import (
     MachineKey,
     Measured,
     Measurements,
-    speed_key,
 )
 from vllm.compressed_linear.backends.registry import REFERENCE, Candidate, backends, rank
 from vllm.compressed_linear.commands.explain.explain import explain
@@ -227,12 +226,12 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def descriptors(layers: Sequence[LayerPlan]) -> dict[CompressedLinearDescriptor, list[str]]:
-    """Every distinct descriptor of any rank, as ``speed_key`` has it → the layers that have it."""
+    """Every distinct descriptor of any rank → the layers that have it."""
     found: dict[CompressedLinearDescriptor, list[str]] = {}
     for layer in layers:
         for case in (layer.likely, *(cases[0] for _, cases in layer.other_ranks)):
             for part in case.parts:
-                names = found.setdefault(speed_key(part.descriptor), [])
+                names = found.setdefault(part.descriptor, [])
                 if layer.name not in names:
                     names.append(layer.name)
     return {d: names for d, names in found.items() if d.n and d.k}
@@ -281,7 +280,7 @@ class _Contender:
         weights = made_up_weights(descriptor, device)
         first = self.method.prep_weights_for_execution(weights)
         self_check("made-up weights", self.method, first, weights)
-        size = max(sum(t.numel() * t.element_size() for t in first.values()), 1)
+        size = max(sum(t.nbytes for t in first.values()), 1)
         self.copies = [first]
         for _ in range(math.ceil(enough / size) - 1):
             self.copies.append(
@@ -308,7 +307,7 @@ def measure_descriptor(
     rows = descriptor.n
     if device == "cpu":
         rows = measured_rows(descriptor, measuring.rotated_bytes, torch.get_num_threads())
-    cut = replace(descriptor, out_features=rows, shards=())
+    cut = replace(descriptor, out_features=rows)
     bias = None
     if descriptor.bias_dtype is not None:
         bias = torch.randn(rows).to(device, torch_dtype(descriptor.bias_dtype))
