@@ -19,7 +19,7 @@ from vllm.compressed_linear.checkpoint.describe import LayerContext
 from vllm.compressed_linear.checkpoint.parts import Part, refine
 from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
 from vllm.compressed_linear.checkpoint.write import from_standard_layout
-from vllm.compressed_linear.commands.tune.random_weights import made_up_weights
+from vllm.compressed_linear.commands.tune.random_weights import random_weights
 from vllm.compressed_linear.spec.descriptor import (
     CompressedLinearDescriptor,
     ScaleSpec,
@@ -197,7 +197,7 @@ def test_the_descriptor_says_it_and_can_be_written() -> None:
 
 def test_made_up_weights_share_scales_as_the_descriptor_says() -> None:
     d = only(shard(16, 40)).descriptor
-    made = made_up_weights(d)
+    made = random_weights(d)
     part = Part(0, d, made)
     assert rows_share(part, 16)
     assert not rows_share(part, 32)

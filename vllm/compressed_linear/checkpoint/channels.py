@@ -21,7 +21,7 @@ FILL_UNIT = 32
 
 
 @dataclass(frozen=True)
-class ChannelPlan:
+class ChannelGather:
     """How local channels become equal groups.
 
     order: int32 [k], position in x of each channel the kernel sees, −1 for a channel of zeros; None
@@ -42,7 +42,7 @@ class ChannelPlan:
         return self.order is not None and bool((self.order < 0).any())
 
 
-def plan_channels(group_index: torch.Tensor) -> ChannelPlan:
+def gather_channels(group_index: torch.Tensor) -> ChannelGather:
     """Plan for channels whose groups are ``group_index`` (int64 [K], K ≥ 1)."""
     index = group_index.to(torch.int64).cpu()
     ordered = bool((index[1:] >= index[:-1]).all())
@@ -54,7 +54,7 @@ def plan_channels(group_index: torch.Tensor) -> ChannelPlan:
     size = math.gcd(*sizes)
     if size >= min(SMALLEST_PLAIN_GROUP, max(sizes)):
         group_of = torch.repeat_interleave(groups, counts // size)
-        return ChannelPlan(None if order is None else order.to(torch.int32), group_of, size)
+        return ChannelGather(None if order is None else order.to(torch.int32), group_of, size)
 
     unit = min(FILL_UNIT, max(sizes))
     blocks = (counts + unit - 1) // unit
@@ -64,4 +64,4 @@ def plan_channels(group_index: torch.Tensor) -> ChannelPlan:
     begin_out = (torch.cumsum(blocks, 0) - blocks) * unit
     position = torch.arange(len(index)) + torch.repeat_interleave(begin_out - begin_in, counts)
     filled[position] = source.to(torch.int32)
-    return ChannelPlan(filled, torch.repeat_interleave(groups, blocks), unit)
+    return ChannelGather(filled, torch.repeat_interleave(groups, blocks), unit)

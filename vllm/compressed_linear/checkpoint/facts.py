@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm.compressed_linear.checkpoint.channels import ChannelPlan, plan_channels
+from vllm.compressed_linear.checkpoint.channels import ChannelGather, gather_channels
 from vllm.compressed_linear.checkpoint.shard import LoadedShard
 from vllm.compressed_linear.checkpoint.validation import check_values
 from vllm.compressed_linear.spec.descriptor import ZeroSpec
@@ -35,10 +35,10 @@ class GroupOrder:
     padded: bool
 
     @classmethod
-    def of(cls, plan: ChannelPlan) -> GroupOrder:
-        """The order of a channel plan."""
-        identity = f"{_digest(plan.group_of)} {_digest(plan.order)}"
-        return cls(identity, plan.k, plan.group_size, plan.order is not None, plan.padded)
+    def of(cls, gather: ChannelGather) -> GroupOrder:
+        """The order of a channel gather."""
+        identity = f"{_digest(gather.group_of)} {_digest(gather.order)}"
+        return cls(identity, gather.k, gather.group_size, gather.order is not None, gather.padded)
 
     @property
     def groups(self) -> int:
@@ -72,17 +72,17 @@ class ShardNumbers:
     """What was unpacked for the facts and is needed again for preparation.
 
     ``scale``: [n, groups kept] in the checkpoint's dtype (uint8 for E8M0). ``zero``: [n, groups
-    kept] in units of codes. ``plan``: the gather of channels.
+    kept] in units of codes. ``gather``: the gather of channels.
     """
 
     scale: torch.Tensor | None
     zero: torch.Tensor | None
-    plan: ChannelPlan | None
+    gather: ChannelGather | None
 
 
 def read_facts(shard: LoadedShard) -> tuple[ShardFacts, ShardNumbers]:
     """The facts of a loaded shard. Raises ``CheckpointError`` on damaged data."""
-    plan = channel_plan(shard)
+    gather = channel_gather(shard)
     scale, stored_zero = shard.scale(), shard.zero()
     zero = shard.in_codes(stored_zero, scale)
     check_values(shard, scale, stored_zero, zero)
@@ -94,7 +94,7 @@ def read_facts(shard: LoadedShard) -> tuple[ShardFacts, ShardNumbers]:
         and bool((zero == 1 << (element.bits - 1)).all())
     )
     facts = ShardFacts(
-        None if plan is None else GroupOrder.of(plan),
+        None if gather is None else GroupOrder.of(gather),
         None if scale is None else scale_dtype_name(scale.dtype),
         _zero_spec(shard, zero),
         middle,
@@ -105,7 +105,7 @@ def read_facts(shard: LoadedShard) -> tuple[ShardFacts, ShardNumbers]:
             _digest(shard.prescale()),
         ),
     )
-    return facts, ShardNumbers(scale, zero, plan)
+    return facts, ShardNumbers(scale, zero, gather)
 
 
 def stated_facts(shard: LoadedShard, channels: GroupOrder | None, middle: bool) -> ShardFacts:
@@ -126,14 +126,14 @@ def stated_facts(shard: LoadedShard, channels: GroupOrder | None, middle: bool) 
     )
 
 
-def channel_plan(shard: LoadedShard) -> ChannelPlan | None:
-    """The channel plan of one shard, None for weights without scales or channels.
+def channel_gather(shard: LoadedShard) -> ChannelGather | None:
+    """The channel gather of one shard, None for weights without scales or channels.
 
     Raises ``CheckpointError`` for a group index that is out of range.
     """
     if shard.source.scheme.weight.scale is None or shard.source.k == 0:
         return None
-    return plan_channels(shard.group_index())
+    return gather_channels(shard.group_index())
 
 
 def _zero_spec(shard: LoadedShard, zero: torch.Tensor | None) -> ZeroSpec | None:

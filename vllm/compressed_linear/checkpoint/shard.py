@@ -304,7 +304,7 @@ class LoadedShard:
         """fp32 [rows of all ``runs`` [start, stop), K]: the meaning of the stored tensors.
 
         This is what self-checks compare against, so it follows the checkpoint's own indices and
-        shares no code with the channel plan.
+        shares no code with the gather of channels.
         """
         second = self.row_scale()
         group = None if self.source.scheme.weight.scale is None else self.group_index()

@@ -37,17 +37,17 @@ class CompressedWeights:
     def __init__(
         self, shards: Sequence[LoadedShard], numbers: Sequence[ShardNumbers], *, zero_points: bool
     ) -> None:
-        """``numbers`` of each shard, all with the same channel plan. ``zero_points``: whether there
-        are any besides the element's own."""
+        """``numbers`` of each shard, all with the same channel gather. ``zero_points``: whether
+        there are any except the element's own."""
         self.shards = tuple(shards)
         self._numbers = dict(enumerate(numbers))
-        self._plan = plan = numbers[0].plan
+        self._gather = gather = numbers[0].gather
         self._zero_points = zero_points
         self.n = sum(s.source.n + s.source.padding for s in shards)
-        self.k = shards[0].source.k if plan is None else plan.k
+        self.k = shards[0].source.k if gather is None else gather.k
         self.device = shards[0].device
         self.permutation = (
-            None if plan is None or plan.order is None else plan.order.to(self.device)
+            None if gather is None or gather.order is None else gather.order.to(self.device)
         )
         self.row_scale = _row_scale(shards)
         self.prescale = self._ordered(shards[0].prescale())
@@ -132,10 +132,10 @@ class CompressedWeights:
         shard = self.shards[index]
         real = min(stop, shard.source.n)
         codes = shard.codes(start, real) if start < real else shard.codes(0, 0)
-        if self._plan is not None and self._plan.order is not None:
-            order = self._plan.order.to(codes.device, torch.int64)
+        if self._gather is not None and self._gather.order is not None:
+            order = self._gather.order.to(codes.device, torch.int64)
             codes = codes.index_select(1, order.clamp(min=0))
-            if self._plan.padded:
+            if self._gather.padded:
                 codes = codes.masked_fill(order < 0, 0)
         pad = (stop - start) - codes.shape[0]
         return StandardWeights(
@@ -167,8 +167,8 @@ class CompressedWeights:
         if index not in self._scales:
             numbers = self._numbers.pop(index)
             scale, zero = numbers.scale, numbers.zero if self._zero_points else None
-            if self._plan is not None:
-                group_of = self._plan.group_of.to(self.device)
+            if self._gather is not None:
+                group_of = self._gather.group_of.to(self.device)
                 scale, zero = _columns(scale, group_of), _columns(zero, group_of)
             self._scales[index] = scale, zero
         return self._scales[index]

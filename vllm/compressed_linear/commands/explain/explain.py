@@ -25,10 +25,10 @@ from vllm.compressed_linear.commands.explain.explanation import (
     Possibility,
 )
 from vllm.compressed_linear.commands.explain.layers import (
-    LayerLayout,
-    ModelLayout,
+    ModelLayer,
+    ModelLayers,
     ModelUnavailableError,
-    model_layouts,
+    model_layers,
 )
 from vllm.compressed_linear.commands.explain.possibilities import (
     possibilities,
@@ -110,7 +110,7 @@ def _explain(
             "--quantization compressed_linear"
         )
     try:
-        layouts = model_layouts(
+        ranks = model_layers(
             checkpoint.path,
             architectures,
             tp_size=tp_size,
@@ -118,7 +118,7 @@ def _explain(
             quantized=bool(quantization),
         )
     except ModelUnavailableError as error:
-        from vllm.compressed_linear.commands.explain.layers_from_headers import layout_from_headers
+        from vllm.compressed_linear.commands.explain.layers_from_headers import layers_from_headers
 
         found.notes.append(
             f"vLLM's model class was not used ({error}); names and shapes come from the headers "
@@ -129,7 +129,7 @@ def _explain(
                 f"how the model is split among {tp_size} ranks is not known: vLLM's model class "
                 f"cannot be built here ({error})"
             ) from error
-        layouts = [layout_from_headers(checkpoint.headers, checkpoint.config, read_by, dtype)]
+        ranks = [layers_from_headers(checkpoint.headers, checkpoint.config, read_by, dtype)]
     settings = settings or Settings.read()
     if note := measurements.load(settings.tune_file, platform).note:
         found.notes.append(note)
@@ -140,7 +140,7 @@ def _explain(
         checkpoint.headers,
         read_weights,
     )
-    by_rank = [[explainer.layer(layout, layer) for layer in layout.layers] for layout in layouts]
+    by_rank = [[explainer.layer(model, layer) for layer in model.layers] for model in ranks]
     if explainer.not_found:
         first, count = explainer.not_found[0], len(set(explainer.not_found))
         found.notes.append(
@@ -148,8 +148,8 @@ def _explain(
             "missing, or the model class renames them while it loads; shown as configured"
         )
     found.layers = [_over_ranks(same) for same in zip(*by_rank, strict=True)]
-    found.left = layouts[0].left
-    found.dtype, found.model_class = layouts[0].dtype, layouts[0].model_class
+    found.left = ranks[0].left
+    found.dtype, found.model_class = ranks[0].dtype, ranks[0].model_class
     return found
 
 
@@ -203,17 +203,17 @@ class _Explainer:
         self._cases: dict[Any, tuple[Possibility, ...]] = {}
         self._parts: dict[Any, PartPlan] = {}
 
-    def layer(self, layout: ModelLayout, layer: LayerLayout) -> LayerPlan:
+    def layer(self, model: ModelLayers, layer: ModelLayer) -> LayerPlan:
         """Raises ``CheckpointError`` where headers contradict the configuration."""
         layer = self._settled(layer)
         found = tuple(
             replace(case, parts=tuple(self._part(layer.name, part) for part in case.parts))
-            for case in self._layer_cases(layout, layer)
+            for case in self._layer_cases(model, layer)
         )
         note = layer.notes[layer.context.lookup]
         return LayerPlan(layer.name, layer.kind, found, layer.reasons, note)
 
-    def _settled(self, layer: LayerLayout) -> LayerLayout:
+    def _settled(self, layer: ModelLayer) -> ModelLayer:
         """Where rows of a tied table that is not quantized are looked up, as at load."""
         if layer.dense is None:
             return layer
@@ -225,13 +225,13 @@ class _Explainer:
             context = layer.context
         return replace(layer, context=context)
 
-    def _layer_cases(self, layout: ModelLayout, layer: LayerLayout) -> tuple[Possibility, ...]:
+    def _layer_cases(self, model: ModelLayers, layer: ModelLayer) -> tuple[Possibility, ...]:
         if layer.dense is not None:
             return possibilities([layer.dense], layer.context, self.hints)
         name, sources = layer.name, layer.sources
-        tensors = locate(name, layer.path, sources, layout.headers, layout.stacked)
+        tensors = locate(name, layer.path, sources, model.headers, model.stacked)
         if tensors and self.read_weights:
-            read = _reader(layout.headers, self.file_headers)
+            read = _reader(model.headers, self.file_headers)
             return (read_possibility(name, sources, layer.context, tensors, read),)
         if not tensors:
             self.not_found.append(name)

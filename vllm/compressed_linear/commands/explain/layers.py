@@ -37,7 +37,7 @@ class TensorParallelError(ValueError):
 
 
 @dataclass(frozen=True)
-class LayerLayout:
+class ModelLayer:
     """One layer that this package will run.
 
     ``name``: what the model class calls it, and the plan. ``path``: where it is in the model.
@@ -72,11 +72,11 @@ class LeftToVllm:
 
 
 @dataclass
-class ModelLayout:
+class ModelLayers:
     """All linear layers of one rank, in the model's order. ``headers`` have vLLM's names;
     ``stacked``: parts of fused tensors that only the model class's mapper knows."""
 
-    layers: list[LayerLayout] = field(default_factory=list)
+    layers: list[ModelLayer] = field(default_factory=list)
     left: list[LeftToVllm] = field(default_factory=list)
     headers: Headers = field(default_factory=lambda: Headers({}))
     stacked: Stacked = field(default_factory=dict)
@@ -84,10 +84,10 @@ class ModelLayout:
     model_class: str = ""
 
 
-def model_layouts(
+def model_layers(
     path: Path, architectures: Sequence[str], *, tp_size: int, dtype: str, quantized: bool
-) -> list[ModelLayout]:
-    """The layout on every rank.
+) -> list[ModelLayers]:
+    """The layers of each rank.
 
     Raises ``ModelUnavailableError`` when the class cannot be built, ``TensorParallelError`` when
     the model cannot be split so, and what loading would raise for a bad configuration.
@@ -107,7 +107,7 @@ def model_layouts(
     if not isinstance(config.quant_config, CompressedLinearConfig):
         found = type(config.quant_config).__name__
         raise ModelUnavailableError(f"vLLM would read this checkpoint with its own {found}")
-    return [_layout(config, rank) for rank in range(tp_size)]
+    return [_layers_of_rank(config, rank) for rank in range(tp_size)]
 
 
 def _unavailable(error: Exception) -> Exception:
@@ -121,7 +121,7 @@ def _unavailable(error: Exception) -> Exception:
     return ModelUnavailableError(f"{type(error).__name__}: {text[:LONGEST_REASON]}")
 
 
-def _layout(config: Any, rank: int) -> ModelLayout:
+def _layers_of_rank(config: Any, rank: int) -> ModelLayers:
     plan = Plan()
     refused: dict[str, LeftToVllm] = {}
 
@@ -136,7 +136,7 @@ def _layout(config: Any, rank: int) -> ModelLayout:
     delegated = {e.name: e for e in plan.entries.values() if e.backend == DELEGATED}
     headers = quant_config.file.headers or Headers({})
     on_disk = config.quant_config.file.headers or ()
-    layout = ModelLayout(
+    found = ModelLayers(
         headers=headers,
         stacked=meta_model.stacked_names(model, dict(zip(on_disk, headers, strict=True))),
         dtype=str(config.model_config.dtype).removeprefix("torch."),
@@ -144,10 +144,10 @@ def _layout(config: Any, rank: int) -> ModelLayout:
     )
     for name, module in model.named_modules():
         if name in refused:
-            layout.left.append(refused[name])
+            found.left.append(refused[name])
         else:
-            _add(layout, name, module, quant_config, delegated)
-    return layout
+            _add(found, name, module, quant_config, delegated)
+    return found
 
 
 class _SurvivingDelegation(Delegation):
@@ -179,7 +179,7 @@ class _SurvivingDelegation(Delegation):
 
 
 def _add(
-    layout: ModelLayout,
+    found: ModelLayers,
     name: str,
     module: Any,
     quant_config: CompressedLinearConfig,
@@ -198,10 +198,10 @@ def _add(
         return
     if name in delegated:
         entry = delegated[name]
-        layout.left.append(LeftToVllm(name, entry.kind, entry.variant, entry.note))
+        found.left.append(LeftToVllm(name, entry.kind, entry.variant, entry.note))
     elif isinstance(method, linear.CompressedLinearMethod):
-        layout.layers.append(
-            LayerLayout(
+        found.layers.append(
+            ModelLayer(
                 method.plan_name,
                 name,
                 method.plan_kind,
@@ -212,8 +212,8 @@ def _add(
             )
         )
     elif isinstance(method, linear.DenseMethod) and method.could_take(module):
-        layout.layers.append(
-            LayerLayout(
+        found.layers.append(
+            ModelLayer(
                 method.plan_name,
                 name,
                 method.kind,
@@ -233,7 +233,7 @@ def _add(
         elif isinstance(method, UnquantizedEmbeddingMethod):
             by = UnquantizedEmbeddingMethod.__name__  # ours leaves it to that one
             nbytes = module.weight.nbytes
-        layout.left.append(LeftToVllm(name, type(module).__name__, by, reason, nbytes=nbytes))
+        found.left.append(LeftToVllm(name, type(module).__name__, by, reason, nbytes=nbytes))
 
 
 def _reasons(config: CompressedLinearConfig, prefix: str, kind: LayerKind) -> tuple[str, ...]:

@@ -15,9 +15,9 @@ from vllm.compressed_linear.checkpoint.describe import LayerContext
 from vllm.compressed_linear.checkpoint.headers import Headers, TensorHeader, last_word
 from vllm.compressed_linear.checkpoint.shard import ShardSource, dense_shard
 from vllm.compressed_linear.commands.explain.layers import (
-    LayerLayout,
     LeftToVllm,
-    ModelLayout,
+    ModelLayer,
+    ModelLayers,
 )
 from vllm.compressed_linear.formats.base import Format
 from vllm.compressed_linear.formats.file_view import FileView
@@ -26,39 +26,39 @@ from vllm.compressed_linear.spec.elements import dtype_name
 from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role, StoredTensor
 
 
-def layout_from_headers(
+def layers_from_headers(
     headers: Headers, model_config: Mapping[str, Any], read_by: Format, dtype: str
-) -> ModelLayout:
+) -> ModelLayers:
     """One layer for each module with a matrix. ``dtype``: of the activations; "auto" is what
     config.json says."""
     file = FileView(headers, read_by.marker_tensors)
     stated = model_config.get("dtype") or model_config.get("torch_dtype") or "bfloat16"
     dtype = str(stated) if dtype == "auto" else dtype
     activations = getattr(torch, dtype)
-    layout = ModelLayout(headers=headers, dtype=dtype_name(activations))
+    model = ModelLayers(headers=headers, dtype=dtype_name(activations))
     for module, names in headers.modules.items():
         kind = _kind(module)
         tensors = {name: headers[f"{module}.{name}" if module else name] for name in names}
         bias = "bias" in tensors
         lookup = kind is LayerKind.EMBEDDING
-        bias_dtype = layout.dtype if bias else None
-        context = LayerContext(layout.dtype, layout.dtype, bias_dtype, lookup=lookup)
+        bias_dtype = model.dtype if bias else None
+        context = LayerContext(model.dtype, model.dtype, bias_dtype, lookup=lookup)
         found = read_by.resolve(module, kind, file)
         if ".experts." in f".{module}.":
-            layout.left.append(LeftToVllm(module, str(kind), "", "an expert of a mixture"))
+            model.left.append(LeftToVllm(module, str(kind), "", "an expert of a mixture"))
         elif isinstance(found, Delegated):
-            layout.left.append(LeftToVllm(module, str(kind), "", found.reason))
+            model.left.append(LeftToVllm(module, str(kind), "", found.reason))
         elif isinstance(found, CheckpointScheme) and (shape := _shape(found, tensors)):
             n, k = shape
             source = ShardSource(module, found, n, k, 0, n, 0, k)
-            layout.layers.append(LayerLayout(module, module, kind, context, (source,)))
+            model.layers.append(ModelLayer(module, module, kind, context, (source,)))
         elif isinstance(found, Unquantized) and _is_linear(module, tensors):
             n, k = tensors["weight"].shape
             shard = dense_shard(module, torch.empty(n, k, dtype=activations, device="meta"))
-            layout.layers.append(
-                LayerLayout(module, module, kind, context, dense=shard, reasons=(found.reason,))
+            model.layers.append(
+                ModelLayer(module, module, kind, context, dense=shard, reasons=(found.reason,))
             )
-    return layout
+    return model
 
 
 def _kind(module: str) -> LayerKind:

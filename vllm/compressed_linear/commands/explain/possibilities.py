@@ -14,12 +14,12 @@ from dataclasses import replace
 
 import torch
 
-from vllm.compressed_linear.checkpoint.channels import plan_channels
+from vllm.compressed_linear.checkpoint.channels import gather_channels
 from vllm.compressed_linear.checkpoint.describe import LayerContext, describe
 from vllm.compressed_linear.checkpoint.facts import (
     GroupOrder,
     ShardFacts,
-    channel_plan,
+    channel_gather,
     read_facts,
     stated_facts,
 )
@@ -104,13 +104,13 @@ def _order(shard: LoadedShard, number: int) -> GroupOrder | None:
     if source.scheme.weight.scale is None or not source.k:
         return None
     if shard.stored(Role.GROUP_INDEX) is None:
-        plan = channel_plan(shard)
-        return None if plan is None else GroupOrder.of(plan)
+        gather = channel_gather(shard)
+        return None if gather is None else GroupOrder.of(gather)
     index = torch.arange(source.full_k) // source.scheme.weight.group_size(source.full_k)
     if number:
         generator = torch.Generator().manual_seed(number)
         index = index[torch.randperm(source.full_k, generator=generator)]
-    return GroupOrder.of(plan_channels(index[source.k_start : source.k_start + source.k]))
+    return GroupOrder.of(gather_channels(index[source.k_start : source.k_start + source.k]))
 
 
 def _merged(one: Possibility, two: Possibility) -> Possibility:

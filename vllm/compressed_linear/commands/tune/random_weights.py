@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm.compressed_linear.checkpoint.channels import ChannelPlan
+from vllm.compressed_linear.checkpoint.channels import ChannelGather
 from vllm.compressed_linear.checkpoint.facts import ShardNumbers
 from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
 from vllm.compressed_linear.checkpoint.weights import CompressedWeights
@@ -16,7 +16,7 @@ from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role, StoredTen
 SEED = 8913
 
 
-def made_up_weights(
+def random_weights(
     descriptor: CompressedLinearDescriptor, device: torch.device | str = "cpu"
 ) -> CompressedWeights:
     """Weights that ``descriptor`` describes, on ``device``: finite numbers, a random order of
@@ -44,7 +44,7 @@ def made_up_weights(
             codes[~finite[codes.long()]] = 0
         add("codes", Role.CODES, ("N", "K"), codes)
     groups = weight.groups(d.in_features)
-    plan = None
+    gather = None
     if weight.scale is not None:
         axes: tuple[str | int, ...] = ("N", "G")
         scale = _scales((d.n, groups), weight.scale.dtype, generator)
@@ -53,9 +53,9 @@ def made_up_weights(
         elif weight.scale.granularity == "block":
             axes, scale = ("B", "G"), scale[: -(-d.n // weight.scale.block_rows)]
         add("scale", Role.SCALE, axes, scale)
-        plan = _plan(d, groups, generator)
-        if plan.order is not None:
-            add("g_idx", Role.GROUP_INDEX, ("K",), _group_index(plan, d.in_features))
+        gather = _gather(d, groups, generator)
+        if gather.order is not None:
+            add("g_idx", Role.GROUP_INDEX, ("K",), _group_index(gather, d.in_features))
     if weight.zero is not None:
         zero = torch.rand(d.n, groups, generator=generator) * ((1 << element.bits) - 1)
         add("zero", Role.ZERO, ("N", "G"), zero.to(torch_dtype(weight.zero.dtype)))
@@ -80,7 +80,7 @@ def made_up_weights(
     )
     shard = LoadedShard(source, {name: tensor.to(device) for name, tensor in tensors.items()})
     scales = shard.scale()
-    numbers = ShardNumbers(scales, shard.in_codes(shard.zero(), scales), plan)
+    numbers = ShardNumbers(scales, shard.in_codes(shard.zero(), scales), gather)
     return CompressedWeights([shard], [numbers], zero_points=weight.zero is not None)
 
 
@@ -91,20 +91,22 @@ def _scales(shape: tuple[int, int], dtype: str, generator: torch.Generator) -> t
     return (0.01 + 0.01 * torch.rand(shape, generator=generator)).to(torch_dtype(dtype))
 
 
-def _plan(d: CompressedLinearDescriptor, groups: int, generator: torch.Generator) -> ChannelPlan:
+def _gather(
+    d: CompressedLinearDescriptor, groups: int, generator: torch.Generator
+) -> ChannelGather:
     # Filled-up groups are more than the checkpoint's, so several share a scale.
     group_of = torch.arange(d.groups) % max(groups, 1)
     if d.channel_order is None:
-        return ChannelPlan(None, group_of, d.group_size)
+        return ChannelGather(None, group_of, d.group_size)
     order = torch.full((d.k,), -1, dtype=torch.int32)
     order[: d.in_features] = torch.arange(d.in_features, dtype=torch.int32)
-    return ChannelPlan(order[torch.randperm(d.k, generator=generator)], group_of, d.group_size)
+    return ChannelGather(order[torch.randperm(d.k, generator=generator)], group_of, d.group_size)
 
 
-def _group_index(plan: ChannelPlan, k: int) -> torch.Tensor:
-    assert plan.order is not None
+def _group_index(gather: ChannelGather, k: int) -> torch.Tensor:
+    assert gather.order is not None
     index = torch.zeros(k, dtype=torch.int32)
-    real = plan.order >= 0
-    groups = plan.group_of.repeat_interleave(plan.group_size)
-    index[plan.order[real].long()] = groups[real].to(torch.int32)
+    real = gather.order >= 0
+    groups = gather.group_of.repeat_interleave(gather.group_size)
+    index[gather.order[real].long()] = groups[real].to(torch.int32)
     return index

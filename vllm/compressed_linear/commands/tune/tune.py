@@ -27,7 +27,7 @@ from vllm.compressed_linear.backends.measurements import (
 from vllm.compressed_linear.backends.registry import REFERENCE, Candidate, backends, rank
 from vllm.compressed_linear.commands.explain.explain import explain
 from vllm.compressed_linear.commands.explain.explanation import LayerPlan
-from vllm.compressed_linear.commands.tune.random_weights import made_up_weights
+from vllm.compressed_linear.commands.tune.random_weights import random_weights
 from vllm.compressed_linear.machine import timing
 from vllm.compressed_linear.machine.cost import mix
 from vllm.compressed_linear.machine.limits import MachineLimits, cache_bytes
@@ -277,7 +277,7 @@ class _Contender:
     ) -> None:
         self.method = backend(descriptor)
         self.bias = bias
-        weights = made_up_weights(descriptor, device)
+        weights = random_weights(descriptor, device)
         first = self.method.prep_weights_for_execution(weights)
         self_check("made-up weights", self.method, first, weights)
         size = max(sum(t.nbytes for t in first.values()), 1)
