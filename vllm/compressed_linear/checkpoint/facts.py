@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Facts that only the data tells: what is decided about a weight needs these and no tensors.
+"""Facts of the values of a shard, from which descriptors are decided without tensors.
 
 ``read_facts`` touches the tensors of a shard once and validates them; ``describe`` decides from
-facts alone, so ``explain`` decides from facts that it supposes.
+facts alone, so ``explain`` can decide from assumed facts.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ from vllm.compressed_linear.spec.scheme import Role
 
 @dataclass(frozen=True)
 class GroupOrder:
-    """How the channels of a shard belong to groups. ``identity``: equal for equal assignments.
+    """Assignment of a shard's channels to groups. ``identity``: equal for equal assignments.
 
-    ``k``: channels after the order, with those that fill groups up; ``groups`` of ``group_size``
-    of them each.
+    ``k``: channels after the gather, padding included, in groups of ``group_size`` each.
     """
 
     identity: str
@@ -47,7 +46,7 @@ class GroupOrder:
 
 @dataclass(frozen=True)
 class ShardFacts:
-    """Everything that ``describe`` asks of the tensors of one shard.
+    """Everything that ``describe`` needs to know about the tensors of one shard.
 
     ``channels``: None without scales or channels. ``scale_dtype``: as ``ScaleSpec`` names it, None
     without scales. ``zero``: zero points as they are stored, None without any;
@@ -69,7 +68,7 @@ class ShardFacts:
 
 @dataclass(frozen=True)
 class ShardNumbers:
-    """What was unpacked for the facts and is needed again for preparation.
+    """Tensors that were unpacked for the facts and are needed again for preparation.
 
     ``scale``: [n, groups kept] in the checkpoint's dtype (uint8 for E8M0). ``zero``: [n, groups
     kept] in units of codes. ``gather``: the gather of channels.
@@ -109,10 +108,10 @@ def read_facts(shard: LoadedShard) -> tuple[ShardFacts, ShardNumbers]:
 
 
 def stated_facts(shard: LoadedShard, channels: GroupOrder | None, middle: bool) -> ShardFacts:
-    """What dtypes and shapes of a shard state, for a shard of meta tensors; the rest is given.
+    """Facts of a shard of meta tensors, by its dtypes and shapes; all others are arguments.
 
-    Static numbers of x are taken to be equal in all shards: members of a fused layer that differ
-    in them become parts once they are loaded.
+    Static numbers of x are assumed to be equal in all shards: members of a fused layer that differ
+    in them become separate parts once they are loaded.
     """
     scale, zero = shard.scale(), shard.zero()
     roles = (Role.INPUT_SCALE, Role.INPUT_ZERO, Role.PRESCALE)
