@@ -38,7 +38,7 @@ def check_values(
 
 
 def _check_numbers(shard: LoadedShard) -> None:
-    """Validate the numbers of the activation: present, finite, and not 0 where they divide."""
+    """Validate scalars and per-channel numbers: present, finite, input scales not 0."""
     activation = shard.source.scheme.activation
     for role, needed, numbers in (
         (Role.ROW_SCALE, False, shard.row_scale()),
@@ -61,7 +61,10 @@ def _check_numbers(shard: LoadedShard) -> None:
         elif role is Role.INPUT_ZERO and activation is not None:
             bad |= numbers.abs() > 1 << (activation.element.bits - 1)
         if bool(bad.any()):
-            expected = "a finite number other than 0" if role is Role.INPUT_SCALE else "others"
+            expected = {
+                Role.INPUT_SCALE: "a finite number other than 0",
+                Role.INPUT_ZERO: f"a zero point of {activation and activation.element}",
+            }.get(role, "finite numbers")
             raise CheckpointError(
                 f"{name}: {int(bad.sum())} of {numbers.numel()} values cannot be used, the first "
                 f"is {float(numbers[bad][0])}; expected {expected}"
