@@ -33,11 +33,13 @@ NATIVE_LIBRARY = "native:compressed_linear"
 class Platform:
     """device: "cpu", "cuda", "rocm" or "xpu". ``capability``: 10·major + minor of a CUDA device.
 
-    ``features``: CPU instruction sets. ``ops``: compiled operators that can be called, named
-    ``namespace::op``, and ``NATIVE_LIBRARY``. ``missing``: for an absent op or library, why.
-    ``cpu``: the processor's name, empty for a machine made by hand. ``measured``: its limits with
-    these threads, where somebody measured them. ``gpu``: the GPU's name, and ``multiprocessors``
-    and ``read`` (bytes a second) as its driver tells them; empty and 0 for one that is not there.
+    ``features``: CPU instruction sets. ``isa``: the one that our library's kernels run with, empty
+    for a machine made by hand and where there is no library. ``ops``: compiled operators that can
+    be called, named ``namespace::op``, and ``NATIVE_LIBRARY``. ``missing``: for an absent op or
+    library, why. ``cpu``: the processor's name, empty for a machine made by hand. ``measured``: its
+    limits with these threads, where somebody measured them. ``gpu``: the GPU's name, and
+    ``multiprocessors`` and ``read`` (bytes a second) as its driver tells them; empty and 0 for one
+    that is not there.
     """
 
     device: str = "cpu"
@@ -52,6 +54,7 @@ class Platform:
     gpu: str = ""
     multiprocessors: int = 0
     read: float = 0.0
+    isa: str = ""
 
     @property
     def limits(self) -> MachineLimits:
@@ -60,7 +63,9 @@ class Platform:
             return self.measured
         if self.device == "cuda":
             return gpu_limits(self.capability or 0, self.multiprocessors, self.read)
-        return declared_limits(self.name, self.threads)
+        # What its instructions reach, whether or not our kernels use them.
+        hardware = self._cpu_name(self._tier()) if self.device == "cpu" else self.device
+        return declared_limits(hardware, self.threads)
 
     @property
     def compute_units(self) -> int:
@@ -71,13 +76,20 @@ class Platform:
 
     @property
     def name(self) -> str:
-        """Short name for people, e.g. ``cpu:avx512bf16`` or ``cuda:90``."""
+        """Short name for people, e.g. ``cpu:avx512bf16`` or ``cuda:90``. Of this machine's CPU it
+        names the instruction set that runs, which need not be the best that the CPU has."""
         if self.device == "cuda":
             return f"cuda:{self.capability}"
         if self.device == "cpu":
-            tier = [n for n, f in X86_TIERS.items() if f <= self.features][-1]
-            return f"cpu:{tier}" if self.machine == "x86_64" else f"cpu:{self.machine}"
+            return self._cpu_name(self.isa or self._tier())
         return self.device
+
+    def _tier(self) -> str:
+        """The best tier of x86 whose features are all there."""
+        return [tier for tier, features in X86_TIERS.items() if features <= self.features][-1]
+
+    def _cpu_name(self, tier: str) -> str:
+        return f"cpu:{tier}" if self.machine == "x86_64" else f"cpu:{self.machine}"
 
     @property
     def assumption(self) -> str:
@@ -152,6 +164,7 @@ class Platform:
             missing=missing,
             threads=torch.get_num_threads(),
             cpu=cpu_name(),
+            isa=_isa_in_use() if device == "cpu" and reason is None else "",
         )
 
 
@@ -175,6 +188,15 @@ def _gpu() -> _Gpu:
         properties.multi_processor_count,
         2e3 * kilohertz * bits / 8,
     )
+
+
+def _isa_in_use() -> str:
+    from vllm.compressed_linear import native
+
+    try:
+        return native.isa()
+    except ValueError:  # one is asked for that is not here: the first op that needs it says so
+        return ""
 
 
 def cpu_features() -> frozenset[str]:

@@ -119,6 +119,8 @@ class CpuBackend(QuantLinearMethod):
         forced = os.environ.get(CPU_ISA)
         if forced:
             return forced
+        if platform.isa:
+            return platform.isa
         if "avx512" in platform.features:
             return "avx512bf16" if "avx512_bf16" in platform.features else "avx512"
         return next((isa for isa in ("avx2", "neon") if isa in platform.features), "generic")
