@@ -45,6 +45,26 @@ settings.register_profile(
 settings.load_profile("default")
 
 
+W4A16 = {"VLLM_CPU_INT4_W4A8": "0"}
+"""Environment in which vLLM's own 4-bit layers take x as it is. On a CPU with AMX they quantise
+bfloat16 x to 8 bits by default, elsewhere this changes nothing."""
+
+
+@pytest.fixture
+def w4a16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sets ``W4A16``: what is tested multiplies 4-bit weights with x as it is."""
+    for name, value in W4A16.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def no_int4_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM refuses experts of 4 bits on the CPU, as it does on one without AMX."""
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsInt4
+
+    monkeypatch.setattr(CPUExpertsInt4, "_supports_current_device", staticmethod(lambda: False))
+
+
 def needs_vllms_4_bit_kernel() -> None:
     """Skips the test where this CPU's library of vLLM has none, as that for AVX2."""
     if (lacks := missing_cpu_op(CPU_OP, Platform.detect())) is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import checkpoint, checkpoint_reference, needs_vllms_4_bit_kernel
+from conftest import W4A16, checkpoint, checkpoint_reference, needs_vllms_4_bit_kernel
 from model_loading import loaded, logits
 from test_models import WEIGHT_ONLY
 from vllm.compressed_linear import settings
@@ -34,7 +34,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor | 
             "bfloat16",
             *(str(checkpoint(name)) for name in WEIGHT_ONLY),
         ],
-        env=os.environ | {settings.ENABLE: "0"},
+        env=os.environ | {settings.ENABLE: "0"} | W4A16,
         capture_output=True,
         text=True,
         timeout=300,
