@@ -25,11 +25,11 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 
+from vllm.compressed_linear.checkpoint.write import from_standard_layout
 from vllm.compressed_linear.formats.awq import awq_gemm_scheme
 from vllm.compressed_linear.formats.compressed_tensors import pack_quantized_scheme
 from vllm.compressed_linear.formats.gptq import gptq_scheme
-from vllm.compressed_linear.layout import StandardWeights
-from vllm.compressed_linear.weights import from_standard_layout
+from vllm.compressed_linear.spec.scheme import StandardWeights
 
 Tensors = dict[str, torch.Tensor]
 GROUP = 128
@@ -264,7 +264,7 @@ def write(shape: Shape, form: Format, directory: Path) -> None:
         file = f"model-{number:05}-of-{count:05}.safetensors"
         save_file(tensors, directory / file, metadata={"format": "pt"})
         places |= dict.fromkeys(tensors, file)
-        total += sum(t.numel() * t.element_size() for t in tensors.values())
+        total += sum(t.nbytes for t in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 

@@ -20,7 +20,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 def nbytes(tensors: Tensors) -> int:
     """Bytes of all of them."""
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+    return sum(t.nbytes for t in tensors.values())
 
 
 def copies_for(size: int) -> int:

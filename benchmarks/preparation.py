@@ -27,24 +27,21 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import machine
-from vllm.compressed_linear import native
-from vllm.compressed_linear.backends.cpu import CpuBackend
-from vllm.compressed_linear.backends.cpu_int8 import CpuInt8Backend
-from vllm.compressed_linear.backends.cpu_preparation import PLANES, QUADS, pack_standard
-from vllm.compressed_linear.descriptor import (
-    ActivationSpec,
-    CheckpointScheme,
-    ScaleSpec,
-    WeightSpec,
-)
+from vllm.compressed_linear.backends.cpu.int8 import CpuInt8Backend
+from vllm.compressed_linear.backends.cpu.packing import PLANES, QUADS, PackedLayout
+from vllm.compressed_linear.backends.cpu.weight_only import CpuBackend
+from vllm.compressed_linear.checkpoint.describe import LayerContext
+from vllm.compressed_linear.checkpoint.parts import Part, refine
+from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
 from vllm.compressed_linear.formats.awq import awq_gemm_scheme
 from vllm.compressed_linear.formats.compressed_tensors import pack_quantized_scheme
 from vllm.compressed_linear.formats.gptq import gptq_scheme
-from vllm.compressed_linear.heap import large_blocks_apart
-from vllm.compressed_linear.layout import Packing, Role, StoredTensor
-from vllm.compressed_linear.numerics import BF16, INT8, torch_dtype, uint
-from vllm.compressed_linear.refine import LayerContext, Part, refine
-from vllm.compressed_linear.weights import LoadedShard, ShardSource
+from vllm.compressed_linear.machine import native
+from vllm.compressed_linear.prepare.malloc import large_blocks_apart
+from vllm.compressed_linear.spec.descriptor import ActivationSpec, ScaleSpec, WeightSpec
+from vllm.compressed_linear.spec.elements import BF16, INT8, torch_dtype, uint
+from vllm.compressed_linear.spec.packing import Packing
+from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role, StoredTensor
 
 GROUP = 128
 BLOCK = {"qkv_proj": (6144, 4096), "o_proj": (4096, 4096), "gate_up_proj": (28672, 4096)} | {
@@ -133,6 +130,14 @@ def seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
+def pack_standard(packed: torch.Tensor, part: Part, element: str, layout: PackedLayout) -> None:
+    """Fill ``packed`` through the standard layout."""
+    pack_rows = getattr(torch.ops.compressed_linear, layout.pack_rows)
+    shape = (part.descriptor.n, part.descriptor.group_size, element)
+    for start, stop in part.weights.chunks(native.TILE):
+        pack_rows(packed, part.weights.rows(start, stop).codes.contiguous(), start, *shape)
+
+
 def measure(part: Part, repetitions: int, *, plain: bool) -> dict[str, float]:
     """Median seconds of each way to prepare the layer, and its packed bytes."""
     integers = part.descriptor.activation is not None
@@ -142,7 +147,7 @@ def measure(part: Part, repetitions: int, *, plain: bool) -> dict[str, float]:
 
     def standard() -> None:
         packed = torch.empty_like(first)
-        pack_standard(packed, part.weights, part.descriptor, method.element, layout)
+        pack_standard(packed, part, method.element, layout)
 
     def plain_loop() -> None:
         with instruction_set("generic"):

@@ -11,9 +11,9 @@
 #include <thread>
 #include <vector>
 
-#include "cpu/engine.h"
-#include "cpu/int8_pack.h"
-#include "cpu/repack.h"
+#include "cpu/float/engine.h"
+#include "cpu/repack/quads.h"
+#include "cpu/repack/repack.h"
 
 namespace cl = compressed_linear::cpu;
 using cl::CodeOrder;

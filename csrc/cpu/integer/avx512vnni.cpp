@@ -1,0 +1,24 @@
+// SPDX-License-Identifier: Apache-2.0
+// AVX-512 with byte dot products.
+#include "avx512.h"
+
+namespace compressed_linear::cpu {
+namespace {
+
+struct Avx512VnniCore : Avx512Core {
+  static constexpr bool kTellNarrow = false;
+  template <bool Narrow>
+  static Reg broadcast(const int32_t* word) {
+    return _mm512_set1_epi32(*word);
+  }
+  template <bool Narrow>
+  static Reg dot(Reg sum, Reg codes, Reg activation) {
+    return _mm512_dpbusd_epi32(sum, codes, activation);
+  }
+};
+
+}  // namespace
+
+const IntegerEngine kIntegerEngineAvx512Vnni = {"avx512vnni", &run_integer_linear<Avx512VnniCore>};
+
+}  // namespace compressed_linear::cpu
