@@ -67,11 +67,13 @@ NATIVE_LIBRARY = "native:compressed_linear"
 class Platform:
     """device: "cpu", "cuda", "rocm" or "xpu". ``capability``: 10·major + minor of a CUDA device.
 
-    ``features``: CPU instruction sets. ``ops``: compiled operators that can be called, named
-    ``namespace::op``, and ``NATIVE_LIBRARY``. ``missing``: for an absent op or library, why.
-    ``cpu``: the processor's name, empty for a machine made by hand. ``measured``: its limits with
-    these threads, where somebody measured them. ``gpu``: the GPU's name, and ``multiprocessors``
-    and ``read`` (bytes a second) as its driver tells them; empty and 0 for one that is not there.
+    ``features``: CPU instruction sets. ``isa``: the one that our library's kernels run with, empty
+    for a machine made by hand and where there is no library. ``ops``: compiled operators that can
+    be called, named ``namespace::op``, and ``NATIVE_LIBRARY``. ``missing``: for an absent op or
+    library, why. ``cpu``: the processor's name, empty for a machine made by hand. ``measured``: its
+    limits with these threads, where somebody measured them. ``gpu``: the GPU's name, and
+    ``multiprocessors`` and ``read`` (bytes a second) as its driver tells them; empty and 0 for one
+    that is not there.
     """
 
     device: str = "cpu"
@@ -86,6 +88,7 @@ class Platform:
     gpu: str = ""
     multiprocessors: int = 0
     read: float = 0.0
+    isa: str = ""
 
     @property
     def limits(self) -> MachineLimits:
@@ -96,6 +99,7 @@ class Platform:
             return gpu_limits(self.capability or 0, self.multiprocessors, self.read)
         if self.device != "cpu":
             return ACCELERATOR
+        # What its instructions reach, whether or not our kernels use them.
         assert self.tier.core is not None
         return limits_of_cores(self.tier.core, self.threads)
 
@@ -108,11 +112,13 @@ class Platform:
 
     @property
     def name(self) -> str:
-        """Short name for people, e.g. ``cpu:avx512bf16`` or ``cuda:90``."""
+        """Short name for people, e.g. ``cpu:avx512bf16`` or ``cuda:90``. Of this machine's CPU it
+        names the instruction set that runs, which need not be the best that the CPU has."""
         if self.device == "cuda":
             return f"cuda:{self.capability}"
         if self.device == "cpu":
-            return f"cpu:{self.tier.name if self.machine == 'x86_64' else self.machine}"
+            x86 = self.machine == "x86_64"
+            return f"cpu:{(self.isa or self.tier.name) if x86 else self.machine}"
         return self.device
 
     @property
@@ -121,8 +127,8 @@ class Platform:
         return [tier for tier in self._tiers() if tier.core is not None][-1]
 
     def best_isa(self, names: Collection[str]) -> str:
-        """The one of ``names``, "generic" among them, that the library would take there. AMX is
-        not: it has never run on a processor that has it."""
+        """The one of ``names``, "generic" among them, that the library would take there. AMX
+        is not: whether it is faster is not measured at start."""
         return [t.name for t in self._tiers() if t.name in names and t.name != "amx"][-1]
 
     def _tiers(self) -> list[CpuTier]:
@@ -196,6 +202,7 @@ class Platform:
             missing=missing,
             threads=torch.get_num_threads(),
             cpu=cpu_name(),
+            isa=_isa_in_use() if device == "cpu" and reason is None else "",
         )
 
 
@@ -219,6 +226,15 @@ def _gpu() -> _Gpu:
         properties.multi_processor_count,
         2e3 * kilohertz * bits / 8,
     )
+
+
+def _isa_in_use() -> str:
+    from vllm.compressed_linear.machine import native
+
+    try:
+        return native.isa()
+    except ValueError:  # one is asked for that is not here: the first op that needs it says so
+        return ""
 
 
 def cpu_features() -> frozenset[str]:

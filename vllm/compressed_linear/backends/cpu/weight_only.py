@@ -110,7 +110,7 @@ class CpuBackend(QuantLinearMethod):
         forced = os.environ.get(CPU_ISA)
         if forced:
             return forced
-        return platform.best_isa(_SPEEDS)
+        return platform.isa or platform.best_isa(_SPEEDS)
 
     @classmethod
     def seconds(cls, descriptor: CompressedLinearDescriptor, platform: Platform, m: int) -> float:
