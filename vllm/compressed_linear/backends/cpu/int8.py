@@ -191,7 +191,7 @@ class CpuInt8Backend(QuantLinearMethod):
             tensors["code_sums"] = torch.ops.compressed_linear.code_sums(
                 packed, d.n, d.k, d.group_size, self.element, _channels(activation)
             )
-        tensors["problem"] = make_problem("quads", d, self.element, activation, tensors.get("perm"))
+        tensors["problem"] = make_problem("quads", d, self.element, activation, tensors)
         return tensors
 
     def apply(
