@@ -180,7 +180,7 @@ def _rounding(backend: Any) -> str:
     from vllm.compressed_linear.spec.elements import uint
     from vllm.compressed_linear.testing import Case
 
-    value = backend.weight_rounding(Case(uint(4, 8)).build().descriptor)
+    value = backend.contract(Case(uint(4, 8)).build().descriptor).weight_rounding
     return "–" if value == 0 else "to 16 bits"
 
 

@@ -11,7 +11,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, TypeVar, overload
 
 from vllm.compressed_linear.backends.base import QuantLinearMethod, Verdict
-from vllm.compressed_linear.backends.measurements import Measurements
+from vllm.compressed_linear.backends.measurements import Measured, Measurements
 from vllm.compressed_linear.machine.cost import expected_seconds, mix
 from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
@@ -138,7 +138,7 @@ def _load(point: EntryPoint) -> None:
 class Candidate:
     """One backend's standing for one descriptor. ``seconds``: expected time of a call, None when it
     was declined; ``measured``: it comes from the tune file and not from the backend's estimate;
-    ``asked_only``: it quantises x on its own account, so it is only taken where it is named."""
+    ``only_if_named``: it changes the result by quantizing x, so it must be requested by name."""
 
     name: str
     verdict: Verdict
@@ -146,7 +146,7 @@ class Candidate:
     seconds: float | None = None
     variant: str = ""
     measured: bool = False
-    asked_only: bool = False
+    only_if_named: bool = False
 
 
 ChosenBy = Literal["asked for", "tuned", "cost model"]
@@ -154,7 +154,7 @@ ChosenBy = Literal["asked for", "tuned", "cost model"]
 
 @dataclass(frozen=True)
 class Selection:
-    """Who runs a descriptor and the full record of the others, best first."""
+    """Chosen backend plus every other candidate, with reasons, best first."""
 
     chosen: type[QuantLinearMethod]
     variant: str
@@ -171,7 +171,7 @@ class Selection:
         return tuple(
             c
             for c in self.candidates
-            if c.verdict and c.name != self.chosen.name and not c.asked_only
+            if c.verdict and c.name != self.chosen.name and not c.only_if_named
         )
 
 
@@ -183,42 +183,49 @@ def rank(
     """All backends: able ones best first, ``reference`` last of them, those that have to be named,
     then the declined ones.
 
-    Best is the least expected time over the device's ``cost.mix``. Backends that ``measurements``
-    has for this descriptor go before those of which there is only an estimate.
+    Best is the least expected time over the device's ``cost.mix``, see ``_policy``. ``measurements``:
+    those of the tune file.
     """
     measurements = measurements or Measurements()
     platform = replace(platform, measured=platform.measured or measurements.limits)
     measured = measurements.of(descriptor)
-    found = []
-    for name, registration in backends().items():
-        backend, priority = registration.backend, registration.priority
-        verdict = backend.can_implement(descriptor, platform)
-        if not verdict:
-            found.append(Candidate(name, verdict, priority))
-            continue
-        variant = backend.variant(descriptor, platform)
-        asked_only = backend.own_activation(descriptor) is not None
-        known = measured.get(name)
-        if known is not None and known.variant == variant:
-            seconds, is_measured = known.expected, True
-        else:
-            estimate = partial(backend.seconds, descriptor, platform)
-            seconds = expected_seconds(estimate, mix(platform.device))
-            is_measured = False
-        found.append(Candidate(name, verdict, priority, seconds, variant, is_measured, asked_only))
+    found = [
+        _candidate(registration, descriptor, platform, measured.get(name))
+        for name, registration in backends().items()
+    ]
+    able = [c for c in found if c.verdict]
+    allowed = [c for c in able if not c.only_if_named]
+    to_be_named = [c for c in able if c.only_if_named]
+    declined = [c for c in found if not c.verdict]
+    return tuple(
+        c for group in (allowed, to_be_named, declined) for c in sorted(group, key=_policy)
+    )
 
-    def key(c: Candidate) -> tuple[bool, bool, bool, int, bool, float, str]:
-        return (
-            not c.verdict,
-            c.asked_only,
-            c.name == REFERENCE,
-            -c.priority,
-            not c.measured,
-            c.seconds or 0.0,
-            c.name,
-        )
 
-    return tuple(sorted(found, key=key))
+def _candidate(
+    registration: Registration,
+    descriptor: CompressedLinearDescriptor,
+    platform: Platform,
+    measured: Measured | None,
+) -> Candidate:
+    backend, priority = registration.backend, registration.priority
+    verdict = backend.can_implement(descriptor, platform)
+    if not verdict:
+        return Candidate(backend.name, verdict, priority)
+    variant = backend.variant(descriptor, platform)
+    if measured is not None and measured.variant == variant:
+        seconds, is_measured = measured.expected, True
+    else:
+        estimate = partial(backend.seconds, descriptor, platform)
+        seconds, is_measured = expected_seconds(estimate, mix(platform.device)), False
+    only_if_named = backend.contract(descriptor).activation is not None
+    return Candidate(backend.name, verdict, priority, seconds, variant, is_measured, only_if_named)
+
+
+def _policy(c: Candidate) -> tuple[bool, int, bool, float, str]:
+    """The order of candidates: ``reference`` last, then the higher priority, then what was measured
+    before what is only estimated, whatever the times, then the least time, then the name."""
+    return (c.name == REFERENCE, -c.priority, not c.measured, c.seconds or 0.0, c.name)
 
 
 def select(
@@ -233,8 +240,8 @@ def select(
     """The backend for ``descriptor``.
 
     ``override`` names the only one allowed; ``strict`` refuses ``reference`` unless it was named;
-    ``measurements`` are those of the tune file. A backend that quantises x on its own account has
-    to be named.
+    ``measurements`` are those of the tune file. A backend that changes the
+    result by quantizing x must be named.
     Raises ``NoBackendError`` with every reason.
     """
     candidates = rank(descriptor, platform, measurements)
@@ -251,7 +258,7 @@ def select(
             )
             raise NoBackendError(f"backend {override!r} was asked for but cannot run {where}:{why}")
     else:
-        able = [c for c in able if not c.asked_only]
+        able = [c for c in able if not c.only_if_named]
         if strict:
             able = [c for c in able if c.name != REFERENCE]
     if not able:

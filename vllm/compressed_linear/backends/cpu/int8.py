@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm.compressed_linear.backends.base import Capabilities, QuantLinearMethod
+from vllm.compressed_linear.backends.contract import Contract
 from vllm.compressed_linear.backends.cpu.packing import QUADS, pack_codes, pack_scales
 from vllm.compressed_linear.backends.shared.side_tensors import (
     scale_bytes,
@@ -237,6 +238,9 @@ def _channels(activation: ActivationSpec) -> int:
     return activation.group_size if activation.granularity == "group" else 0
 
 
+_OWN_ACTIVATION = ActivationSpec(INT8, True, "group", group_size=32)
+
+
 class CpuInt8FastBackend(CpuInt8Backend):
     """The same kernels for layers whose activations are not quantised.
 
@@ -257,9 +261,9 @@ class CpuInt8FastBackend(CpuInt8Backend):
     )
 
     @classmethod
-    def own_activation(cls, descriptor: CompressedLinearDescriptor) -> ActivationSpec | None:
-        return ActivationSpec(INT8, True, "group", group_size=32)
+    def contract(cls, descriptor: CompressedLinearDescriptor) -> Contract:
+        return Contract(activation=_OWN_ACTIVATION)
 
     @classmethod
     def _activation(cls, descriptor: CompressedLinearDescriptor) -> ActivationSpec | None:
-        return cls.own_activation(descriptor)
+        return _OWN_ACTIVATION
