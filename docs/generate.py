@@ -129,10 +129,9 @@ def _code(text: str) -> str:
 
 
 def own_backends() -> dict[str, Any]:
-    """The backends of this package by name, in the order they are listed in."""
-    from vllm.compressed_linear.backends import register_all, registry
+    """The backends of this package by name, in the order of their entry points."""
+    from vllm.compressed_linear.backends import registry
 
-    register_all()
     package = "vllm.compressed_linear.backends."
     return {
         name: found

@@ -16,6 +16,7 @@ from vllm.compressed_linear.machine.cost import expected_seconds, mix
 from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
 
+DISTRIBUTION = "vllm-compressed-linear"
 ENTRY_POINT_GROUP = "vllm.compressed_linear_backends"
 REFERENCE = "reference"
 
@@ -39,15 +40,29 @@ class BackendPackageError(RuntimeError):
 
 
 _REGISTERED: dict[str, Registration] = {}
-_OWN = "own"
 _LOADED: set[str] = set()
-"""Values of the entry points that were loaded, and ``_OWN``."""
+"""Values of the entry points that were loaded."""
 
 
 @cache
 def _installed_entry_points() -> tuple[EntryPoint, ...]:
-    """Looking through all installed packages takes tens of milliseconds."""
-    return tuple(entry_points(group=ENTRY_POINT_GROUP))
+    """Those of this package first, so that a name taken twice is the other package's error.
+
+    Looking through all installed packages takes tens of milliseconds. ``BackendPackageError`` where
+    this package has none.
+    """
+    found = sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: not _is_own(point))
+    if not found or not _is_own(found[0]):
+        raise BackendPackageError(
+            f"{DISTRIBUTION} has no entry points in the group {ENTRY_POINT_GROUP}, which name its "
+            "own backends: it was not installed, or by an older version of its source tree. "
+            "Install it again: pip install --no-build-isolation --editable . (or make setup)"
+        )
+    return tuple(found)
+
+
+def _is_own(point: EntryPoint) -> bool:
+    return point.dist is not None and point.dist.name == DISTRIBUTION
 
 
 @overload
@@ -100,19 +115,15 @@ def _validate(cls: type[QuantLinearMethod]) -> None:
 
 
 def backends() -> dict[str, Registration]:
-    """Every registered backend, our own and those of installed packages.
+    """Every registered backend: those that entry points of installed packages name, ours among
+    them, and those that were registered in code.
 
-    Raises ``BackendPackageError`` if one of those cannot be loaded.
+    Raises ``BackendPackageError`` if an entry point cannot be loaded.
     """
-    from vllm.compressed_linear import backends as own
-
-    # Once each, so that what was unregistered stays away.
-    if _OWN not in _LOADED:
-        own.register_all()
-        _LOADED.add(_OWN)
     for point in _installed_entry_points():
         if point.value not in _LOADED:
             _load(point)
+            # Once each, so that what was unregistered stays away.
             _LOADED.add(point.value)
     return dict(_REGISTERED)
 
@@ -125,12 +136,12 @@ def _load(point: EntryPoint) -> None:
             register_backend(loaded)
         elif callable(loaded):
             loaded()
-    # Whatever a package of somebody else raises, the user must see which one it is.
+    # Whatever a package raises, the user must see which one it is.
     except Exception as error:
         package = "" if point.dist is None else f" of {point.dist.name} {point.dist.version}"
         raise BackendPackageError(
-            f"entry point {point.name} = {point.value}{package} gives no backend: "
-            f"{type(error).__name__}: {error}; mend or uninstall it"
+            f"failed to load backend {point.name} = {point.value}{package}: "
+            f"{type(error).__name__}: {error}; fix or uninstall the package"
         ) from error
 
 
@@ -183,8 +194,8 @@ def rank(
     """All backends: able ones best first, ``reference`` last of them, those that have to be named,
     then the declined ones.
 
-    Best is the least expected time over the device's ``cost.mix``, see ``_policy``. ``measurements``:
-    those of the tune file.
+    Best is the least expected time over the device's ``cost.mix``, and ``measurements``, those of
+    the tune file, go before estimates: see ``_policy``.
     """
     measurements = measurements or Measurements()
     platform = replace(platform, measured=platform.measured or measurements.limits)
