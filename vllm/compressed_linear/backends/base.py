@@ -181,6 +181,12 @@ class QuantLinearMethod(ABC):
         return ""
 
     @classmethod
+    def hardware_tested(cls, platform: Platform, variant: str = "") -> bool:
+        """Whether code path ``variant`` has run on hardware such as ``platform``; where it is
+        empty, whether any has. ``explain`` and ``backends`` mark what has not."""
+        return True
+
+    @classmethod
     def prepared_bytes(cls, descriptor: CompressedLinearDescriptor) -> int | None:
         """Bytes of all tensors that ``prep_weights_for_execution`` would return, for ``explain``;
         None when that is not known beforehand."""

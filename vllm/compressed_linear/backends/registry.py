@@ -149,7 +149,8 @@ def _load(point: EntryPoint) -> None:
 class Candidate:
     """One backend's standing for one descriptor. ``seconds``: expected time of a call, None when it
     was declined; ``measured``: it comes from the tune file and not from the backend's estimate;
-    ``only_if_named``: it changes the result by quantizing x, so it must be requested by name."""
+    ``only_if_named``: it changes the result by quantizing x, so it must be requested by name;
+    ``hardware_tested``: see ``QuantLinearMethod``, for able ones."""
 
     name: str
     verdict: Verdict
@@ -158,6 +159,7 @@ class Candidate:
     variant: str = ""
     measured: bool = False
     only_if_named: bool = False
+    hardware_tested: bool = True
 
 
 ChosenBy = Literal["asked for", "tuned", "cost model"]
@@ -175,6 +177,11 @@ class Selection:
     @property
     def rejected(self) -> tuple[Candidate, ...]:
         return tuple(c for c in self.candidates if not c.verdict)
+
+    @property
+    def untested(self) -> tuple[str, ...]:
+        """Names of the backends that could run it and have never run on such hardware."""
+        return tuple(c.name for c in self.candidates if c.verdict and not c.hardware_tested)
 
     @property
     def also_able(self) -> tuple[Candidate, ...]:
@@ -230,7 +237,16 @@ def _candidate(
         estimate = partial(backend.seconds, descriptor, platform)
         seconds, is_measured = expected_seconds(estimate, mix(platform.device)), False
     only_if_named = backend.contract(descriptor).activation is not None
-    return Candidate(backend.name, verdict, priority, seconds, variant, is_measured, only_if_named)
+    return Candidate(
+        backend.name,
+        verdict,
+        priority,
+        seconds,
+        variant,
+        is_measured,
+        only_if_named,
+        backend.hardware_tested(platform, variant),
+    )
 
 
 def _policy(c: Candidate) -> tuple[bool, int, bool, float, str]:

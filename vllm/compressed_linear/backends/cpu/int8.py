@@ -157,6 +157,11 @@ class CpuInt8Backend(QuantLinearMethod):
         )
 
     @classmethod
+    def hardware_tested(cls, platform: Platform, variant: str = "") -> bool:
+        # The kernels for Arm have run in qemu only.
+        return platform.device == "cpu" and "neon" not in platform.features
+
+    @classmethod
     def prepared_bytes(cls, descriptor: CompressedLinearDescriptor) -> int | None:
         d = descriptor
         activation = cls._activation(d)

@@ -131,6 +131,10 @@ class MarlinBackend(QuantLinearMethod):
         return total
 
     @classmethod
+    def hardware_tested(cls, platform: Platform, variant: str = "") -> bool:
+        return False
+
+    @classmethod
     def prepared_bytes(cls, descriptor: CompressedLinearDescriptor) -> int | None:
         d = descriptor
         total = cls._weight_bytes(d) + small_bytes(d, None) + 4 * native.MARLIN_WORKSPACE

@@ -111,6 +111,11 @@ class VllmNativeBackend(QuantLinearMethod):
         return _adapter(descriptor, platform).kernel
 
     @classmethod
+    def hardware_tested(cls, platform: Platform, variant: str = "") -> bool:
+        # The operator has a path for AMX, and one for Arm, that no machine here has run.
+        return platform.device == "cpu" and not {"amx", "neon"} & platform.features
+
+    @classmethod
     def prepared_bytes(cls, descriptor: CompressedLinearDescriptor) -> int | None:
         order = descriptor.channel_order
         gather = 0 if order is None else descriptor.k * torch.int32.itemsize
