@@ -234,10 +234,11 @@ def _short(error: str) -> str:
 
 
 def _runs_on(name: str) -> str:
-    from vllm.compressed_linear.prepare.plan import DELEGATED, PLAN
+    from vllm.compressed_linear.integration.preparation import PROCESS_PLAN
+    from vllm.compressed_linear.prepare.plan import DELEGATED
 
     _load(ROOT / FIXTURES / name)
-    found = sorted({entry.backend for entry in PLAN.entries.values()})
+    found = sorted({entry.backend for entry in PROCESS_PLAN.entries.values()})
     return ", ".join("vLLM’s own code" if b == DELEGATED else f"`{b}`" for b in found)
 
 

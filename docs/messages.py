@@ -179,21 +179,21 @@ def additional_config() -> str:
 
 
 def unknown_method() -> str:
-    from vllm.compressed_linear.integration.config import CompressedLinearConfig
+    from vllm.compressed_linear.formats.registry import parse
 
-    return error_of(lambda: CompressedLinearConfig.from_config({"quant_method": "aqlm"}))
+    return error_of(lambda: parse({"quant_method": "aqlm"}))
 
 
 def without_native(**variables: str) -> Callable[[], str]:
     """The error of loading a fixture where the native library is missing."""
 
     def provoke() -> str:
-        from vllm.compressed_linear.integration import linear
+        from vllm.compressed_linear.integration import preparation
         from vllm.compressed_linear.machine import native
 
         with (
             mock.patch.object(native, "available", not_built),
-            mock.patch.object(linear, "_PLATFORM", []),
+            mock.patch.object(preparation, "_PLATFORM", []),
         ):
             return from_environment("gptqmodel-gptq-w3-g128-asym", **variables)()
 

@@ -8,7 +8,7 @@ import sys
 
 from tests.support.repository import ROOT, environment
 
-WITHOUT_VLLM = ("spec", "machine", "checkpoint", "backends", "prepare", "testing")
+WITHOUT_VLLM = ("spec", "machine", "checkpoint", "formats", "backends", "prepare", "testing")
 """Folders of the package whose modules import nothing of vLLM when they are imported."""
 
 

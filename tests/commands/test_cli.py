@@ -22,7 +22,7 @@ from vllm.compressed_linear.commands.cli import app
 from vllm.compressed_linear.commands.explain.explain import explain
 from vllm.compressed_linear.commands.explain.text import in_words, print_explanation
 from vllm.compressed_linear.commands.text import compress_names, size
-from vllm.compressed_linear.integration.linear import detect_platform
+from vllm.compressed_linear.integration.preparation import detect_platform
 from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
 

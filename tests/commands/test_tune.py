@@ -33,12 +33,11 @@ from vllm.compressed_linear.commands.tune import tune as tuning
 from vllm.compressed_linear.commands.tune.random_weights import made_up_weights
 from vllm.compressed_linear.commands.tune.text import print_result
 from vllm.compressed_linear.commands.tune.tune import Measuring, TuneError, tune
-from vllm.compressed_linear.integration.linear import detect_platform
+from vllm.compressed_linear.integration.preparation import PROCESS_PLAN, detect_platform
 from vllm.compressed_linear.machine import limits as machine
 from vllm.compressed_linear.machine import timing
 from vllm.compressed_linear.machine.cost import GPU_MIX, MIX, expected_seconds
 from vllm.compressed_linear.machine.platform import Platform
-from vllm.compressed_linear.prepare.plan import PLAN
 from vllm.compressed_linear.prepare.self_check import SelfCheckError, self_check
 from vllm.compressed_linear.settings import Settings
 from vllm.compressed_linear.spec.descriptor import (
@@ -151,7 +150,7 @@ def test_loading_and_explain_choose_by_the_file(
 
     def choices() -> set[tuple[str, str]]:
         with loaded(checkpoint(MODEL), "bfloat16"):
-            return {(entry.backend, entry.chosen_by) for entry in PLAN.entries.values()}
+            return {(entry.backend, entry.chosen_by) for entry in PROCESS_PLAN.entries.values()}
 
     assert choices() == {("slow", "cost model")}
     monkeypatch.setenv(settings.TUNE_FILE, str(file))
@@ -172,12 +171,12 @@ def test_a_file_of_other_threads_is_mentioned_once_and_not_used(
     data["machines"][0]["key"]["threads"] += 1
     file.write_text(json.dumps(data))
     monkeypatch.setenv(settings.TUNE_FILE, str(file))
-    from vllm.compressed_linear.integration import linear
+    from vllm.compressed_linear.integration import preparation
 
     said: list[str] = []
-    monkeypatch.setattr(linear.logger, "warning", lambda text, *a: said.append(text % a))
+    monkeypatch.setattr(preparation.logger, "warning", lambda text, *a: said.append(text % a))
     with loaded(checkpoint(MODEL), "bfloat16"):
-        assert {entry.chosen_by for entry in PLAN.entries.values()} == {"cost model"}
+        assert {entry.chosen_by for entry in PROCESS_PLAN.entries.values()} == {"cost model"}
     assert [line for line in said if "tune file" in line] == [
         measurements.load(str(file), detect_platform()).note
     ]
@@ -193,7 +192,7 @@ def test_facts_of_the_data_are_in_the_key(tmp_path: Path, monkeypatch: pytest.Mo
     assert orders.count(False) == 1  # lm_head
     monkeypatch.setenv(settings.TUNE_FILE, str(tmp_path / "tune.json"))
     with loaded(checkpoint(ACT_ORDER), "bfloat16"):
-        assert {entry.chosen_by for entry in PLAN.entries.values()} == {"tuned"}
+        assert {entry.chosen_by for entry in PROCESS_PLAN.entries.values()} == {"tuned"}
 
 
 def test_all_ranks_are_measured(tmp_path: Path) -> None:

@@ -25,9 +25,9 @@ from tests.support.messages import saying
 from tests.support.model_loading import loaded
 from tests.support.repository import ROOT
 from vllm.compressed_linear.checkpoint.shard import CheckpointError
-from vllm.compressed_linear.integration import config as config_module
-from vllm.compressed_linear.integration.linear import detect_platform
-from vllm.compressed_linear.prepare.plan import PLAN, PlanEntry
+from vllm.compressed_linear.formats import base, registry
+from vllm.compressed_linear.integration.preparation import PROCESS_PLAN, detect_platform
+from vllm.compressed_linear.prepare.plan import PlanEntry
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 IDS = [page.stem for page in PAGES]
@@ -65,11 +65,10 @@ def in_pages(language: str) -> list[Path]:
 @pytest.fixture
 def clean_formats() -> Iterator[None]:
     """Formats that a page registers are forgotten again."""
-    config_module.formats()
-    known = dict(config_module._FORMATS)
+    known = registry.formats()
     yield
-    config_module._FORMATS.clear()
-    config_module._FORMATS.update(known)
+    base._FORMATS.clear()
+    base._FORMATS.update(known)
 
 
 @pytest.mark.usefixtures("clean_registry", "clean_formats")
@@ -240,7 +239,7 @@ def test_hf_overrides_replace_the_quantization_config(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=saying("group 64")), loaded(path):
         pass
     with loaded(path, hf_overrides={"quantization_config": right}):
-        assert {entry.backend for entry in PLAN.entries.values()} == {"cpu"}
+        assert {entry.backend for entry in PROCESS_PLAN.entries.values()} == {"cpu"}
 
 
 def test_fields_of_the_plan_are_all_explained() -> None:

@@ -4,22 +4,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from vllm.model_executor.models.utils import WeightsMapper
 
+from tests.support.described import Described
 from tests.support.messages import saying
-from vllm.compressed_linear.formats.resolution import Delegated, LayerKind, Resolution, Unquantized
-from vllm.compressed_linear.formats.unquantized import UnquantizedConfig
-from vllm.compressed_linear.integration.config import (
-    NAME,
-    CompressedLinearConfig,
+from vllm.compressed_linear.formats.base import Hints
+from vllm.compressed_linear.formats.file_view import FileView
+from vllm.compressed_linear.formats.gptq import Gptq
+from vllm.compressed_linear.formats.registry import format_of, parse, parse_in
+from vllm.compressed_linear.formats.resolution import (
     ConfigError,
-    format_of,
+    Delegated,
+    LayerKind,
+    Resolution,
+    Unquantized,
 )
 from vllm.compressed_linear.spec.scheme import CheckpointScheme
 
@@ -31,23 +34,10 @@ INT8 = {"num_bits": 8, "strategy": "channel"}
 Q = "model.layers.1.self_attn.q_proj"
 
 
-def parse(config: dict[str, Any]) -> CompressedLinearConfig:
-    return CompressedLinearConfig.from_config(config)
-
-
-def with_file(config: CompressedLinearConfig, directory: Path, *names: str) -> None:
-    """Let ``config`` see a file that holds one small tensor of each of ``names``."""
-    save_file(
-        {name: torch.zeros(1, dtype=torch.float16) for name in names},
-        directory / "model.safetensors",
-    )
-    config.maybe_update_config(str(directory))
-
-
 def resolve(
     config: dict[str, Any], module: str = Q, kind: LayerKind = LayerKind.LINEAR
 ) -> Resolution:
-    return parse(config).resolve(module, kind)
+    return Described.of(config).resolve(module, kind)
 
 
 def bits_and_group(resolution: Resolution) -> tuple[int, int] | None:
@@ -112,7 +102,7 @@ def test_gptq_in_marlins_layout(change: dict[str, Any]) -> None:
     scheme = resolve(config)
     assert isinstance(scheme, CheckpointScheme)
     assert [tensor.name for tensor in scheme.tensors] == ["B", "s"]
-    assert CompressedLinearConfig.override_quantization_method(config, None) == NAME
+    assert format_of(config) is Gptq
 
 
 def test_gptq_lm_head() -> None:
@@ -124,14 +114,14 @@ def test_gptq_lm_head() -> None:
     assert bits_and_group(resolve(GPTQ, "model.embed_tokens", LayerKind.EMBEDDING)) is None
 
 
-def test_gptq_module_list_counts_where_the_file_does_not_tell(tmp_path: Path) -> None:
-    config = parse(
+def test_gptq_module_list_counts_where_the_file_does_not_tell() -> None:
+    config = Described.of(
         {**GPTQ, "modules_in_block_to_quantize": [["mlp.up_proj"], ["self_attn.o_proj"]]}
     )
-    assert bits_and_group(config.resolve(Q, LayerKind.LINEAR)) is None
-    assert config.resolve("model.layers.1.mlp.up_proj", LayerKind.LINEAR) == resolve(GPTQ)
-    with_file(config, tmp_path, f"{Q}.qweight")
-    assert bits_and_group(config.resolve(Q, LayerKind.LINEAR)) == (4, 128)
+    assert bits_and_group(config.resolve(Q)) is None
+    assert config.resolve("model.layers.1.mlp.up_proj") == resolve(GPTQ)
+    config = config.with_file([f"{Q}.qweight"])
+    assert bits_and_group(config.resolve(Q)) == (4, 128)
 
 
 @pytest.mark.parametrize(
@@ -185,12 +175,12 @@ def test_awq_modules_to_not_convert(
     assert bits_and_group(resolve({**AWQ, "modules_to_not_convert": excluded})) == expected
 
 
-def test_awq_exclusions_are_relative_to_a_block_so_the_file_decides(tmp_path: Path) -> None:
-    config = parse({**AWQ, "modules_to_not_convert": ["layers.1.self_attn", "v_proj"]})
+def test_awq_exclusions_are_relative_to_a_block_so_the_file_decides() -> None:
+    config = Described.of({**AWQ, "modules_to_not_convert": ["layers.1.self_attn", "v_proj"]})
     value = Q.replace("q_proj", "v_proj")
-    with_file(config, tmp_path, f"{Q}.qweight", f"{value}.weight")
-    assert bits_and_group(config.resolve(Q, LayerKind.LINEAR)) == (4, 128)
-    assert bits_and_group(config.resolve(value, LayerKind.LINEAR)) is None
+    config = config.with_file([f"{Q}.qweight", f"{value}.weight"])
+    assert bits_and_group(config.resolve(Q)) == (4, 128)
+    assert bits_and_group(config.resolve(value)) is None
 
 
 @pytest.mark.parametrize(
@@ -207,13 +197,13 @@ def test_awq_configurations_of_other_tools_mean_the_same(change: dict[str, Any])
     assert resolve({**AWQ, **change}) == resolve(AWQ)
 
 
-def test_awq_without_zero_points_uses_them_where_the_file_has_them(tmp_path: Path) -> None:
-    config = parse({**AWQ, "zero_point": False})
-    scheme = config.resolve(Q, LayerKind.LINEAR)
+def test_awq_without_zero_points_uses_them_where_the_file_has_them() -> None:
+    config = Described.of({**AWQ, "zero_point": False})
+    scheme = config.resolve(Q)
     assert isinstance(scheme, CheckpointScheme)
     assert scheme.weight.zero is None
-    with_file(config, tmp_path, f"{Q}.qweight", f"{Q}.qzeros")
-    assert config.resolve(Q, LayerKind.LINEAR) == resolve(AWQ)
+    config = config.with_file([f"{Q}.qweight", f"{Q}.qzeros"])
+    assert config.resolve(Q) == resolve(AWQ)
 
 
 @pytest.mark.parametrize(
@@ -394,34 +384,31 @@ def test_auto_round_head_and_schemes_of_vllm() -> None:
 # All of them.
 
 
-def test_unknown_methods_are_no_business_of_ours() -> None:
-    assert CompressedLinearConfig.override_quantization_method({"quant_method": "x"}, None) is None
-    assert CompressedLinearConfig.override_quantization_method({"bits": 4}, None) is None
+def test_unknown_methods_are_not_read() -> None:
+    assert format_of({"quant_method": "x"}) is None
+    assert format_of({"bits": 4}) is None
     with pytest.raises(ConfigError, match=saying("quant_method", "'x'")):
         parse({"quant_method": "x"})
 
 
 @pytest.mark.parametrize(
-    ("config", "asked", "claimed"),
+    ("config", "hints"),
     [
-        (GPTQ, None, True),
-        (GPTQ, "gptq", True),
-        (GPTQ, "gptq_marlin", True),
-        (GPTQ, NAME, True),
-        (GPTQ, "awq", False),
-        (AWQ, "awq_marlin", True),
-        (AUTO_ROUND, "inc", True),
-        (groups((["Linear"], INT4)), "compressed-tensors", True),
+        (GPTQ, Hints()),
+        ({**GPTQ, "desc_act": True, "sym": True}, Hints(reordered=True, symmetric=True)),
+        ({**AWQ, "sym": True}, Hints(symmetric=True)),
+        ({**AUTO_ROUND, "sym": True}, Hints(symmetric=True)),
+        (groups((["Linear"], INT4)), Hints(reordered=True)),
+        ({}, Hints()),
     ],
 )
-def test_claims_checkpoints_whatever_alias_the_user_passed(
-    config: dict[str, Any], asked: str | None, claimed: bool
-) -> None:
-    found = CompressedLinearConfig.override_quantization_method(config, asked)
-    assert found == (NAME if claimed else None)
+def test_what_a_configuration_claims_of_the_data(config: dict[str, Any], hints: Hints) -> None:
+    assert parse(config).hints() == hints
 
 
-RENAMES = WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."})
+def as_a_part(name: str) -> str:
+    """The renaming of a model whose language model is a part of it."""
+    return f"language_model.{name}" if name.startswith("model.") else name
 
 
 @pytest.mark.parametrize(
@@ -434,42 +421,119 @@ RENAMES = WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."})
         groups(([Q], INT8), (["Linear"], INT4)),
     ],
 )
-def test_rules_hold_for_a_model_that_renames_its_weights(
-    config: dict[str, Any], tmp_path: Path
-) -> None:
-    found = parse(config)
-    codes = found.codes_tensors[0]
-    with_file(found, tmp_path, f"{Q}.{codes}", f"{Q}.scales")
-    found.apply_vllm_mapper(WeightsMapper(orig_to_new_substr={"layers.": "model.layers."}))
-    found.apply_vllm_mapper(WeightsMapper(orig_to_new_substr={"model.model.": "model."}))
-    found.apply_vllm_mapper(RENAMES)
-    resolution = bits_and_group(found.resolve(f"language_model.{Q}", LayerKind.LINEAR))
+def test_rules_hold_for_a_model_that_renames_its_weights(config: dict[str, Any]) -> None:
+    found = Described.of(config)
+    found = found.with_file([f"{Q}.{found.format.marker_tensors[0]}", f"{Q}.scales"])
+    found = found.renamed(lambda name: name.replace("layers.", "model.layers.", 1))
+    found = found.renamed(lambda name: name.replace("model.model.", "model.", 1))
+    found = found.renamed(as_a_part)
+    resolution = bits_and_group(found.resolve(f"language_model.{Q}"))
     assert resolution is not None
     assert resolution[0] == 8
 
 
-def test_headers_of_a_checkpoint_on_the_hub_settle_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+# Entries that select no module.
 
-    def metadata(model: str, *, revision: str | None = None) -> dict[str, Any]:
-        asked.append((model, revision))
-        return {f"{Q}.weight": {"dtype": "BF16", "shape": [2, 2], "data_offsets": [0, 8]}}
-
-    monkeypatch.setattr("vllm.transformers_utils.config.get_safetensors_params_metadata", metadata)
-    config = parse(GPTQ)
-    config.maybe_update_config("organisation/model", revision="main")
-    assert asked == [("organisation/model", "main")]
-    assert bits_and_group(config.resolve(Q, LayerKind.LINEAR)) is None
+K = Q.replace("q_proj", "k_proj")
+NOWHERE = "model.layers.9.self_attn.q_proj"
 
 
-def test_a_hub_that_does_not_answer_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def metadata(model: str, **other: Any) -> dict[str, Any]:
-        raise OSError("no network")
+@pytest.mark.parametrize(
+    ("config", "unmatched"),
+    [
+        (
+            {**GPTQ, "dynamic": {"-:.*k_proj": {}, r"+:.*\.9\..*": {"bits": 8}}},
+            [("dynamic", r"+:.*\.9\..*")],
+        ),
+        # The second rule never decides, but it does select a module.
+        ({**GPTQ, "dynamic": {"-:.*": {}, "-:.*k_proj": {}}}, []),
+        (
+            {**GPTQ, "modules_in_block_to_quantize": [["self_attn.q_proj"], ["mlp.up_proj"]]},
+            [("modules_in_block_to_quantize", "mlp.up_proj")],
+        ),
+        (
+            {**AWQ, "modules_to_not_convert": ["k_proj", "mlp"], "dynamic": {"-:lm_head": {}}},
+            [("modules_to_not_convert", "mlp"), ("dynamic", "-:lm_head")],
+        ),
+        (
+            groups(([Q, NOWHERE], INT4), (["Linear"], INT8), ignore=["re:.*k_proj", "q_proj"]),
+            [("ignore", "q_proj"), ("targets", NOWHERE)],
+        ),
+        # A class selects modules of that kind, and there is no embedding here.
+        (groups((["Linear"], INT4), ignore=["Embedding"]), [("ignore", "Embedding")]),
+        (
+            {
+                **AUTO_ROUND,
+                "extra_config": {
+                    Q: {"bits": 8},
+                    "self_attn.k_proj": {"bits": 8},
+                    r"attn\.[qk]": {"bits": 2},
+                    NOWHERE: {"bits": 16},
+                    "[": {"bits": 2},
+                },
+                "block_name_to_quantize": "model.layers,visual.blocks",
+            },
+            [
+                ("extra_config", NOWHERE),
+                ("extra_config", "["),
+                ("block_name_to_quantize", "visual.blocks"),
+            ],
+        ),
+        ({**AUTO_ROUND, "to_quant_block_names": "visual"}, [("to_quant_block_names", "visual")]),
+        ({}, []),
+    ],
+)
+@pytest.mark.parametrize("rename", [None, as_a_part])
+@pytest.mark.parametrize("known", [False, True])
+def test_entries_that_select_no_module_are_known(
+    config: dict[str, Any],
+    unmatched: list[tuple[str, str]],
+    rename: Callable[[str], str] | None,
+    known: bool,
+) -> None:
+    """As written, whatever the model calls its modules and whether or not the file is known."""
+    found = Described.of(config)
+    if known or rename is not None:
+        # Names that the checkpoint alone has are known from its file only.
+        codes = (*found.format.marker_tensors, "weight")[0]
+        found = found.with_file([f"{Q}.{codes}", f"{K}.{codes}"])
+    asked: dict[str, LayerKind | None] = {Q: LayerKind.LINEAR, K: LayerKind.LINEAR}
+    if rename is not None:
+        found = found.renamed(rename)
+        asked = {rename(module): kind for module, kind in asked.items()}
+    assert found.format.unmatched_entries(found.file, asked) == unmatched
 
-    monkeypatch.setattr("vllm.transformers_utils.config.get_safetensors_params_metadata", metadata)
-    config = parse(GPTQ)
-    config.maybe_update_config("organisation/model")
-    assert config.headers is None
+
+def test_entries_of_modules_that_only_the_file_has_are_matched() -> None:
+    """A model may leave a part of the checkpoint aside, such as a draft head."""
+    found = Described.of({**AWQ, "modules_to_not_convert": ["mtp", "mlp"]})
+    found = found.with_file([f"{Q}.qweight", "mtp.fc.weight"])
+    asked: dict[str, LayerKind | None] = {Q: LayerKind.LINEAR}
+    expected = [("modules_to_not_convert", "mlp")]
+    assert found.format.unmatched_entries(found.file, asked) == expected
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {**AWQ, "modules_to_not_convert": ["model.layers.1.self_attn.k_proj"]},
+        {**AUTO_ROUND, "extra_config": {K: {"bits": 16}}},
+        groups((["Linear"], INT4), ignore=[K]),
+        groups((["Linear"], INT4), ignore=[f"re:{K}"]),
+    ],
+)
+def test_an_entry_with_two_spellings_is_one_entry(config: dict[str, Any]) -> None:
+    """A reason quotes it as written, and one spelling that selects a module is enough."""
+    found = Described.of(config).with_file([f"{Q}.x", f"{K}.x"]).renamed(as_a_part)
+    resolution = found.resolve(f"language_model.{K}")
+    assert isinstance(resolution, Unquantized)
+    assert K in resolution.reason
+    assert "language_model" not in resolution.reason
+    asked: dict[str, LayerKind | None] = {f"language_model.{Q}": LayerKind.LINEAR}
+    assert found.format.unmatched_entries(found.file, asked) == []
+    gone = found.format.unmatched_entries(FileView(), asked)
+    assert len(gone) == 1
+    assert K in gone[0][1]
 
 
 # A configuration in a file of its own.
@@ -491,23 +555,26 @@ def test_configuration_beside_config_json(
     file: str, written: dict[str, Any], same_as: dict[str, Any], tmp_path: Path
 ) -> None:
     (tmp_path / file).write_text(json.dumps(written))
-    found = UnquantizedConfig()
     names = [tensor.name for tensor in resolve(same_as).tensors]  # type: ignore[union-attr]
-    with_file(found, tmp_path, *(f"{Q}.{name}" for name in names))
-    assert found.resolve(Q, LayerKind.LINEAR) == resolve(same_as)
-    found.apply_vllm_mapper(RENAMES)
+    found = Described(parse_in(tmp_path, {}), FileView()).with_file([f"{Q}.{n}" for n in names])
+    assert found.resolve(Q) == resolve(same_as)
+    found = found.renamed(as_a_part)
     mapped = f"language_model.{Q}"
-    assert found.resolve(mapped, LayerKind.LINEAR) == resolve(same_as)
-    found.check_against_file("layer", mapped, found.resolve(mapped, LayerKind.LINEAR))
+    assert found.resolve(mapped) == resolve(same_as)
+    found.file.check_against_file("layer", mapped, found.resolve(mapped))
 
 
 def test_a_damaged_configuration_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "quantize_config.json").write_text("{")
     with pytest.raises(ConfigError, match=saying("quantize_config.json", "JSON")):
-        UnquantizedConfig().maybe_update_config(str(tmp_path))
+        parse_in(tmp_path, {})
+
+
+def test_a_configuration_in_config_json_goes_first(tmp_path: Path) -> None:
+    (tmp_path / "quantize_config.json").write_text(json.dumps({"bits": 8, "group_size": 32}))
+    assert parse_in(tmp_path, GPTQ) == parse(GPTQ)
 
 
 def test_without_any_configuration_nothing_is_quantized(tmp_path: Path) -> None:
-    found = UnquantizedConfig()
-    found.maybe_update_config(str(tmp_path))
-    assert isinstance(found.resolve(Q, LayerKind.LINEAR), Unquantized)
+    found = Described(parse_in(tmp_path, {}), FileView())
+    assert isinstance(found.resolve(Q), Unquantized)

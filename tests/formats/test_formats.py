@@ -20,14 +20,14 @@ from tests.support.checkpoints import (
     entry_of,
     is_ours,
 )
+from tests.support.described import Described
 from tests.support.messages import saying
 from tests.support.shards import kind_of, linears, load, read_config, source_of
 from vllm.compressed_linear.checkpoint.describe import LayerContext
 from vllm.compressed_linear.checkpoint.parameter import collect_shards, create_parameters
 from vllm.compressed_linear.checkpoint.parts import refine
 from vllm.compressed_linear.checkpoint.shard import CheckpointError, LoadedShard
-from vllm.compressed_linear.formats.resolution import Delegated, LayerKind, Unquantized
-from vllm.compressed_linear.integration.config import CompressedLinearConfig
+from vllm.compressed_linear.formats.resolution import Delegated, Unquantized
 from vllm.compressed_linear.spec.scheme import CheckpointScheme
 
 CONTEXT = LayerContext("bfloat16", "bfloat16")
@@ -130,7 +130,7 @@ def test_marlin_files_are_read_as_vllms_packer_writes_them(
     config: dict[str, Any] = {"bits": 4, "group_size": group_size, "quant_method": method}
     config |= {"is_marlin_format": True} if method == "gptq" else {"version": "marlin"}
     config |= {"zero_point": False}
-    scheme = CompressedLinearConfig.from_config(config).resolve("a.q_proj", LayerKind.LINEAR)
+    scheme = Described.of(config).resolve("a.q_proj")
     assert isinstance(scheme, CheckpointScheme)
     tensors = {f"a.q_proj.{names[0]}": packed, f"a.q_proj.{names[1]}": permuted}
     weight = (codes.float() - 8) * scale.float().repeat_interleave(k // scale.shape[1], 1)
@@ -158,7 +158,7 @@ def test_marlin_tiles_may_hold_a_part_of_a_fused_weight() -> None:
     permuted = marlin_permute_scales(scale.t().contiguous(), k, sum(widths), 128)
     weight = (codes.float() - 8) * scale.float().repeat_interleave(128, 1)
     config = {"quant_method": "marlin", "bits": 4, "group_size": 128}
-    scheme = CompressedLinearConfig.from_config(config).resolve("a.qkv_proj", LayerKind.LINEAR)
+    scheme = Described.of(config).resolve("a.qkv_proj")
     assert isinstance(scheme, CheckpointScheme)
     for rank in (0, 1):
         sources = [
@@ -179,7 +179,7 @@ def test_marlin_tiles_may_hold_a_part_of_a_fused_weight() -> None:
 )
 def test_marlin_needs_whole_tiles(n: int, k: int, complaint: tuple[object, ...]) -> None:
     config = {"bits": 4, "group_size": -1, "quant_method": "marlin"}
-    scheme = CompressedLinearConfig.from_config(config).resolve("a.q_proj", LayerKind.LINEAR)
+    scheme = Described.of(config).resolve("a.q_proj")
     assert isinstance(scheme, CheckpointScheme)
     with pytest.raises(CheckpointError, match=saying("a.q_proj.B", *complaint)):
         create_parameters([source_of("a.q_proj", scheme, n, k)], "a.qkv_proj")
@@ -192,10 +192,9 @@ def test_gemv_fast_of_early_autoawq_calls_its_zeros_otherwise(tmp_path: Path) ->
         for key, value in checkpoint_tensors(name).items()
     }
     save_file(tensors, tmp_path / "model.safetensors")
-    config = read_config(name)
-    config.maybe_update_config(str(tmp_path))
+    config = read_config(name).with_file(tmp_path)
     linear = "model.layers.0.mlp.down_proj"
-    scheme = config.resolve(linear, LayerKind.LINEAR)
+    scheme = config.resolve(linear)
     assert isinstance(scheme, CheckpointScheme)
     weight = load(source_of(linear, scheme, 256, 512), tensors).dequantize(0, 256)
     assert_matches_reference(weight, checkpoint_reference(name), linear)
@@ -208,7 +207,7 @@ def test_pack_quantized_as_the_installed_library_writes_it(bits: int, symmetric:
     width tells, whatever the configuration's version says."""
     scheme, tensors, expected = compressed(bits, symmetric)
     n, k = expected.shape
-    config = CompressedLinearConfig.from_config(
+    config = Described.of(
         {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
@@ -216,7 +215,7 @@ def test_pack_quantized_as_the_installed_library_writes_it(bits: int, symmetric:
             "config_groups": {"group_0": json.loads(scheme.model_dump_json())},
         }
     )
-    ours = config.resolve("a.q_proj", LayerKind.LINEAR)
+    ours = config.resolve("a.q_proj")
     assert isinstance(ours, CheckpointScheme)
     shard = load(source_of("a.q_proj", ours, n, k), tensors)
     # The library multiplies in the scale's dtype; here that is fp32, so the values are exact.
@@ -230,14 +229,14 @@ def test_pack_quantized_as_the_installed_library_writes_it(bits: int, symmetric:
 def test_pack_quantized_with_a_group_index() -> None:
     scheme, tensors, expected = compressed(4, True, actorder=True)
     n, k = expected.shape
-    config = CompressedLinearConfig.from_config(
+    config = Described.of(
         {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
             "config_groups": {"group_0": json.loads(scheme.model_dump_json())},
         }
     )
-    ours = config.resolve("a.q_proj", LayerKind.LINEAR)
+    ours = config.resolve("a.q_proj")
     assert isinstance(ours, CheckpointScheme)
     shard = load(source_of("a.q_proj", ours, n, k), tensors)
     torch.testing.assert_close(shard.dequantize(0, n), expected, rtol=0, atol=0)
@@ -317,7 +316,7 @@ def test_gemv_files_of_every_group_size(version: str, group: int) -> None:
         wide = scale.float().repeat_interleave(size, 1)
         expected = codes.float() * wide + addend[:, : k // size].float().repeat_interleave(size, 1)
     config = {"quant_method": "awq", "bits": 4, "group_size": group, "version": version}
-    scheme = CompressedLinearConfig.from_config(config).resolve("a.q_proj", LayerKind.LINEAR)
+    scheme = Described.of(config).resolve("a.q_proj")
     assert isinstance(scheme, CheckpointScheme)
     for axis in ("n", "k"):
         halves = in_two("a.q_proj", scheme, n, k, axis, tensors)

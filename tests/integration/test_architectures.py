@@ -27,8 +27,9 @@ from tests.support.architectures import (
 from tests.support.messages import saying
 from tests.support.model_loading import loaded, logits
 from tests.support.synthetic import Quant
-from vllm.compressed_linear.integration.config import NAME, ConfigError
-from vllm.compressed_linear.prepare.plan import PLAN
+from vllm.compressed_linear.formats.resolution import ConfigError
+from vllm.compressed_linear.integration.config import NAME
+from vllm.compressed_linear.integration.preparation import PROCESS_PLAN
 
 pytestmark = pytest.mark.usefixtures("inspect_in_process")
 
@@ -89,7 +90,7 @@ def assert_same_logits(checkpoint: Checkpoint, **options: Any) -> None:
 def assert_same_layers(checkpoint: Checkpoint, **options: Any) -> None:
     """Every linear of vLLM's model does what stock vLLM's does with the dequantised weights."""
     ours = layer_outputs(checkpoint.quantized, **options)
-    assert PLAN.prepared == PLAN.expected > 0
+    assert PROCESS_PLAN.prepared == PROCESS_PLAN.expected > 0
     stock = layer_outputs(checkpoint.ideal, **options)
     assert ours.keys() == stock.keys()
     for name, expected in stock.items():
@@ -102,10 +103,10 @@ def test_logits_equal_those_of_transformers(
 ) -> None:
     checkpoint = checkpoint_of(name, form)
     assert_same_logits(checkpoint)
-    assert {entry.backend for entry in PLAN.entries.values()} == {"cpu"}
-    quantized = [e for e in PLAN.entries.values() if "uint" in e.descriptor]
+    assert {entry.backend for entry in PROCESS_PLAN.entries.values()} == {"cpu"}
+    quantized = [e for e in PROCESS_PLAN.entries.values() if "uint" in e.descriptor]
     assert len(quantized) >= len(checkpoint.modules) // 4
-    assert PLAN.prepared == PLAN.expected
+    assert PROCESS_PLAN.prepared == PROCESS_PLAN.expected
 
 
 @pytest.mark.usefixtures("torchvision")
@@ -123,7 +124,7 @@ def test_unquantized_models_that_opt_in(
 ) -> None:
     ideal = checkpoint_of(name, "gptq").ideal
     ours = layer_outputs(ideal, quantization=NAME)
-    assert PLAN.prepared == PLAN.expected > 0
+    assert PROCESS_PLAN.prepared == PROCESS_PLAN.expected > 0
     stock = layer_outputs(ideal)
     assert ours.keys() == stock.keys()
     for layer, expected in stock.items():

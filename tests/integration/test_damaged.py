@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from tests.support.checkpoints import checkpoint, checkpoint_tensors
 from tests.support.messages import saying
 from tests.support.model_loading import loaded
-from vllm.compressed_linear.prepare.plan import PLAN
+from vllm.compressed_linear.integration.preparation import PROCESS_PLAN
 
 GPTQ = "gptqmodel-gptq-w4-g128-sym"
 ACT_ORDER = "gptqmodel-gptq-w4-g128-sym-descact"
@@ -357,8 +357,8 @@ def test_a_plain_weight_under_a_quantized_configuration_runs_unquantized(tmp_pat
         tensors[f"{DOWN}.weight"] = torch.ones(256, 512, dtype=torch.float16)
 
     with loaded(copy(GPTQ, tmp_path, tensors=plain)):
-        assert "fp32" in PLAN.entries[DOWN, 0].descriptor
-        assert "uint4b8" in PLAN.entries[DOWN.replace("1", "0"), 0].descriptor
+        assert "fp32" in PROCESS_PLAN.entries[DOWN, 0].descriptor
+        assert "uint4b8" in PROCESS_PLAN.entries[DOWN.replace("1", "0"), 0].descriptor
 
 
 def test_a_dead_group_is_no_damage(tmp_path: Path) -> None:
@@ -369,4 +369,4 @@ def test_a_dead_group_is_no_damage(tmp_path: Path) -> None:
         tensors[f"{DOWN}.scales"][0] = 0
 
     with loaded(copy(GPTQ, tmp_path, tensors=kill)):
-        assert (DOWN, 0) in PLAN.entries
+        assert (DOWN, 0) in PROCESS_PLAN.entries

@@ -20,12 +20,13 @@ from tests.support.model_loading import engine_args, loaded, logits
 from tests.support.repository import environment
 from tests.support.synthetic import Quant
 from vllm.compressed_linear import settings
-from vllm.compressed_linear.formats.awq import AWQConfig
-from vllm.compressed_linear.formats.compressed_tensors import CompressedTensorsConfig
-from vllm.compressed_linear.formats.gptq import GPTQConfig
-from vllm.compressed_linear.formats.unquantized import UnquantizedConfig
-from vllm.compressed_linear.integration.config import NAME, RefusedByVllmError
-from vllm.compressed_linear.prepare.plan import DELEGATED, PLAN
+from vllm.compressed_linear.formats.awq import Awq
+from vllm.compressed_linear.formats.compressed_tensors import CompressedTensors
+from vllm.compressed_linear.formats.gptq import Gptq
+from vllm.compressed_linear.integration.config import NAME, CompressedLinearConfig
+from vllm.compressed_linear.integration.delegation import RefusedByVllmError
+from vllm.compressed_linear.integration.preparation import PROCESS_PLAN
+from vllm.compressed_linear.prepare.plan import DELEGATED
 
 pytestmark = pytest.mark.usefixtures("inspect_in_process")
 
@@ -61,36 +62,37 @@ def worst(ours: torch.Tensor, reference: torch.Tensor | None) -> float:
 
 
 def backends() -> dict[str, str]:
-    return {entry.name: entry.backend for entry in PLAN.entries.values()}
+    return {entry.name: entry.backend for entry in PROCESS_PLAN.entries.values()}
 
 
 # Names of formats.
 
 
 @pytest.mark.parametrize(
-    ("form", "alias", "config"),
+    ("form", "alias", "format_class"),
     [
-        ("gptq", None, GPTQConfig),
-        ("gptq", NAME, GPTQConfig),
-        ("gptq", "gptq", GPTQConfig),
-        ("gptq", "gptq_marlin", GPTQConfig),
-        ("gptq", "auto_gptq", GPTQConfig),
-        ("awq", None, AWQConfig),
-        ("awq", NAME, AWQConfig),
-        ("awq", "awq", AWQConfig),
-        ("awq", "awq_marlin", AWQConfig),
-        ("awq", "auto_awq", AWQConfig),
-        ("compressed-tensors", None, CompressedTensorsConfig),
-        ("compressed-tensors", NAME, CompressedTensorsConfig),
-        ("compressed-tensors", "compressed-tensors", CompressedTensorsConfig),
+        ("gptq", None, Gptq),
+        ("gptq", NAME, Gptq),
+        ("gptq", "gptq", Gptq),
+        ("gptq", "gptq_marlin", Gptq),
+        ("gptq", "auto_gptq", Gptq),
+        ("awq", None, Awq),
+        ("awq", NAME, Awq),
+        ("awq", "awq", Awq),
+        ("awq", "awq_marlin", Awq),
+        ("awq", "auto_awq", Awq),
+        ("compressed-tensors", None, CompressedTensors),
+        ("compressed-tensors", NAME, CompressedTensors),
+        ("compressed-tensors", "compressed-tensors", CompressedTensors),
     ],
 )
 def test_every_name_of_a_format_leads_to_it(
-    form: str, alias: str | None, config: type, llama: Callable[[str], Checkpoint]
+    form: str, alias: str | None, format_class: type, llama: Callable[[str], Checkpoint]
 ) -> None:
     found = quant_config(llama(form).quantized, quantization=alias)
     assert found.get_name() == NAME
-    assert type(found) is config
+    assert type(found) is CompressedLinearConfig
+    assert type(found.format) is format_class
 
 
 @pytest.mark.parametrize(("form", "alias"), [("gptq", "awq"), ("awq", "compressed-tensors")])
@@ -110,8 +112,8 @@ def test_the_config_goes_to_the_engines_process(
     config = quant_config(checkpoint.quantized)
     copy = pickle.loads(pickle.dumps(config))
     assert type(copy) is type(config)
-    assert copy.config == config.config
-    assert copy.headers.modules == config.headers.modules
+    assert copy.format == config.format
+    assert copy.file.modules == config.file.modules
     module = min(checkpoint.modules)
     assert copy.resolve(module, "linear") == config.resolve(module, "linear")
     with loaded(checkpoint.quantized, skip_tokenizer_init=True) as model:
@@ -129,8 +131,9 @@ def test_registering_twice_is_harmless(llama: Callable[[str], Checkpoint]) -> No
     register()
     register()
     assert QUANTIZATION_METHODS.count(NAME) == 1
-    assert get_quantization_config(NAME) is UnquantizedConfig
-    assert type(quant_config(llama("gptq").quantized)) is GPTQConfig
+    assert get_quantization_config(NAME) is CompressedLinearConfig
+    assert type(quant_config(llama("gptq").quantized)) is CompressedLinearConfig
+    assert type(quant_config(llama("gptq").quantized).format) is Gptq
 
 
 OFF = """
@@ -142,7 +145,7 @@ config = engine_args(sys.argv[1], "bfloat16", skip_tokenizer_init=True).create_e
 print(type(config.quant_config).__module__, type(config.quant_config).__name__)
 print("compressed_linear" in QUANTIZATION_METHODS,
       "VLLM_COMPRESSED_LINEAR_PLAN" in vllm.envs.environment_variables,
-      [name for name in ("compat", "config", "linear", "formats", "plan")
+      [name for name in ("formats", "integration", "prepare")
        if f"vllm.compressed_linear.{name}" in sys.modules])
 """
 
@@ -168,9 +171,9 @@ def test_an_unquantized_model_opts_in(llama: Callable[[str], Checkpoint]) -> Non
     checkpoint = llama("gptq")
     ours = log_probabilities(checkpoint.ideal, checkpoint.input_ids, quantization=NAME)
     assert worst(ours, checkpoint.logits) <= 1e-4
-    kinds = {entry.kind for entry in PLAN.entries.values()}
+    kinds = {entry.kind for entry in PROCESS_PLAN.entries.values()}
     assert kinds == {"linear", "lm_head"}
-    assert PLAN.prepared == PLAN.expected
+    assert PROCESS_PLAN.prepared == PROCESS_PLAN.expected
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -211,7 +214,7 @@ def test_dummy_weights(form: str, llama: Callable[[str], Checkpoint]) -> None:
     checkpoint = llama(form)
     ours = log_probabilities(checkpoint.quantized, checkpoint.input_ids, load_format="dummy")
     assert bool(torch.isfinite(ours).all())
-    assert PLAN.prepared == PLAN.expected > 0
+    assert PROCESS_PLAN.prepared == PROCESS_PLAN.expected > 0
 
 
 def test_models_of_the_transformers_library(tmp_path: Path) -> None:
@@ -226,7 +229,7 @@ def test_models_of_the_transformers_library(tmp_path: Path) -> None:
         )
         assert worst(ours, checkpoint.logits) <= 1e-4, form
         assert set(backends().values()) == {"cpu"}
-        assert PLAN.prepared == PLAN.expected
+        assert PROCESS_PLAN.prepared == PROCESS_PLAN.expected
 
 
 @pytest.mark.parametrize("form", ["gptq", "compressed-tensors"])

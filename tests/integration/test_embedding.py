@@ -26,9 +26,9 @@ from vllm.compressed_linear.backends.reference import ReferenceBackend
 from vllm.compressed_linear.backends.registry import NoBackendError, register_backend
 from vllm.compressed_linear.commands.explain.explain import explain
 from vllm.compressed_linear.integration import compat
-from vllm.compressed_linear.integration.linear import detect_platform
+from vllm.compressed_linear.integration.preparation import PROCESS_PLAN, detect_platform
 from vllm.compressed_linear.machine import native
-from vllm.compressed_linear.prepare.plan import PLAN, PlanEntry
+from vllm.compressed_linear.prepare.plan import PlanEntry
 from vllm.compressed_linear.prepare.self_check import SelfCheckError
 
 TIED = {
@@ -68,8 +68,8 @@ def look_up(table: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 def entry(name: str) -> PlanEntry:
-    found = [e for e in PLAN.entries.values() if e.name == name]
-    assert len(found) == 1, [e.name for e in PLAN.entries.values()]
+    found = [e for e in PROCESS_PLAN.entries.values() if e.name == name]
+    assert len(found) == 1, [e.name for e in PROCESS_PLAN.entries.values()]
     return found[0]
 
 
@@ -92,7 +92,7 @@ def test_a_quantized_table_serves_the_head_that_is_tied_to_it(
     assert planned.backend == backend
     assert "looked up" in planned.descriptor
     assert says(planned.note, "tied", "model.embed_tokens")
-    assert not any(e.name == "model.embed_tokens" for e in PLAN.entries.values())
+    assert not any(e.name == "model.embed_tokens" for e in PROCESS_PLAN.entries.values())
     element = f"uint{TIED[name].table.bits}"  # type: ignore[union-attr]
     assert counts.get(f"embedding/{element}", 0) == (2 if backend == "cpu" else 0)
 
@@ -109,7 +109,7 @@ def test_a_table_and_a_head_of_their_own(name: str, tmp_path: Path) -> None:
         assert head.weight.shape == (0, 128), "nothing reads the natural weight of a head"
     torch.testing.assert_close(rows, reference["table"], rtol=1e-6, atol=0)
     assert entry("lm_head").backend == "cpu"
-    tables = [e for e in PLAN.entries.values() if e.name == "model.embed_tokens"]
+    tables = [e for e in PROCESS_PLAN.entries.values() if e.name == "model.embed_tokens"]
     assert [e.kind for e in tables] == (["embedding"] if case.table is not None else [])
 
 
@@ -335,7 +335,7 @@ def test_explain_says_what_loading_does(
     path = str(tmp_path / "model")
     said = explain(path, platform=platform, dtype="float32", read_weights=True)
     with loaded(tmp_path / "model", **OPTIONS):
-        entries = list(PLAN.entries.values())
+        entries = list(PROCESS_PLAN.entries.values())
         actual = loaded_parts()
     assert [(p.name, p.kind, p.note) for p in said.layers] == [
         (e.name, e.kind, e.note) for e in entries

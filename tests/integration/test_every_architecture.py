@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from tests.support.model_loading import engine_args, init_distributed
-from vllm.compressed_linear.integration.config import NAME, RefusedByVllmError
+from vllm.compressed_linear.integration.config import NAME
+from vllm.compressed_linear.integration.delegation import RefusedByVllmError
 from vllm.compressed_linear.integration.embedding import CompressedUnquantizedEmbeddingMethod
 from vllm.compressed_linear.integration.linear import (
     CompressedLinearMethod,

@@ -11,20 +11,18 @@ from tests.support.checkpoints import (
     checkpoint,
     checkpoint_reference,
 )
+from tests.support.described import Described
 from vllm.compressed_linear.checkpoint.parameter import collect_shards, create_parameters
 from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
 from vllm.compressed_linear.formats.resolution import LayerKind
-from vllm.compressed_linear.integration.config import CompressedLinearConfig
 from vllm.compressed_linear.spec.scheme import CheckpointScheme
 
 
-def read_config(name: str) -> CompressedLinearConfig:
-    """The format's config of a checkpoint, headers and all, as vLLM makes it."""
+def read_config(name: str) -> Described:
+    """The format of a checkpoint and what its files have."""
     path = checkpoint(name)
     config = json.loads((path / "config.json").read_text())["quantization_config"]
-    found = CompressedLinearConfig.from_config(config)
-    found.maybe_update_config(str(path))
-    return found
+    return Described.of(config).with_file(path)
 
 
 def linears(name: str) -> list[str]:

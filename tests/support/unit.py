@@ -16,6 +16,7 @@ UNIT = (
     "backends/test_registry.py",
     "backends/cpu",
     "backends/triton/test_backend.py",
+    "formats",
     "prepare",
     "testing",
     "test_imports.py",
@@ -25,12 +26,8 @@ UNIT = (
 """Folders and files of unit tests. A single test in them that needs vLLM is marked so."""
 
 EXCEPT = (
-    # formats/ still imports vLLM.
-    "backends/cpu/test_packing.py",
-    "checkpoint/test_parameter.py",
-    "prepare/cache/test_store.py",
-    "prepare/test_memory.py",
     # These load whole models.
+    "formats/test_old_checkpoints.py",
     "prepare/cache/test_models.py",
     "prepare/test_self_check.py",
     # These take a minute or more.

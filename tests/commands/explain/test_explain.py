@@ -28,16 +28,16 @@ from vllm.compressed_linear.commands.explain import meta_model
 from vllm.compressed_linear.commands.explain.checkpoint import ExplainError
 from vllm.compressed_linear.commands.explain.explain import explain
 from vllm.compressed_linear.commands.explain.layers import TensorParallelError, model_layouts
+from vllm.compressed_linear.formats.resolution import ConfigError
 from vllm.compressed_linear.integration import compat
-from vllm.compressed_linear.integration.config import ConfigError
-from vllm.compressed_linear.integration.linear import detect_platform
+from vllm.compressed_linear.integration.preparation import PROCESS_PLAN, detect_platform
 from vllm.compressed_linear.machine.platform import Platform
-from vllm.compressed_linear.prepare.plan import DELEGATED, PLAN, PlanEntry
+from vllm.compressed_linear.prepare.plan import DELEGATED, PlanEntry
 
 
 def plan_after_loading(path: Path, dtype: str = "float32") -> list[PlanEntry]:
     with loaded(path, dtype):
-        return list(PLAN.entries.values())
+        return list(PROCESS_PLAN.entries.values())
 
 
 @pytest.mark.parametrize("name", checkpoints(is_ours))
@@ -85,9 +85,13 @@ def test_what_the_configuration_claims_comes_first(name: str) -> None:
 
 def test_an_explanation_leaves_the_plan_of_this_process_alone() -> None:
     plan_after_loading(checkpoint("llmcompressor-w4a16-sym-g128"))
-    before = json.dumps(PLAN.to_json()), PLAN.expected, PLAN.prepared
+    before = json.dumps(PROCESS_PLAN.to_json()), PROCESS_PLAN.expected, PROCESS_PLAN.prepared
     explained("llmcompressor-mixed-qv-differ")
-    assert (json.dumps(PLAN.to_json()), PLAN.expected, PLAN.prepared) == before
+    assert (
+        json.dumps(PROCESS_PLAN.to_json()),
+        PROCESS_PLAN.expected,
+        PROCESS_PLAN.prepared,
+    ) == before
 
 
 # Tensor parallelism.
@@ -104,7 +108,7 @@ def rank_loaded(path: Path, rank: int, size: int) -> Iterator[None]:
         torch.accelerator.empty_cache = lambda: None
     init_distributed()
     config = meta_model.engine_config(str(path), dtype="float32", tp_size=size, quantization=None)
-    PLAN.reset()
+    PROCESS_PLAN.reset()
     with (
         meta_model.pretend_parallel(rank, size),
         set_current_vllm_config(config),

@@ -236,7 +236,7 @@ def test_a_reload_goes_past_the_cache(tmp_path: Path) -> None:
     cache = PreparedCache(tmp_path)
     first = prepared(cache)
     assert len(entries(tmp_path)) == 1
-    again = prepared(cache, shard(1), pinned=[first])
+    again = prepared(cache, shard(1), pinned=[first.executor])
     assert what_the_cache_did() == ""
     assert len(entries(tmp_path)) == 1
     assert not equal(first.tensors, again.tensors)

@@ -63,7 +63,7 @@ def _fail(message: object) -> NoReturn:
 def _platform(name: str, tp: int = 1, threads: int | None = None) -> Platform:
     """The named machine, or this one as a server with ``tp`` ranks uses it."""
     from vllm.compressed_linear.integration import compat
-    from vllm.compressed_linear.integration.linear import detect_platform
+    from vllm.compressed_linear.integration.preparation import detect_platform
     from vllm.compressed_linear.machine.platform import Platform
 
     try:
@@ -110,7 +110,7 @@ def explain(
     from vllm.compressed_linear.commands.explain.checkpoint import ExplainError
     from vllm.compressed_linear.commands.explain.layers import TensorParallelError
     from vllm.compressed_linear.commands.explain.text import print_explanation
-    from vllm.compressed_linear.integration.config import ConfigError
+    from vllm.compressed_linear.formats.resolution import ConfigError
     from vllm.compressed_linear.settings import Settings
 
     machine = _platform(platform, tp)
@@ -175,7 +175,7 @@ def tune(
     from vllm.compressed_linear.commands.explain.layers import TensorParallelError
     from vllm.compressed_linear.commands.tune import tune as tuning
     from vllm.compressed_linear.commands.tune.text import print_result, progress_bar
-    from vllm.compressed_linear.integration.config import ConfigError
+    from vllm.compressed_linear.formats.resolution import ConfigError
     from vllm.compressed_linear.prepare.self_check import SelfCheckError
     from vllm.compressed_linear.settings import Settings, default_tune_file
 

@@ -9,6 +9,10 @@ from enum import StrEnum
 from vllm.compressed_linear.spec.scheme import CheckpointScheme
 
 
+class ConfigError(ValueError):
+    """A checkpoint's quantization configuration is incomplete, unknown or contradictory."""
+
+
 class LayerKind(StrEnum):
     """Kinds of layers a format is asked about."""
 

@@ -13,12 +13,9 @@ def register_with_vllm() -> None:
     Raises ``ImportError`` when vLLM is absent or of a version that is not supported.
     """
     compat.check_vllm()
-    from vllm.compressed_linear.formats.unquantized import UnquantizedConfig
-    from vllm.compressed_linear.integration.config import NAME
-    from vllm.compressed_linear.prepare.plan import PLAN
+    from vllm.compressed_linear.integration.config import NAME, CompressedLinearConfig
+    from vllm.compressed_linear.integration.preparation import PROCESS_PLAN
 
-    # vLLM calls it without arguments where config.json has no quantization_config; otherwise it
-    # calls from_config, which dispatches to the format.
-    compat.register_config(NAME, UnquantizedConfig)
+    compat.register_config(NAME, CompressedLinearConfig)
     compat.announce_variables(settings.VARIABLES)
-    compat.publish_compile_factor("VLLM_COMPRESSED_LINEAR_PLAN", PLAN.fingerprint)
+    compat.publish_compile_factor("VLLM_COMPRESSED_LINEAR_PLAN", PROCESS_PLAN.fingerprint)

@@ -25,7 +25,7 @@ from vllm.compressed_linear.prepare.plan import (
     CACHE_HIT,
     CACHE_MISS,
     CACHE_UNUSED,
-    PLAN,
+    Plan,
     PlanEntry,
     rejections,
 )
@@ -34,7 +34,7 @@ from vllm.compressed_linear.settings import Settings
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
 
 
-@dataclass
+@dataclass(frozen=True)
 class Executor:
     """One part of a layer: a backend instance and its output columns [start, stop)."""
 
@@ -42,7 +42,6 @@ class Executor:
     selection: Selection
     start: int
     stop: int
-    tensors: dict[str, torch.Tensor]
 
     @property
     def descriptor(self) -> CompressedLinearDescriptor:
@@ -56,11 +55,13 @@ def prepare(
     context: LayerContext,
     platform: Platform,
     settings: Settings,
+    plan: Plan,
     pinned: Sequence[Executor] = (),
     cache: PreparedCache | None = None,
     note: str = "",
-) -> list[Executor]:
-    """Prepare a layer's shards. ``pinned``: executors of an earlier load, whose choice stays.
+) -> list[tuple[Executor, dict[str, torch.Tensor]]]:
+    """Prepare a layer's shards: executors, each with its prepared tensors by name. What runs is
+    recorded in ``plan``. ``pinned``: executors of an earlier load, whose choice stays.
     ``cache``: where prepared tensors are looked for and kept; reloads go past it. ``note`` is for
     the plan.
 
@@ -74,7 +75,7 @@ def prepare(
         raise CheckpointError(f"{name}: tensor {error}") from None
     if pinned:
         _check_pinned(name, parts, pinned)
-    executors = []
+    prepared = []
     for index, part in enumerate(parts):
         selection = (
             pinned[index].selection if pinned else choose(name, part.descriptor, platform, settings)
@@ -83,8 +84,8 @@ def prepare(
         obtained = _obtain(name, method, selection, part, platform, None if pinned else cache)
         tensors = obtained.tensors
         stop = part.start + part.descriptor.n
-        executors.append(Executor(method, selection, part.start, stop, tensors))
-        PLAN.add(
+        prepared.append((Executor(method, selection, part.start, stop), tensors))
+        plan.add(
             PlanEntry(
                 name=name,
                 kind=kind,
@@ -104,7 +105,7 @@ def prepare(
             ),
             index,
         )
-    return executors
+    return prepared
 
 
 @dataclass(frozen=True)

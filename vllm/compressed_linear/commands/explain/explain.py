@@ -31,13 +31,13 @@ from vllm.compressed_linear.commands.explain.layers import (
     model_layouts,
 )
 from vllm.compressed_linear.commands.explain.possibilities import (
-    Hints,
     possibilities,
     read_possibility,
 )
 from vllm.compressed_linear.commands.explain.tensors import ReadTensor, assumed, load_shards, locate
-from vllm.compressed_linear.integration.config import CompressedLinearConfig, format_of, formats
-from vllm.compressed_linear.integration.linear import detect_platform
+from vllm.compressed_linear.formats.base import Hints
+from vllm.compressed_linear.formats.registry import format_of, formats, parse_in
+from vllm.compressed_linear.integration.preparation import detect_platform
 from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.prepare.layer import choose, settle_lookup
 from vllm.compressed_linear.prepare.plan import rejections
@@ -103,7 +103,7 @@ def _explain(
     if format_of(quantization) is None:
         found.notes.append(_not_ours(quantization))
         return found
-    CompressedLinearConfig.from_config(quantization)
+    read_by = parse_in(checkpoint.path, quantization)
     if not quantization:
         found.notes.append(
             "the model is not quantized: vLLM uses this package only with "
@@ -129,14 +129,14 @@ def _explain(
                 f"how the model is split among {tp_size} ranks is not known: vLLM's model class "
                 f"cannot be built here ({error})"
             ) from error
-        layouts = [layout_from_headers(checkpoint.headers, checkpoint.config, quantization, dtype)]
+        layouts = [layout_from_headers(checkpoint.headers, checkpoint.config, read_by, dtype)]
     settings = settings or Settings.read()
     if note := measurements.load(settings.tune_file, platform).note:
         found.notes.append(note)
     explainer = _Explainer(
         platform,
         settings,
-        _hints(quantization),
+        read_by.hints(),
         checkpoint.headers,
         read_weights,
     )
@@ -160,15 +160,6 @@ def _not_ours(quantization: dict[str, Any]) -> str:
         supported = ", ".join(sorted(filter(None, formats())))
         return f"quant_method {name!r} is left to vLLM (read here: {supported})"
     return f"all of it is left to vLLM: {known.unsupported(quantization)}"
-
-
-def _hints(quantization: dict[str, Any]) -> Hints:
-    # Only compressed-tensors has a group index on purpose; GPTQ files have one in any case.
-    by_default = quantization.get("quant_method") == "compressed-tensors"
-    return Hints(
-        reordered=bool(quantization.get("desc_act", by_default)),
-        symmetric=bool(quantization.get("sym", False)),
-    )
 
 
 def _over_ranks(plans: tuple[LayerPlan, ...]) -> LayerPlan:

@@ -19,10 +19,12 @@ from vllm.compressed_linear.checkpoint.headers import Headers, shard_names
 from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
 from vllm.compressed_linear.commands.explain import meta_model
 from vllm.compressed_linear.commands.explain.tensors import Stacked
-from vllm.compressed_linear.formats.resolution import LayerKind, Unquantized
-from vllm.compressed_linear.integration.config import NAME, CompressedLinearConfig, ConfigError
+from vllm.compressed_linear.formats.base import Format
+from vllm.compressed_linear.formats.resolution import ConfigError, LayerKind, Unquantized
+from vllm.compressed_linear.integration.config import NAME, CompressedLinearConfig
+from vllm.compressed_linear.integration.delegation import Delegation
 from vllm.compressed_linear.integration.registration import register_with_vllm
-from vllm.compressed_linear.prepare.plan import DELEGATED, PLAN, PlanEntry
+from vllm.compressed_linear.prepare.plan import DELEGATED, Plan, PlanEntry
 
 LONGEST_REASON = 160
 """Characters of another library's error that are worth repeating."""
@@ -122,21 +124,20 @@ def _unavailable(error: Exception) -> Exception:
 
 
 def _layout(config: Any, rank: int) -> ModelLayout:
-    # Building a layer notes it in the plan of this process, which is not to be changed by asking.
-    saved = dict(vars(PLAN))
-    PLAN.reset()
+    plan = Plan()
+    refused: dict[str, LeftToVllm] = {}
+
+    def survive(copied: CompressedLinearConfig) -> None:
+        copied.plan = plan
+        copied.delegation = _SurvivingDelegation(copied.format, refused)
+
     try:
-        refused: dict[str, LeftToVllm] = {}
-        model, quant_config = meta_model.build_on_meta(
-            config, rank, lambda copied: _survive_refusals(copied, refused)
-        )
-        delegated = {e.name: e for e in PLAN.entries.values() if e.backend == DELEGATED}
+        model, quant_config = meta_model.build_on_meta(config, rank, survive)
     except Exception as error:
         raise _unavailable(error) from error
-    finally:
-        vars(PLAN).update(saved)
-    headers = quant_config.headers or Headers({})
-    on_disk = config.quant_config.headers or ()
+    delegated = {e.name: e for e in plan.entries.values() if e.backend == DELEGATED}
+    headers = quant_config.file.headers or Headers({})
+    on_disk = config.quant_config.file.headers or ()
     layout = ModelLayout(
         headers=headers,
         stacked=meta_model.stacked_names(model, dict(zip(on_disk, headers, strict=True))),
@@ -151,23 +152,32 @@ def _layout(config: Any, rank: int) -> ModelLayout:
     return layout
 
 
-def _survive_refusals(config: CompressedLinearConfig, refused: dict[str, LeftToVllm]) -> None:
-    """Where vLLM's code will not run a layer that is left to it, note that and go on building."""
-    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+class _SurvivingDelegation(Delegation):
+    """Where vLLM's code will not run a layer that is left to it, notes that and goes on."""
 
-    delegate = config.delegate
+    def __init__(self, found: Format, refused: dict[str, LeftToVllm]) -> None:
+        super().__init__(found)
+        self._refused = refused
 
-    def survive(layer: Any, prefix: str, reason: str) -> Any:
+    def create_quant_method(
+        self,
+        layer: Any,
+        prefix: str,
+        reason: str,
+        packed_modules: dict[str, list[str]],
+        plan: Plan,
+    ) -> Any:
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
         try:
-            return delegate(layer, prefix, reason)
+            return super().create_quant_method(layer, prefix, reason, packed_modules, plan)
         except ConfigError:
             raise
         except Exception as error:
             refusal = " ".join(str(error.__cause__ or error).split())[:LONGEST_REASON]
-            refused[prefix] = LeftToVllm(prefix, type(layer).__name__, "", reason, refusal)
+            kind = type(layer).__name__
+            self._refused[prefix] = LeftToVllm(prefix, kind, "", reason, refusal)
             return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
-
-    config.delegate = survive  # type: ignore[method-assign]
 
 
 def _add(

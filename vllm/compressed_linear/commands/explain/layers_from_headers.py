@@ -20,19 +20,19 @@ from vllm.compressed_linear.commands.explain.layers import (
     ModelLayout,
     meta_dense_shard,
 )
+from vllm.compressed_linear.formats.base import Format
+from vllm.compressed_linear.formats.file_view import FileView
 from vllm.compressed_linear.formats.resolution import Delegated, LayerKind, Unquantized
-from vllm.compressed_linear.integration.config import CompressedLinearConfig
 from vllm.compressed_linear.spec.elements import dtype_name
 from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role, StoredTensor
 
 
 def layout_from_headers(
-    headers: Headers, model_config: Mapping[str, Any], quantization: dict[str, Any], dtype: str
+    headers: Headers, model_config: Mapping[str, Any], read_by: Format, dtype: str
 ) -> ModelLayout:
     """One layer for each module with a matrix. ``dtype``: of the activations; "auto" is what
     config.json says."""
-    config = CompressedLinearConfig.from_config(quantization)
-    config.headers = headers
+    file = FileView(headers, read_by.marker_tensors)
     stated = model_config.get("dtype") or model_config.get("torch_dtype") or "bfloat16"
     dtype = str(stated) if dtype == "auto" else dtype
     activations = getattr(torch, dtype)
@@ -44,7 +44,7 @@ def layout_from_headers(
         lookup = kind is LayerKind.EMBEDDING
         bias_dtype = layout.dtype if bias else None
         context = LayerContext(layout.dtype, layout.dtype, bias_dtype, lookup=lookup)
-        found = config.resolve(module, kind)
+        found = read_by.resolve(module, kind, file)
         if ".experts." in f".{module}.":
             layout.left.append(LeftToVllm(module, str(kind), "", "an expert of a mixture"))
         elif isinstance(found, Delegated):

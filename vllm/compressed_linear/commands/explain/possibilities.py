@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -26,18 +26,10 @@ from vllm.compressed_linear.checkpoint.facts import (
 from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
 from vllm.compressed_linear.commands.explain.explanation import PartPlan, Possibility
 from vllm.compressed_linear.commands.explain.tensors import LayerTensors, ReadTensor, load_shards
+from vllm.compressed_linear.formats.base import Hints
 from vllm.compressed_linear.prepare.layer import checkpoint_bytes
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
 from vllm.compressed_linear.spec.scheme import Role
-
-
-@dataclass(frozen=True)
-class Hints:
-    """What the configuration claims; formats do not trust it, so it only says what is likely."""
-
-    reordered: bool = False
-    symmetric: bool = False
-
 
 MIXED_SHARDS = 3
 """Up to this many shards with open facts, shards that differ among themselves are supposed too."""
