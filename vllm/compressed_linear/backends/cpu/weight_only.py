@@ -144,6 +144,11 @@ class CpuBackend(QuantLinearMethod):
         )
 
     @classmethod
+    def hardware_tested(cls, platform: Platform, variant: str = "") -> bool:
+        # The kernels for Arm have run in qemu only.
+        return platform.device == "cpu" and "neon" not in platform.features
+
+    @classmethod
     def prepared_bytes(cls, descriptor: CompressedLinearDescriptor) -> int | None:
         if native.available() is not None:
             return None
