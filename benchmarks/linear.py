@@ -31,7 +31,7 @@ from benchmarks.contender import CACHE_MULTIPLE
 from benchmarks.remote import STOCK, CannotRunError, Environment, RemoteContender, Vllm
 from benchmarks.schemes import SCHEMES, Scheme
 from benchmarks.timing import Timeable, in_turns, summary
-from vllm.compressed_linear import native
+from vllm.compressed_linear.machine import native
 from vllm.compressed_linear.settings import CPU_ISA
 from vllm.compressed_linear.testing import Problem
 

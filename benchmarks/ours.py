@@ -11,9 +11,9 @@ import torch
 from benchmarks.contender import Contender, Tensors, nbytes
 from benchmarks.schemes import Scheme
 from benchmarks.timing import Elapsed, in_turns, timed
-from vllm.compressed_linear import registry
-from vllm.compressed_linear.backend import QuantLinearMethod
-from vllm.compressed_linear.platform import Platform
+from vllm.compressed_linear.backends import registry
+from vllm.compressed_linear.backends.base import QuantLinearMethod
+from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.testing import Problem
 
 NOT_OURS = ("reference", "vllm_native")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws what ``benchmarks.linear`` and ``benchmarks.serve`` have measured, as PNG files.
+"""Draw the results of ``benchmarks.linear`` and ``benchmarks.serve`` as SVG files.
 
 python -m benchmarks.plots [RESULTS [IMAGES]]
 """
@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib as mpl
 
@@ -22,49 +24,101 @@ from benchmarks.machine import BUILD
 from benchmarks.markdown import Report, reports
 from benchmarks.table import decode_limit, ours_of, row
 
-OURS, LIMIT, OTHERS = "#1f77b4", "#d62728", ("#7f7f7f", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b")
+# The same records give the same bytes, so a diff shows only plots that changed.
+mpl.rcParams["svg.hashsalt"] = "compressed_linear"
+REPRODUCIBLE = {"Date": None, "Creator": None}
+
+
+class Style(NamedTuple):
+    """Colour, marker and dashes of a line; each of the three alone tells most lines apart."""
+
+    color: str
+    marker: str
+    linestyle: str
+
+
+# The palette of Okabe and Ito, "Color Universal Design" (2008), without its yellow, which is too
+# light for a line on white, and with an indigo and a grey.
+BLUE, SKY, INDIGO, GREEN, ORANGE, VERMILLION, PURPLE, BLACK, GREY = (
+    "#0072B2",
+    "#56B4E9",
+    "#332288",
+    "#009E73",
+    "#E69F00",
+    "#D55E00",
+    "#CC79A7",
+    "#000000",
+    "#8C8C8C",
+)
+OURS = (Style(BLUE, "o", "-"), Style(SKY, "s", "-"), Style(INDIGO, "D", "-"))
+OTHERS = (
+    Style(BLACK, "^", "--"),
+    Style(ORANGE, "v", "-."),
+    Style(VERMILLION, "P", "--"),
+    Style(PURPLE, "X", "-."),
+    Style(GREEN, "*", "--"),
+)
 
 
 def one_token(records: list[Report]) -> Figure:
-    """Packed weights read for one token, GB/s, beside what the machine allows."""
+    """Packed weights read for one token in GB/s, and the machine's limit for each kind."""
     shown = [(r, ours_of(r)[0]) for r in records if ours_of(r) and row(ours_of(r)[0], 1)]
-    figure, axes = plt.subplots(figsize=(9, 0.36 * len(shown) + 1.4), layout="constrained")
-    for at, (report, result) in enumerate(shown):
+    figure, axes = plt.subplots(figsize=(9, 0.36 * len(shown) + 1.8), layout="constrained")
+    rates, limits = [], []
+    for report, result in shown:
         found = row(result, 1)
         assert found is not None
-        axes.barh(at, found["weight_gb_per_s"], color=OURS, height=0.7)
-        limit = decode_limit(report, result)
-        axes.plot([limit, limit], [at - 0.4, at + 0.4], color=LIMIT, linewidth=2)
-    axes.set_yticks(range(len(shown)), [report["title"] for report, _ in shown])
+        rates.append(found["weight_gb_per_s"])
+        limits.append(decode_limit(report, result))
+    places = range(len(shown))
+    axes.barh(places, rates, color=BLUE, height=0.7, label="measured")
+    marks = [place - 0.4 for place in places], [place + 0.4 for place in places]
+    axes.vlines(limits, *marks, color=VERMILLION, linewidth=2.5, label="limit: reading or decoding")
+    axes.set_yticks(places, [report["title"] for report, _ in shown])
+    axes.margins(y=0.02)
     axes.invert_yaxis()
-    axes.set_xlabel("GB/s of packed weights, one token; red: limit of reading or decoding")
+    axes.set_xlabel("GB/s of packed weights, one token")
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
     return figure
 
 
 def over_rows(report: Report) -> Figure:
     """Time of each contender over the number of tokens."""
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    colours = iter(OTHERS * 3)
+    figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
+    ours, others = cycle(OURS), cycle(OTHERS)
     for result in report["results"]:
-        ours = result["id"].startswith("ours/")
+        is_ours = result["id"].startswith("ours/")
+        style = next(ours if is_ours else others)
         axes.plot(
             [found["m"] for found in result["rows"]],
             [found["median_ms"] for found in result["rows"]],
-            marker="o",
-            linewidth=2.5 if ours else 1.5,
-            color=OURS if ours else next(colours),
+            linewidth=2.5 if is_ours else 1.5,
+            markersize=7,
             label=result["name"],
+            **style._asdict(),
         )
     ms = [found["m"] for found in report["results"][0]["rows"]]
     limits = report["limits"]
+    product = ("int8", limits["int8_gemm_gop_per_s"])
+    if not report["integer"]:
+        product = ("bf16", limits["bf16_gemm_gflop_per_s"])
     smallest = min(result["weight_bytes"] for result in report["results"])
-    work = 2 * report["n"] * report["k"] / limits["bf16_gemm_gflop_per_s"] / 1e6
+    work = 2 * report["n"] * report["k"] / product[1] / 1e6
     read = smallest / limits["read_gb_per_s"] / 1e6
-    axes.plot(ms, [max(read, m * work) for m in ms], "--", color=LIMIT, label="limit")
+    axes.plot(
+        ms,
+        [max(read, m * work) for m in ms],
+        color=GREY,
+        linestyle=":",
+        linewidth=2,
+        label=f"limit: reading, {product[0]} matrix product",
+    )
     axes.set(xscale="log", yscale="log", xlabel="tokens (M)", ylabel="ms", title=report["title"])
     axes.set_xticks(ms, [str(m) for m in ms])
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(axis="y", color=GREY, alpha=0.3)
     axes.minorticks_off()
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
@@ -81,7 +135,7 @@ def decode(report: Report) -> Figure:
     )
     for axes, count in zip(panels, streams, strict=True):
         for at, engine in enumerate(engines):
-            colour = OURS if "this package" in engine["name"] else OTHERS[0]
+            colour = BLUE if "this package" in engine["name"] else GREY
             rate = engine["decode_tokens_per_s"][count]
             bar = axes.barh(at, rate, color=colour)
             axes.bar_label(bar, fmt="%.0f", padding=2)
@@ -108,8 +162,8 @@ def draw(results: Path, images: Path) -> list[Path]:
     images.mkdir(parents=True, exist_ok=True)
     written = []
     for name, figure in figures(results):
-        written.append(images / f"{name}.png")
-        figure.savefig(written[-1], dpi=100)
+        written.append(images / f"{name}.svg")
+        figure.savefig(written[-1], metadata=REPRODUCIBLE)
         plt.close(figure)
     return written
 

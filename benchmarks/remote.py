@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from benchmarks.contender import copies_for, nbytes
 from benchmarks.machine import ROOT
 from benchmarks.timing import Elapsed
-from vllm.compressed_linear.layout import Packing, pack
-from vllm.compressed_linear.numerics import torch_dtype
+from vllm.compressed_linear.checkpoint.weights import to_standard_layout
+from vllm.compressed_linear.spec.elements import torch_dtype
+from vllm.compressed_linear.spec.packing import Packing, pack
 from vllm.compressed_linear.testing import Problem
-from vllm.compressed_linear.weights import to_standard_layout
 
 
 class CannotRunError(RuntimeError):

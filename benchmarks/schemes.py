@@ -10,11 +10,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from vllm.compressed_linear import numerics
-from vllm.compressed_linear.descriptor import ActivationSpec
-from vllm.compressed_linear.numerics import ElementType, uint
+from vllm.compressed_linear.spec import elements
+from vllm.compressed_linear.spec.descriptor import ActivationSpec
+from vllm.compressed_linear.spec.elements import ElementType, uint
 from vllm.compressed_linear.testing import Case, Problem
-from vllm.compressed_linear.testing.cases import NF4
+from vllm.compressed_linear.testing.suite import NF4
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def _weights(
 
 
 _INT8_TOKENS = ActivationSpec(_symmetric(8), dynamic=True, granularity="token")
-_FP8_TOKENS = ActivationSpec(numerics.E4M3, dynamic=True, granularity="token", maximum=448.0)
+_FP8_TOKENS = ActivationSpec(elements.E4M3, dynamic=True, granularity="token", maximum=448.0)
 
 SCHEMES: dict[str, Scheme] = {
     **{
@@ -74,17 +74,17 @@ SCHEMES: dict[str, Scheme] = {
     "nf4": Scheme("nf4, groups of 64", _weights(NF4, 64)),
     "nvfp4": Scheme(
         "NVFP4, groups of 16",
-        _weights(numerics.E2M1, 16, "float8_e4m3fn", row_scale="tensor"),
+        _weights(elements.E2M1, 16, "float8_e4m3fn", row_scale="tensor"),
     ),
-    "mxfp4": Scheme("MXFP4, groups of 32", _weights(numerics.E2M1, 32, "e8m0")),
-    "mxfp6": Scheme("MXFP6 e3m2, groups of 32", _weights(numerics.E3M2, 32, "e8m0")),
-    "mxfp8": Scheme("MXFP8 e4m3, groups of 32", _weights(numerics.E4M3, 32, "e8m0")),
-    "fp8": Scheme("fp8 e4m3, per channel", _weights(numerics.E4M3, -1, "float32")),
+    "mxfp4": Scheme("MXFP4, groups of 32", _weights(elements.E2M1, 32, "e8m0")),
+    "mxfp6": Scheme("MXFP6 e3m2, groups of 32", _weights(elements.E3M2, 32, "e8m0")),
+    "mxfp8": Scheme("MXFP8 e4m3, groups of 32", _weights(elements.E4M3, 32, "e8m0")),
+    "fp8": Scheme("fp8 e4m3, per channel", _weights(elements.E4M3, -1, "float32")),
     "fp8-block": Scheme(
-        "fp8 e4m3, blocks of 128x128", _weights(numerics.E4M3, 128, "float32", block_rows=128)
+        "fp8 e4m3, blocks of 128x128", _weights(elements.E4M3, 128, "float32", block_rows=128)
     ),
-    "bf16": Scheme("bf16", Case(numerics.BF16), "dense"),
-    "fp16": Scheme("fp16", Case(numerics.FP16, input_dtype="float16"), "dense"),
+    "bf16": Scheme("bf16", Case(elements.BF16), "dense"),
+    "fp16": Scheme("fp16", Case(elements.FP16, input_dtype="float16"), "dense"),
     "w8a8": Scheme(
         "W8A8 int8, per channel and token",
         _weights(_symmetric(8), -1, "float32", activation=_INT8_TOKENS),
@@ -95,7 +95,7 @@ SCHEMES: dict[str, Scheme] = {
     ),
     "w8a8-fp8": Scheme(
         "W8A8 fp8, per channel and token",
-        _weights(numerics.E4M3, -1, "float32", activation=_FP8_TOKENS),
+        _weights(elements.E4M3, -1, "float32", activation=_FP8_TOKENS),
         "fp8",
     ),
 }

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures how the Triton kernel's work is best cut on the GPU that is here.
 
-    python -m benchmarks.triton_tiles                  writes backends/triton_measured.json
+    python -m benchmarks.triton_tiles                  writes backends/triton/measured.json
     python -m benchmarks.triton_tiles --output FILE    writes elsewhere
 
 For each class of calls that ``triton_tiles`` tells apart: the table's tiles, and those that differ
@@ -25,17 +25,18 @@ import torch
 from rich.console import Console
 
 from benchmarks.gpu_linear import MODELS, Contender, check, copies_of
-from vllm.compressed_linear import timing
-from vllm.compressed_linear.backends import triton_measured, triton_tiles
-from vllm.compressed_linear.backends.triton import TritonBackend
-from vllm.compressed_linear.backends.triton_measured import EVERY_M, TileClass, Tiles
-from vllm.compressed_linear.backends.triton_spec import KernelSpec
-from vllm.compressed_linear.descriptor import CompressedLinearDescriptor, ScaleSpec, WeightSpec
-from vllm.compressed_linear.made_up import made_up_weights
-from vllm.compressed_linear.numerics import torch_dtype, uint
-from vllm.compressed_linear.platform import Platform
-from vllm.compressed_linear.testing.cases import NF4
-from vllm.compressed_linear.timing import Clock
+from vllm.compressed_linear.backends.triton import launch
+from vllm.compressed_linear.backends.triton import measured as triton_measured
+from vllm.compressed_linear.backends.triton.backend import TritonBackend
+from vllm.compressed_linear.backends.triton.measured import EVERY_M, TileClass, Tiles
+from vllm.compressed_linear.backends.triton.spec import KernelSpec
+from vllm.compressed_linear.commands.tune.random_weights import made_up_weights
+from vllm.compressed_linear.machine import timing
+from vllm.compressed_linear.machine.platform import Platform
+from vllm.compressed_linear.machine.timing import Clock
+from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor, ScaleSpec, WeightSpec
+from vllm.compressed_linear.spec.elements import torch_dtype, uint
+from vllm.compressed_linear.testing.suite import NF4
 
 NO_GPU = "benchmarks.triton_tiles needs an NVIDIA GPU, and torch sees none here"
 LAYERS = ("o", "gate_up", "down")
@@ -157,10 +158,10 @@ def measure(
     enough = 4 * torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     layers = [contender(d, "cuda", enough) for d in descriptors]
     best = {}
-    for up_to in triton_tiles.M_CLASSES:
+    for up_to in launch.M_CLASSES:
         m = LARGE_M if up_to == EVERY_M else up_to
-        key = triton_tiles.class_of(KernelSpec.of(descriptors[0]), m, platform.capability or 0)
-        tried = candidates(triton_tiles.declared(key))
+        key = launch.class_of(KernelSpec.of(descriptors[0]), m, platform.capability or 0)
+        tried = candidates(launch.declared(key))
         started: list[dict[Tiles, Timed]] = []
         for d, (found, exact) in zip(descriptors, layers, strict=True):
             x = torch.randn(m, d.in_features, device="cuda").to(torch_dtype(d.input_dtype))

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of ``gpu.md`` that says in which order backends run a weight on each GPU.
+"""The table of ``gpu.md`` with the order of backends for each weight and GPU.
 
-It is what ``registry.rank`` answers for layers of 4096×4096 with bf16 activations."""
+The order is that of ``registry.rank`` for layers of 4096×4096 with bf16 activations."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from vllm.compressed_linear import registry
-from vllm.compressed_linear.descriptor import (
+from vllm.compressed_linear.backends import registry
+from vllm.compressed_linear.machine.gpus import GPUS
+from vllm.compressed_linear.machine.platform import Platform
+from vllm.compressed_linear.spec.descriptor import (
     ActivationSpec,
     ChannelOrder,
     CompressedLinearDescriptor,
@@ -16,10 +18,8 @@ from vllm.compressed_linear.descriptor import (
     WeightSpec,
     ZeroSpec,
 )
-from vllm.compressed_linear.gpu import GPUS
-from vllm.compressed_linear.numerics import BF16, E2M1, E4M3, INT8, ElementType, uint
-from vllm.compressed_linear.platform import Platform
-from vllm.compressed_linear.testing.cases import NF4, NVFP4_INPUT, mx
+from vllm.compressed_linear.spec.elements import BF16, E2M1, E4M3, INT8, ElementType, uint
+from vllm.compressed_linear.testing.suite import NF4, NVFP4_INPUT, mx
 
 SIZE = 4096
 INTEGER = ZeroSpec("integer", "uint8")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the errors that ``troubleshooting.md`` quotes, each by really doing what it warns of."""
+"""Provoke the errors that ``troubleshooting.md`` quotes, each by its real cause."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def changed(
 
 def load(path: Path, dtype: str = "bfloat16", **options: Any) -> None:
     """Load a checkpoint into vLLM's model class, as a server does."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT))
     try:
-        from model_loading import loaded
+        from tests.support.model_loading import loaded
     finally:
         sys.path.pop(0)
     with loaded(path, dtype, **options):
@@ -141,14 +141,14 @@ def no_vllm() -> str:
 
 def other_vllm() -> str:
     import vllm
-    from vllm.compressed_linear import compat
+    from vllm.compressed_linear.integration import compat
 
     with mock.patch.object(vllm, "__version__", "0.29.1"):
         return error_of(compat.check_vllm)
 
 
 def not_built() -> str:
-    from vllm.compressed_linear import native
+    from vllm.compressed_linear.machine import native
 
     missing = Path("lib") / native.LIBRARY.name
     with mock.patch.object(native, "LIBRARY", missing), mock.patch.object(native, "_reason", ""):
@@ -156,8 +156,8 @@ def not_built() -> str:
 
 
 def wrong_numbers() -> str:
-    from vllm.compressed_linear import execution
     from vllm.compressed_linear.backends.reference import ReferenceBackend
+    from vllm.compressed_linear.prepare import self_check
 
     apply = ReferenceBackend.apply
 
@@ -168,7 +168,7 @@ def wrong_numbers() -> str:
         mock.patch.object(ReferenceBackend, "apply", wrong),
         mock.patch.dict("os.environ", {"VLLM_COMPRESSED_LINEAR_BACKEND": "reference"}),
     ):
-        assert execution.CHECK_ROWS
+        assert self_check.CHECK_ROWS
         return error_of(lambda: load(ROOT / "tests" / "fixtures" / GPTQ))
 
 
@@ -179,20 +179,21 @@ def additional_config() -> str:
 
 
 def unknown_method() -> str:
-    from vllm.compressed_linear.config import CompressedLinearConfig
+    from vllm.compressed_linear.formats.registry import parse
 
-    return error_of(lambda: CompressedLinearConfig.from_config({"quant_method": "aqlm"}))
+    return error_of(lambda: parse({"quant_method": "aqlm"}))
 
 
 def without_native(**variables: str) -> Callable[[], str]:
     """The error of loading a fixture where the native library is missing."""
 
     def provoke() -> str:
-        from vllm.compressed_linear import linear, native
+        from vllm.compressed_linear.integration import preparation
+        from vllm.compressed_linear.machine import native
 
         with (
             mock.patch.object(native, "available", not_built),
-            mock.patch.object(linear, "_PLATFORM", []),
+            mock.patch.object(preparation, "_PLATFORM", []),
         ):
             return from_environment("gptqmodel-gptq-w3-g128-asym", **variables)()
 
@@ -216,7 +217,7 @@ ERRORS: dict[str, Callable[[], str]] = {
     "cannot-run": from_environment(
         "gptqmodel-gptq-w3-g128-asym", VLLM_COMPRESSED_LINEAR_BACKEND="vllm_native"
     ),
-    "not-registered": from_environment(GPTQ, VLLM_COMPRESSED_LINEAR_BACKEND="marlin"),
+    "not-registered": from_environment(GPTQ, VLLM_COMPRESSED_LINEAR_BACKEND="exllama"),
     "strict": without_native(VLLM_COMPRESSED_LINEAR_STRICT="1"),
     "wrong-numbers": wrong_numbers,
     "refused": from_changed(config=weights_only, fixture="llmcompressor-mixed-qv-differ"),

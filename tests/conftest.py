@@ -1,36 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the small quantized checkpoints are, and what several test files share.
-
-Tests import the plain functions (``from conftest import checkpoints``) for parametrisation; the
-fixtures below are for everything else.
-"""
+"""Fixtures and settings of all tests. Plain functions that tests share are in ``tests.support``."""
 
 from __future__ import annotations
 
-import json
+import importlib.util
 import os
+import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from safetensors.torch import load_file
 
-from vllm.compressed_linear import native
-from vllm.compressed_linear.backends.vllm_native.cpu import CPU_OP
-from vllm.compressed_linear.compat_kernels import missing_cpu_op
-from vllm.compressed_linear.platform import Platform
-
-ROOT = Path(__file__).resolve().parent.parent
-COPIES = ROOT / "tests" / "fixtures"
-
-ISAS = native.supported_isas() if native.available() is None else []
-"""Instruction sets this processor can run, best first; empty without the native library."""
-
-ISAS_INT8 = native.supported_isas_int8() if native.available() is None else []
-"""The same for integer activations."""
+from tests.support.cpu_library import ISAS, ISAS_INT8
+from tests.support.no_torchvision import NoTorchvision
+from tests.support.unit import is_unit
+from vllm.compressed_linear.machine import native
 
 # Nobody's own measurements decide what a test sees.
 os.environ.setdefault("VLLM_COMPRESSED_LINEAR_TUNE_FILE", "off")
@@ -42,109 +28,39 @@ settings.register_profile(
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
+settings.register_profile("quick", settings.get_profile("default"), max_examples=10)
 settings.load_profile("default")
 
 
-def needs_vllms_4_bit_kernel() -> None:
-    """Skips the test where this CPU's library of vLLM has none, as that for AVX2."""
-    if (lacks := missing_cpu_op(CPU_OP, Platform.detect())) is not None:
-        pytest.skip(lacks)
-
-
-def zoo() -> Path:
-    """The directory of small checkpoints: ``COMPRESSED_LINEAR_ZOO``, one beside the repository, or
-    the copies in ``tests/fixtures`` (fewer formats, the same files)."""
-    named = os.environ.get("COMPRESSED_LINEAR_ZOO")
-    if named:
-        if not (Path(named) / "INDEX.json").is_file():
-            raise pytest.UsageError(f"COMPRESSED_LINEAR_ZOO={named} holds no INDEX.json")
-        return Path(named)
-    beside = ROOT.parent / "shared" / "zoo"
-    return beside if (beside / "INDEX.json").is_file() else COPIES
-
-
-def index() -> list[dict[str, Any]]:
-    """The entries of the zoo's INDEX.json: dir, tool, quant_method, bits, group_size, ..."""
-    return json.loads((zoo() / "INDEX.json").read_text())
-
-
-def checkpoints(*prefixes: str) -> list[str]:
-    """Names of the checkpoints that are there and start with one of ``prefixes`` (none: all)."""
-    names = sorted(entry["dir"] for entry in index())
-    return [name for name in names if not prefixes or name.startswith(prefixes)]
-
-
-def checkpoint(name: str) -> Path:
-    """The directory of one checkpoint; skips the test if this copy of the zoo lacks it."""
-    path = zoo() / name
-    if not path.is_dir():
-        pytest.skip(f"checkpoint {name} is not in {zoo()}")
-    return path
-
-
-def checkpoint_tensors(name: str) -> dict[str, torch.Tensor]:
-    """All tensors of the checkpoint by their names on disk."""
-    tensors: dict[str, torch.Tensor] = {}
-    for file in sorted(checkpoint(name).glob("*.safetensors")):
-        tensors |= load_file(file)
-    return tensors
-
-
-def checkpoint_reference(name: str) -> dict[str, torch.Tensor]:
-    """``input_ids``, ``logits``, and for each linear ``.corner``, ``.rowsum`` and ``.colsum``."""
-    return load_file(checkpoint(name) / "reference" / "reference.safetensors")
-
-
-def assert_matches_reference(
-    weight: torch.Tensor, reference: dict[str, torch.Tensor], linear: str
-) -> None:
-    """Compare a dequantized fp32 weight [N, K] with the corner and sums the quantizer's own library
-    gave; sums may differ by their own fp32 rounding."""
-    wide = weight.double()
-    torch.testing.assert_close(
-        weight[:8, :64],
-        reference[f"{linear}.corner"],
-        rtol=2e-7,
-        atol=1e-12,
-        msg=f"{linear}.corner",
-    )
-    for name, dim in (("rowsum", 1), ("colsum", 0)):
-        error = (wide.sum(dim) - reference[f"{linear}.{name}"].double()).abs()
-        allowed = 2.0**-22 * wide.abs().sum(dim) + 1e-12
-        assert bool((error <= allowed).all()), (
-            f"{linear}.{name}: {float((error / allowed).max()):.3g} times the allowed error"
-        )
-
-
-def tiled(values: torch.Tensor) -> torch.Tensor:
-    """[N, G] → [tiles, G, 16], as the ops want scales and zero points."""
-    missing = -len(values) % native.TILE
-    padded = torch.nn.functional.pad(values, (0, 0, 0, missing))
-    return padded.unflatten(0, (-1, native.TILE)).transpose(1, 2).contiguous()
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Unit tests are marked by where they are."""
+    for item in items:
+        if is_unit(item.path) and not item.get_closest_marker("needs_vllm"):
+            item.add_marker("unit")
 
 
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test with each instruction set."""
     before = native.isa()
-    torch.ops.compressed_linear.select_isa(request.param)
+    torch.ops.compressed_linear.select_isa("floats", request.param)
     yield request.param
-    torch.ops.compressed_linear.select_isa(before)
+    torch.ops.compressed_linear.select_isa("floats", before)
 
 
 @pytest.fixture(params=ISAS_INT8)
 def isa_int8(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test with each instruction set for integer activations."""
-    before = native.isa_int8()
-    torch.ops.compressed_linear.select_isa_int8(request.param)
+    before = native.isa("integers")
+    torch.ops.compressed_linear.select_isa("integers", request.param)
     yield request.param
-    torch.ops.compressed_linear.select_isa_int8(before)
+    torch.ops.compressed_linear.select_isa("integers", before)
 
 
 @pytest.fixture
 def clean_registry() -> Iterator[None]:
     """Backends that a test registers or removes are put back afterwards."""
-    from vllm.compressed_linear import registry
+    from vllm.compressed_linear.backends import registry
 
     known = dict(registry._REGISTERED)
     points = set(registry._LOADED)
@@ -164,3 +80,15 @@ def inspect_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
         return registry._ModelInfo.from_model_cls(self.load_model_cls())
 
     monkeypatch.setattr(registry._LazyRegisteredModel, "inspect_model_cls", inspect)
+
+
+@pytest.fixture(scope="module")
+def torchvision() -> Iterator[None]:
+    """Text needs none of it, and builds of it for CPUs are not on every index."""
+    if importlib.util.find_spec("torchvision") is not None:
+        yield
+        return
+    finder = NoTorchvision()
+    sys.meta_path.insert(0, finder)
+    yield
+    sys.meta_path.remove(finder)

@@ -19,7 +19,7 @@ from benchmarks.serving.memory import watched_children
 from benchmarks.serving.workload import CONTEXT, STREAMS, measure
 from server import serving
 from vllm.compressed_linear import settings
-from vllm.compressed_linear.plan import CACHE_HIT
+from vllm.compressed_linear.prepare.plan import CACHE_HIT
 
 NAME = "model"
 ENVIRONMENT = {

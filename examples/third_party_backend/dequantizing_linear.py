@@ -3,8 +3,8 @@
 
 import torch
 
-from vllm.compressed_linear.backend import Capabilities, QuantLinearMethod
-from vllm.compressed_linear.numerics import torch_dtype
+from vllm.compressed_linear.backends.base import Capabilities, QuantLinearMethod
+from vllm.compressed_linear.spec.elements import torch_dtype
 
 
 class DequantizingBackend(QuantLinearMethod):

@@ -10,15 +10,6 @@ def register() -> None:
 
     if not settings.enabled():
         return
-    from vllm.compressed_linear import compat
+    from vllm.compressed_linear.integration.registration import register_with_vllm
 
-    compat.check_vllm()
-    from vllm.compressed_linear.config import NAME
-    from vllm.compressed_linear.formats.unquantized import UnquantizedConfig
-    from vllm.compressed_linear.plan import PLAN
-
-    # vLLM calls it without arguments where config.json has no quantization_config; otherwise it
-    # calls from_config, which dispatches to the format.
-    compat.register_config(NAME, UnquantizedConfig)
-    compat.announce_variables(settings.VARIABLES)
-    compat.publish_compile_factor("VLLM_COMPRESSED_LINEAR_PLAN", PLAN.fingerprint)
+    register_with_vllm()

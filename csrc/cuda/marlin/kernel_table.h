@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Defines kernel_for, for the units that instantiate it.
+// Definition of kernel_for, for the units that instantiate it.
 #pragma once
 
-#include "cuda/marlin/kernel.h"
-#include "cuda/marlin/kernels.h"
+#include "kernel.h"
+#include "kernels.h"
 
 namespace compressed_linear::cuda::marlin {
 

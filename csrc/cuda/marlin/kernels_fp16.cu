@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cuda/marlin/kernel_table.h"
+#include "kernel_table.h"
 
 namespace compressed_linear::cuda::marlin {
 template Kernel kernel_for<Half>(Element, int);

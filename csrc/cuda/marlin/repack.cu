@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cuda/marlin/repack.h"
+#include "repack.h"
 
 #include <cuda_runtime.h>
 

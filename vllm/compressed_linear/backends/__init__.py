@@ -4,20 +4,16 @@
 
 def register_all() -> None:
     """Register the backends that come with this package (idempotent)."""
-    from vllm.compressed_linear.backends import (
-        cpu,
-        cpu_int8,
-        marlin,
-        reference,
-        triton,
-        vllm_native,
-    )
-    from vllm.compressed_linear.registry import register_backend
+    from vllm.compressed_linear.backends import reference, vllm_native
+    from vllm.compressed_linear.backends.cpu import int8, weight_only
+    from vllm.compressed_linear.backends.marlin import backend as marlin
+    from vllm.compressed_linear.backends.registry import register_backend
+    from vllm.compressed_linear.backends.triton import backend as triton
 
     for backend in (
-        cpu.CpuBackend,
-        cpu_int8.CpuInt8Backend,
-        cpu_int8.CpuInt8FastBackend,
+        weight_only.CpuBackend,
+        int8.CpuInt8Backend,
+        int8.CpuInt8FastBackend,
         marlin.MarlinBackend,
         triton.TritonBackend,
         vllm_native.VllmNativeBackend,

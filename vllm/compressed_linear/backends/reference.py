@@ -9,19 +9,19 @@ from collections.abc import Mapping
 
 import torch
 
-from vllm.compressed_linear import numerics
-from vllm.compressed_linear.activation import prepare_input
-from vllm.compressed_linear.backend import Capabilities, QuantLinearMethod
-from vllm.compressed_linear.call_counter import CallCounter
-from vllm.compressed_linear.cost import roofline
-from vllm.compressed_linear.descriptor import (
+from vllm.compressed_linear.backends.base import Capabilities, QuantLinearMethod
+from vllm.compressed_linear.backends.shared.call_counter import CallCounter
+from vllm.compressed_linear.checkpoint.weights import CompressedWeights, to_standard_layout
+from vllm.compressed_linear.machine.cost import roofline
+from vllm.compressed_linear.machine.platform import Platform
+from vllm.compressed_linear.spec import elements
+from vllm.compressed_linear.spec.activation import prepare_input
+from vllm.compressed_linear.spec.descriptor import (
     ActivationSpec,
     CompressedLinearDescriptor,
     activation_kinds,
 )
-from vllm.compressed_linear.numerics import torch_dtype, widen_scale
-from vllm.compressed_linear.platform import Platform
-from vllm.compressed_linear.weights import CompressedWeights, to_standard_layout
+from vllm.compressed_linear.spec.elements import torch_dtype, widen_scale
 
 CHUNK_ELEMENTS = 4 << 20
 
@@ -164,7 +164,7 @@ class ReferenceBackend(QuantLinearMethod):
     capabilities = Capabilities(
         devices=frozenset({"cpu", "cuda", "rocm", "xpu"}),
         integer_bits=frozenset(range(1, 9)),
-        other_elements=frozenset(element.name for element in numerics.ALL_FLOATS),
+        other_elements=frozenset(element.name for element in elements.ALL_FLOATS),
         codebooks=True,
         scale_dtypes=frozenset({"bfloat16", "float16", "float32", "float8_e4m3fn", "e8m0"}),
         zero_kinds=frozenset({"integer", "float"}),

@@ -4,13 +4,21 @@
 from __future__ import annotations
 
 import re
-from contextlib import suppress
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
-from vllm.compressed_linear.config import CompressedLinearConfig, ConfigError, register_format
 from vllm.compressed_linear.formats.awq import awq_gemm_scheme
+from vllm.compressed_linear.formats.base import Format, Hints, register_format, require
+from vllm.compressed_linear.formats.entries import Entries, pattern
+from vllm.compressed_linear.formats.file_view import FileView
 from vllm.compressed_linear.formats.gptq import gptq_scheme
-from vllm.compressed_linear.resolution import LayerKind, Resolution, Unquantized
+from vllm.compressed_linear.formats.resolution import (
+    ConfigError,
+    LayerKind,
+    Resolution,
+    Unquantized,
+)
 
 GPTQ_VERSIONS = {
     "auto_round": "gptq_v2",
@@ -26,42 +34,77 @@ DEFAULT_PACKING = "auto_round:auto_gptq"
 """What a configuration without packing_format means."""
 
 
+class ExtraConfig(Entries):
+    """``extra_config``: module names, ends of them, or expressions that are searched in them.
+
+    Renaming may break an expression, so entries are compared as they were written too.
+    """
+
+    def keeps(self, spelling: str) -> bool:
+        return True
+
+    def selects(self, spelling: str, names: Sequence[str], kind: LayerKind | None) -> bool:
+        return any(spelling in _ends(name) for name in names) or _searched(spelling, names)
+
+    def deciding(self, names: Sequence[str], modules: Iterable[str]) -> str | None:
+        """The entry, as written, that decides on a module: exact names go first, then ends, then
+        expressions in their order. An entry that names one of the file's ``modules`` is not an
+        expression."""
+        ends = [_ends(name) for name in names]
+        for spelling in (*(e[0] for e in ends), *(end for e in ends for end in e[1:])):
+            if spelling in self.spellings:
+                return self.spellings[spelling]
+        for spelling, entry in self.spellings.items():
+            if spelling not in modules and _searched(spelling, names):
+                return entry
+        return None
+
+
+class Blocks(Entries):
+    """``block_name_to_quantize``: beginnings of module names."""
+
+    def keeps(self, spelling: str) -> bool:
+        return True
+
+    def selects(self, spelling: str, names: Sequence[str], kind: LayerKind | None) -> bool:
+        return any(name.startswith(spelling) for name in names)
+
+
 @register_format("auto-round", "intel/auto-round")
-class AutoRoundConfig(CompressedLinearConfig):
+@dataclass(frozen=True)
+class AutoRound(Format):
     """``quant_method: auto-round`` with an integer packing.
 
-    ``extra_config`` maps module names, or regular expressions that are searched in them, to
-    overrides; exact names go first, then the expressions in their order; 16 bits means unquantized.
-    Modules whose names do not begin with one of ``block_name_to_quantize`` are unquantized, unless
-    the file says otherwise (auto_round ``inference/convert_model.py``, ``inference/utils.py``).
+    ``extra`` says which entry of ``extra_config`` overrides what a module has; 16 bits means
+    unquantized. Modules outside of ``blocks`` are unquantized, unless the file says otherwise
+    (auto_round ``inference/convert_model.py``, ``inference/utils.py``).
     """
 
     aliases = ("inc", "auto-round", "auto_round")
     vllm_name = "inc"
-    codes_tensors = ("qweight",)
+    marker_tensors = ("qweight",)
 
     bits: int
     group_size: int
     packing: str
-    extra: dict[str, dict[str, Any]]
-    _compiled: list[tuple[str, re.Pattern[str]]] | None = None
-    blocks: list[str]
+    extra: ExtraConfig
+    blocks: Blocks
 
     @classmethod
-    def parse(cls, config: dict[str, Any]) -> AutoRoundConfig:
-        self = cls(config)
-        self.bits = self.require("bits", int)
-        self.group_size = self.require("group_size", int)
-        self.packing = str(config.get("packing_format") or DEFAULT_PACKING)
-        if self.packing not in (*GPTQ_VERSIONS, *AWQ_PACKINGS):
+    def parse(cls, config: dict[str, Any]) -> Self:
+        bits = require(config, "bits", int)
+        group_size = require(config, "group_size", int)
+        packing = str(config.get("packing_format") or DEFAULT_PACKING)
+        if packing not in (*GPTQ_VERSIONS, *AWQ_PACKINGS):
             raise ConfigError(
-                f"packing_format {self.packing!r} "
+                f"packing_format {packing!r} "
                 f"(supported: {', '.join((*GPTQ_VERSIONS, *AWQ_PACKINGS))})"
             )
-        self.extra = config.get("extra_config") or {}
-        blocks = config.get("block_name_to_quantize") or config.get("to_quant_block_names")
-        self.blocks = _block_names(blocks)
-        return self
+        extra = ExtraConfig.of("extra_config", config.get("extra_config") or {})
+        field = "block_name_to_quantize"
+        field = field if config.get(field) else "to_quant_block_names"
+        blocks = Blocks.of(field, _block_names(config.get(field)))
+        return cls(config, bits, group_size, packing, extra, blocks)
 
     @classmethod
     def unsupported(cls, config: dict[str, Any]) -> str | None:
@@ -73,28 +116,26 @@ class AutoRoundConfig(CompressedLinearConfig):
             return "AutoRound with quantized activations"
         return None
 
-    def map_names(self, rename: Any) -> None:
-        # Entries under the checkpoint's names stay: renaming may break an expression.
-        self.extra = {**rename.apply_dict(self.extra), **self.extra}
-        self.blocks = [*rename.apply_list(self.blocks), *self.blocks]
+    def hints(self) -> Hints:
+        return Hints(symmetric=bool(self.config.get("sym")))
 
-    def resolve(self, module: str, kind: LayerKind) -> Resolution:
+    def resolve(self, module: str, kind: LayerKind, file: FileView) -> Resolution:
         if kind is LayerKind.EMBEDDING:
             return Unquantized("AutoRound leaves embeddings alone")
-        entry, override = self._override(module)
-        bits = self._number(entry, override, "bits", self.bits)
+        names = file.names_of(module)
+        entry = self.extra.deciding(names, file.modules)
+        bits = self._number(entry, "bits", self.bits)
         if bits >= 16:
-            return Unquantized(f"extra_config {entry}: {bits} bits")
-        if (found := self.unquantized_on_disk(module)) is not None:
+            rule = "" if entry is None else f"extra_config {entry}: "
+            return Unquantized(f"{rule}{bits} bits")
+        if (found := file.unquantized_on_disk(module)) is not None:
             return found
-        if not entry and not self.quantized_on_disk(module):
-            if self.blocks and not any(
-                name.startswith(block) for block in self.blocks for name in self.names_of(module)
-            ):
+        if entry is None and not file.quantized_on_disk(module):
+            if self.blocks and self.blocks.first(names) is None:
                 return Unquantized("outside of block_name_to_quantize")
             if not self.blocks and kind is LayerKind.HEAD:
                 return Unquantized("lm_head is not quantized")
-        group_size = self._number(entry, override, "group_size", self.group_size)
+        group_size = self._number(entry, "group_size", self.group_size)
         try:
             if self.packing not in AWQ_PACKINGS:
                 return gptq_scheme(bits, group_size, version=GPTQ_VERSIONS[self.packing])
@@ -104,42 +145,29 @@ class AutoRoundConfig(CompressedLinearConfig):
             raise ConfigError(f"{module}: AWQ packing with {bits} bits (supported: 4)")
         return awq_gemm_scheme(group_size, zero_point=True)
 
-    def _override(self, module: str) -> tuple[str, dict[str, Any]]:
-        """The entry of ``extra_config`` that decides, and what it says; ("", {}) if none does."""
-        names = self.names_of(module)
-        for name in names:
-            if name in self.extra:
-                return name, self.extra[name]
-        for name in names:
-            while name:
-                name = name.partition(".")[2]
-                if name in self.extra:
-                    return name, self.extra[name]
-        for entry, pattern in self._expressions():
-            if any(pattern.search(name) for name in names):
-                return entry, self.extra[entry]
-        return "", {}
-
-    def _expressions(self) -> list[tuple[str, re.Pattern[str]]]:
-        """Entries that name no module of the file, compiled; the tool skips what does not."""
-        if self._compiled is None:
-            modules = self.headers.modules if self.headers is not None else {}
-            self._compiled = []
-            for entry in self.extra:
-                with suppress(re.error):
-                    if entry not in modules:
-                        self._compiled.append((entry, re.compile(entry)))
-        return self._compiled
-
-    @staticmethod
-    def _number(entry: str, override: dict[str, Any], key: str, default: int) -> int:
-        value = override.get(key)
+    def _number(self, entry: str | None, key: str, default: int) -> int:
+        """What ``entry`` of extra_config says of ``key``, or ``default``."""
+        value = None if entry is None else self.config["extra_config"][entry].get(key)
         if value is None:
             return default
         try:
             return int(value)
         except (TypeError, ValueError):
             raise ConfigError(f"extra_config {entry}: {key} is {value!r}, expected int") from None
+
+
+def _ends(name: str) -> list[str]:
+    """``a.b.c`` → ``a.b.c``, ``b.c``, ``c``."""
+    parts = name.split(".")
+    return [".".join(parts[first:]) for first in range(len(parts))]
+
+
+def _searched(expression: str, names: Sequence[str]) -> bool:
+    """Whether a regular expression is found in a name; the tool skips what does not compile."""
+    try:
+        return any(pattern(expression).search(name) for name in names)
+    except re.error:
+        return False
 
 
 def _block_names(blocks: Any) -> list[str]:

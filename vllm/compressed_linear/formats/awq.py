@@ -3,15 +3,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
-from vllm.compressed_linear.config import CompressedLinearConfig, ConfigError, register_format
-from vllm.compressed_linear.descriptor import CheckpointScheme, ScaleSpec, WeightSpec, ZeroSpec
-from vllm.compressed_linear.formats.dynamic import DynamicRules
+from vllm.compressed_linear.formats.base import Format, Hints, register_format, require
+from vllm.compressed_linear.formats.entries import PartsOfNames
+from vllm.compressed_linear.formats.file_view import FileView
 from vllm.compressed_linear.formats.gptq import marlin_scheme
-from vllm.compressed_linear.layout import Packing, Role, StoredTensor
-from vllm.compressed_linear.numerics import uint
-from vllm.compressed_linear.resolution import LayerKind, Resolution, Unquantized
+from vllm.compressed_linear.formats.gptqmodel_dynamic import DynamicRules
+from vllm.compressed_linear.formats.resolution import (
+    ConfigError,
+    LayerKind,
+    Resolution,
+    Unquantized,
+)
+from vllm.compressed_linear.spec.descriptor import ScaleSpec, WeightSpec, ZeroSpec
+from vllm.compressed_linear.spec.elements import uint
+from vllm.compressed_linear.spec.packing import Packing
+from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role, StoredTensor
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 GEMV_WORD_MULTIPLE = {64: 2, 32: 4}
@@ -74,7 +83,8 @@ def awq_gemv_fast_scheme(group_size: int, *, zeros: str = "qzeros") -> Checkpoin
 
 
 @register_format("awq")
-class AWQConfig(CompressedLinearConfig):
+@dataclass(frozen=True)
+class Awq(Format):
     """``quantization_config`` with ``quant_method: awq``.
 
     AutoAWQ leaves a module alone when an entry of ``modules_to_not_convert`` is any part of its
@@ -85,66 +95,69 @@ class AWQConfig(CompressedLinearConfig):
 
     aliases = ("awq", "auto_awq", "awq_marlin")
     vllm_name = "auto_awq"
-    codes_tensors = ("qweight",)
+    marker_tensors = ("qweight",)
 
     group_size: int
     zero_point: bool
     version: str
-    excluded: list[str]
+    excluded: PartsOfNames
     dynamic: DynamicRules
     lm_head: bool
 
     @classmethod
-    def parse(cls, config: dict[str, Any]) -> AWQConfig:
-        self = cls(config)
-        bits = self.require("bits", int, "w_bit")
+    def parse(cls, config: dict[str, Any]) -> Self:
+        bits = require(config, "bits", int, "w_bit")
         if bits != 4:
             raise ConfigError(f"AWQ with {bits} bits (supported: 4)")
-        self.group_size = self.require("group_size", int, "q_group_size")
-        if self.group_size != -1 and self.group_size < 1:
+        group_size = require(config, "group_size", int, "q_group_size")
+        if group_size != -1 and group_size < 1:
             raise ConfigError(
-                f"AWQ with group size {self.group_size} (expected -1 or a positive number)"
+                f"AWQ with group size {group_size} (expected -1 or a positive number)"
             )
-        self.zero_point = bool(config.get("zero_point", not config.get("sym", False)))
-        self.version = awq_version(config)
-        if self.version not in VERSIONS:
-            raise ConfigError(f"AWQ version {self.version!r} (supported: {', '.join(VERSIONS)})")
-        self.excluded = list(config.get("modules_to_not_convert") or ())
-        self.dynamic = DynamicRules(config.get("dynamic"))
-        self.lm_head = bool(config.get("lm_head", False))
-        return self
+        version = awq_version(config)
+        if version not in VERSIONS:
+            raise ConfigError(f"AWQ version {version!r} (supported: {', '.join(VERSIONS)})")
+        field = "modules_to_not_convert"
+        return cls(
+            config,
+            group_size,
+            zero_point=bool(config.get("zero_point", not config.get("sym", False))),
+            version=version,
+            excluded=PartsOfNames.of(field, config.get(field) or ()),
+            dynamic=DynamicRules.parse(config.get("dynamic")),
+            lm_head=bool(config.get("lm_head", False)),
+        )
 
-    def map_names(self, rename: Any) -> None:
-        self.excluded = rename.apply_list(self.excluded)
+    def hints(self) -> Hints:
+        return Hints(symmetric=bool(self.config.get("sym")))
 
-    def resolve(self, module: str, kind: LayerKind) -> Resolution:
+    def resolve(self, module: str, kind: LayerKind, file: FileView) -> Resolution:
         if kind is LayerKind.EMBEDDING:
             return Unquantized("AWQ quantizes linear layers only")
-        quantized = self.quantized_on_disk(module)
-        for name in self.excluded:
-            if name in module and not quantized:
-                return Unquantized(f"modules_to_not_convert: {name}")
-        pattern, override = self.dynamic.find(self.names_of(module))
+        names, quantized = file.names_of(module), file.quantized_on_disk(module)
+        if not quantized and (entry := self.excluded.first(names)) is not None:
+            return Unquantized(f"{self.excluded.field}: {entry}")
+        pattern, override = self.dynamic.find(names)
         if override is None:
             return Unquantized(f"dynamic {pattern}")
-        if (found := self.unquantized_on_disk(module)) is not None:
+        if (found := file.unquantized_on_disk(module)) is not None:
             return found
         if kind is LayerKind.HEAD and not self.lm_head and not quantized:
             return Unquantized("lm_head is not quantized")
         if int(override.get("bits", 4)) != 4:
             raise ConfigError(f"{module}: AWQ with {override['bits']} bits (supported: 4)")
-        return self._scheme(module, int(override.get("group_size", self.group_size)))
+        group_size = int(override.get("group_size", self.group_size))
+        return self._scheme(group_size, file.tensors_on_disk(module) or set())
 
-    def _scheme(self, module: str, group_size: int) -> CheckpointScheme:
+    def _scheme(self, group_size: int, on_disk: set[str]) -> CheckpointScheme:
         if self.version == "marlin":
             return marlin_scheme(4, group_size, codes="qweight", scale="scales")
         if self.version == "gemv":
             return awq_gemv_scheme(group_size)
         if self.version == "gemv_fast":
-            early = "scaled_zeros" in (self.tensors_on_disk(module) or ())
+            early = "scaled_zeros" in on_disk
             return awq_gemv_fast_scheme(group_size, zeros="scaled_zeros" if early else "qzeros")
-        stored = "qzeros" in (self.tensors_on_disk(module) or ())
-        return awq_gemm_scheme(group_size, zero_point=self.zero_point or stored)
+        return awq_gemm_scheme(group_size, zero_point=self.zero_point or "qzeros" in on_disk)
 
 
 def awq_version(config: dict[str, Any]) -> str:

@@ -10,13 +10,22 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
-from vllm.compressed_linear.config import CompressedLinearConfig, ConfigError, register_format
-from vllm.compressed_linear.descriptor import CheckpointScheme, ScaleSpec, WeightSpec, ZeroSpec
-from vllm.compressed_linear.layout import Packing, Role, StoredTensor
-from vllm.compressed_linear.numerics import uint
-from vllm.compressed_linear.resolution import Delegated, LayerKind, Resolution, Unquantized
+from vllm.compressed_linear.formats.base import Format, Hints, register_format
+from vllm.compressed_linear.formats.entries import Entries, pattern
+from vllm.compressed_linear.formats.file_view import FileView
+from vllm.compressed_linear.formats.resolution import (
+    ConfigError,
+    Delegated,
+    LayerKind,
+    Resolution,
+    Unquantized,
+)
+from vllm.compressed_linear.spec.descriptor import ScaleSpec, WeightSpec, ZeroSpec
+from vllm.compressed_linear.spec.elements import uint
+from vllm.compressed_linear.spec.packing import Packing
+from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role, StoredTensor
 
 MODULE_CLASS = {
     LayerKind.LINEAR: "Linear",
@@ -63,39 +72,63 @@ def pack_quantized_scheme(
     return CheckpointScheme(WeightSpec(uint(bits), scale, zero), tuple(tensors))
 
 
-@dataclass
-class _Group:
-    """One entry of ``config_groups``."""
+class Targets(Entries):
+    """Names of modules, ``re:`` and an expression that matches from their beginning, or classes.
 
-    name: str
-    targets: list[str]
-    resolution: Resolution
+    Renaming may break an expression, so expressions are compared as they were written too.
+    """
+
+    def keeps(self, spelling: str) -> bool:
+        return spelling.startswith("re:")
+
+    def selects(self, spelling: str, names: Sequence[str], kind: LayerKind | None) -> bool:
+        if kind is not None and spelling == MODULE_CLASS[kind]:
+            return True
+        if spelling.startswith("re:"):
+            return any(pattern(spelling[3:]).match(name) for name in names)
+        return spelling in names
+
+    def deciding(self, names: Sequence[str], kind: LayerKind) -> str | None:
+        """The target, as written, that the library's ``match_targets`` would choose: names go
+        before expressions, these in the order of their text, and both before classes."""
+        for spelling in sorted(self.spellings, key=lambda s: (s.startswith("re:"), s)):
+            if self.selects(spelling, names, None):
+                return self.spellings[spelling]
+        return self.spellings.get(MODULE_CLASS[kind])
 
 
 @register_format("compressed-tensors")
-class CompressedTensorsConfig(CompressedLinearConfig):
-    """``config_groups`` with targets (names, ``re:`` regexes, classes) and an ignore list
-    (compressed_tensors ``utils/match.py``, ``quantization/lifecycle/apply.py``)."""
+@dataclass(frozen=True)
+class CompressedTensors(Format):
+    """``config_groups`` with targets and an ignore list
+    (compressed_tensors ``utils/match.py``, ``quantization/lifecycle/apply.py``).
+
+    ``groups``: target → what its group says; of groups with the same target the last one.
+    """
 
     aliases = ("compressed-tensors",)
     vllm_name = "compressed-tensors"
-    codes_tensors = ("weight_packed",)
+    marker_tensors = ("weight_packed",)
 
-    ignore: list[str]
-    groups: list[_Group]
+    ignore: Targets
+    targets: Targets
+    groups: dict[str, Resolution]
 
     @classmethod
-    def parse(cls, config: dict[str, Any]) -> CompressedTensorsConfig:
-        self = cls(config)
-        self.ignore = list(config.get("ignore") or ())
+    def parse(cls, config: dict[str, Any]) -> Self:
         groups = config.get("config_groups")
         if not isinstance(groups, dict) or not groups:
             raise ConfigError("compressed-tensors: config_groups is missing or empty")
-        self.groups = [
-            _Group(name, list(group.get("targets") or ()), _group_resolution(name, group, config))
-            for name, group in groups.items()
-        ]
-        return self
+        by_target: dict[str, Resolution] = {}
+        for name, group in groups.items():
+            resolution = _group_resolution(name, group, config)
+            by_target |= dict.fromkeys(group.get("targets") or (), resolution)
+        return cls(
+            config,
+            ignore=Targets.of("ignore", config.get("ignore") or ()),
+            targets=Targets.of("targets", by_target),
+            groups=by_target,
+        )
 
     @classmethod
     def unsupported(cls, config: dict[str, Any]) -> str | None:
@@ -106,48 +139,23 @@ class CompressedTensorsConfig(CompressedLinearConfig):
         reasons = [r.reason for r in found if isinstance(r, Delegated)]
         return "; ".join(reasons) or "compressed-tensors without config_groups"
 
-    def map_names(self, rename: Any) -> None:
-        self.ignore = _renamed(self.ignore, rename)
-        for group in self.groups:
-            group.targets = _renamed(group.targets, rename)
-
     def has_attention_scales(self) -> bool:
         return bool(self.config.get("kv_cache_scheme"))
 
-    def resolve(self, module: str, kind: LayerKind) -> Resolution:
-        module_class = MODULE_CLASS[kind]
-        names = self.names_of(module)
-        for entry in self.ignore:
-            if _matches(entry, names) or entry == module_class:
-                return Unquantized(f"ignore: {entry}")
-        group = self._group(names, module_class)
-        if group is None:
+    def hints(self) -> Hints:
+        # A file of this format has a group index on purpose only; one of GPTQ in any case.
+        return Hints(reordered=True)
+
+    def resolve(self, module: str, kind: LayerKind, file: FileView) -> Resolution:
+        names = file.names_of(module)
+        if (entry := self.ignore.first(names, kind)) is not None:
+            return Unquantized(f"ignore: {entry}")
+        target = self.targets.deciding(names, kind)
+        if target is None:
             return Unquantized("no config group targets it")
-        quantized = isinstance(group.resolution, CheckpointScheme)
-        return (self.unquantized_on_disk(module) if quantized else None) or group.resolution
-
-    def _group(self, names: Sequence[str], module_class: str) -> _Group | None:
-        """The group that the library's ``match_targets`` would choose: names go before regexes,
-        these in the order of their text, and both before classes; of groups with the same target
-        the last one."""
-        by_target = {target: group for group in self.groups for target in group.targets}
-        for target in sorted(by_target, key=lambda target: (target.startswith("re:"), target)):
-            if _matches(target, names):
-                return by_target[target]
-        return by_target.get(module_class)
-
-
-def _renamed(entries: list[str], rename: Any) -> list[str]:
-    """Entries under vLLM's names. Regexes are kept as they were too: renaming a text may break the
-    expression, which modules' names in the checkpoint still match."""
-    renamed = rename.apply_list(entries)
-    return [*renamed, *(e for e in entries if e.startswith("re:") and e not in renamed)]
-
-
-def _matches(target: str, names: Sequence[str]) -> bool:
-    if target.startswith("re:"):
-        return any(re.match(target[3:], name) for name in names)
-    return target in names
+        found = self.groups[target]
+        quantized = isinstance(found, CheckpointScheme)
+        return (file.unquantized_on_disk(module) if quantized else None) or found
 
 
 def _group_resolution(name: str, group: dict[str, Any], config: dict[str, Any]) -> Resolution:

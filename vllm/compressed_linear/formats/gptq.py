@@ -7,19 +7,29 @@ Layouts: auto_gptq ``qlinear_cuda_old.py`` and ``qlinear_marlin.py``; gptqmodel
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
-from vllm.compressed_linear.config import (
-    CompressedLinearConfig,
-    ConfigError,
+from vllm.compressed_linear.formats.base import (
+    Format,
+    Hints,
     quant_method_of,
     register_format,
+    require,
 )
-from vllm.compressed_linear.descriptor import CheckpointScheme, ScaleSpec, WeightSpec, ZeroSpec
-from vllm.compressed_linear.formats.dynamic import DynamicRules
-from vllm.compressed_linear.layout import Packing, Role, StoredTensor, ZeroBump
-from vllm.compressed_linear.numerics import uint
-from vllm.compressed_linear.resolution import LayerKind, Resolution, Unquantized
+from vllm.compressed_linear.formats.entries import PartsOfNames
+from vllm.compressed_linear.formats.file_view import FileView
+from vllm.compressed_linear.formats.gptqmodel_dynamic import DynamicRules
+from vllm.compressed_linear.formats.resolution import (
+    ConfigError,
+    LayerKind,
+    Resolution,
+    Unquantized,
+)
+from vllm.compressed_linear.spec.descriptor import ScaleSpec, WeightSpec, ZeroSpec
+from vllm.compressed_linear.spec.elements import uint
+from vllm.compressed_linear.spec.packing import Packing, ZeroBump
+from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role, StoredTensor
 
 PLANES: dict[int, tuple[int, ...]] = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
 """Bit planes of gptq_p; its other widths are packed as in gptq."""
@@ -97,16 +107,17 @@ def gptq_version(config: dict[str, Any]) -> str:
 
 
 @register_format("gptq", "marlin")
-class GPTQConfig(CompressedLinearConfig):
+@dataclass(frozen=True)
+class Gptq(Format):
     """``quantization_config`` with ``quant_method: gptq``, or ``marlin`` of early AutoGPTQ.
 
     ``dynamic``: see ``DynamicRules``. ``desc_act`` and ``sym`` are not trusted: the data tells.
-    ``modules_in_block_to_quantize`` (parts of names) counts only where the file does not tell.
+    ``inside``, ``modules_in_block_to_quantize``, counts only where the file does not tell.
     """
 
     aliases = ("gptq", "auto_gptq", "gptq_marlin", "marlin")
     vllm_name = "auto_gptq"
-    codes_tensors = ("qweight", "B")
+    marker_tensors = ("qweight", "B")
 
     bits: int
     group_size: int
@@ -114,41 +125,48 @@ class GPTQConfig(CompressedLinearConfig):
     container: str
     lm_head: bool
     dynamic: DynamicRules
-    inside: list[str]
+    inside: PartsOfNames
 
     @classmethod
-    def parse(cls, config: dict[str, Any]) -> GPTQConfig:
-        self = cls(config)
-        self.bits = self.require("bits", int, "w_bit", "wbits")
+    def parse(cls, config: dict[str, Any]) -> Self:
+        bits = require(config, "bits", int, "w_bit", "wbits")
         null_group = "group_size" in config and config["group_size"] is None
-        self.group_size = -1 if null_group else self.require("group_size", int, "q_group_size")
-        self.version = gptq_version(config)
-        if self.version not in VERSIONS:
-            raise ConfigError(
-                f"checkpoint_format {self.version!r} (supported: {', '.join(VERSIONS)})"
-            )
-        self.container = str(config.get("pack_dtype") or "int32").removeprefix("torch.")
-        self.lm_head = bool(config.get("lm_head", False))
-        self.dynamic = DynamicRules(config.get("dynamic"))
-        self.inside = _flat(config.get("modules_in_block_to_quantize"))
-        gptq_scheme(self.bits, self.group_size, version=self.version, container=self.container)
-        return self
+        group_size = -1 if null_group else require(config, "group_size", int, "q_group_size")
+        version = gptq_version(config)
+        if version not in VERSIONS:
+            raise ConfigError(f"checkpoint_format {version!r} (supported: {', '.join(VERSIONS)})")
+        container = str(config.get("pack_dtype") or "int32").removeprefix("torch.")
+        gptq_scheme(bits, group_size, version=version, container=container)
+        field = "modules_in_block_to_quantize"
+        return cls(
+            config,
+            bits,
+            group_size,
+            version,
+            container,
+            lm_head=bool(config.get("lm_head", False)),
+            dynamic=DynamicRules.parse(config.get("dynamic")),
+            inside=PartsOfNames.of(field, _flat(config.get(field))),
+        )
 
-    def map_names(self, rename: Any) -> None:
-        self.inside = rename.apply_list(self.inside)
+    def hints(self) -> Hints:
+        return Hints(
+            reordered=bool(self.config.get("desc_act")), symmetric=bool(self.config.get("sym"))
+        )
 
-    def resolve(self, module: str, kind: LayerKind) -> Resolution:
+    def resolve(self, module: str, kind: LayerKind, file: FileView) -> Resolution:
         if kind is LayerKind.EMBEDDING:
             return Unquantized("GPTQ leaves embeddings alone")
-        pattern, override = self.dynamic.find(self.names_of(module))
+        names = file.names_of(module)
+        pattern, override = self.dynamic.find(names)
         if override is None:
             return Unquantized(f"dynamic {pattern}")
-        if (found := self.unquantized_on_disk(module)) is not None:
+        if (found := file.unquantized_on_disk(module)) is not None:
             return found
-        if not self.quantized_on_disk(module):
+        if not file.quantized_on_disk(module):
             if kind is LayerKind.HEAD and not self.lm_head and not override:
                 return Unquantized("lm_head is not quantized")
-            if self.inside and not any(part in module for part in self.inside):
+            if self.inside and self.inside.first(names) is None:
                 return Unquantized("not in modules_in_block_to_quantize")
         try:
             return gptq_scheme(

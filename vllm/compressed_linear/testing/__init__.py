@@ -18,9 +18,10 @@ or one pytest test per case::
 or from a shell: ``python -m vllm.compressed_linear.testing my_package:MyBackend``.
 """
 
-from vllm.compressed_linear.testing.cases import Case, Problem, conformance_cases
+from vllm.compressed_linear.testing.cases import Case, Problem
 from vllm.compressed_linear.testing.check import check_backend, check_case
 from vllm.compressed_linear.testing.report import CaseResult, ConformanceError, Failure, Report
+from vllm.compressed_linear.testing.suite import conformance_cases
 
 __all__ = [
     "Case",

@@ -13,11 +13,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from vllm.compressed_linear.backend import QuantLinearMethod
-from vllm.compressed_linear.platform import Platform
-from vllm.compressed_linear.registry import backends
-from vllm.compressed_linear.testing.cases import Case, conformance_cases
+from vllm.compressed_linear.backends.base import QuantLinearMethod
+from vllm.compressed_linear.backends.registry import backends
+from vllm.compressed_linear.machine.platform import Platform
+from vllm.compressed_linear.testing.cases import Case
 from vllm.compressed_linear.testing.check import check_backend
+from vllm.compressed_linear.testing.suite import conformance_cases
 
 
 def find_backend(name: str) -> type[QuantLinearMethod]:

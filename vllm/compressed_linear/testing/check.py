@@ -18,14 +18,16 @@ from typing import TypeVar
 
 import torch
 
-from vllm.compressed_linear import timing
-from vllm.compressed_linear.backend import QuantLinearMethod, Verdict, lookup_bound
-from vllm.compressed_linear.cost import mix
-from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
-from vllm.compressed_linear.numerics import torch_dtype
-from vllm.compressed_linear.platform import Platform
-from vllm.compressed_linear.testing.cases import Case, Problem, conformance_cases
+from vllm.compressed_linear.backends.base import QuantLinearMethod, Verdict
+from vllm.compressed_linear.backends.contract import lookup_bound
+from vllm.compressed_linear.machine import timing
+from vllm.compressed_linear.machine.cost import mix
+from vllm.compressed_linear.machine.platform import Platform
+from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
+from vllm.compressed_linear.spec.elements import torch_dtype
+from vllm.compressed_linear.testing.cases import Case, Problem
 from vllm.compressed_linear.testing.report import CaseResult, Failure, Report
+from vllm.compressed_linear.testing.suite import conformance_cases
 
 ROWS = (0, 1, 2, 3, 16, 17, 64, 257)
 """Every M that is tried: none, single tokens, odd ones, sizes of tiles and just beyond."""

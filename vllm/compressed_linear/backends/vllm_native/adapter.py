@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
-from vllm.compressed_linear.layout import Packing, pack
-from vllm.compressed_linear.numerics import torch_dtype
-from vllm.compressed_linear.weights import CompressedWeights
+from vllm.compressed_linear.checkpoint.weights import CompressedWeights
+from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
+from vllm.compressed_linear.spec.elements import torch_dtype
+from vllm.compressed_linear.spec.packing import Packing, pack
 
 
 @dataclass(frozen=True, kw_only=True)

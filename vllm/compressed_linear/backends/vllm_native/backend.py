@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from vllm.compressed_linear import compat_accelerators
-from vllm.compressed_linear.backend import Capabilities, QuantLinearMethod, Verdict
+from vllm.compressed_linear.backends.base import Capabilities, QuantLinearMethod, Verdict
 from vllm.compressed_linear.backends.vllm_native import (
     cpu,
     fp8_block,
@@ -18,12 +17,13 @@ from vllm.compressed_linear.backends.vllm_native import (
     table,
 )
 from vllm.compressed_linear.backends.vllm_native.adapter import KernelAdapter, common_reasons
-from vllm.compressed_linear.compat_kernels import CODES
-from vllm.compressed_linear.cost import roofline
-from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
-from vllm.compressed_linear.numerics import BF16, E2M1, E4M3, FP16, torch_dtype
-from vllm.compressed_linear.platform import Platform
-from vllm.compressed_linear.weights import CompressedWeights
+from vllm.compressed_linear.backends.vllm_native.classes import accelerators
+from vllm.compressed_linear.backends.vllm_native.classes.mixed_precision import CODES
+from vllm.compressed_linear.checkpoint.weights import CompressedWeights
+from vllm.compressed_linear.machine.cost import roofline
+from vllm.compressed_linear.machine.platform import Platform
+from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
+from vllm.compressed_linear.spec.elements import BF16, E2M1, E4M3, FP16, torch_dtype
 
 ACCELERATORS = Capabilities(
     devices=frozenset({"cuda", "rocm", "xpu"}),
@@ -127,7 +127,7 @@ class VllmNativeBackend(QuantLinearMethod):
     def prep_weights_for_execution(self, weights: CompressedWeights) -> dict[str, torch.Tensor]:
         if weights.device.type == "cpu":
             return cpu.prepare(self.descriptor, weights)
-        platform = Platform.detect(compat_accelerators.device())
+        platform = Platform.detect(accelerators.device())
         return prepare(self.descriptor, weights, platform)
 
     def apply(
@@ -138,7 +138,7 @@ class VllmNativeBackend(QuantLinearMethod):
     ) -> torch.Tensor:
         if CODES in tensors:
             return cpu.call(self.descriptor, tensors, x, bias)
-        device = compat_accelerators.device()
+        device = accelerators.device()
         return op.call(self.descriptor, self.text, tensors, x, bias, device)
 
 

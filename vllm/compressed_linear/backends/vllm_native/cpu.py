@@ -18,17 +18,22 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from vllm.compressed_linear import compat_kernels
-from vllm.compressed_linear.activation import gather_channels
-from vllm.compressed_linear.backend import Capabilities
-from vllm.compressed_linear.call_counter import CallCounter
-from vllm.compressed_linear.compat_kernels import CODES, SCALE, ZERO, KernelRequest
-from vllm.compressed_linear.cost import roofline
-from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
-from vllm.compressed_linear.layout import Packing, pack
-from vllm.compressed_linear.numerics import dtype_name, torch_dtype
-from vllm.compressed_linear.platform import Platform
-from vllm.compressed_linear.weights import CompressedWeights
+from vllm.compressed_linear.backends.base import Capabilities
+from vllm.compressed_linear.backends.shared.call_counter import CallCounter
+from vllm.compressed_linear.backends.vllm_native.classes import mixed_precision
+from vllm.compressed_linear.backends.vllm_native.classes.mixed_precision import (
+    CODES,
+    SCALE,
+    ZERO,
+    KernelRequest,
+)
+from vllm.compressed_linear.checkpoint.weights import CompressedWeights
+from vllm.compressed_linear.machine.cost import roofline
+from vllm.compressed_linear.machine.platform import Platform
+from vllm.compressed_linear.spec.activation import gather_channels
+from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
+from vllm.compressed_linear.spec.elements import dtype_name, torch_dtype
+from vllm.compressed_linear.spec.packing import Packing, pack
 
 CPU_KERNEL = "CPUWNA16LinearKernel"
 CPU_OP = "cpu_gemm_wna16"
@@ -85,7 +90,7 @@ def vllm_native_cpu_gemm_wna16(
     )
     tensors = {CODES: weight_packed, SCALE: weight_scale, ZERO: weight_zero_point}
     CALLS.add()
-    return compat_kernels.apply(
+    return mixed_precision.apply(
         CPU_KERNEL, "cpu", request, tensors, x, None if bias is None else bias.contiguous()
     )
 
@@ -138,14 +143,14 @@ CAPABILITIES = Capabilities(
 def reasons(descriptor: CompressedLinearDescriptor, platform: Platform) -> Iterable[str]:
     """Why vLLM's kernel for CPUs does not run ``descriptor``, beyond ``CAPABILITIES``."""
     yield from _descriptor_reasons(descriptor)
-    missing = compat_kernels.unavailable()
+    missing = mixed_precision.unavailable()
     if missing is not None:
         yield missing
         return
-    missing = compat_kernels.missing_cpu_op(CPU_OP, platform)
+    missing = mixed_precision.missing_cpu_op(CPU_OP, platform)
     if missing is not None:
         yield missing
-    quantised = compat_kernels.quantises_activations(platform, descriptor.input_dtype)
+    quantised = mixed_precision.quantises_activations(platform, descriptor.input_dtype)
     if quantised is not None:
         yield quantised
     if descriptor.weight.element.kind == "integer" and descriptor.n and descriptor.k:
@@ -177,7 +182,7 @@ def seconds(descriptor: CompressedLinearDescriptor, platform: Platform, m: int) 
 
 def prepare(d: CompressedLinearDescriptor, weights: CompressedWeights) -> dict[str, torch.Tensor]:
     """What vLLM's class makes of ``weights``, a piece at a time."""
-    kernel = compat_kernels.build(CPU_KERNEL, "cpu", _request(d))
+    kernel = mixed_precision.build(CPU_KERNEL, "cpu", _request(d))
     tensors: dict[str, torch.Tensor] = {}
     step = max(PIECE_CODES // d.k // _N_MULTIPLE, 1) * _N_MULTIPLE
     for start in range(0, d.n, step):
@@ -221,7 +226,7 @@ def _repacked_rows(
             f"vllm_native: zero point {int(zero.max())} in output channels {start} to "
             f"{stop - 1}, expected at most {_LARGEST_CODE} ({CPU_KERNEL} packs them in 4 bits)"
         )
-    layer = compat_kernels.repack(
+    layer = mixed_precision.repack(
         kernel,
         pack(rows.codes, Packing(4, "K")),
         scale,
@@ -232,7 +237,7 @@ def _repacked_rows(
             "vllm_native: vLLM repacked the weights for 8-bit activations although the "
             f"descriptor ({d}) has none; set VLLM_CPU_INT4_W4A8=0"
         )
-    return compat_kernels.repacked_tensors(layer)
+    return mixed_precision.repacked_tensors(layer)
 
 
 def call(
@@ -277,8 +282,8 @@ def _class_reasons(d: CompressedLinearDescriptor, platform: Platform) -> Iterabl
     """Empty if the wired class takes the descriptor, else what each of vLLM's classes says."""
     request = _request(d)
     answers = {
-        kernel.__name__: compat_kernels.class_reasons(kernel, request)
-        for kernel in compat_kernels.kernel_classes(platform.device)
+        kernel.__name__: mixed_precision.class_reasons(kernel, request)
+        for kernel in mixed_precision.kernel_classes(platform.device)
     }
     if CPU_KERNEL not in answers:
         yield f"this vLLM has no kernel class {CPU_KERNEL}"

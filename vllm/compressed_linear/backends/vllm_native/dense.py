@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from vllm.compressed_linear.backends.vllm_native.adapter import KernelAdapter, add_parameter
-from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
-from vllm.compressed_linear.numerics import dtype_name, torch_dtype
-from vllm.compressed_linear.weights import CompressedWeights
+from vllm.compressed_linear.checkpoint.weights import CompressedWeights
+from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
+from vllm.compressed_linear.spec.elements import dtype_name, torch_dtype
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,16 +22,16 @@ from typing import Any
 
 import torch
 
-from vllm.compressed_linear import compat_accelerators
 from vllm.compressed_linear.backends.vllm_native.adapter import (
     KernelAdapter,
     add_parameter,
     byte_codes,
     scales,
 )
-from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
-from vllm.compressed_linear.numerics import torch_dtype, widen_scale
-from vllm.compressed_linear.weights import CompressedWeights
+from vllm.compressed_linear.backends.vllm_native.classes import accelerators
+from vllm.compressed_linear.checkpoint.weights import CompressedWeights
+from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
+from vllm.compressed_linear.spec.elements import torch_dtype, widen_scale
 
 BLOCK = 128
 KINDS = frozenset({"e4m3 dynamic per group"})
@@ -76,9 +76,7 @@ class Fp8Blocks(KernelAdapter):
 
     def config(self, d: CompressedLinearDescriptor) -> object:
         dtype = torch_dtype(d.input_dtype)
-        return compat_accelerators.fp8_config(
-            d.n, d.k, dtype, weight="block", activation="dynamic group"
-        )
+        return accelerators.fp8_config(d.n, d.k, dtype, weight="block", activation="dynamic group")
 
     def build(self, kernel: Any, d: CompressedLinearDescriptor) -> Any:
         return kernel(self.config(d))

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-from vllm.compressed_linear import compat_kernels
 from vllm.compressed_linear.backends.vllm_native.adapter import (
     KernelAdapter,
     cast_scales,
@@ -29,11 +28,17 @@ from vllm.compressed_linear.backends.vllm_native.adapter import (
     scales,
     zero_points,
 )
-from vllm.compressed_linear.compat_kernels import CODES, SCALE, ZERO, KernelRequest
-from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
-from vllm.compressed_linear.layout import Packing, pack
-from vllm.compressed_linear.numerics import torch_dtype
-from vllm.compressed_linear.weights import CompressedWeights
+from vllm.compressed_linear.backends.vllm_native.classes import mixed_precision
+from vllm.compressed_linear.backends.vllm_native.classes.mixed_precision import (
+    CODES,
+    SCALE,
+    ZERO,
+    KernelRequest,
+)
+from vllm.compressed_linear.checkpoint.weights import CompressedWeights
+from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
+from vllm.compressed_linear.spec.elements import torch_dtype
+from vllm.compressed_linear.spec.packing import Packing, pack
 
 
 def request(d: CompressedLinearDescriptor) -> KernelRequest:
@@ -96,7 +101,7 @@ class MixedPrecision(KernelAdapter):
             yield f"K={d.k} codes of {element.bits} bits do not fill containers of 32 bits"
 
     def config(self, d: CompressedLinearDescriptor) -> object:
-        return compat_kernels.mixed_precision_config(request(d))
+        return mixed_precision.mixed_precision_config(request(d))
 
     def build(self, kernel: Any, d: CompressedLinearDescriptor) -> Any:
         return kernel(
@@ -115,7 +120,7 @@ class MixedPrecision(KernelAdapter):
                 f"({self.kernel} packs them in {d.weight.element.bits} bits)"
             )
         along_n = Packing(d.weight.element.bits, "N")
-        return compat_kernels.checkpoint_layer(
+        return mixed_precision.checkpoint_layer(
             packed_codes(d, weights),
             scale,
             None if zero is None else pack(zero, along_n, dim=0),

@@ -25,17 +25,17 @@ from typing import Any
 
 import torch
 
-from vllm.compressed_linear import compat_accelerators
-from vllm.compressed_linear.activation import quantize_dequantize
 from vllm.compressed_linear.backends.vllm_native.adapter import (
     KernelAdapter,
     add_parameter,
     row_scale,
 )
+from vllm.compressed_linear.backends.vllm_native.classes import accelerators
 from vllm.compressed_linear.backends.vllm_native.fp4 import NVFP4_GROUP, unsigned
-from vllm.compressed_linear.descriptor import ActivationSpec, CompressedLinearDescriptor
-from vllm.compressed_linear.numerics import E2M1, torch_dtype
-from vllm.compressed_linear.weights import CompressedWeights
+from vllm.compressed_linear.checkpoint.weights import CompressedWeights
+from vllm.compressed_linear.spec.activation import quantize_dequantize
+from vllm.compressed_linear.spec.descriptor import ActivationSpec, CompressedLinearDescriptor
+from vllm.compressed_linear.spec.elements import E2M1, torch_dtype
 
 ACTIVATION = ActivationSpec(
     E2M1, True, "group", group_size=NVFP4_GROUP, scale_dtype="float8_e4m3fn", maximum=6.0
@@ -67,7 +67,7 @@ class CutlassNvFp4(KernelAdapter):
             yield f"x as {d.activation} (supported: {ACTIVATION})"
 
     def config(self, d: CompressedLinearDescriptor) -> object:
-        return compat_accelerators.nvfp4_config()
+        return accelerators.nvfp4_config()
 
     def build(self, kernel: Any, d: CompressedLinearDescriptor) -> Any:
         return kernel(self.config(d))

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from vllm.compressed_linear import compat_accelerators
-from vllm.compressed_linear.activation import gather_channels
+from vllm.compressed_linear.backends.shared.call_counter import CallCounter
 from vllm.compressed_linear.backends.vllm_native.adapter import KernelAdapter
+from vllm.compressed_linear.backends.vllm_native.classes import accelerators
 from vllm.compressed_linear.backends.vllm_native.table import by_tag
-from vllm.compressed_linear.call_counter import CallCounter
-from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
-from vllm.compressed_linear.numerics import torch_dtype
+from vllm.compressed_linear.spec.activation import gather_channels
+from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
+from vllm.compressed_linear.spec.elements import torch_dtype
 
 ORDER = "order"
 ROW_SCALE = "row_scale"
@@ -40,13 +40,11 @@ def ready(tag: str, descriptor: str, device: str) -> tuple[KernelAdapter, Any, d
     the class reads of a layer."""
     d = CompressedLinearDescriptor.from_json(json.loads(descriptor))
     adapter = by_tag(tag)
-    if adapter.family not in compat_accelerators.TABLES:
+    if adapter.family not in accelerators.TABLES:
         return adapter, None, adapter.attributes(d)
-    with compat_accelerators.configured():
-        kernel = adapter.build(
-            compat_accelerators.kernel_class(adapter.family, device, adapter.kernel), d
-        )
-    compat_accelerators.quantize_without_compiler(kernel)
+    with accelerators.configured():
+        kernel = adapter.build(accelerators.kernel_class(adapter.family, device, adapter.kernel), d)
+    accelerators.quantize_without_compiler(kernel)
     return adapter, kernel, adapter.attributes(d)
 
 

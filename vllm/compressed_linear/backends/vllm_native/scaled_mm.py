@@ -22,17 +22,17 @@ from typing import Any
 
 import torch
 
-from vllm.compressed_linear import compat_accelerators
-from vllm.compressed_linear.activation import quantize_dequantize
 from vllm.compressed_linear.backends.vllm_native.adapter import (
     KernelAdapter,
     add_parameter,
     byte_codes,
     scales,
 )
-from vllm.compressed_linear.descriptor import ActivationSpec, CompressedLinearDescriptor
-from vllm.compressed_linear.numerics import E4M3, torch_dtype
-from vllm.compressed_linear.weights import CompressedWeights
+from vllm.compressed_linear.backends.vllm_native.classes import accelerators
+from vllm.compressed_linear.checkpoint.weights import CompressedWeights
+from vllm.compressed_linear.spec.activation import quantize_dequantize
+from vllm.compressed_linear.spec.descriptor import ActivationSpec, CompressedLinearDescriptor
+from vllm.compressed_linear.spec.elements import E4M3, torch_dtype
 
 INT8_KINDS = frozenset(
     {"int8 dynamic per token", "int8 static per tensor", "int8 static per tensor, asymmetric"}
@@ -42,7 +42,7 @@ FP8_KINDS = {
     "e4m3 dynamic per tensor": "dynamic tensor",
     "e4m3 dynamic per token": "dynamic token",
 }
-"""Kinds of activations, in our words → in those of ``compat_accelerators.fp8_config``."""
+"""Kinds of activations, in our words → in those of ``accelerators.fp8_config``."""
 
 _MULTIPLE = 16
 _IMPRECISION = 2.0**-20
@@ -99,12 +99,12 @@ class Int8(_ScaledMm):
 
     def config(self, d: CompressedLinearDescriptor) -> object:
         assert d.activation is not None
-        return compat_accelerators.int8_config(
+        return accelerators.int8_config(
             static=not d.activation.dynamic, symmetric=d.activation.symmetric
         )
 
     def build(self, kernel: Any, d: CompressedLinearDescriptor) -> Any:
-        return kernel(self.config(d), layer_param_names=compat_accelerators.INT8_NAMES)
+        return kernel(self.config(d), layer_param_names=accelerators.INT8_NAMES)
 
     def attributes(self, d: CompressedLinearDescriptor) -> dict[str, Any]:
         return {"logical_widths": [d.n]}
@@ -156,7 +156,7 @@ class Fp8(_ScaledMm):
 
     def config(self, d: CompressedLinearDescriptor) -> object:
         assert d.activation is not None
-        return compat_accelerators.fp8_config(
+        return accelerators.fp8_config(
             d.n,
             d.k,
             torch_dtype(d.input_dtype),
@@ -166,7 +166,7 @@ class Fp8(_ScaledMm):
         )
 
     def build(self, kernel: Any, d: CompressedLinearDescriptor) -> Any:
-        built = kernel(self.config(d), layer_param_names=compat_accelerators.FP8_NAMES)
+        built = kernel(self.config(d), layer_param_names=accelerators.FP8_NAMES)
         built.logical_output_size = d.n
         return built
 

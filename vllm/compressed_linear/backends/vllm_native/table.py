@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from vllm.compressed_linear import compat_accelerators
 from vllm.compressed_linear.backends.vllm_native import (
     declined,
     dense,
@@ -19,9 +18,10 @@ from vllm.compressed_linear.backends.vllm_native import (
     torch_fp8,
 )
 from vllm.compressed_linear.backends.vllm_native.adapter import KernelAdapter
-from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
-from vllm.compressed_linear.numerics import E2M1, E2M3, E3M2, E4M3
-from vllm.compressed_linear.platform import Platform
+from vllm.compressed_linear.backends.vllm_native.classes import accelerators
+from vllm.compressed_linear.machine.platform import Platform
+from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
+from vllm.compressed_linear.spec.elements import E2M1, E2M3, E3M2, E4M3
 
 ADAPTERS: tuple[KernelAdapter, ...] = (
     *mixed_precision.KERNELS,
@@ -83,13 +83,13 @@ def answers(d: CompressedLinearDescriptor, platform: Platform) -> list[Answer]:
     if family == DENSE:
         (adapter,) = dense.KERNELS
         return [Answer(adapter.kernel, adapter, tuple(adapter.reasons(d)))]
-    missing = compat_accelerators.unavailable(family)
+    missing = accelerators.unavailable(family)
     if missing is not None:
         raise ValueError(missing)
     wired = {adapter.kernel: adapter for adapter in ADAPTERS if adapter.family == family}
     return [
         _answer(kernel, wired.get(kernel.__name__), d, platform)
-        for kernel in compat_accelerators.kernel_classes(family, platform.device)
+        for kernel in accelerators.kernel_classes(family, platform.device)
     ]
 
 
@@ -112,10 +112,10 @@ def _answer(
     if newest is not None and have is not None and have > newest:
         reasons.append(f"compute capability {have} is too new (at most {newest})")
     if not reasons:
-        refused = compat_accelerators.refusal(kernel, adapter.config(d), platform)
+        refused = accelerators.refusal(kernel, adapter.config(d), platform)
         reasons += [] if refused is None else [refused]
     if not reasons:
-        missing = (compat_accelerators.missing_op(op, platform) for op in adapter.ops)
+        missing = (accelerators.missing_op(op, platform) for op in adapter.ops)
         reasons += [reason for reason in missing if reason is not None]
     return Answer(name, adapter, tuple(reasons))
 

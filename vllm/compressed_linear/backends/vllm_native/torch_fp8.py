@@ -21,8 +21,8 @@ import torch
 
 from vllm.compressed_linear.backends.vllm_native.adapter import add_parameter, row_ratio, scales
 from vllm.compressed_linear.backends.vllm_native.scaled_mm import Fp8
-from vllm.compressed_linear.descriptor import CompressedLinearDescriptor
-from vllm.compressed_linear.weights import CompressedWeights
+from vllm.compressed_linear.checkpoint.weights import CompressedWeights
+from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
 
 _OPS = (
     "_C::dynamic_scaled_fp8_quant",

@@ -1,0 +1,359 @@
+// SPDX-License-Identifier: Apache-2.0
+// The blocked multiplication that the vector engines share. A Core supplies the registers. It is a
+// RegisterCore of itself and all of the following, or has Blocks (an object that multiplies blocks
+// while a unit of work lasts) and no few rows, and needs nothing of what only these use:
+//
+//   Acc                    fp32 partial sums of a tile, possibly several for a channel
+//   Weights, Activation    one step of a tile, and x of one step and row, broadcast
+//   kStep, kStepBytes      input channels per step, and bytes of one decoded step of a tile
+//   kWords                 32-bit words of x in a step: 1 (fp32, or a bf16 pair), 2 (fp32 pair) or
+//                          those of a block
+//   kRows, kTiles          the register block: rows of x by tiles
+//   kMaxParts              most parts of x: fp16 activations are two exact bf16 parts
+//   zero, load, broadcast, mac
+//   sum, add_offset, scale_into        one fp32 sum per channel of a tile, and what is done to it
+//   parts(type), split(problem, row, ...)   how a row of x becomes words
+//   decode(...)                        weights of one chunk and tile into steps of kStepBytes
+//   copy_row(problem, m, ...)          the same for a row of x that needs no conversion, or false
+//   load_sum(sums)                     one fp32 sum per channel of a tile, back from memory
+//   are_few(problem, rows)             whether so many rows take the path for few, which decodes in
+//                                      registers and works on whole strips:
+//   FewRows, kFewPanelRows             its kernels, and most rows of their panels
+//   kCutStrips                         whether they take strips of fewer tiles too
+//
+// Rows of x are interleaved in panels of at most kRows; a unit of work is a run of panels times a
+// run of tiles. Per output the order of additions is: steps of a segment in order into one
+// accumulator, then segments in order. None of the blocking changes it, and neither does cutting K
+// among threads: then the sums of segments are kept, and added when all are there.
+#pragma once
+
+#include <cstring>
+
+#include "cpu/common/arena.h"
+#include "cpu/common/panels.h"
+#include "cpu/common/rows.h"
+#include "micro_kernel.h"
+
+namespace compressed_linear::cpu {
+namespace {  // see layouts/planes.h
+
+constexpr int64_t kRowsPerUnit = 288;           // share one decoding of a chunk
+constexpr int64_t kTilesPerUnit = 16;           // sums of a unit stay in the second-level cache
+constexpr int64_t kActivationBytes = 16 << 20;  // rows of x prepared at once
+constexpr int64_t kStripLanes = kStrip * kTile;
+constexpr int64_t kLeastPartBytes = 16 << 10;  // packed weights of a strip worth a thread's while
+constexpr int64_t kSumBytes = 4 << 20;         // sums of segments kept at once
+
+// Work of the path for few rows: one panel, one strip, some of its segments.
+struct FewRowsArgs {
+  const Problem& p;
+  const Segment* segments;
+  int64_t segment_count;
+  int64_t channel;        // stored one where the first segment's chunk begins
+  const uint32_t* x;      // [step][part][row][word] from there on
+  const float* row_sums;  // [segment][row], null without offset
+  int64_t row, tile;      // first of each
+  int64_t tiles;
+  float* sums;  // [segment][row][kStripLanes] to leave sums in, or null to finish the rows
+};
+
+template <class Core>
+struct Call {
+  const Problem& p;
+  const Geometry& g;
+  const Segment* segments;
+  const int32_t* chunk_first;
+  int64_t segment_count;
+  int64_t parts, row_words;  // words of x per row
+  bool offset;
+  int64_t row0;  // first row of x in the panels
+  Panels panels;
+  uint32_t* x;      // panel i at x + begin(i) * row_words
+  float* row_sums;  // panel i at row_sums + begin(i) * segment_count: [segment][row]
+  int64_t panels_per_unit, tiles_per_unit;
+  int64_t k_parts;  // of every strip, for few rows
+  float* sums;      // of a strip and panel: see sums_of; null if K is not cut
+
+  int64_t panel_units() const { return (panels.count + panels_per_unit - 1) / panels_per_unit; }
+  int64_t tile_units() const { return (g.tiles + tiles_per_unit - 1) / tiles_per_unit; }
+
+  void prepare(int64_t panel_begin, int64_t panel_end) const {
+    float* row = static_cast<float*>(
+        worker_arena().reserve(static_cast<size_t>(g.padded_k + g.k) * sizeof(float)));
+    const bool plain = !offset && !transforms_input(p);
+    for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+      const int64_t rows = panels.rows(panel), begin = panels.begin(panel);
+      for (int64_t r = 0; r < rows; ++r) {
+        uint32_t* words = x + begin * row_words + r * Core::kWords;
+        if (plain && Core::copy_row(p, row0 + begin + r, words, rows)) continue;
+        prepare_row(p, row0 + begin + r, row, row + g.padded_k);
+        Core::split(p, row, parts, words, rows * Core::kWords);
+        if (!offset) continue;
+        float* sums = row_sums + begin * segment_count + r;
+        for (int64_t c = 0; c < chunk_count(g); ++c)
+          for (int64_t s = chunk_first[c]; s < chunk_first[c + 1]; ++s)
+            sums[s * rows] = segment_sum(row + c * kChunk + segments[s].begin,
+                                         segments[s].end - segments[s].begin);
+      }
+    }
+  }
+
+  void multiply_unit(int64_t unit) const {
+    const int64_t panel0 = unit % panel_units() * panels_per_unit;
+    const int64_t panel1 = least(panel0 + panels_per_unit, panels.count);
+    const int64_t tile0 = unit / panel_units() * tiles_per_unit;
+    const int64_t tile1 = least(tile0 + tiles_per_unit, g.tiles);
+    multiply(panel0, panel1, tile0, tile1);
+  }
+
+  int64_t strips() const { return (g.tiles + kStrip - 1) / kStrip; }
+  int64_t strip_tiles(int64_t strip) const { return least(g.tiles - strip * kStrip, kStrip); }
+  bool takes(int64_t strip) const { return Core::kCutStrips || strip_tiles(strip) == kStrip; }
+
+  // [segment][row of the panel][kStripLanes]
+  float* sums_of(int64_t strip, int64_t panel) const {
+    const int64_t rows_before = strip * panels.begin(panels.count) + panels.begin(panel);
+    return sums + rows_before * segment_count * kStripLanes;
+  }
+
+  // Units count the parts of K of each strip.
+  void multiply_few_rows(int64_t unit_begin, int64_t unit_end) const {
+    const typename Core::FewRows kernels(p);
+    for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
+      const int64_t strip = unit / k_parts, part = unit % k_parts, tile = strip * kStrip;
+      if (!takes(strip)) {
+        if (part == 0) multiply(0, panels.count, tile, g.tiles);
+        continue;
+      }
+      const int64_t chunk = chunk_count(g) * part / k_parts;
+      const int64_t first = chunk_first[chunk];
+      const int64_t count = chunk_first[chunk_count(g) * (part + 1) / k_parts] - first;
+      for (int64_t panel = 0; panel < panels.count; ++panel) {
+        const int64_t begin = panels.begin(panel), height = panels.rows(panel);
+        const uint32_t* words = x + begin * row_words;
+        kernels.run({p, segments + first, count, chunk * kChunk,
+                     words + chunk * (kChunk / Core::kStep) * parts * height * Core::kWords,
+                     offset ? row_sums + begin * segment_count + first * height : nullptr,
+                     row0 + begin, tile, strip_tiles(strip),
+                     sums ? sums_of(strip, panel) + first * height * kStripLanes : nullptr},
+                    height, parts);
+      }
+    }
+  }
+
+  // Adds the sums of segments that parts of K left, in order.
+  void add_parts(int64_t strip) const {
+    if (!takes(strip)) return;
+    const int64_t tile = strip * kStrip, tiles = strip_tiles(strip);
+    for (int64_t panel = 0; panel < panels.count; ++panel) {
+      const int64_t height = panels.rows(panel);
+      const float* from = sums_of(strip, panel);
+      float* totals = static_cast<float*>(
+          worker_arena().reserve(static_cast<size_t>(height * kStripLanes) * sizeof(float)));
+      std::memset(totals, 0, static_cast<size_t>(height * kStripLanes) * sizeof(float));
+      for (int64_t s = 0; s < segment_count; ++s)
+        for (int64_t t = 0; t < tiles; ++t) {
+          float scale[kTile];
+          load_scale(p, tile + t, segments[s].group, scale);
+          for (int64_t r = 0; r < height; ++r)
+            Core::scale_into(totals + r * kStripLanes + t * kTile,
+                             Core::load_sum(from + (s * height + r) * kStripLanes + t * kTile),
+                             scale);
+        }
+      for (int64_t r = 0; r < height; ++r)
+        store_row(p, row0 + panels.begin(panel) + r, tile * kTile, tiles * kTile,
+                  totals + r * kStripLanes);
+    }
+  }
+
+  void multiply(int64_t panel0, int64_t panel1, int64_t tile0, int64_t tile1) const {
+    const int64_t row_begin = panels.begin(panel0), rows = panels.begin(panel1) - row_begin;
+
+    constexpr int64_t kSlabBytes = kChunk / Core::kStep * Core::kStepBytes * Core::kTiles;
+    const int64_t scale_floats = kChunk * Core::kTiles * kTile;
+    const int64_t total_floats = rows * (tile1 - tile0) * kTile;
+    uint8_t* slab = nullptr;
+    float *scale = nullptr, *negated_offset = nullptr, *totals = nullptr;
+    carve_from(worker_arena(), [&](Carver& carver) {
+      slab = carver.take<uint8_t>(kSlabBytes);
+      scale = carver.take<float>(scale_floats);
+      negated_offset = carver.take<float>(scale_floats);
+      totals = carver.take<float>(total_floats);
+    });
+    std::memset(totals, 0, static_cast<size_t>(total_floats) * sizeof(float));
+
+    typename Core::Blocks blocks;
+    for (int64_t c = 0; c < chunk_count(g); ++c) {
+      const int64_t k0 = c * kChunk;
+      const int64_t width = least(g.padded_k - k0, kChunk);
+      const int64_t first = chunk_first[c], count = chunk_first[c + 1] - first;
+      for (int64_t tile = tile0; tile < tile1; tile += Core::kTiles) {
+        const int64_t tiles = least(tile1 - tile, Core::kTiles);
+        MicroArgs args;
+        args.weights = slab;
+        args.tile_stride = kSlabBytes / Core::kTiles;
+        for (int64_t t = 0; t < tiles; ++t)
+          Core::decode(p, tile + t, k0, width, slab + t * args.tile_stride);
+        for (int64_t s = 0; s < count; ++s)
+          for (int64_t t = 0; t < tiles; ++t) {
+            const int64_t group = segments[first + s].group;
+            load_scale(p, tile + t, group, scale + (s * tiles + t) * kTile);
+            if (offset)
+              load_negated_offset(p, tile + t, group, negated_offset + (s * tiles + t) * kTile);
+          }
+        args.segments = segments + first;
+        args.segment_count = count;
+        args.scale = scale;
+        args.negated_offset = offset ? negated_offset : nullptr;
+        float* block = totals + (tile - tile0) * kTile * rows;
+        for (int64_t panel = panel0; panel < panel1; ++panel) {
+          const int64_t begin = panels.begin(panel), height = panels.rows(panel);
+          args.x = x + begin * row_words + k0 / Core::kStep * parts * height * Core::kWords;
+          args.row_sums = row_sums + begin * segment_count + first * height;
+          args.totals = block + (begin - row_begin) * tiles * kTile;
+          blocks(args, height, tiles, parts);
+        }
+      }
+    }
+    for (int64_t tile = tile0; tile < tile1; tile += Core::kTiles) {
+      const int64_t tiles = least(tile1 - tile, Core::kTiles);
+      float* block = totals + (tile - tile0) * kTile * rows;
+      for (int64_t r = 0; r < rows; ++r)
+        store_row(p, row0 + row_begin + r, tile * kTile, tiles * kTile, block + r * tiles * kTile);
+    }
+  }
+};
+
+// Parts of K for each strip: several where there are too few strips for the threads.
+inline int64_t count_k_parts(const Geometry& g, int64_t rows, int64_t segments, int64_t threads) {
+  const int64_t strips = (g.tiles + kStrip - 1) / kStrip;
+  if (strips == 0 || strips >= 2 * threads ||
+      strips * rows * segments * kStripLanes * 4 > kSumBytes)
+    return 1;
+  int64_t parts = (4 * threads + strips - 1) / strips;
+  const int64_t worthwhile = kStrip * g.tile_bytes() / kLeastPartBytes;
+  parts = least(least(parts, worthwhile), chunk_count(g));
+  return parts > 1 ? parts : 1;
+}
+
+template <class Core>
+void run_few_rows(Call<Core>& call, const Parallel& parallel) {
+  using Context = const Call<Core>;
+  parallel.run(
+      call.strips() * call.k_parts,
+      [](void* context, int64_t begin, int64_t end) {
+        static_cast<Context*>(context)->multiply_few_rows(begin, end);
+      },
+      &call);
+  if (call.sums == nullptr) return;
+  parallel.run(
+      call.strips(),
+      [](void* context, int64_t begin, int64_t end) {
+        for (int64_t strip = begin; strip < end; ++strip)
+          static_cast<Context*>(context)->add_parts(strip);
+      },
+      &call);
+}
+
+// Most rows of a panel of the path for few rows; 0 where it does not take `rows`.
+template <class Core>
+int64_t few_panel_rows(const Problem& p, int64_t rows) {
+  if constexpr (Core::kHasFewRows)
+    if (Core::are_few(p, rows)) return Core::kFewPanelRows;
+  return 0;
+}
+
+template <class Core>
+void run_linear(const Problem& given, const Parallel& parallel) {
+  Problem p = given;
+  const Geometry& g = p.weight.geometry;
+  if (p.x.m == 0 || g.n == 0) return;
+  const int64_t parts = Core::parts(prepared_type(p));
+  const int64_t row_words = g.padded_k / Core::kStep * parts * Core::kWords;
+  const bool offset = has_offset(p);
+  const int64_t bound = segment_bound(g);
+  const int64_t row_bytes = (row_words + (offset ? bound : 0)) * 4;
+  int64_t rows_at_once = kActivationBytes / row_bytes;
+  if (rows_at_once < Core::kRows) rows_at_once = Core::kRows;
+  rows_at_once = least(rows_at_once, p.x.m);
+
+  // One thread has all the strips to itself.
+  const int64_t k_parts = Core::kHasFewRows && parallel.threads > 1
+                              ? count_k_parts(g, rows_at_once, bound, parallel.threads)
+                              : 1;
+  float *factor = nullptr, *sums = nullptr, *row_sums = nullptr;
+  uint32_t* x = nullptr;
+  Segment* segments = nullptr;
+  int32_t* chunk_first = nullptr;
+  carve_from(call_arena(), [&](Carver& carver) {
+    factor = carver.take<float>(p.x.activation.present ? p.x.m : 0);
+    if (k_parts > 1)
+      sums = carver.take<float>(round_up(g.tiles, kStrip) * kTile * rows_at_once * bound);
+    x = carver.take<uint32_t>(rows_at_once * row_words);
+    row_sums = carver.take<float>(offset ? rows_at_once * bound : 0);
+    segments = carver.take<Segment>(bound);
+    chunk_first = carver.take<int32_t>(chunk_count(g) + 1);
+  });
+  if (p.x.activation.present) {
+    p.x.factor = factor;
+    float* row = static_cast<float*>(
+        worker_arena().reserve(static_cast<size_t>(g.padded_k + g.k) * sizeof(float)));
+    measure_tensor(p, row, row + g.padded_k);
+  }
+  const int64_t segment_count = make_segments(g, segments, chunk_first);
+
+  for (int64_t row0 = 0; row0 < p.x.m; row0 += rows_at_once) {
+    const int64_t rows = least(p.x.m - row0, rows_at_once);
+    const int64_t few_rows = few_panel_rows<Core>(p, rows);
+    Call<Core> call{p,
+                    g,
+                    segments,
+                    chunk_first,
+                    segment_count,
+                    parts,
+                    row_words,
+                    offset,
+                    row0,
+                    Panels(rows, few_rows > 0 ? few_rows : Core::kRows),
+                    x,
+                    row_sums,
+                    kRowsPerUnit / Core::kRows,
+                    kTilesPerUnit,
+                    k_parts,
+                    sums};
+    // Small units when there are few, so that every thread gets its share.
+    if (rows <= 2 * Core::kRows) call.tiles_per_unit = Core::kTiles;
+    while (call.tiles_per_unit > Core::kTiles &&
+           call.panel_units() * call.tile_units() < 4 * parallel.threads)
+      call.tiles_per_unit -= Core::kTiles;
+    while (call.panels_per_unit > 8 &&
+           call.panel_units() * call.tile_units() < 4 * parallel.threads)
+      call.panels_per_unit /= 2;
+
+    using Context = const Call<Core>;
+    const auto prepare = [](void* context, int64_t begin, int64_t end) {
+      static_cast<Context*>(context)->prepare(begin, end);
+    };
+    if (rows < 16) {
+      prepare(&call, 0, call.panels.count);
+    } else {
+      parallel.run(call.panels.count, prepare, &call);
+    }
+    if constexpr (Core::kHasFewRows) {
+      if (few_rows > 0) {
+        run_few_rows(call, parallel);
+        continue;
+      }
+    }
+    parallel.run(
+        call.panel_units() * call.tile_units(),
+        [](void* context, int64_t begin, int64_t end) {
+          for (int64_t unit = begin; unit < end; ++unit)
+            static_cast<Context*>(context)->multiply_unit(unit);
+        },
+        &call);
+  }
+}
+
+}  // namespace
+}  // namespace compressed_linear::cpu

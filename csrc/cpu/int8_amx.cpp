@@ -1,9 +1,0 @@
-// SPDX-License-Identifier: Apache-2.0
-// AMX for integer activations, on a processor that has it.
-#include "int8_amx.h"
-
-namespace compressed_linear::cpu {
-
-const IntegerEngine kIntegerEngineAmx = {"amx", &integer_linear_in_tiles<HardwareTiles>};
-
-}  // namespace compressed_linear::cpu

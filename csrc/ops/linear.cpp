@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "counters.h"
+#include "cpu/common/isa.h"
+#include "cpu/integer/segments.h"
+#include "ops.h"
+#include "packed.h"
+#include "problem.h"
+
+namespace compressed_linear {
+namespace {
+
+using cpu::Kernels;
+
+// The counter of one path, found by name the first time a thread asks for it.
+std::atomic<int64_t>& linear_counter(const cpu::Isa& isa, PackedLayout layout, Element element) {
+  struct Known {
+    const cpu::Isa* isa = nullptr;
+    std::atomic<int64_t>* counter = nullptr;
+  };
+  thread_local std::array<Known, 2 * 54> known;  // by layout, by kind, and by bits of integers
+  const size_t at = static_cast<size_t>(layout) * 54 + static_cast<size_t>(element.kind) * 9 +
+                    static_cast<size_t>(element.kind == Kind::integer ? element.bits : 0);
+  Known& entry = known[at];
+  if (entry.isa != &isa)
+    entry = {&isa, &counter(std::string("linear/") + layout_name(layout) + "/" + isa.name + "/" +
+                            element_name(element))};
+  return *entry.counter;
+}
+
+cpu::Input input_of(const char* op, const ProblemNumbers& numbers, const Tensor& x,
+                    const std::optional<Tensor>& perm, const std::optional<Tensor>& prescale) {
+  if (!x.is_cpu()) fail(op, "x is not on the CPU");
+  if (x.dim() != 2 || x.size(1) != numbers.columns)
+    fail(op, "x has shape ", shape_text(x), ", expected [m, ", numbers.columns, "]");
+  cpu::Input input{};
+  input.data = x.const_data_ptr();
+  input.type = float_type(op, "x", x.scalar_type());
+  input.m = x.size(0);
+  input.columns = numbers.columns;
+  input.row_stride = x.stride(0);
+  input.column_stride = x.stride(1);
+  input.perm = perm_data(op, perm, numbers.geometry.k);
+  if (input.perm == nullptr && input.columns != numbers.geometry.k)
+    fail(op, "perm is missing, but problem has ", input.columns,
+         " columns for k = ", numbers.geometry.k);
+  input.prescale = number_data(op, "prescale", prescale, numbers.geometry.k);
+  input.activation = numbers.activation;
+  return input;
+}
+
+// The scale and zero point of x that are not computed from it.
+void read_static(const char* op, cpu::Activation& a, PackedLayout layout,
+                 const std::optional<Tensor>& input_scale,
+                 const std::optional<Tensor>& input_zero) {
+  const float* scale = number_data(op, "input_scale", input_scale, 1);
+  const bool scaled = a.present && (!a.dynamic || a.scale_type == Scalar::e4m3);
+  if ((scale != nullptr) != scaled)
+    fail(op, "input_scale is ", scaled ? "missing" : "given", ", expected for static scales only");
+  if (scaled) a.scale = *scale;
+  const int32_t* zero = input_zero_data(op, input_zero);
+  const bool shifted = a.present && !a.dynamic && !a.symmetric;
+  if ((zero != nullptr) != shifted)
+    fail(op, "input_zero is ", shifted ? "missing" : "given",
+         ", expected where static scales are not symmetric");
+  if (!shifted) return;
+  if (layout == PackedLayout::quads && (*zero < -128 || *zero > 127))
+    fail(op, "input_zero is ", *zero, ", expected -128 to 127");
+  a.zero = static_cast<float>(*zero);
+}
+
+}  // namespace
+
+Tensor linear(Tensor x, Tensor problem, Tensor packed, std::optional<Tensor> scale,
+              std::optional<Tensor> zero, std::optional<Tensor> row_scale,
+              std::optional<Tensor> table, std::optional<Tensor> code_sums,
+              std::optional<Tensor> perm, std::optional<Tensor> prescale,
+              std::optional<Tensor> input_scale, std::optional<Tensor> input_zero,
+              std::optional<Tensor> bias, int64_t n, ScalarType out_dtype) {
+  constexpr const char* op = "linear";
+  const ProblemNumbers numbers = read_problem(op, problem);
+  const Geometry& g = numbers.geometry;
+  const PackedLayout layout = numbers.layout;
+  if (n != g.n) fail(op, "n is ", n, ", expected ", g.n, " as in problem");
+  cpu::Problem p{};
+  p.x = input_of(op, numbers, x, perm, prescale);
+  read_static(op, p.x.activation, layout, input_scale, input_zero);
+  p.weight = weight_of(op, numbers, packed, scale, zero, row_scale, table);
+  cpu::Weight& w = p.weight;
+  if (g.element.kind == Kind::integer) {
+    // Beside zero points, codes count from the middle: what is added and taken away stays small.
+    // Without, the bias goes into the decoded values, which saves the sums over groups.
+    const bool bytes = layout == PackedLayout::planes && g.element.bits == 8;
+    const bool centred = w.zero.data != nullptr || bytes;
+    w.middle =
+        static_cast<float>(centred ? int64_t{1} << (g.element.bits - 1) : numbers.element_bias);
+    w.offset = table.has_value() ? 0.0f : static_cast<float>(numbers.element_bias) - w.middle;
+  }
+  if (layout == PackedLayout::quads) {
+    if (code_sums.has_value() == numbers.activation.symmetric)
+      fail(op, "code_sums are ", code_sums.has_value() ? "given" : "missing",
+           ", expected for x with zero points and only there");
+    if (code_sums.has_value()) {
+      check_plain(op, "code_sums", *code_sums);
+      check_type(op, "code_sums", *code_sums, ScalarType::Int);
+      check_shape<3>(op, "code_sums", *code_sums,
+                     {g.tiles, cpu::count_segments(g, p.x.activation.group), cpu::kTile});
+      w.code_sums = static_cast<const int32_t*>(code_sums->const_data_ptr());
+    }
+  }
+  if (bias.has_value()) {
+    check_plain(op, "bias", *bias);
+    check_shape<1>(op, "bias", *bias, {g.n});
+    p.y.bias = bias->const_data_ptr();
+    p.y.bias_type = float_type(op, "bias", bias->scalar_type());
+  }
+  p.y.type = float_type(op, "out_dtype", out_dtype);
+  const std::array<int64_t, 2> shape = {p.x.m, g.n};
+  Tensor out = new_tensor(shape, out_dtype);
+  p.y.data = out.mutable_data_ptr();
+
+  const Kernels kernels = layout == PackedLayout::quads ? Kernels::integers : Kernels::floats;
+  const cpu::Isa& isa = cpu::isa(kernels);
+  isa.linear(kernels)(p, {&run_parallel, static_cast<int64_t>(torch::stable::get_num_threads())});
+  linear_counter(isa, layout, g.element).fetch_add(1, std::memory_order_relaxed);
+  return out;
+}
+
+}  // namespace compressed_linear

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``explain`` for many model families: names, shards and the split are those of the real model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.architectures import FAMILIES, SEEING, WITHOUT_LOGITS, write
+from tests.support.explained import explained, loaded_parts, planned_parts
+from tests.support.model_loading import loaded
+from tests.support.synthetic import Quant
+
+ALL = FAMILIES | WITHOUT_LOGITS | SEEING
+
+
+@pytest.mark.usefixtures("torchvision")
+@pytest.mark.parametrize("family", ALL)
+def test_the_loaded_model_is_one_that_was_named(family: str, tmp_path: Path) -> None:
+    path = write(ALL[family], Quant("gptq"), tmp_path, reference=False).quantized
+    named = explained(path, dtype="float32")
+    read = explained(path, dtype="float32", read_weights=True)
+    options: dict[str, Any] = {"skip_tokenizer_init": True}
+    with loaded(path, **options):
+        actual = loaded_parts()
+    assert not named.notes
+    assert list(dict.fromkeys(layer.name for layer in named.layers)) == list(actual)
+    for layer in named.layers:
+        assert actual[layer.name] in [planned_parts(layer, case) for case in layer.cases]
+    for layer in read.layers:
+        assert [actual[layer.name]] == [planned_parts(layer, case) for case in layer.cases]

@@ -1,0 +1,517 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The prepared-weights cache: what is reused, what is not, and what may go wrong around it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.cached_layers import QUANT, K, N, prepared, shard, what_the_cache_did
+from tests.support.messages import says
+from tests.support.repository import environment
+from tests.support.synthetic import Quant
+from vllm.compressed_linear.backends.base import QuantLinearMethod
+from vllm.compressed_linear.backends.cpu.weight_only import CpuBackend
+from vllm.compressed_linear.backends.registry import register_backend
+from vllm.compressed_linear.checkpoint.describe import LayerContext
+from vllm.compressed_linear.checkpoint.shard import LoadedShard
+from vllm.compressed_linear.machine import native
+from vllm.compressed_linear.prepare.cache import store as cache_module
+from vllm.compressed_linear.prepare.cache.store import SUFFIX, UNFINISHED, PreparedCache
+from vllm.compressed_linear.prepare.self_check import SelfCheckError
+from vllm.compressed_linear.settings import BackendRules, Settings
+
+FLOAT32 = LayerContext("float32", "float32")
+
+
+def entries(directory: Path) -> list[Path]:
+    return sorted(directory.glob(f"*{SUFFIX}"))
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(
+        a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a
+    )
+
+
+def packing_calls() -> int:
+    return sum(n for name, n in native.call_counts().items() if "pack" in name.split("/")[0])
+
+
+@pytest.fixture
+def warnings() -> Iterator[list[str]]:
+    """What the cache warns of."""
+    found: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger(cache_module.__name__).addHandler(handler)
+    yield found
+    logging.getLogger(cache_module.__name__).removeHandler(handler)
+
+
+# Reuse.
+
+
+def test_the_second_time_nothing_is_prepared(tmp_path: Path, warnings: list[str]) -> None:
+    first = prepared(PreparedCache(tmp_path))
+    assert what_the_cache_did() == "miss"
+    native.reset_call_counts()
+    second = prepared(PreparedCache(tmp_path))
+    assert what_the_cache_did() == "hit"
+    assert packing_calls() == 0
+    assert equal(first.tensors, second.tensors)
+    x = torch.randn(3, K)
+    assert torch.equal(first.method.apply(first.tensors, x), second.method.apply(second.tensors, x))
+    assert len(entries(tmp_path)) == 1
+    assert warnings == []
+
+
+def test_tensors_are_aligned_and_writing_to_them_leaves_the_file_alone(tmp_path: Path) -> None:
+    prepared(PreparedCache(tmp_path))
+    (file,) = entries(tmp_path)
+    before = file.read_bytes()
+    mapped = prepared(PreparedCache(tmp_path)).tensors
+    assert {tensor.data_ptr() % 64 for tensor in mapped.values()} == {0}
+    mapped["packed"].fill_(255)
+    assert file.read_bytes() == before
+    assert not equal(mapped, prepared(PreparedCache(tmp_path)).tensors)
+
+
+def mapped_bytes(file: Path, field: str) -> int:
+    """Sum of a field of /proc/self/smaps over the mappings of ``file``."""
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0] and ":" not in line.split()[0]:
+            inside = line.endswith(str(file))
+        elif inside and line.startswith(f"{field}:"):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+def test_pages_are_those_of_the_file(tmp_path: Path) -> None:
+    """None of them is this process's own, so all that map the file share them."""
+    prepared(PreparedCache(tmp_path), shard(n=1024, k=1024))
+    (file,) = entries(tmp_path)
+    executor = prepared(PreparedCache(tmp_path), shard(n=1024, k=1024))
+    executor.method.apply(executor.tensors, torch.randn(1, 1024))
+    assert mapped_bytes(file, "Rss") > 0.9 * file.stat().st_size
+    assert mapped_bytes(file, "Anonymous") == 0
+
+
+def test_a_mapped_entry_outlives_its_file(tmp_path: Path) -> None:
+    expected = prepared(None).tensors
+    prepared(PreparedCache(tmp_path))
+    mapped = prepared(PreparedCache(tmp_path)).tensors
+    for file in entries(tmp_path):
+        file.unlink()
+    assert equal(mapped, expected)
+
+
+# What makes another entry.
+
+
+def with_tensor(change: Callable[[torch.Tensor], torch.Tensor], name: str) -> LoadedShard:
+    found = shard()
+    return replace(found, tensors={**found.tensors, name: change(found.tensors[name])})
+
+
+def one_bit(tensor: torch.Tensor) -> torch.Tensor:
+    changed = tensor.clone()
+    changed.view(torch.uint8).view(-1)[-1] ^= 1
+    return changed
+
+
+def with_source(**changes: Any) -> LoadedShard:
+    found = shard()
+    return replace(found, source=replace(found.source, **changes))
+
+
+def last_rows() -> LoadedShard:
+    """The same bytes, said to be the second half of a larger weight."""
+    return with_source(full_n=2 * N, n_start=N)
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "a bit of the codes": {"shards": [with_tensor(one_bit, "qweight")]},
+    "a bit of the scales": {"shards": [with_tensor(one_bit, "scales")]},
+    "a bit of the zero points": {"shards": [with_tensor(one_bit, "qzeros")]},
+    "another order": {"shards": [with_tensor(lambda t: t.flip(0), "g_idx")]},
+    "other rows of the weight": {"shards": [last_rows()]},
+    "rows of padding": {"shards": [with_source(padding=16)]},
+    "one shard more": {"shards": [shard(), shard()]},
+    "dtype of activations": {"context": replace(FLOAT32, input_dtype="bfloat16")},
+    "dtype of the output": {"context": replace(FLOAT32, output_dtype="float16")},
+    "a bias": {"context": replace(FLOAT32, bias_dtype="float32")},
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_what_preparation_depends_on_makes_another_entry(what: str, tmp_path: Path) -> None:
+    prepared(PreparedCache(tmp_path))
+    for expected in ("miss", "hit"):
+        options = dict(OTHERS[what])
+        prepared(PreparedCache(tmp_path), *options.pop("shards", []), **options)
+        assert what_the_cache_did() == expected
+    assert len(entries(tmp_path)) == 2
+
+
+def test_the_same_bytes_in_another_packing_make_another_entry(tmp_path: Path) -> None:
+    """GPTQ's two versions differ by what a zero point of the file means."""
+    from vllm.compressed_linear.formats.gptq import gptq_scheme
+
+    found = shard()
+    old = replace(found.source, scheme=gptq_scheme(4, QUANT.group_size, version="gptq"))
+    for source in (found.source, old):
+        prepared(PreparedCache(tmp_path), replace(found, source=source))
+        assert what_the_cache_did() == "miss"
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "value"),
+    [
+        (cache_module, "installation", lambda: "0.0.1+0"),
+        (native, "layout_id", lambda layout: "tile17"),
+        (CpuBackend, "variant", classmethod(lambda cls, d, platform: "other")),
+    ],
+    ids=["package", "layout", "instruction set"],
+)
+def test_another_version_reads_nothing_of_this_one(
+    target: Any, name: str, value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared(PreparedCache(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(target, name, value)
+        prepared(PreparedCache(tmp_path))
+        assert what_the_cache_did() == "miss"
+    prepared(PreparedCache(tmp_path))
+    assert what_the_cache_did() == "hit"
+
+
+def test_any_change_of_the_code_is_another_installation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "backends").mkdir()
+    files = [tmp_path / "cache.py", tmp_path / "backends" / "cpu.py", tmp_path / "library.so"]
+    for file in files:
+        file.write_text("before")
+    monkeypatch.setattr(cache_module, "__file__", str(files[0]))
+
+    def installation() -> str:
+        cache_module.installation.cache_clear()
+        return cache_module.installation()
+
+    try:
+        seen = {installation()}
+        for file in files:
+            file.write_text("after")
+            seen.add(installation())
+        files[2].rename(tmp_path / "other.so")
+        seen.add(installation())
+        assert len(seen) == 5
+    finally:
+        cache_module.installation.cache_clear()
+
+
+def test_like_weights_share_an_entry_whatever_they_are_called(tmp_path: Path) -> None:
+    prepared(PreparedCache(tmp_path, "one"), name="model.layers.0.layer")
+    prepared(PreparedCache(tmp_path, "other"), name="model.layers.7.layer")
+    assert what_the_cache_did("model.layers.7.layer") == "hit"
+
+
+# What is never kept.
+
+
+def test_a_reload_goes_past_the_cache(tmp_path: Path) -> None:
+    cache = PreparedCache(tmp_path)
+    first = prepared(cache)
+    assert len(entries(tmp_path)) == 1
+    again = prepared(cache, shard(1), pinned=[first.executor])
+    assert what_the_cache_did() == ""
+    assert len(entries(tmp_path)) == 1
+    assert not equal(first.tensors, again.tensors)
+
+
+@pytest.mark.usefixtures("clean_registry")
+def test_a_backend_that_names_no_layout_is_not_kept(tmp_path: Path) -> None:
+    class Nameless(CpuBackend):
+        name = "nameless"
+        layout_version = QuantLinearMethod.layout_version
+
+    register_backend(Nameless)
+    prepared(PreparedCache(tmp_path), settings=Settings(BackendRules.parse("nameless")))
+    assert what_the_cache_did() == "not kept"
+    assert entries(tmp_path) == []
+
+
+@pytest.mark.usefixtures("clean_registry")
+def test_tensors_that_cannot_be_written_as_they_are_are_not_kept(
+    tmp_path: Path, warnings: list[str]
+) -> None:
+    class Strided(CpuBackend):
+        name = "strided"
+
+        def prep_weights_for_execution(self, weights: Any) -> dict[str, torch.Tensor]:
+            tensors = super().prep_weights_for_execution(weights)
+            return tensors | {"more": torch.zeros(4, 6).t()}
+
+    register_backend(Strided)
+    executor = prepared(PreparedCache(tmp_path), settings=Settings(BackendRules.parse("strided")))
+    assert executor.tensors["more"].shape == (6, 4)
+    assert list(tmp_path.iterdir()) == []
+    assert len(warnings) == 1
+    assert says(warnings[0], "more", "cpu", "(1, 6)", "(6, 4)", "contiguous")
+
+
+# Bad entries.
+
+
+def test_a_bad_entry_is_named_once_and_replaced(tmp_path: Path, warnings: list[str]) -> None:
+    expected = prepared(PreparedCache(tmp_path)).tensors
+    (file,) = entries(tmp_path)
+    good = file.read_bytes()
+    file.chmod(0o644)
+    file.write_bytes(good[:-100] + bytes([good[-100] ^ 4]) + good[-99:])
+    cache = PreparedCache(tmp_path)
+    assert equal(prepared(cache).tensors, expected)
+    assert what_the_cache_did() == "miss"
+    assert len(warnings) == 1
+    assert says(warnings[0], file, "damaged", "digest")
+    assert equal(prepared(cache).tensors, expected)
+    assert what_the_cache_did() == "hit"
+    assert len(warnings) == 1
+
+
+def test_an_entry_under_the_name_of_another_is_not_used(
+    tmp_path: Path, warnings: list[str]
+) -> None:
+    prepared(PreparedCache(tmp_path), shard(1))
+    (other,) = entries(tmp_path)
+    prepared(PreparedCache(tmp_path))
+    (file,) = (path for path in entries(tmp_path) if path != other)
+    other.replace(file)
+    assert equal(prepared(PreparedCache(tmp_path)).tensors, prepared(None).tensors)
+    assert len(warnings) == 1
+    assert says(warnings[0], file, "other weights")
+
+
+def test_an_entry_that_computes_wrong_numbers_is_replaced(
+    tmp_path: Path, warnings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sound by its digest, as a faulty writer might leave it."""
+    store = PreparedCache.store
+
+    def wrong(self: PreparedCache, key: Any, layer: str, text: str, tensors: Any) -> bool:
+        return store(self, key, layer, text, tensors | {"scale": tensors["scale"] * 2})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreparedCache, "store", wrong)
+        prepared(PreparedCache(tmp_path))
+    assert equal(prepared(PreparedCache(tmp_path)).tensors, prepared(None).tensors)
+    assert len(warnings) == 1
+    assert says(warnings[0], "check")
+    prepared(PreparedCache(tmp_path))
+    assert what_the_cache_did() == "hit"
+
+
+@pytest.mark.usefixtures("clean_registry")
+def test_wrong_numbers_are_never_kept(tmp_path: Path) -> None:
+    class Wrong(CpuBackend):
+        name = "wrong"
+
+        def prep_weights_for_execution(self, weights: Any) -> dict[str, torch.Tensor]:
+            tensors = super().prep_weights_for_execution(weights)
+            return tensors | {"scale": tensors["scale"] * 2}
+
+    register_backend(Wrong)
+    with pytest.raises(SelfCheckError):
+        prepared(PreparedCache(tmp_path), settings=Settings(BackendRules.parse("wrong")))
+    assert list(tmp_path.iterdir()) == []
+
+
+# Trouble with the directory.
+
+
+@contextmanager
+def small_files(limit: int) -> Iterator[None]:
+    """Writing beyond ``limit`` bytes of a file fails, as on a full disk."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_is_one_warning_and_leaves_nothing(tmp_path: Path, warnings: list[str]) -> None:
+    cache = PreparedCache(tmp_path)
+    with small_files(2000):
+        for seed in (0, 1):
+            executor = prepared(cache, shard(seed))
+            assert equal(executor.tensors, prepared(None, shard(seed)).tensors)
+    assert list(tmp_path.iterdir()) == []
+    assert len(warnings) == 1
+    assert says(warnings[0], tmp_path, "[Errno 27] File too large")
+
+
+def test_a_directory_that_cannot_be_one_is_one_warning(tmp_path: Path, warnings: list[str]) -> None:
+    (tmp_path / "file").touch()
+    cache = PreparedCache(tmp_path / "file" / "cache")
+    for seed in (0, 1):
+        prepared(cache, shard(seed))
+    assert len(warnings) == 1
+    assert "Not a directory" in warnings[0]
+
+
+def test_a_directory_that_is_only_read_serves_what_it_has(
+    tmp_path: Path, warnings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared(PreparedCache(tmp_path))
+    opened = Path.open
+
+    def read_only(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if mode != "rb":
+            raise PermissionError(13, "Permission denied", str(self))
+        return opened(self, mode, *args, **kwargs)
+
+    # The tests may run as root, who may write anywhere.
+    monkeypatch.setattr(Path, "open", read_only)
+    cache = PreparedCache(tmp_path)
+    did = []
+    for seed in (0, 1, 2):
+        prepared(cache, shard(seed))
+        did.append(what_the_cache_did())
+    assert did == ["hit", "miss", "miss"]
+    assert len(warnings) == 1
+    assert "Permission denied" in warnings[0]
+
+
+def test_a_disk_that_cannot_be_read_is_a_bad_entry(
+    tmp_path: Path, warnings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared(PreparedCache(tmp_path))
+
+    def fails(*_: Any) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", fails)
+    prepared(PreparedCache(tmp_path))
+    assert what_the_cache_did() == "miss"
+    assert "Input/output error" in warnings[0]
+
+
+# Several servers.
+
+
+def start(directory: Path, out: Path, seeds: list[int]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.support.cached_layers", directory, out, *map(str, seeds)],
+        env=environment(),
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def test_servers_that_start_at_once_agree(tmp_path: Path) -> None:
+    """They write the same entries in the same order, while half of them are damaged."""
+    directory, seeds = tmp_path / "cache", list(range(6))
+    for seed in seeds[::2]:
+        prepared(PreparedCache(directory), shard(seed))
+    for file in entries(directory):
+        file.chmod(0o644)
+        file.write_bytes(file.read_bytes()[:-1])
+    outs = [tmp_path / f"{i}.pt" for i in range(2)]
+    processes = [start(directory, out, seeds) for out in outs]
+    for process in processes:
+        assert process.stdout is not None
+        assert any("ready" in line for line in process.stdout)
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    for out in outs:
+        result = torch.load(out)
+        for seed, (_, tensors) in zip(seeds, result["layers"], strict=True):
+            assert equal(tensors, prepared(None, shard(seed)).tensors)
+        assert all("truncated" in line for line in result["warnings"])
+    assert len(list(directory.iterdir())) == len(seeds)
+    cache = PreparedCache(directory)
+    for seed in seeds:
+        prepared(cache, shard(seed))
+        assert what_the_cache_did() == "hit"
+
+
+def test_a_server_that_is_killed_while_it_writes_leaves_no_entry(tmp_path: Path) -> None:
+    program = (
+        "import os, signal\n"
+        "from pathlib import Path\n"
+        "from tests.support.cached_layers import prepared\n"
+        "from vllm.compressed_linear.prepare.cache.store import PreparedCache\n"
+        "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"prepared(PreparedCache(Path({str(tmp_path)!r})))\n"
+    )
+    process = subprocess.run([sys.executable, "-c", program], env=environment(), timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    assert entries(tmp_path) == []
+    assert len(list(tmp_path.glob(f".*{UNFINISHED}"))) == 1
+    prepared(PreparedCache(tmp_path))
+    assert what_the_cache_did() == "miss"
+    assert len(entries(tmp_path)) == 1
+
+
+def test_unquantized_weights_are_kept_too(tmp_path: Path) -> None:
+    from vllm.compressed_linear.checkpoint.shard import dense_shard
+
+    weight = torch.randn(N, K, dtype=torch.bfloat16)
+    context = LayerContext("bfloat16", "bfloat16")
+    for expected in ("miss", "hit"):
+        prepared(PreparedCache(tmp_path), dense_shard("lm_head", weight), context=context)
+        assert what_the_cache_did() == expected
+
+
+@pytest.mark.parametrize("backend", ["cpu_int8", "cpu_int8_fast"])
+def test_weights_of_integer_kernels_are_kept_apart(backend: str, tmp_path: Path) -> None:
+    from vllm.compressed_linear.spec.descriptor import ActivationSpec
+    from vllm.compressed_linear.spec.elements import uint
+
+    found = shard(quant=Quant("ct", bits=4))
+    rules = BackendRules.parse(backend)
+    if backend == "cpu_int8":
+        activation = ActivationSpec(uint(8, 128), True, "token")
+        scheme = replace(found.source.scheme, activation=activation)
+        found = replace(found, source=replace(found.source, scheme=scheme))
+    else:
+        prepared(PreparedCache(tmp_path), found)
+    expected = prepared(None, found, settings=Settings(rules)).tensors
+    for did in ("miss", "hit"):
+        executor = prepared(PreparedCache(tmp_path), found, settings=Settings(rules))
+        assert what_the_cache_did() == did
+        assert executor.method.name == backend
+        assert equal(executor.tensors, expected)
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+def test_other_elements_are_kept_as_they_are(bits: int, tmp_path: Path) -> None:
+    quant = Quant("ct", bits=bits, group_size=-1)
+    expected = prepared(PreparedCache(tmp_path), shard(quant=quant)).tensors
+    assert equal(prepared(PreparedCache(tmp_path), shard(quant=quant)).tensors, expected)
+    assert what_the_cache_did() == "hit"

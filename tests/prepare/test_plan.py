@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan's own book-keeping."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from vllm.compressed_linear.prepare import plan as plan_module
+from vllm.compressed_linear.prepare.plan import Plan, PlanEntry, Rejection, disagreements
+
+ENTRY = PlanEntry(
+    name="model.layers.0.mlp.down_proj",
+    kind="linear",
+    backend="cpu",
+    variant="avx2",
+    descriptor="64x64, uint4b8",
+    bytes_checkpoint=1 << 20,
+    bytes_prepared=2 << 20,
+    prepare_seconds=0.25,
+    rejected=(Rejection("vllm_native", ("3-bit integer weights",)), Rejection("reference")),
+)
+
+
+def test_the_fingerprint_follows_what_runs_and_nothing_else() -> None:
+    plan = Plan()
+    plan.add(ENTRY)
+    before = plan.fingerprint()
+    plan.add(replace(ENTRY, prepare_seconds=9.0, bytes_prepared=1))
+    assert plan.fingerprint() == before
+    for change in ({"backend": "reference"}, {"variant": "avx512"}, {"descriptor": "other"}):
+        plan.add(replace(ENTRY, **change))
+        assert plan.fingerprint() != before
+
+
+def test_parts_of_a_layer_are_entries_of_their_own() -> None:
+    plan = Plan()
+    plan.add(ENTRY, 0)
+    plan.add(replace(ENTRY, backend="reference", variant=""), 1)
+    assert plan.summary().startswith("2 layers: 1 on cpu (avx2), 1 on reference;")
+
+
+def test_the_summary_says_how_many_layers_the_cache_had() -> None:
+    plan = Plan()
+    plan.add(ENTRY)
+    assert plan.summary().endswith(" in 0.25 s")
+    plan.add(replace(ENTRY, cache="miss"))
+    assert plan.summary().endswith(" in 0.25 s, 0 from the cache")
+    plan.add(replace(ENTRY, cache="hit"), 1)
+    plan.add(replace(ENTRY, cache="not kept"), 2)
+    assert plan.summary().endswith(" in 0.75 s, 1 from the cache")
+
+
+def test_the_file_holds_every_rejection_with_its_reasons(tmp_path: Path) -> None:
+    plan = Plan()
+    plan.plan_file = str(tmp_path / "plan.json")
+    plan.add(ENTRY)
+    plan.write()
+    layer = json.loads((tmp_path / "plan.json").read_text())["layers"][0]
+    assert layer["rejected"][0] == {
+        "backend": "vllm_native",
+        "reasons": ["3-bit integer weights"],
+    }
+    assert list(tmp_path.iterdir()) == [tmp_path / "plan.json"]
+
+
+def test_other_ranks_write_files_of_their_own(tmp_path: Path) -> None:
+    for rank in range(2):
+        plan = Plan()
+        plan.plan_file, plan.rank = str(tmp_path / "plan.json"), rank
+        plan.write()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["plan.json", "plan.rank1.json"]
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_progress_bar_for_large_models_only(
+    large: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = Plan()
+    for _ in range(3):
+        plan.expect(plan_module.PROGRESS_FROM_BYTES if large else 1000)
+    done = []
+    for _ in range(3):
+        plan.layer_started()
+        done.append(plan.layer_finished())
+    assert done == [False, False, True]
+    assert ("Preparing weights" in capsys.readouterr().err) == large
+
+
+def test_ranks_that_choose_differently_are_named_by_layer() -> None:
+    one, two = Plan(), Plan()
+    one.add(ENTRY)
+    two.add(replace(ENTRY, backend="reference", variant=""))
+    assert disagreements([one.choices(), one.choices()]) == []
+    assert disagreements([one.choices(), two.choices()]) == [
+        "model.layers.0.mlp.down_proj: rank 0 runs ['cpu (avx2)'], rank 1 ['reference']"
+    ]

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shards of checkpoints, loaded through the parameters that vLLM would load into."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from tests.support.checkpoints import (
+    checkpoint,
+    checkpoint_reference,
+)
+from tests.support.described import Described
+from vllm.compressed_linear.checkpoint.parameter import collect_shards, create_parameters
+from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
+from vllm.compressed_linear.formats.resolution import LayerKind
+from vllm.compressed_linear.spec.scheme import CheckpointScheme
+
+
+def read_config(name: str) -> Described:
+    """The format of a checkpoint and what its files have."""
+    path = checkpoint(name)
+    config = json.loads((path / "config.json").read_text())["quantization_config"]
+    return Described.of(config).with_file(path)
+
+
+def linears(name: str) -> list[str]:
+    """Names of the linear layers whose dequantised weights are known."""
+    return sorted(
+        key.removesuffix(".corner") for key in checkpoint_reference(name) if key.endswith(".corner")
+    )
+
+
+def kind_of(linear: str) -> LayerKind:
+    return LayerKind.HEAD if linear == "lm_head" else LayerKind.LINEAR
+
+
+def source_of(
+    linear: str, scheme: CheckpointScheme, n: int, k: int, part: dict[str, int] | None = None
+) -> ShardSource:
+    whole = {"n_start": 0, "n": n, "k_start": 0, "k": k}
+    return ShardSource(linear, scheme, n, k, **{**whole, **(part or {})})
+
+
+def load(source: ShardSource, tensors: dict[str, torch.Tensor]) -> LoadedShard:
+    """One shard through the parameters that vLLM would load into."""
+    parameters = create_parameters([source], source.name)
+    for name, parameter in parameters.items():
+        tensor = tensors.get(f"{source.name}.{name}")
+        if tensor is not None:
+            parameter.weight_loader(parameter, tensor)
+    return collect_shards(parameters, [source])[0]

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CPU kernels that multiply integer weights with 8-bit integer activations.
+
+``cpu_int8`` runs layers whose activations the checkpoint quantises to int8. ``cpu_int8_fast`` runs
+layers with plain activations the same way: it rounds x to int8 in groups of 32 channels although
+nobody asked for it, which is another numerical contract, so it is only taken where it is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from vllm.compressed_linear.backends.base import Capabilities, QuantLinearMethod
+from vllm.compressed_linear.backends.cpu.packing import new_packed, pack_codes, pack_scales
+from vllm.compressed_linear.backends.cpu.product import make_problem, multiply
+from vllm.compressed_linear.backends.shared.side_tensors import (
+    scale_bytes,
+    scale_dtype,
+    small_bytes,
+    small_tensors,
+    zero_dtype,
+)
+from vllm.compressed_linear.checkpoint.weights import CompressedWeights
+from vllm.compressed_linear.machine import native
+from vllm.compressed_linear.machine.cost import roofline, vector_share
+from vllm.compressed_linear.machine.platform import NATIVE_LIBRARY, Platform, cpu_features
+from vllm.compressed_linear.spec.descriptor import ActivationSpec, CompressedLinearDescriptor
+from vllm.compressed_linear.spec.elements import INT8, torch_dtype
+
+
+@dataclass(frozen=True)
+class _Speed:
+    """Of one core: the share that multiplying reaches of the machine's best rate of ``arithmetic``,
+    with one scale of x for a token and with one for 32 channels, and codes below 8 bits decoded a
+    second. ``narrow``: how many times as fast these are multiplied; two products of theirs fit 16
+    bits, so that AVX2 and AVX-512 without VNNI need not widen them. Measured on a Zen 4 core, AVX2
+    on a Zen 3 core; those of AMX and of Arm are guesses."""
+
+    arithmetic: str
+    efficiency: float
+    grouped: float
+    decoded: float
+    narrow: float = 1.0
+
+
+_SPEEDS = {
+    "avx512vnni": _Speed("int8", 0.95, 0.7, 60e9),
+    "amx": _Speed("int8", 0.5, 0.2, 30e9),
+    "avxvnni": _Speed("int8", 0.8, 0.5, 60e9),
+    "avx512": _Speed("int8", 0.4, 0.3, 60e9, narrow=2.0),
+    "avx2": _Speed("int8", 0.4, 0.3, 40e9, narrow=2.0),
+    "i8mm": _Speed("int8", 0.8, 0.5, 15e9),
+    "dotprod": _Speed("int8", 0.8, 0.5, 15e9),
+    "neon": _Speed("int8", 0.2, 0.15, 15e9),
+    "generic": _Speed("fp32", 0.05, 0.05, 1e9),
+}
+_CALL_SECONDS = 5e-6
+
+QUAD = 4
+"""Input channels that a byte dot product takes at once; groups begin at a multiple of it."""
+
+
+class CpuInt8Backend(QuantLinearMethod):
+    """Integer kernels on the packed layout of ``csrc/layouts/quads.h``.
+
+    Prepared tensors (T = ceil(N / 16) tiles): ``packed`` uint8 [T, bytes]; ``scale`` and ``zero``
+    [T, G, 16]; ``row_scale`` float32 [N]; ``prescale`` float32 [K]; ``perm`` int32 [K];
+    ``input_scale`` float32 [1] and ``input_zero`` int32 [1] of static activations; ``code_sums``
+    int32 [T, segments, 16] for asymmetric ones; ``problem`` int64, the constants of a call. Only
+    ``packed``, ``scale`` and ``problem`` are always there.
+    """
+
+    name = "cpu_int8"
+    batch_invariant = True
+    capabilities = Capabilities(
+        devices=frozenset({"cpu"}),
+        integer_bits=frozenset(range(1, 9)),
+        zero_kinds=frozenset({"integer", "float"}),
+        channel_order=True,
+        padded_order=True,
+        row_scale=True,
+        prescale=True,
+        activations=frozenset(
+            ActivationSpec(INT8, dynamic, granularity, symmetric, group).kind
+            for dynamic, granularity, group in (
+                (True, "token", -1),
+                (True, "group", 32),
+                (False, "tensor", -1),
+            )
+            for symmetric in (True, False)
+        ),
+        required_ops=(NATIVE_LIBRARY,),
+    )
+
+    def __init__(self, descriptor: CompressedLinearDescriptor) -> None:
+        super().__init__(descriptor)
+        # Made here because the compiler may hold numbers symbolic, and a string must not be.
+        self.element = f"uint{descriptor.weight.element.bits}"
+        self.output_dtype = torch_dtype(descriptor.output_dtype)
+
+    @classmethod
+    def _activation(cls, descriptor: CompressedLinearDescriptor) -> ActivationSpec | None:
+        """How x is quantised."""
+        return descriptor.activation
+
+    @classmethod
+    def further_reasons(
+        cls, descriptor: CompressedLinearDescriptor, platform: Platform
+    ) -> Iterable[str]:
+        if descriptor.k == 0:
+            yield "no input channels (K = 0)"
+        activation = cls._activation(descriptor)
+        if activation is None:
+            yield "activations that are not quantised (supported: int8)"
+        elif activation.granularity == "group" and activation.group_size < descriptor.k:
+            size, group = activation.group_size, descriptor.group_size
+            if size % QUAD:
+                yield f"activations in groups of {size} (supported: multiples of {QUAD})"
+            if descriptor.groups > 1 and group % QUAD and size % group:
+                yield (
+                    f"activations in groups of {size} beside weights in groups of {group} "
+                    f"(supported: multiples of these, or weights in groups of a multiple of {QUAD})"
+                )
+
+    @classmethod
+    def variant(cls, descriptor: CompressedLinearDescriptor, platform: Platform) -> str:
+        # On this machine what is taken in fact, also where an instruction set is forced.
+        if platform.features == cpu_features() and native.available() is None:
+            return native.isa("integers")
+        return platform.best_isa(_SPEEDS)
+
+    @classmethod
+    def seconds(cls, descriptor: CompressedLinearDescriptor, platform: Platform, m: int) -> float:
+        d, weight = descriptor, descriptor.weight
+        activation = cls._activation(d)
+        assert activation is not None
+        variant = cls.variant(d, platform)
+        speed = _SPEEDS.get(variant, _SPEEDS["generic"])
+        read = d.n * d.k * weight.element.bits / 8 + scale_bytes(d, d.n)
+        narrow = weight.element.bits < 8
+        return roofline(
+            platform,
+            read_bytes=read,
+            operations=2.0 * m * d.n * d.k,
+            arithmetic=speed.arithmetic,
+            efficiency=(speed.grouped if activation.granularity == "group" else speed.efficiency)
+            * (speed.narrow if narrow else 1.0)
+            * vector_share(platform, variant, speed.arithmetic),
+            decode_seconds=d.n * d.k / (speed.decoded * platform.threads) if narrow else 0.0,
+            call_seconds=_CALL_SECONDS,
+        )
+
+    @classmethod
+    def prepared_bytes(cls, descriptor: CompressedLinearDescriptor) -> int | None:
+        d = descriptor
+        activation = cls._activation(d)
+        assert activation is not None
+        if native.available() is not None or not activation.symmetric:
+            return None  # how many sums of codes there are only the kernels know
+        tiles, tile_bytes = torch.ops.compressed_linear.packed_shape(
+            "quads", d.n, d.k, d.group_size, f"uint{d.weight.element.bits}"
+        )
+        total = tiles * (tile_bytes + scale_bytes(d, native.TILE)) + native.PROBLEM_BYTES
+        return total + small_bytes(d, activation)
+
+    @classmethod
+    def layout_version(
+        cls, descriptor: CompressedLinearDescriptor, platform: Platform
+    ) -> str | None:
+        return native.layout_id("quads")
+
+    def prep_weights_for_execution(self, weights: CompressedWeights) -> dict[str, torch.Tensor]:
+        native.load()
+        d = self.descriptor
+        activation = self._activation(d)
+        assert activation is not None
+        packed = new_packed(d, self.element, "quads")
+        pack_codes(packed, weights, d, self.element, "quads")
+        tensors = {
+            name: torch.empty(len(packed), d.groups, native.TILE, dtype=dtype)
+            for name, dtype in (("scale", scale_dtype(d)), ("zero", zero_dtype(d)))
+            if dtype is not None
+        }
+        pack_scales(tensors, weights, d)
+        tensors["packed"] = packed
+        tensors |= small_tensors(weights, activation)
+        if not activation.symmetric:
+            tensors["code_sums"] = torch.ops.compressed_linear.code_sums(
+                packed, d.n, d.k, d.group_size, self.element, _channels(activation)
+            )
+        tensors["problem"] = make_problem("quads", d, self.element, activation, tensors.get("perm"))
+        return tensors
+
+    def apply(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return multiply(tensors, x, bias, self.descriptor.n, self.output_dtype)
+
+
+def _channels(activation: ActivationSpec) -> int:
+    """Channels that share a scale of x, 0 for all of a token."""
+    return activation.group_size if activation.granularity == "group" else 0
+
+
+class CpuInt8FastBackend(CpuInt8Backend):
+    """The same kernels for layers whose activations are not quantised.
+
+    x is rounded to int8 in groups of 32 channels, as llama.cpp does for its quantised weights, so
+    each x̂ is off by up to max|x| / 254 of its group.
+    """
+
+    name = "cpu_int8_fast"
+    capabilities = Capabilities(
+        devices=CpuInt8Backend.capabilities.devices,
+        integer_bits=CpuInt8Backend.capabilities.integer_bits,
+        zero_kinds=CpuInt8Backend.capabilities.zero_kinds,
+        channel_order=True,
+        padded_order=True,
+        row_scale=True,
+        prescale=True,
+        required_ops=(NATIVE_LIBRARY,),
+    )
+
+    @classmethod
+    def own_activation(cls, descriptor: CompressedLinearDescriptor) -> ActivationSpec | None:
+        return ActivationSpec(INT8, True, "group", group_size=32)
+
+    @classmethod
+    def _activation(cls, descriptor: CompressedLinearDescriptor) -> ActivationSpec | None:
+        return cls.own_activation(descriptor)

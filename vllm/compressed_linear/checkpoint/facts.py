@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Facts that only the data tells: what is decided about a weight needs these and no tensors.
+
+``read_facts`` touches the tensors of a shard once and validates them; ``describe`` decides from
+facts alone, so ``explain`` decides from facts that it supposes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+
+from vllm.compressed_linear.checkpoint.channels import ChannelPlan, plan_channels
+from vllm.compressed_linear.checkpoint.shard import LoadedShard
+from vllm.compressed_linear.checkpoint.validation import check_values
+from vllm.compressed_linear.spec.descriptor import ZeroSpec
+from vllm.compressed_linear.spec.elements import dtype_name, scale_dtype_name
+from vllm.compressed_linear.spec.scheme import Role
+
+
+@dataclass(frozen=True)
+class GroupOrder:
+    """How the channels of a shard belong to groups. ``identity``: equal for equal assignments.
+
+    ``k``: channels after the order, with those that fill groups up; ``groups`` of ``group_size``
+    of them each.
+    """
+
+    identity: str
+    k: int
+    group_size: int
+    reordered: bool
+    padded: bool
+
+    @classmethod
+    def of(cls, plan: ChannelPlan) -> GroupOrder:
+        """The order of a channel plan."""
+        identity = f"{_digest(plan.group_of)} {_digest(plan.order)}"
+        return cls(identity, plan.k, plan.group_size, plan.order is not None, plan.padded)
+
+    @property
+    def groups(self) -> int:
+        return self.k // self.group_size
+
+
+@dataclass(frozen=True)
+class ShardFacts:
+    """Everything that ``describe`` asks of the tensors of one shard.
+
+    ``channels``: None without scales or channels. ``scale_dtype``: as ``ScaleSpec`` names it, None
+    without scales. ``zero``: zero points as they are stored, None without any;
+    ``zeros_are_middle``: all of them are 2^(bits − 1). ``input_numbers``: identities of the static
+    scale, the static zero point and the prescale of x, "" for none.
+    """
+
+    channels: GroupOrder | None
+    scale_dtype: str | None
+    zero: ZeroSpec | None
+    zeros_are_middle: bool = False
+    row_scale: bool = False
+    input_numbers: tuple[str, str, str] = ("", "", "")
+
+    @property
+    def prescaled(self) -> bool:
+        return bool(self.input_numbers[2])
+
+
+@dataclass(frozen=True)
+class ShardNumbers:
+    """What was unpacked for the facts and is needed again for preparation.
+
+    ``scale``: [n, groups kept] in the checkpoint's dtype (uint8 for E8M0). ``zero``: [n, groups
+    kept] in units of codes. ``plan``: the gather of channels.
+    """
+
+    scale: torch.Tensor | None
+    zero: torch.Tensor | None
+    plan: ChannelPlan | None
+
+
+def read_facts(shard: LoadedShard) -> tuple[ShardFacts, ShardNumbers]:
+    """The facts of a loaded shard. Raises ``CheckpointError`` on damaged data."""
+    plan = channel_plan(shard)
+    scale, stored_zero = shard.scale(), shard.zero()
+    zero = shard.in_codes(stored_zero, scale)
+    check_values(shard, scale, stored_zero, zero)
+    element = shard.source.scheme.weight.element
+    middle = (
+        element.kind == "integer"
+        and zero is not None
+        and bool(zero.numel())
+        and bool((zero == 1 << (element.bits - 1)).all())
+    )
+    facts = ShardFacts(
+        None if plan is None else GroupOrder.of(plan),
+        None if scale is None else scale_dtype_name(scale.dtype),
+        _zero_spec(shard, zero),
+        middle,
+        shard.stored(Role.ROW_SCALE) is not None,
+        (
+            _digest(shard.input_scale()),
+            _digest(shard.input_zero()),
+            _digest(shard.prescale()),
+        ),
+    )
+    return facts, ShardNumbers(scale, zero, plan)
+
+
+def stated_facts(shard: LoadedShard, channels: GroupOrder | None, middle: bool) -> ShardFacts:
+    """What dtypes and shapes of a shard state, for a shard of meta tensors; the rest is given.
+
+    Static numbers of x are taken to be equal in all shards: members of a fused layer that differ
+    in them become parts once they are loaded.
+    """
+    scale, zero = shard.scale(), shard.zero()
+    roles = (Role.INPUT_SCALE, Role.INPUT_ZERO, Role.PRESCALE)
+    return ShardFacts(
+        channels,
+        None if scale is None else scale_dtype_name(scale.dtype),
+        _zero_spec(shard, shard.in_codes(zero, scale)),
+        middle and zero is not None,
+        shard.stored(Role.ROW_SCALE) is not None,
+        tuple("stated" if shard.stored(role) else "" for role in roles),  # type: ignore[arg-type]
+    )
+
+
+def channel_plan(shard: LoadedShard) -> ChannelPlan | None:
+    """The channel plan of one shard, None for weights without scales or channels.
+
+    Raises ``CheckpointError`` for a group index that is out of range.
+    """
+    if shard.source.scheme.weight.scale is None or shard.source.k == 0:
+        return None
+    return plan_channels(shard.group_index())
+
+
+def _zero_spec(shard: LoadedShard, zero: torch.Tensor | None) -> ZeroSpec | None:
+    spec = shard.source.scheme.weight
+    if zero is None or spec.element.kind != "integer" or spec.scale is None:
+        return None if zero is None else spec.zero
+    return ZeroSpec("float" if zero.is_floating_point() else "integer", dtype_name(zero.dtype))
+
+
+def _digest(tensor: torch.Tensor | None) -> str:
+    """Equal for equal tensors; "" for None."""
+    if tensor is None:
+        return ""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    head = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
+    return hashlib.sha256(head + flat.numpy().tobytes()).hexdigest()

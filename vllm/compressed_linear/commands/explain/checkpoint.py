@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The checkpoint that ``explain`` reads: configuration and headers, no weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm.compressed_linear.checkpoint.headers import Headers, read_headers
+from vllm.compressed_linear.checkpoint.shard import CheckpointError
+
+
+class ExplainError(ValueError):
+    """The checkpoint cannot be explained: it would not load, or it is not there."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A local checkpoint: its directory, config.json and headers."""
+
+    path: Path
+    config: dict[str, Any]
+    headers: Headers
+
+    @property
+    def quantization(self) -> dict[str, Any]:
+        """Where vLLM looks for it too; empty for an unquantized model."""
+        inner = self.config.get("text_config") or {}
+        found = (
+            self.config.get("quantization_config")
+            or inner.get("quantization_config")
+            or self.config.get("compression_config")
+            or {}
+        )
+        return dict(found)
+
+    @classmethod
+    def open(cls, model: str) -> Checkpoint:
+        """``model``: a directory, or a model id whose files huggingface_hub has in its cache.
+
+        Raises ``ExplainError`` when it is not there, or a file of it is missing or damaged.
+        """
+        path = _local_directory(model)
+        file = path / "config.json"
+        if not file.is_file():
+            raise ExplainError(f"{path} has no config.json, so it is no checkpoint directory")
+        try:
+            config = json.loads(file.read_text())
+        except ValueError as error:
+            raise ExplainError(f"{file} is no JSON: {error}") from None
+        try:
+            headers = read_headers(path)
+        except CheckpointError as error:
+            raise ExplainError(str(error)) from error
+        if headers is None:
+            others = sorted(f.name for f in path.iterdir() if f.suffix in (".gguf", ".bin", ".pt"))
+            found = f" (it has {', '.join(others[:3])})" if others else ""
+            raise ExplainError(f"{path} has no *.safetensors file{found}")
+        return cls(path, config, headers)
+
+
+def _local_directory(model: str) -> Path:
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ExplainError(f"{model} is a file, expected the directory of a checkpoint")
+    if model.count("/") > 1 or model.startswith((".", "/", "~")):
+        raise ExplainError(f"there is no directory {model}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError) as error:
+        raise ExplainError(
+            f"{model} is no directory and not in the local cache of huggingface_hub; explain does "
+            "not download, so fetch it first (hf download …) or give a directory"
+        ) from error

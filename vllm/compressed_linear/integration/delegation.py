@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers that are handed to vLLM's own config of the format: its method, its refusals, the plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+
+from vllm.compressed_linear.formats.base import Format
+from vllm.compressed_linear.formats.resolution import ConfigError
+from vllm.compressed_linear.integration import compat
+from vllm.compressed_linear.prepare.plan import DELEGATED, Plan, PlanEntry
+
+
+class RefusedByVllmError(RuntimeError):
+    """A layer that is left to vLLM's own code, which does not run it here."""
+
+
+class Delegation:
+    """vLLM's own config for one checkpoint, made when the first layer is handed over."""
+
+    def __init__(self, found: Format) -> None:
+        self.vllm_name = found.vllm_name
+        self._config = found.config
+        self._vllm_config: QuantizationConfig | None = None
+        self._mappers: list[Any] = []
+
+    def add_mapper(self, mapper: Any) -> None:
+        """Rename modules with one more WeightsMapper. To be called before any layer is built."""
+        self._mappers.append(mapper)
+
+    def create_quant_method(
+        self,
+        layer: torch.nn.Module,
+        prefix: str,
+        reason: str,
+        packed_modules: dict[str, list[str]],
+        plan: Plan,
+    ) -> QuantizeMethodBase | None:
+        """vLLM's method for ``layer``, which enters ``plan`` with ``reason``; None where vLLM has
+        none, or no config of this format.
+
+        ``packed_modules`` is the model's ``packed_modules_mapping``. Raises ``ConfigError`` when
+        vLLM refuses the checkpoint and ``RefusedByVllmError`` when it refuses the layer.
+        """
+        if self.vllm_name is None:
+            return None
+        config = self._own_config(prefix, reason)
+        # By reference: some models update the mapping while they are built.
+        config.packed_modules_mapping = packed_modules
+        try:
+            method = config.get_quant_method(layer, prefix)
+        except Exception as error:
+            raise RefusedByVllmError(
+                f"{prefix}: {reason}, so it is left to vLLM's {self.vllm_name}, which cannot run "
+                f"it: {error}"
+            ) from error
+        if method is not None:
+            plan.add(
+                PlanEntry(
+                    name=prefix,
+                    kind=type(layer).__name__,
+                    backend=DELEGATED,
+                    variant=type(method).__name__,
+                    descriptor=f"delegated to vLLM: {reason}",
+                    bytes_checkpoint=0,
+                    bytes_prepared=0,
+                    prepare_seconds=0.0,
+                    note=reason,
+                )
+            )
+        return method
+
+    def _own_config(self, prefix: str, reason: str) -> QuantizationConfig:
+        if self._vllm_config is None:
+            try:
+                self._vllm_config = compat.builtin_config(str(self.vllm_name), self._config)
+            except Exception as error:
+                raise ConfigError(
+                    f"{prefix}: {reason}, so it is left to vLLM's {self.vllm_name}, which refuses "
+                    f"this checkpoint: {error}"
+                ) from error
+            for mapper in self._mappers:
+                self._vllm_config.apply_vllm_mapper(mapper)
+        return self._vllm_config

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The methods that vLLM's embedding tables and unquantized output heads call.
+
+A table and the heads that are tied to it have one prepared copy, on the table's layer: rows are
+looked up in it and the heads multiply with it. The natural weight of an unquantized one is freed
+unless something of vLLM reads it (``compat.reader_of_tables``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+)
+
+from vllm.compressed_linear.checkpoint.describe import LayerContext
+from vllm.compressed_linear.formats.resolution import LayerKind
+from vllm.compressed_linear.integration import compat
+from vllm.compressed_linear.integration.linear import (
+    CompressedLinearMethod,
+    DenseMethod,
+    layer_context,
+    no_rows,
+)
+from vllm.compressed_linear.integration.preparation import ModelPreparation
+
+
+class TiedHeads:
+    """The output heads that are tied to the table called ``table``."""
+
+    def __init__(self, table: str) -> None:
+        self.table = table
+        self.layers: list[Any] = []
+        self.names: list[str] = []
+
+    def add(self, layer: Any, name: str) -> None:
+        self.layers.append(layer)
+        self.names.append(name)
+
+    @property
+    def plan_name(self) -> str:
+        """What the plan calls the one prepared copy: as the head, which is what costs time."""
+        return self.names[0] if self.names else self.table
+
+    def context(self, table: Any, dtype: torch.dtype) -> LayerContext:
+        """That of the table's layer, with the bias of a head."""
+        return layer_context(self.layers[0] if self.layers else table, dtype)
+
+
+class CompressedEmbeddingMethod(CompressedLinearMethod):
+    """Embedding table that the checkpoint quantizes."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.heads = TiedHeads(self.prefix)
+
+    def context(self, layer: Any) -> LayerContext:
+        return replace(self.heads.context(layer, self.params_dtype), lookup=True)
+
+    @property
+    def plan_name(self) -> str:
+        return self.heads.plan_name
+
+    @property
+    def plan_kind(self) -> LayerKind:
+        return LayerKind.HEAD if self.heads.names else LayerKind.EMBEDDING
+
+    @property
+    def plan_note(self) -> str:
+        return f"tied: {self.prefix} looks up in it" if self.heads.names else ""
+
+    def embedding(self, layer: Any, ids: torch.Tensor) -> torch.Tensor:
+        """ids [...] → rows [..., K]."""
+        assert self.prepared is not None, f"{self.prefix}: weights were never processed"
+        return self.prepared.embedding(layer, ids)
+
+
+class TiedHeadMethod(QuantizeMethodBase):
+    """Output head that is tied to a quantized embedding table and multiplies with its copy.
+
+    No subclass of vLLM's unquantized method, so that vLLM does not look for a natural weight.
+    """
+
+    def __init__(self, table: Any) -> None:
+        self.table = table
+
+    def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("a tied output head has no weights of its own")
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        device = next(self.table.parameters()).device
+        layer.register_parameter("weight", no_rows(layer, self.table.params_dtype, device))
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., K] → [..., N]."""
+        return self.table.quant_method.apply(self.table, x, bias)
+
+
+class CompressedUnquantizedEmbeddingMethod(DenseMethod, UnquantizedEmbeddingMethod):
+    """Embedding table or output head that the checkpoint leaves unquantized.
+
+    A table to which no head is tied is only looked up and stays vLLM's. A head that is tied to a
+    table of ours leaves everything to that table's method.
+    """
+
+    kind = LayerKind.HEAD
+
+    def __init__(self, prefix: str, model: ModelPreparation) -> None:
+        super().__init__(prefix, model)
+        self.heads = TiedHeads(prefix)
+        self.table: Any = None
+        self.reader = ""
+        self.announced = False
+
+    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
+        super().create_weights(layer, *args, **kwargs)
+        self.reader = compat.reader_of_tables()
+        self.announced = isinstance(layer, ParallelLMHead)
+        if not self.announced:  # the plan expects the head, tied or not
+            self.model.plan.withdraw(layer.weight.nbytes)
+
+    def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
+        """``layer``: the head. Returns what the model is to use as its head."""
+        method = embed_tokens.quant_method
+        if isinstance(method, CompressedEmbeddingMethod):
+            self.model.plan.withdraw(layer.weight.nbytes)
+            del layer.weight
+            layer.quant_method = TiedHeadMethod(embed_tokens)
+            method.heads.add(layer, self.prefix)
+            return layer
+        if not hasattr(embed_tokens, "weight"):
+            raise NotImplementedError(
+                f"{self.prefix}: it is tied to {embed_tokens.prefix or 'the embedding table'}, "
+                f"whose {type(method).__name__} has no natural weight to share"
+            )
+        layer.weight = embed_tokens.weight
+        if type(method) is UnquantizedEmbeddingMethod:  # the model builds its table without us
+            method = type(self)(embed_tokens.prefix, self.model)
+            method.reader, method.dummy = self.reader, self.dummy
+            embed_tokens.quant_method = method
+        if isinstance(method, CompressedUnquantizedEmbeddingMethod):
+            if method.heads.layers:  # one of them is enough for the one table
+                self.model.plan.withdraw(layer.weight.nbytes)
+            method.heads.add(layer, self.prefix)
+            self.table = embed_tokens
+        return layer
+
+    @property
+    def plan_name(self) -> str:
+        return self.heads.plan_name
+
+    def plan_note(self, *, lookup: bool) -> str:
+        if not self.heads.names:
+            return f"the natural weight stays for {self.reader}" if self.reader else ""
+        kept = f", which stays for {self.reader}" if self.reader else ""
+        where = "it" if lookup else f"the natural weight{kept}"
+        return f"tied: {self.heads.table or 'the embedding table'} looks up in {where}"
+
+    def could_take(self, layer: Any) -> bool:
+        return self.is_ours(layer) and super().could_take(layer)
+
+    def is_ours(self, layer: Any) -> bool:
+        """Whether ``layer`` holds the weight of a head, and is not only looked up or tied."""
+        if self.table is not None:
+            return False
+        return bool(self.heads.layers) or isinstance(layer, ParallelLMHead)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        if self.table is not None:
+            return
+        if self.is_ours(layer):
+            super().process_weights_after_loading(layer)
+            return
+        UnquantizedEmbeddingMethod.process_weights_after_loading(self, layer)
+        if self.announced:  # a model that only embeds hides its head in a layer of another type
+            self.model.layer_finished()
+
+    def context(self, layer: Any) -> LayerContext:
+        lookup = bool(self.heads.layers) and not self.reader
+        return replace(self.heads.context(layer, layer.weight.dtype), lookup=lookup)
+
+    def drop_weight(self, layer: Any) -> None:
+        assert self.prepared is not None
+        if self.reader or (self.heads.layers and not self.prepared.looks_up):
+            return
+        weight = no_rows(layer, layer.weight.dtype, layer.weight.device)
+        for each in (layer, *self.heads.layers):
+            each.weight = weight
+
+    def embedding(self, layer: Any, input_: torch.Tensor) -> torch.Tensor:
+        """input_ [...] → rows [..., K]."""
+        if self.prepared is None or not self.prepared.looks_up:
+            return UnquantizedEmbeddingMethod.embedding(self, layer, input_)
+        return self.prepared.embedding(layer, input_)
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., K] → [..., N]."""
+        if self.table is not None:
+            return self.table.quant_method.apply(self.table, x, bias)
+        return super().apply(layer, x, bias)

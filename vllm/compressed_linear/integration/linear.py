@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The methods that vLLM's linear layers and output heads call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+from vllm.model_executor.layers.linear import (
+    LinearMethodBase,
+    UnquantizedLinearMethod,
+)
+
+from vllm.compressed_linear.checkpoint.describe import LayerContext
+from vllm.compressed_linear.checkpoint.parameter import (
+    CheckpointParameter,
+    collect_shards,
+    create_parameters,
+)
+from vllm.compressed_linear.checkpoint.shard import ShardSource, dense_shard
+from vllm.compressed_linear.formats.resolution import LayerKind, Unquantized
+from vllm.compressed_linear.integration import compat
+from vllm.compressed_linear.integration.preparation import ModelPreparation, Prepared
+from vllm.compressed_linear.integration.sharding import shard_geometry
+from vllm.compressed_linear.spec.elements import dtype_name
+from vllm.compressed_linear.spec.scheme import CheckpointScheme, dense_scheme
+
+logger = compat.logger(__name__)
+
+DEVICE_ANCHOR = "weight_packed"
+"""Attribute under which vLLM's LoRA code looks for a layer's device; kept as an empty tensor."""
+
+
+def layer_context(layer: Any, params_dtype: torch.dtype) -> LayerContext:
+    """Dtypes of a vLLM layer."""
+    bias = getattr(layer, "bias", None)
+    return LayerContext(
+        input_dtype=dtype_name(params_dtype),
+        output_dtype=dtype_name(params_dtype),
+        bias_dtype=None if bias is None else dtype_name(bias.dtype),
+    )
+
+
+class CompressedLinearMethod(LinearMethodBase):
+    """Linear layer or output head of which at least one shard is quantized.
+
+    ``schemes``: for each logical weight of the layer, its name in the checkpoint and the format's
+    word on it. A layer whose partitions outnumber them (fused on disk) shares the only one.
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        kind: LayerKind,
+        schemes: Sequence[tuple[str, CheckpointScheme | Unquantized]],
+        model: ModelPreparation,
+    ) -> None:
+        self.prefix = prefix
+        self.kind = kind
+        self.schemes = list(schemes)
+        self.model = model
+        self.sources: list[ShardSource] = []
+        self.prepared: Prepared | None = None
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register a ``CheckpointParameter`` for every tensor of every shard."""
+        geometry = shard_geometry(
+            layer, input_size_per_partition, output_partition_sizes, input_size
+        )
+        schemes = self.schemes
+        if len(schemes) != len(geometry):
+            if len({scheme for _, scheme in schemes}) != 1:
+                names = ", ".join(name for name, _ in schemes)
+                raise ValueError(
+                    f"{self.prefix}: {len(geometry)} partitions, but the model fuses {names}, "
+                    "whose quantization differs, so it is not known which is which"
+                )
+            schemes = [(self.prefix, schemes[0][1])] * len(geometry)
+        self.params_dtype = params_dtype
+        self.dummy = compat.loads_dummy_weights()
+        self.sources = [
+            part.source(
+                name, scheme if isinstance(scheme, CheckpointScheme) else dense_scheme(params_dtype)
+            )
+            for part, (name, scheme) in zip(geometry, schemes, strict=True)
+        ]
+        parameters = create_parameters(self.sources, self.prefix)
+        for name, parameter in parameters.items():
+            layer.register_parameter(name, parameter)
+        self.tensor_names = list(parameters)
+        self.model.plan.expect(sum(p.nbytes for p in parameters.values()))
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Refine, select, prepare, check; then drop what the checkpoint had."""
+        parameters = {name: getattr(layer, name) for name in self.tensor_names}
+        if not all(isinstance(p, CheckpointParameter) for p in parameters.values()):
+            return  # already prepared, and nothing was loaded since
+        shards = collect_shards(parameters, self.sources, loaded=not self.dummy)
+        device = shards[0].device
+        prepared = self.model.prepare(
+            layer,
+            self.plan_name,
+            self.plan_kind,
+            shards,
+            self.context(layer),
+            self.prepared,
+            dummy=self.dummy,
+            note=self.plan_note,
+        )
+        for name in self.tensor_names:
+            delattr(layer, name)
+        layer.register_parameter(
+            DEVICE_ANCHOR,
+            Parameter(torch.empty(0, dtype=torch.uint8, device=device), requires_grad=False),
+        )
+        if self.kind is not LayerKind.LINEAR:
+            layer.register_parameter("weight", no_rows(layer, self.params_dtype, device))
+        self.prepared = prepared
+
+    @property
+    def plan_name(self) -> str:
+        """What the plan calls the layer; ``plan_kind`` and ``plan_note`` go with it."""
+        return self.prefix
+
+    @property
+    def plan_kind(self) -> LayerKind:
+        return self.kind
+
+    @property
+    def plan_note(self) -> str:
+        return ""
+
+    def context(self, layer: Any) -> LayerContext:
+        """What the layer is apart from its weights."""
+        return layer_context(layer, self.params_dtype)
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., K] → [..., N]."""
+        assert self.prepared is not None, f"{self.prefix}: weights were never processed"
+        return self.prepared.apply(layer, x, bias)
+
+    def tie_weights(self, layer: Any, embed_tokens: torch.nn.Module) -> Any:
+        """The checkpoint has a head of its own, whatever its config says of tying."""
+        logger.info(
+            "%s: the model's config ties it to the embedding table, but the checkpoint holds it "
+            "quantized, so it is not tied",
+            self.prefix,
+        )
+        return layer
+
+
+def no_rows(layer: Any, dtype: torch.dtype, device: torch.device) -> Parameter:
+    """[0, K] in the place of the natural weight of a head or embedding table: vLLM's LoRA asks it
+    for dtype and device, and whatever wants to read rows of it fails at once."""
+    return Parameter(torch.empty(0, layer.embedding_dim, dtype=dtype, device=device), False)
+
+
+def is_plain_matrix(layer: Any) -> bool:
+    """Whether ``layer.weight`` is a plain matrix of a dtype we know, in a layer that vLLM has no
+    other plans for."""
+    weight = layer.weight
+    return bool(
+        weight.ndim == 2
+        and weight.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and not getattr(layer, "_cpu_skip_gemm_dispatch", False)
+    )
+
+
+class DenseMethod:
+    """What our methods for unquantized weights add to vLLM's, which stay their base classes.
+
+    ``could_take`` says whether a layer is for our kernel; all others are vLLM's as before.
+    """
+
+    kind: LayerKind
+
+    def __init__(self, prefix: str, model: ModelPreparation) -> None:
+        super().__init__()
+        self.prefix = prefix
+        self.model = model
+        self.prepared: Prepared | None = None
+
+    @property
+    def plan_name(self) -> str:
+        """What the plan calls the layer."""
+        return self.prefix
+
+    def plan_note(self, *, lookup: bool) -> str:
+        """What the plan says of it; ``lookup``: whether its rows are looked up in the prepared
+        copy."""
+        return ""
+
+    def could_take(self, layer: Any) -> bool:
+        return is_plain_matrix(layer)
+
+    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
+        super().create_weights(layer, *args, **kwargs)  # type: ignore[misc]
+        self.dummy = compat.loads_dummy_weights()
+        self.model.plan.expect(layer.weight.nbytes)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        if self.prepared is not None and layer.weight.numel() == 0:
+            return
+        if layer.weight.is_meta or not self.could_take(layer):
+            super().process_weights_after_loading(layer)  # type: ignore[misc]
+            self.model.layer_finished()
+            return
+        self.prepared = self.prepare(layer)
+        self.drop_weight(layer)
+
+    def context(self, layer: Any) -> LayerContext:
+        """What the layer is apart from its weights."""
+        return layer_context(layer, layer.weight.dtype)
+
+    def prepare(self, layer: Any) -> Prepared:
+        """The natural weight, prepared."""
+        name = self.plan_name
+        shards = [dense_shard(name, layer.weight.data)]
+        context = self.context(layer)
+        if self.prepared is None:
+            context = self.model.settle_lookup(name, shards, context)
+        else:
+            context = replace(context, lookup=self.prepared.looks_up)
+        return self.model.prepare(
+            layer,
+            name,
+            self.kind,
+            shards,
+            context,
+            self.prepared,
+            dummy=self.dummy,
+            note=self.plan_note(lookup=context.lookup),
+        )
+
+    def drop_weight(self, layer: Any) -> None:
+        """Free the natural weight, now that there is a prepared one."""
+        layer.weight = Parameter(layer.weight.data.new_empty(0), requires_grad=False)
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if self.prepared is None:
+            return super().apply(layer, x, bias)  # type: ignore[misc]
+        return self.prepared.apply(layer, x, bias)
+
+
+class CompressedUnquantizedLinearMethod(DenseMethod, UnquantizedLinearMethod):
+    """Linear layer that the checkpoint leaves unquantized, on our dense kernel.
+
+    A subclass of vLLM's method because routers, MLA and online quantization ask for that type.
+    What vLLM treats apart (convolutions, ``_cpu_skip_gemm_dispatch``) stays with vLLM.
+    """
+
+    kind = LayerKind.LINEAR

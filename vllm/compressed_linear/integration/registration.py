@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the plugin tells vLLM: the quantization name, the variables, the compile factor."""
+
+from __future__ import annotations
+
+from vllm.compressed_linear import settings
+from vllm.compressed_linear.integration import compat
+
+
+def register_with_vllm() -> None:
+    """Register everything. Idempotent.
+
+    Raises ``ImportError`` when vLLM is absent or of a version that is not supported.
+    """
+    compat.check_vllm()
+    from vllm.compressed_linear.integration.config import NAME, CompressedLinearConfig
+    from vllm.compressed_linear.integration.preparation import PROCESS_PLAN
+
+    compat.register_config(NAME, CompressedLinearConfig)
+    compat.announce_variables(settings.VARIABLES)
+    compat.publish_compile_factor("VLLM_COMPRESSED_LINEAR_PLAN", PROCESS_PLAN.fingerprint)

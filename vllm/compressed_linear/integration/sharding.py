@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How vLLM's linear layers are split among ranks, read off the layer objects."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.compressed_linear.checkpoint.shard import ShardSource
+from vllm.compressed_linear.spec.scheme import CheckpointScheme
+
+
+@dataclass(frozen=True)
+class ShardGeometry:
+    """One logical weight of a layer: its shape on disk and this rank's part of it."""
+
+    full_n: int
+    full_k: int
+    n_start: int
+    n: int
+    k_start: int
+    k: int
+    padding: int = 0
+
+    def source(self, name: str, scheme: CheckpointScheme) -> ShardSource:
+        """The same with the checkpoint's name for it and what the format says."""
+        return ShardSource(
+            name,
+            scheme,
+            self.full_n,
+            self.full_k,
+            self.n_start,
+            self.n,
+            self.k_start,
+            self.k,
+            self.padding,
+        )
+
+
+def shard_geometry(
+    layer: Any,
+    input_size_per_partition: int,
+    output_partition_sizes: Sequence[int],
+    input_size: int,
+) -> list[ShardGeometry]:
+    """Geometry of every partition of ``layer``, from the arguments of ``create_weights``."""
+    from vllm.model_executor.layers.linear import QKVParallelLinear, ReplicatedLinear
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    rank, size = int(layer.tp_rank), int(layer.tp_size)
+    k_start = rank * input_size_per_partition if input_size_per_partition != input_size else 0
+    k = (input_size, k_start, input_size_per_partition)
+
+    if isinstance(layer, VocabParallelEmbedding):
+        indices = layer.shard_indices
+        n = indices.num_org_elements
+        padding = output_partition_sizes[0] - n
+        return [_geometry(layer.org_vocab_size, indices.org_vocab_start_index, n, k, padding)]
+    if isinstance(layer, QKVParallelLinear):
+        kv_rank = rank // layer.num_kv_head_replicas
+        heads = (layer.total_num_heads, layer.total_num_kv_heads, layer.total_num_kv_heads)
+        widths = (layer.head_size, layer.head_size, layer.v_head_size)
+        return [
+            _geometry(count * width, (kv_rank if i else rank) * n, n, k)
+            for i, (count, width, n) in enumerate(
+                zip(heads, widths, output_partition_sizes, strict=True)
+            )
+        ]
+    split = not isinstance(layer, ReplicatedLinear) and input_size_per_partition == input_size
+    if split and size > 1 and layer.output_size == sum(output_partition_sizes):
+        split = False  # a row-parallel layer whose input happens not to be cut
+    if not split:
+        return [_geometry(n, 0, n, k) for n in output_partition_sizes]
+    return [_geometry(n * size, rank * n, n, k) for n in output_partition_sizes]
+
+
+def _geometry(
+    full_n: int, n_start: int, n: int, k: tuple[int, int, int], padding: int = 0
+) -> ShardGeometry:
+    full_k, k_start, k_size = k
+    return ShardGeometry(full_n, full_k, n_start, n, k_start, k_size, padding)

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What GPUs of each compute capability can do at most, as their makers publish it.
+
+Of each architecture one product stands for all; a GPU that is there is scaled from it by its own
+number of multiprocessors and by the bandwidth its driver tells. Rates are those of dense matrices
+with sums in fp32 (int32 for integers), without the doubling for sparse ones. Sources:
+
+* 80, A100 SXM 80 GB: NVIDIA A100 Tensor Core GPU datasheet (2021)
+* 86, GeForce RTX 3090: NVIDIA Ampere GA102 GPU Architecture whitepaper, table 2 and appendix A
+* 89, L40S: NVIDIA L40S datasheet (2023)
+* 90, H100 SXM: NVIDIA H100 Tensor Core GPU Architecture whitepaper, tables 1 to 3
+* 100, B200: NVIDIA Blackwell datasheet (2024), HGX B200, divided by its eight GPUs
+* 120, GeForce RTX 5090: NVIDIA RTX Blackwell GPU Architecture whitepaper, appendix
+* shared memory of a multiprocessor: CUDA C++ Programming Guide, "Compute Capabilities"
+* ``mma`` of 90: Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture via
+  Microbenchmarking" (2024). That of 100 is a guess: nobody we know of has published it, and by the
+  width of the units it is no more than half. Elsewhere there is no other instruction
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from vllm.compressed_linear.machine.limits import MachineLimits
+
+LAUNCH_SECONDS = 3e-6
+"""From one kernel to the next in a captured graph, in which a server replays them. An estimate."""
+
+
+@dataclass(frozen=True)
+class GpuFacts:
+    """``product``: whose numbers these are; ``multiprocessors``: of it; ``shared_bytes``: shared
+    memory of one multiprocessor."""
+
+    product: str
+    multiprocessors: int
+    shared_bytes: int
+    limits: MachineLimits
+
+
+def _facts(
+    product: str,
+    multiprocessors: int,
+    shared_kib: int,
+    read_gb: float,
+    *,
+    fp32: float,
+    bf16: float,
+    int8: float,
+    fp8: float = 0.0,
+    fp4: float = 0.0,
+    mma: float = 1.0,
+) -> GpuFacts:
+    """Rates in 10^12 operations a second, ``read_gb`` in 10^9 bytes a second."""
+    rates = {"fp32": fp32, "bf16": bf16, "int8": int8, "fp8": fp8, "fp4": fp4}
+    limits = MachineLimits(
+        read=read_gb * 1e9,
+        launch=LAUNCH_SECONDS,
+        mma=mma,
+        **{name: rate * 1e12 for name, rate in rates.items()},
+    )
+    return GpuFacts(product, multiprocessors, shared_kib << 10, limits)
+
+
+GPUS: dict[int, GpuFacts] = {
+    80: _facts("A100 SXM 80 GB", 108, 164, 2039, fp32=19.5, bf16=312, int8=624),
+    86: _facts("GeForce RTX 3090", 82, 100, 936, fp32=35.6, bf16=71, int8=284),
+    89: _facts("L40S", 142, 100, 864, fp32=91.6, bf16=362, int8=733, fp8=733),
+    90: _facts("H100 SXM", 132, 228, 3350, fp32=66.9, bf16=989, int8=1979, fp8=1979, mma=0.62),
+    100: _facts("B200", 148, 228, 8000, fp32=75, bf16=2250, int8=4500, fp8=4500, fp4=9000, mma=0.3),
+    120: _facts(
+        "GeForce RTX 5090", 170, 100, 1792, fp32=104.8, bf16=209.5, int8=838, fp8=419, fp4=1676
+    ),
+}
+"""Compute capability → what a GPU of it can do."""
+
+
+def gpu_facts(capability: int) -> GpuFacts:
+    """Those of ``capability``, or else of the newest listed one that is not newer; of the oldest
+    for what is older than all."""
+    known = [c for c in GPUS if c <= capability]
+    return GPUS[max(known) if known else min(GPUS)]
+
+
+def gpu_limits(capability: int, multiprocessors: int = 0, read: float = 0.0) -> MachineLimits:
+    """Limits of a GPU with so many multiprocessors that reads ``read`` bytes a second; where one is
+    0, those of the product that stands for its capability."""
+    facts = gpu_facts(capability)
+    share = multiprocessors / facts.multiprocessors if multiprocessors else 1.0
+    limits = facts.limits
+    return replace(
+        limits,
+        read=read or limits.read,
+        **{name: getattr(limits, name) * share for name in ("fp32", "bf16", "int8", "fp8", "fp4")},
+    )

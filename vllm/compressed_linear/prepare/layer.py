@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From loaded shards to something that runs: refine, select, prepare, check, and the composite.
+
+Imports nothing of vLLM. ``integration/linear.py`` hangs the result on vLLM's layers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from vllm.compressed_linear.backends import measurements as tune_file
+from vllm.compressed_linear.backends.base import QuantLinearMethod
+from vllm.compressed_linear.backends.registry import Selection, select
+from vllm.compressed_linear.checkpoint.describe import LayerContext
+from vllm.compressed_linear.checkpoint.parts import Part, refine
+from vllm.compressed_linear.checkpoint.shard import CheckpointError, LoadedShard
+from vllm.compressed_linear.machine.platform import Platform
+from vllm.compressed_linear.prepare.cache.store import PreparedCache, cache_key
+from vllm.compressed_linear.prepare.malloc import large_blocks_apart
+from vllm.compressed_linear.prepare.plan import (
+    CACHE_HIT,
+    CACHE_MISS,
+    CACHE_UNUSED,
+    Plan,
+    PlanEntry,
+    rejections,
+)
+from vllm.compressed_linear.prepare.self_check import SelfCheckError, self_check
+from vllm.compressed_linear.settings import Settings
+from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
+
+
+@dataclass(frozen=True)
+class Executor:
+    """One part of a layer: a backend instance and its output columns [start, stop)."""
+
+    method: QuantLinearMethod
+    selection: Selection
+    start: int
+    stop: int
+
+    @property
+    def descriptor(self) -> CompressedLinearDescriptor:
+        return self.method.descriptor
+
+
+def prepare(
+    name: str,
+    kind: str,
+    shards: Sequence[LoadedShard],
+    context: LayerContext,
+    platform: Platform,
+    settings: Settings,
+    plan: Plan,
+    pinned: Sequence[Executor] = (),
+    cache: PreparedCache | None = None,
+    note: str = "",
+) -> list[tuple[Executor, dict[str, torch.Tensor]]]:
+    """Prepare a layer's shards: executors, each with its prepared tensors by name. What runs is
+    recorded in ``plan``. ``pinned``: executors of an earlier load, whose choice stays.
+    ``cache``: where prepared tensors are looked for and kept; reloads go past it. ``note`` is for
+    the plan.
+
+    Raises ``CheckpointError`` on damaged data, ``NoBackendError`` when no backend can or may run a
+    part, ``SelfCheckError`` when one computes wrong numbers, and ``ValueError`` when reloaded
+    weights need another plan than the pinned one.
+    """
+    try:
+        parts = refine(shards, context)
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: tensor {error}") from None
+    if pinned:
+        _check_pinned(name, parts, pinned)
+    prepared = []
+    for index, part in enumerate(parts):
+        selection = (
+            pinned[index].selection if pinned else choose(name, part.descriptor, platform, settings)
+        )
+        method = selection.chosen(part.descriptor)
+        obtained = _obtain(name, method, selection, part, platform, None if pinned else cache)
+        tensors = obtained.tensors
+        stop = part.start + part.descriptor.n
+        prepared.append((Executor(method, selection, part.start, stop), tensors))
+        plan.add(
+            PlanEntry(
+                name=name,
+                kind=kind,
+                backend=method.name,
+                variant=selection.variant,
+                descriptor=str(part.descriptor),
+                bytes_checkpoint=checkpoint_bytes(part.weights.shards),
+                bytes_prepared=sum(t.nbytes for t in tensors.values()),
+                prepare_seconds=obtained.seconds,
+                batch_invariant=method.batch_invariant,
+                chosen_by=selection.chosen_by,
+                note="; ".join(
+                    filter(None, (note, _composite_note(parts, part), contract_note(method)))
+                ),
+                cache=obtained.cache,
+                rejected=rejections(selection),
+            ),
+            index,
+        )
+    return prepared
+
+
+@dataclass(frozen=True)
+class _Obtained:
+    """Checked tensors, how long they took, and what the cache did (``PlanEntry.cache``)."""
+
+    tensors: dict[str, torch.Tensor]
+    seconds: float
+    cache: str
+
+
+def _obtain(
+    name: str,
+    method: QuantLinearMethod,
+    selection: Selection,
+    part: Part,
+    platform: Platform,
+    cache: PreparedCache | None,
+) -> _Obtained:
+    """From the cache, or prepared and then kept there. Nothing unchecked is used or kept."""
+    begin = time.perf_counter()
+    key = None if cache is None else cache_key(method, selection.variant, part, platform)
+    if cache is not None and key is not None and (found := cache.load(key)) is not None:
+        seconds = time.perf_counter() - begin
+        try:
+            self_check(name, method, found, part.weights)
+            return _Obtained(found, seconds, CACHE_HIT)
+        except SelfCheckError as error:
+            cache.refuse(key, f"does not pass the check at load ({error})")
+    with large_blocks_apart():
+        tensors = method.prep_weights_for_execution(part.weights)
+    seconds = time.perf_counter() - begin
+    self_check(name, method, tensors, part.weights)
+    if cache is None:
+        return _Obtained(tensors, seconds, "")
+    if key is None:
+        return _Obtained(tensors, seconds, CACHE_UNUSED)
+    cache.store(key, name, str(part.descriptor), tensors)
+    return _Obtained(tensors, seconds, CACHE_MISS)
+
+
+def choose(
+    name: str, descriptor: CompressedLinearDescriptor, platform: Platform, settings: Settings
+) -> Selection:
+    """The backend for (a part of) layer ``name`` under the user's settings and the tune file.
+    ``NoBackendError`` with every reason when there is none."""
+    quantized = descriptor.weight.element.kind != "dense"
+    return select(
+        descriptor,
+        platform,
+        override=settings.backend.backend_for(name, quantized=quantized),
+        strict=settings.strict and quantized,
+        layer=name,
+        measurements=tune_file.load(settings.tune_file, platform).measurements,
+    )
+
+
+def settle_lookup(
+    name: str,
+    shards: Sequence[LoadedShard],
+    context: LayerContext,
+    platform: Platform,
+    settings: Settings,
+) -> LayerContext:
+    """``context`` without ``lookup`` where the backend that is best at multiplying does not look up
+    rows: an unquantized table has its natural weight for that, so the choice need not suffer."""
+    if not context.lookup:
+        return context
+    plain = replace(context, lookup=False)
+    for part in refine(shards, plain):
+        chosen = choose(name, part.descriptor, platform, settings).chosen
+        if not chosen.can_implement(replace(part.descriptor, lookup=True), platform):
+            return plain
+    return context
+
+
+def _composite_note(parts: Sequence[Part], part: Part) -> str:
+    if len(parts) == 1:
+        return ""
+    names = [s.source.name.rpartition(".")[2] for s in part.weights.shards]
+    return f"{' + '.join(names)} of a fused layer whose shards differ"
+
+
+def contract_note(method: QuantLinearMethod) -> str:
+    """What a backend rounds that the checkpoint does not, for the plan; usually nothing."""
+    own = method.own_activation(method.descriptor)
+    if own is None:
+        return ""
+    return (
+        f"x rounded to {own} though the checkpoint has it plain: each output may be off by "
+        f"Σ max|x| / {2 * own.maximum:g} · Σ|w| over the groups"
+    )
+
+
+def checkpoint_bytes(shards: Sequence[LoadedShard]) -> int:
+    """Bytes of the checkpoint's tensors, this rank's part."""
+    return sum(t.nbytes for shard in shards for t in shard.tensors.values())
+
+
+def _check_pinned(name: str, parts: Sequence[Part], pinned: Sequence[Executor]) -> None:
+    now = [str(part.descriptor) for part in parts]
+    then = [str(executor.descriptor) for executor in pinned]
+    if [p.descriptor for p in parts] != [e.descriptor for e in pinned]:
+        raise ValueError(
+            f"{name}: reloaded weights need {now}, but the running model was prepared for {then}; "
+            "restart to load them"
+        )
+
+
+def run(
+    executors: Sequence[Executor],
+    tensors: Sequence[dict[str, torch.Tensor]],
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Compute a layer: one backend, or one for each run of like shards, side by side."""
+    if len(executors) == 1:
+        return executors[0].method.apply(tensors[0], x, bias)
+    outputs = [
+        executor.method.apply(
+            own, x, None if bias is None else bias[executor.start : executor.stop]
+        )
+        for executor, own in zip(executors, tensors, strict=True)
+    ]
+    return torch.cat(outputs, dim=-1)
