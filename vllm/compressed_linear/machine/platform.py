@@ -67,11 +67,12 @@ NATIVE_LIBRARY = "native:compressed_linear"
 class Platform:
     """device: "cpu", "cuda", "rocm" or "xpu". ``capability``: 10·major + minor of a CUDA device.
 
-    ``features``: CPU instruction sets. ``ops``: compiled operators that can be called, named
-    ``namespace::op``, and ``NATIVE_LIBRARY``. ``missing``: the reason for each absent op or
-    library. ``cpu``: the processor's name, empty for a machine made by hand. ``measured``: its
-    measured limits with these threads, or None. ``gpu``: the GPU's name; ``multiprocessors`` and
-    ``read`` (bytes per second) as its driver reports them; empty and 0 for an absent GPU.
+    ``features``: CPU instruction sets. ``isa``: the one with which our library's kernels run, empty
+    for a machine made by hand and without the library. ``ops``: compiled operators that can be
+    called, named ``namespace::op``, and ``NATIVE_LIBRARY``. ``missing``: the reason for each absent
+    op or library. ``cpu``: the processor's name, empty for a machine made by hand. ``measured``:
+    its measured limits with these threads, or None. ``gpu``: the GPU's name; ``multiprocessors``
+    and ``read`` (bytes per second) as its driver reports them; empty and 0 for an absent GPU.
     """
 
     device: str = "cpu"
@@ -86,6 +87,7 @@ class Platform:
     gpu: str = ""
     multiprocessors: int = 0
     read: float = 0.0
+    isa: str = ""
 
     @property
     def limits(self) -> MachineLimits:
@@ -96,6 +98,7 @@ class Platform:
             return gpu_limits(self.capability or 0, self.multiprocessors, self.read)
         if self.device != "cpu":
             return ACCELERATOR
+        # What its instructions reach, whether or not our kernels use them.
         assert self.tier.core is not None
         return limits_of_cores(self.tier.core, self.threads)
 
@@ -108,11 +111,13 @@ class Platform:
 
     @property
     def name(self) -> str:
-        """Short name, e.g. ``cpu:avx512bf16`` or ``cuda:90``."""
+        """Short name, e.g. ``cpu:avx512bf16`` or ``cuda:90``. For this machine's CPU it has the
+        instruction set in use, which need not be the best that the CPU has."""
         if self.device == "cuda":
             return f"cuda:{self.capability}"
         if self.device == "cpu":
-            return f"cpu:{self.tier.name if self.machine == 'x86_64' else self.machine}"
+            x86 = self.machine == "x86_64"
+            return f"cpu:{(self.isa or self.tier.name) if x86 else self.machine}"
         return self.device
 
     @property
@@ -122,7 +127,7 @@ class Platform:
 
     def best_isa(self, names: Collection[str]) -> str:
         """The instruction set of ``names``, which include "generic", that the library would choose
-        there. Never AMX, which has not run on a processor that has it."""
+        there. Never AMX: whether it is faster is not measured at start."""
         return [t.name for t in self._tiers() if t.name in names and t.name != "amx"][-1]
 
     def _tiers(self) -> list[CpuTier]:
@@ -196,6 +201,7 @@ class Platform:
             missing=missing,
             threads=torch.get_num_threads(),
             cpu=cpu_name(),
+            isa=_isa_in_use() if device == "cpu" and reason is None else "",
         )
 
 
@@ -219,6 +225,15 @@ def _gpu() -> _Gpu:
         properties.multi_processor_count,
         2e3 * kilohertz * bits / 8,
     )
+
+
+def _isa_in_use() -> str:
+    from vllm.compressed_linear.machine import native
+
+    try:
+        return native.isa()
+    except ValueError:  # a forced one is not supported here: the first op reports it
+        return ""
 
 
 def cpu_features() -> frozenset[str]:

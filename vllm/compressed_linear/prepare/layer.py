@@ -190,7 +190,7 @@ def _composite_note(parts: Sequence[Part], part: Part) -> str:
 
 def contract_note(method: QuantLinearMethod) -> str:
     """Note for the plan if a backend quantizes x and the checkpoint does not; usually empty."""
-    own = method.own_activation(method.descriptor)
+    own = method.contract(method.descriptor).activation
     if own is None:
         return ""
     return (
