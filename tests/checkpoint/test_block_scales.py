@@ -195,7 +195,7 @@ def test_the_descriptor_says_it_and_can_be_written() -> None:
     assert CompressedLinearDescriptor.from_json(d.to_json()) == d
 
 
-def test_made_up_weights_share_scales_as_the_descriptor_says() -> None:
+def test_random_weights_share_scales_as_the_descriptor_says() -> None:
     d = only(shard(16, 40)).descriptor
     made = random_weights(d)
     part = Part(0, d, made)

@@ -308,7 +308,7 @@ def test_what_cannot_be_measured_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", conformance_cases()[::5], ids=str)
-def test_made_up_weights_are_what_the_descriptor_says(case: Case) -> None:
+def test_random_weights_are_what_the_descriptor_says(case: Case) -> None:
     """Held against the checkpoint's rules, which know nothing of channel plans."""
     descriptor = case.build().descriptor
     weights = random_weights(descriptor)
@@ -362,7 +362,7 @@ INT4 = WeightSpec(uint(4, 8), ScaleSpec("float16", "group", 32))
     ],
     ids=str,
 )
-def test_made_up_weights_of_quantised_inputs(weight: WeightSpec, input_side: Any) -> None:
+def test_random_weights_of_quantized_inputs(weight: WeightSpec, input_side: Any) -> None:
     descriptor = CompressedLinearDescriptor(128, 48, weight, "bfloat16", "bfloat16", **input_side)
     assert described_anew(descriptor) == descriptor
     weights = random_weights(descriptor)

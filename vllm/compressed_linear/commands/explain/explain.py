@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What would run each layer of a checkpoint and why, without loading it.
+"""Explain the choice of backends for a checkpoint without loading it.
 
-Everything comes from ``config.json`` and safetensors headers; the choice itself is made by the same
-code as at load. What only values decide is listed as alternatives (``possibilities.py``).
+The input is ``config.json`` and safetensors headers; the choice itself is made by the same code as
+at load. Facts that depend on values are listed as alternatives (``possibilities.py``).
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def explain(
     """Explain a local checkpoint.
 
     Raises ``ExplainError``, ``ConfigError`` for a contradictory quantization config,
-    ``CheckpointError`` for tensors that contradict it, ``TensorParallelError``. Layers that nothing
-    can or may run do not raise; they are in ``Explanation.errors``.
+    ``CheckpointError`` for tensors that contradict it, ``TensorParallelError``. Layers that no
+    backend can or may run do not raise; they are in ``Explanation.errors``.
     """
     with _one_thread():
         return _explain(model, platform, tp_size, dtype, read_weights, settings)
@@ -65,7 +65,7 @@ def explain(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Many small tensor operations: threads that wait for each other take longer than the work."""
+    """One thread: for many small tensor operations, synchronization costs more than the work."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -144,7 +144,7 @@ def _explain(
     if explainer.not_found:
         first, count = explainer.not_found[0], len(set(explainer.not_found))
         found.notes.append(
-            f"no tensors are called {first}.* in the files ({count} such layers): either they are "
+            f"the files have no tensors {first}.* ({count} such layers): either they are "
             "missing, or the model class renames them while it loads; shown as configured"
         )
     found.layers = [_over_ranks(same) for same in zip(*by_rank, strict=True)]
@@ -170,7 +170,7 @@ def _over_ranks(plans: tuple[LayerPlan, ...]) -> LayerPlan:
 
 
 def _shown(found: tuple[Possibility, ...]) -> list[Any]:
-    """What makes a rank differ: not the length of an order that was made up."""
+    """Fields in which ranks are compared: not the length of an assumed order."""
     return [
         (
             case.facts,
@@ -184,7 +184,7 @@ def _shown(found: tuple[Possibility, ...]) -> list[Any]:
 
 
 class _Explainer:
-    """Cases and choices, each thought out once for all layers that are alike."""
+    """Possibilities and choices of layers, each computed once for equal layers."""
 
     def __init__(
         self,
@@ -204,7 +204,7 @@ class _Explainer:
         self._parts: dict[Any, PartPlan] = {}
 
     def layer(self, model: ModelLayers, layer: ModelLayer) -> LayerPlan:
-        """Raises ``CheckpointError`` where headers contradict the configuration."""
+        """Explain one layer. Raises ``CheckpointError`` if headers contradict the configuration."""
         layer = self._settled(layer)
         found = tuple(
             replace(case, parts=tuple(self._part(layer.name, part) for part in case.parts))
@@ -214,14 +214,14 @@ class _Explainer:
         return LayerPlan(layer.name, layer.kind, found, layer.reasons, note)
 
     def _settled(self, layer: ModelLayer) -> ModelLayer:
-        """Where rows of a tied table that is not quantized are looked up, as at load."""
+        """Decide where rows of a tied unquantized table are looked up, as at load."""
         if layer.dense is None:
             return layer
         try:
             context = settle_lookup(
                 layer.name, [layer.dense], layer.context, self.platform, self.settings
             )
-        except NoBackendError:  # which the case will say
+        except NoBackendError:  # the case will report it
             context = layer.context
         return replace(layer, context=context)
 
@@ -267,7 +267,7 @@ class _Explainer:
 
 
 def _reader(headers: Headers, file_headers: Headers) -> ReadTensor:
-    """Reads by vLLM's names: ``headers`` are ``file_headers`` renamed, in the same order."""
+    """Reader by vLLM's names: ``headers`` are ``file_headers`` renamed, in the same order."""
     from safetensors import safe_open
 
     on_disk = dict(zip(headers, file_headers, strict=True))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The linear layers of a model as vLLM will build them, without its weights.
+"""Linear layers of a model as vLLM builds them, without its weights.
 
-The model class itself is constructed on the meta device, so names, fused shards and the split among
-ranks are those of a real load for every architecture.
+The model class is constructed on the meta device, so names, fused shards and the split among ranks
+equal those of a real load for every architecture.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from vllm.compressed_linear.integration.registration import register_with_vllm
 from vllm.compressed_linear.prepare.plan import DELEGATED, Plan, PlanEntry
 
 LONGEST_REASON = 160
-"""Characters of another library's error that are worth repeating."""
+"""Limit of characters for an error of another library."""
 
 
 class ModelUnavailableError(RuntimeError):
-    """vLLM's class for a model cannot be built here; the message says why."""
+    """vLLM's model class cannot be built here; the message says why."""
 
 
 class TensorParallelError(ValueError):
@@ -40,11 +40,10 @@ class TensorParallelError(ValueError):
 class ModelLayer:
     """One layer that this package will run.
 
-    ``name``: what the model class calls it, and the plan. ``path``: where it is in the model.
-    ``sources``: the shards of a layer of which at least one is quantized. ``dense``: this rank's
-    weight (a meta tensor) of an unquantized one. ``reasons``: which rule left which shard
-    unquantized. ``notes``: what else the plan says, if rows are not looked up in the prepared copy
-    and if they are.
+    ``name``: in the model class, and in the plan. ``path``: position in the model. ``sources``: the
+    shards of a layer of which at least one is quantized. ``dense``: this rank's weight (a meta
+    tensor) of an unquantized layer. ``reasons``: which rule left which shard unquantized.
+    ``notes``: of the plan, without and with lookups in the prepared copy.
     """
 
     name: str
@@ -59,9 +58,8 @@ class ModelLayer:
 
 @dataclass(frozen=True)
 class LeftToVllm:
-    """A layer with weights that vLLM's own code runs, and why. ``refusal``: what that code says if
-    it will not run it on this machine. ``nbytes``: of its weights, where vLLM keeps them as they
-    are."""
+    """A layer with weights that vLLM's own code runs, and why. ``refusal``: error of that code if
+    it cannot run it on this machine. ``nbytes``: of its weights, if vLLM keeps them unchanged."""
 
     name: str
     kind: str
@@ -89,8 +87,8 @@ def model_layers(
 ) -> list[ModelLayers]:
     """The layers of each rank.
 
-    Raises ``ModelUnavailableError`` when the class cannot be built, ``TensorParallelError`` when
-    the model cannot be split so, and what loading would raise for a bad configuration.
+    Raises ``ModelUnavailableError`` if the class cannot be built, ``TensorParallelError`` if the
+    model cannot be split so, and the errors of loading for an invalid configuration.
     """
     register_with_vllm()
     try:
@@ -116,7 +114,7 @@ def _unavailable(error: Exception) -> Exception:
         if isinstance(cause, ConfigError):
             return cause
         cause = cause.__cause__ or cause.__context__
-    # pydantic's messages list every architecture there is.
+    # pydantic's messages list all architectures.
     text = " ".join(str(error).split())
     return ModelUnavailableError(f"{type(error).__name__}: {text[:LONGEST_REASON]}")
 
@@ -151,7 +149,7 @@ def _layers_of_rank(config: Any, rank: int) -> ModelLayers:
 
 
 class _SurvivingDelegation(Delegation):
-    """Where vLLM's code will not run a layer that is left to it, notes that and goes on."""
+    """Delegation that records refusals of vLLM's code instead of raising them."""
 
     def __init__(self, found: Format, refused: dict[str, LeftToVllm]) -> None:
         super().__init__(found)
@@ -231,7 +229,7 @@ def _add(
         if isinstance(module, LinearBase):
             reason = f"{type(module).__name__} is one of vLLM's special cases"
         elif isinstance(method, UnquantizedEmbeddingMethod):
-            by = UnquantizedEmbeddingMethod.__name__  # ours leaves it to that one
+            by = UnquantizedEmbeddingMethod.__name__  # our method delegates to it
             nbytes = module.weight.nbytes
         found.left.append(LeftToVllm(name, type(module).__name__, by, reason, nbytes=nbytes))
 

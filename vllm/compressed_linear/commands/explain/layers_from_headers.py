@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The linear layers of a checkpoint from its headers alone, where vLLM has no class for the model.
+"""Linear layers of a checkpoint from its headers alone, if vLLM has no class for the model.
 
-Layers carry the checkpoint's names, and fused ones appear as their parts.
+Layers have the checkpoint's names, and fused layers appear as their members.
 """
 
 from __future__ import annotations
@@ -62,20 +62,20 @@ def layers_from_headers(
 
 
 def _kind(module: str) -> LayerKind:
-    """What the module is, by its name."""
+    """Kind of a module, by its name."""
     if last_word(module) == "lm_head":
         return LayerKind.HEAD
     return LayerKind.EMBEDDING if "embed" in last_word(module) else LayerKind.LINEAR
 
 
 def _is_linear(module: str, tensors: Mapping[str, TensorHeader]) -> bool:
-    """A matrix, and by its name no embedding table."""
+    """Whether it is a matrix and, by its name, not an embedding table."""
     weight = tensors.get("weight")
     return weight is not None and len(weight.shape) == 2 and "embed" not in module
 
 
 def _shape(scheme: CheckpointScheme, tensors: Mapping[str, TensorHeader]) -> tuple[int, int] | None:
-    """(N, K) under which the codes have the shape they have on disk; None if nothing fits."""
+    """(N, K) for which the codes have their shape on disk; None if nothing fits."""
     codes = next(t for t in scheme.tensors if t.role is Role.CODES)
     header = tensors.get(codes.name)
     if header is None or codes.interleave or len(header.shape) != len(codes.axes):
@@ -95,7 +95,7 @@ def _shape(scheme: CheckpointScheme, tensors: Mapping[str, TensorHeader]) -> tup
 
 
 def _unpacked_axes(scheme: CheckpointScheme, tensors: Mapping[str, TensorHeader]) -> dict[str, int]:
-    """Lengths of N and K that a tensor without packing states."""
+    """Lengths of N and K according to tensors without a packing."""
     known: dict[str, int] = {}
     for stored in scheme.tensors:
         header = tensors.get(stored.name)

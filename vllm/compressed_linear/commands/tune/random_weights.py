@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random weights of a given descriptor, for whoever has the descriptor and not the checkpoint."""
+"""Random weights matching a descriptor; used by tune and benchmarks."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ SEED = 8913
 def random_weights(
     descriptor: CompressedLinearDescriptor, device: torch.device | str = "cpu"
 ) -> CompressedWeights:
-    """Weights that ``descriptor`` describes, on ``device``: finite numbers, a random order of
-    channels where it has one. Codes are stored a byte each, so a backend prepares them as it would
-    any others. The same descriptor gives the same numbers."""
+    """Random weights matching ``descriptor``, on ``device``: finite numbers, and a random order of
+    channels if it has one. Codes are stored in one byte each and prepared as those of a checkpoint.
+    Equal descriptors give equal numbers."""
     d, weight = descriptor, descriptor.weight
     element = weight.element
     generator = torch.Generator().manual_seed(SEED)
@@ -39,7 +39,7 @@ def random_weights(
     else:
         codes = torch.randint(1 << element.bits, shape, generator=generator, dtype=torch.uint8)
         if element.kind != "integer":
-            # Codes of infinities and NaN are no weights.
+            # No codes of infinities and NaN.
             finite = torch.isfinite(element.table())
             codes[~finite[codes.long()]] = 0
         add("codes", Role.CODES, ("N", "K"), codes)
@@ -66,13 +66,13 @@ def random_weights(
         channels = 0.5 + torch.rand(d.in_features, generator=generator)
         add("prescale", Role.PRESCALE, ("K",), channels.to(torch_dtype(d.prescale)))
     if d.activation is not None and d.activation.needs_scale:
-        # Normal numbers reach 4. Scales of groups are multiples of this one, up to 448 of it.
+        # Normal numbers reach 4. Scales of groups are multiples of this one, up to 448 times.
         reach = d.activation.maximum * (448 if d.activation.scale_dtype == "float8_e4m3fn" else 1)
         add("input_scale", Role.INPUT_SCALE, (1,), torch.tensor([4 / reach]))
     if d.activation is not None and d.activation.needs_zero:
         add("input_zero", Role.INPUT_ZERO, (1,), torch.tensor([3], dtype=torch.int32))
     source = ShardSource(
-        f"weights made up for {d}",
+        f"random weights for {d}",
         CheckpointScheme(weight, tuple(stored), d.activation, d.transform),
         *(d.n, d.in_features),
         *(0, d.n),
@@ -85,7 +85,7 @@ def random_weights(
 
 
 def _scales(shape: tuple[int, int], dtype: str, generator: torch.Generator) -> torch.Tensor:
-    """Scales between 0.01 and 0.02, or powers of two about there."""
+    """Scales between 0.01 and 0.02, or powers of two near them."""
     if dtype == "e8m0":
         return torch.randint(119, 122, shape, generator=generator, dtype=torch.uint8)
     return (0.01 + 0.01 * torch.rand(shape, generator=generator)).to(torch_dtype(dtype))
@@ -94,7 +94,7 @@ def _scales(shape: tuple[int, int], dtype: str, generator: torch.Generator) -> t
 def _gather(
     d: CompressedLinearDescriptor, groups: int, generator: torch.Generator
 ) -> ChannelGather:
-    # Filled-up groups are more than the checkpoint's, so several share a scale.
+    # With padding there are more groups than in the checkpoint, so several share a scale.
     group_of = torch.arange(d.groups) % max(groups, 1)
     if d.channel_order is None:
         return ChannelGather(None, group_of, d.group_size)

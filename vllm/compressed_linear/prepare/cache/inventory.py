@@ -72,7 +72,7 @@ def read_cache(directory: Path) -> list[FoundEntry]:
     Raises ``ValueError`` if the directory does not exist.
     """
     if not directory.is_dir():
-        raise ValueError(f"there is no directory {directory}")
+        raise ValueError(f"directory {directory} does not exist")
     found = []
     for path in sorted(directory.glob(f"*{SUFFIX}")):
         with suppress(FileNotFoundError):  # pruned by another process
