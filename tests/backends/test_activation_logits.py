@@ -23,7 +23,7 @@ from vllm.compressed_linear.spec.descriptor import ActivationSpec, ScaleSpec, We
 from vllm.compressed_linear.spec.elements import E2M1, E3M2, E4M3, INT8, ElementType
 from vllm.compressed_linear.spec.packing import Packing
 from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role, StoredTensor
-from vllm.compressed_linear.testing.cases import load_shard
+from vllm.compressed_linear.testing.data import load_shard
 from vllm.compressed_linear.testing.suite import INT8_TOKEN, NVFP4_INPUT, mx
 
 FP32 = LayerContext("float32", "float32")

@@ -28,7 +28,7 @@ from vllm.compressed_linear.spec.descriptor import (
 )
 from vllm.compressed_linear.spec.elements import E4M3, uint
 from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role, StandardWeights, StoredTensor
-from vllm.compressed_linear.testing.cases import load_shard
+from vllm.compressed_linear.testing.data import load_shard
 from vllm.compressed_linear.testing.suite import FP8_BLOCK
 
 CONTEXT = LayerContext("bfloat16", "bfloat16")

@@ -39,7 +39,7 @@ from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor, S
 from vllm.compressed_linear.spec.elements import E2M1, E4M3, ElementType, torch_dtype, uint
 from vllm.compressed_linear.spec.packing import Packing
 from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role, StandardWeights, StoredTensor
-from vllm.compressed_linear.testing.cases import load_shard
+from vllm.compressed_linear.testing.data import load_shard
 
 pytestmark = pytest.mark.skipif(native.available() is not None, reason=str(native.available()))
 

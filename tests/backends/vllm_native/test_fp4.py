@@ -29,7 +29,7 @@ from vllm.compressed_linear.checkpoint.parts import refine
 from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.spec.activation import quantize_dequantize
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
-from vllm.compressed_linear.testing.cases import Case
+from vllm.compressed_linear.testing.oracle import Case
 from vllm.compressed_linear.testing.suite import NVFP4, conformance_cases
 
 CUTLASS, TORCH = "CutlassNvFp4LinearKernel", "TorchNvFp4LinearKernel"

@@ -34,7 +34,7 @@ from vllm.compressed_linear.machine.vllm_wheel import CUDA_OPS
 from vllm.compressed_linear.spec.descriptor import ActivationSpec
 from vllm.compressed_linear.spec.elements import BF16, E2M1, E4M3, INT8, uint
 from vllm.compressed_linear.spec.packing import Packing, pack, unpack
-from vllm.compressed_linear.testing.cases import Case
+from vllm.compressed_linear.testing.oracle import Case
 from vllm.compressed_linear.testing.suite import conformance_cases
 
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
