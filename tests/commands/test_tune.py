@@ -336,7 +336,7 @@ def test_random_weights_are_what_the_descriptor_says(case: Case) -> None:
 
 
 def described_anew(descriptor: CompressedLinearDescriptor) -> CompressedLinearDescriptor:
-    """What loading would say of weights made up for ``descriptor``."""
+    """What loading would say of random weights for ``descriptor``."""
     context = LayerContext(descriptor.input_dtype, descriptor.output_dtype, descriptor.bias_dtype)
     (part,) = refine(random_weights(descriptor).shards, context)
     return part.descriptor
@@ -407,7 +407,7 @@ def test_the_command_writes_where_serving_looks(
         "model.layers.{0-1}.mlp.gate_up_proj 1024 x 256, 4-bit symmetric, groups of 128 (float16)",
         "ms a call M=1 M=4 M=16 M=64 M=512 expected",
         "fast 1.02 4.10 16.4 65.5 524",
-        "the cost model would take slow",
+        "the cost model would choose slow",
     ):
         assert part in words, result.stdout
     lines = [line for line in result.stdout.splitlines() if str(tmp_path) not in line]

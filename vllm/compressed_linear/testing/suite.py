@@ -72,7 +72,7 @@ def conformance_cases() -> list[Case]:
         Case(elements.BF16, 40, 96, input_dtype="float32"),
         Case(elements.BF16, data="spread"),
     ]
-    # N and K: 1, odd sizes, primes, and sizes next to multiples of tiles.
+    # N and K: 1, odd sizes, and sizes next to multiples of tiles.
     cases += [
         replace(int4, n=n, k=k, group=-1, shards=())
         for n, k in ((1, 1), (1, 64), (2, 3), (17, 8), (31, 33), (65, 130), (130, 257), (300, 40))
