@@ -60,18 +60,18 @@ def no_int4_experts(monkeypatch: pytest.MonkeyPatch) -> None:
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test with each instruction set."""
     before = native.isa()
-    torch.ops.compressed_linear.select_isa(request.param)
+    torch.ops.compressed_linear.select_isa("floats", request.param)
     yield request.param
-    torch.ops.compressed_linear.select_isa(before)
+    torch.ops.compressed_linear.select_isa("floats", before)
 
 
 @pytest.fixture(params=ISAS_INT8)
 def isa_int8(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test with each instruction set for integer activations."""
-    before = native.isa_int8()
-    torch.ops.compressed_linear.select_isa_int8(request.param)
+    before = native.isa("integers")
+    torch.ops.compressed_linear.select_isa("integers", request.param)
     yield request.param
-    torch.ops.compressed_linear.select_isa_int8(before)
+    torch.ops.compressed_linear.select_isa("integers", before)
 
 
 @pytest.fixture
