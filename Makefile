@@ -66,7 +66,8 @@ $(ENVIRONMENT): Makefile pyproject.toml scripts/requirements.py scripts/torch_co
 	$(PIP_INSTALL) --upgrade --target $(LINT_TOOLS) '$(IMPORT_LINTER)'
 	touch $@
 
-$(INSTALLED): $(ENVIRONMENT) setup.py $(wildcard overlay/*) $(NATIVE_SOURCES)
+# pyproject.toml has the entry points, which are read from what is installed.
+$(INSTALLED): $(ENVIRONMENT) setup.py pyproject.toml $(wildcard overlay/*) $(NATIVE_SOURCES)
 	$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
 	mkdir -p build && touch $@
 

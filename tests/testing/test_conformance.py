@@ -16,6 +16,7 @@ from tests.support.cpu_library import ISAS
 from tests.support.messages import saying
 from vllm.compressed_linear.backends import registry
 from vllm.compressed_linear.backends.base import QuantLinearMethod, Verdict
+from vllm.compressed_linear.backends.contract import Contract
 from vllm.compressed_linear.backends.marlin.backend import MarlinBackend
 from vllm.compressed_linear.backends.reference import ReferenceBackend
 from vllm.compressed_linear.checkpoint.weights import CompressedWeights
@@ -406,8 +407,8 @@ def test_rounding_weights_to_bf16_is_outside_the_contract() -> None:
 
     class SaysSo(Rounds):
         @classmethod
-        def weight_rounding(cls, descriptor: CompressedLinearDescriptor) -> float:
-            return 2.0**-8
+        def contract(cls, descriptor: CompressedLinearDescriptor) -> Contract:
+            return Contract(weight_rounding=2.0**-8)
 
     case = Case(uint(7, 64), 64, 256, input_dtype="float32")
     assert check_case(Rounds, case).outcome == "failed"

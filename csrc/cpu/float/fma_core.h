@@ -20,25 +20,28 @@ constexpr int kGroups = static_cast<int>(kPairs) / 2;  // of two pairs, in a blo
 template <class Lanes>
 constexpr int kParts = static_cast<int>(kTile) / Lanes::kLanes;
 
-// ---- a part of a tile, counted in the whole matrix --------------------------------------------
+// ---- a part of the tiles from `tile` on, which is the first of a strip ------------------------
 
 template <class Lanes>
-inline typename Lanes::Float load_part(const TileNumbers& numbers, int64_t part, int64_t group) {
-  const int64_t at = numbers.at(part / kParts<Lanes>, group) + part % kParts<Lanes> * Lanes::kLanes;
+inline typename Lanes::Float load_part(const TileNumbers& numbers, int64_t tile, int64_t part,
+                                       int64_t group) {
+  const int64_t at = numbers.at(tile, group) + part / kParts<Lanes> * numbers.tile_stride +
+                     part % kParts<Lanes> * Lanes::kLanes;
   return Lanes::load_scalars(numbers.data, numbers.type, at);
 }
 
 template <class Lanes>
-inline typename Lanes::Float scales(const Problem& p, int64_t part, int64_t group) {
+inline typename Lanes::Float scales(const Problem& p, int64_t tile, int64_t part, int64_t group) {
   if (p.weight.scale.data == nullptr) return Lanes::set(1.0f);
-  return load_part<Lanes>(p.weight.scale, part, group);
+  return load_part<Lanes>(p.weight.scale, tile, part, group);
 }
 
 template <class Lanes>
-inline typename Lanes::Float negated_offsets(const Problem& p, int64_t part, int64_t group) {
+inline typename Lanes::Float negated_offsets(const Problem& p, int64_t tile, int64_t part,
+                                             int64_t group) {
   auto offset = Lanes::set(p.weight.offset);
   if (p.weight.zero.data != nullptr)
-    offset = Lanes::add(load_part<Lanes>(p.weight.zero, part, group), offset);
+    offset = Lanes::add(load_part<Lanes>(p.weight.zero, tile, part, group), offset);
   return Lanes::negate(offset);
 }
 
@@ -157,10 +160,10 @@ void few_rows_kernel(const FewRowsArgs& a) {
       x += width * Rows;
     }
     for (int64_t part = 0; part < parts; ++part) {
-      const int64_t group = a.segments[s].group, at = kParts<Lanes> * a.tile + part;
-      const auto scale = scales<Lanes>(a.p, at, group);
+      const int64_t group = a.segments[s].group;
+      const auto scale = scales<Lanes>(a.p, a.tile, part, group);
       auto offset = Lanes::set(0.0f);
-      if (a.row_sums != nullptr) offset = negated_offsets<Lanes>(a.p, at, group);
+      if (a.row_sums != nullptr) offset = negated_offsets<Lanes>(a.p, a.tile, part, group);
       for (int r = 0; r < Rows; ++r) {
         auto sum = Lanes::template sum<Code::kQuads>(sums[part * Rows + r]);
         if (a.row_sums != nullptr)

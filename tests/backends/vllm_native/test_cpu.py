@@ -199,11 +199,10 @@ def assert_within_contract(
         plain.abs(),
         expected,
         d.output_dtype,
-        VllmNativeBackend.contract_constant,
-        VllmNativeBackend.weight_rounding(d),
+        VllmNativeBackend.contract(d),
     )
     reference = reference_output(part, x, bias).double()
-    slack = contract_bound(x, plain.abs(), expected, "float32", ReferenceBackend.contract_constant)
+    slack = contract_bound(x, plain.abs(), expected, "float32", ReferenceBackend.contract(d))
     assert bool(((got.double() - expected).abs() <= allowed).all())
     assert bool(((got.double() - reference).abs() <= allowed + slack).all())
 
@@ -298,9 +297,9 @@ def test_the_standard_contract_would_be_a_lie() -> None:
     expected = x.double() @ plain.double().t()
     error = (backend.apply(tensors, x).double() - expected).abs()
     assert bool((error > contract_bound(x, plain.abs(), expected, "bfloat16")).any())
-    assert VllmNativeBackend.weight_rounding(part.descriptor) == 2.0**-8
+    assert VllmNativeBackend.contract(part.descriptor).weight_rounding == 2.0**-8
     half = replace(part.descriptor, input_dtype="float16")
-    assert VllmNativeBackend.weight_rounding(half) == pytest.approx(2.0**-10, rel=1e-3)
+    assert VllmNativeBackend.contract(half).weight_rounding == pytest.approx(2.0**-10, rel=1e-3)
 
 
 @needs_kernel
@@ -781,7 +780,7 @@ def test_real_checkpoints(name: str, dtype: str) -> None:
         backend, ready = prepared(part)
         # Through the identity the kernel shows each weight as it multiplies it.
         seen = backend.apply(ready, torch.eye(plain.shape[1]).to(torch_dtype(dtype))).t()
-        rounding = VllmNativeBackend.weight_rounding(part.descriptor)
+        rounding = VllmNativeBackend.contract(part.descriptor).weight_rounding
         assert bool(
             ((seen.double() - plain.double()).abs() <= rounding * plain.abs() + 2.0**-25).all()
         )

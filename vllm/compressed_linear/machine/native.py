@@ -21,7 +21,7 @@ TILE = 16
 """Output channels that are packed together."""
 MARLIN_WORKSPACE = 1024
 """Counters that ``marlin_gemm`` needs."""
-PROBLEM_BYTES = 144
+PROBLEM_BYTES = 152
 """Of what ``make_problem`` returns."""
 
 Kernels = Literal["floats", "integers"]
@@ -132,7 +132,7 @@ _RESULTS: dict[str, Callable[[Arguments], torch.Tensor]] = {
         (a["zero"].shape[1], a["zero"].shape[0] * a["bits"] // 32), dtype=torch.int32
     ),
     "linear": lambda a: a["x"].new_empty((a["x"].shape[0], a["n"]), dtype=a["out_dtype"]),
-    "embedding": lambda a: a["packed"].new_empty(
+    "embedding": lambda a: a["problem"].new_empty(
         (a["ids"].shape[0], a["channels"]), dtype=a["out_dtype"]
     ),
     "marlin_gemm": lambda a: a["x"].new_empty((a["x"].shape[0], a["n"]), dtype=a["out_dtype"]),

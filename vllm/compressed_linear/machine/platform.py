@@ -99,6 +99,7 @@ class Platform:
             return gpu_limits(self.capability or 0, self.multiprocessors, self.read)
         if self.device != "cpu":
             return ACCELERATOR
+        # What its instructions reach, whether or not our kernels use them.
         assert self.tier.core is not None
         return limits_of_cores(self.tier.core, self.threads)
 
@@ -116,8 +117,8 @@ class Platform:
         if self.device == "cuda":
             return f"cuda:{self.capability}"
         if self.device == "cpu":
-            tier = self.isa or self.tier.name
-            return f"cpu:{tier if self.machine == 'x86_64' else self.machine}"
+            x86 = self.machine == "x86_64"
+            return f"cpu:{(self.isa or self.tier.name) if x86 else self.machine}"
         return self.device
 
     @property
@@ -126,8 +127,8 @@ class Platform:
         return [tier for tier in self._tiers() if tier.core is not None][-1]
 
     def best_isa(self, names: Collection[str]) -> str:
-        """The one of ``names``, "generic" among them, that the library would take there. AMX is
-        not: it has never run on a processor that has it."""
+        """The one of ``names``, "generic" among them, that the library would take there. AMX
+        is not: whether it is faster is not measured at start."""
         return [t.name for t in self._tiers() if t.name in names and t.name != "amx"][-1]
 
     def _tiers(self) -> list[CpuTier]:
@@ -228,8 +229,10 @@ def _gpu() -> _Gpu:
 
 
 def _isa_in_use() -> str:
+    from vllm.compressed_linear.machine import native
+
     try:
-        return native.isa("floats")
+        return native.isa()
     except ValueError:  # one is asked for that is not here: the first op that needs it says so
         return ""
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm.compressed_linear.backends.base import Capabilities, QuantLinearMethod
+from vllm.compressed_linear.backends.contract import Contract
 from vllm.compressed_linear.backends.cpu.packing import new_packed, pack_codes, pack_scales
 from vllm.compressed_linear.backends.cpu.product import make_problem, multiply
 from vllm.compressed_linear.backends.shared.side_tensors import (
@@ -154,6 +155,11 @@ class CpuInt8Backend(QuantLinearMethod):
         )
 
     @classmethod
+    def hardware_tested(cls, platform: Platform, variant: str = "") -> bool:
+        # The kernels for Arm have run in qemu only.
+        return platform.device == "cpu" and "neon" not in platform.features
+
+    @classmethod
     def prepared_bytes(cls, descriptor: CompressedLinearDescriptor) -> int | None:
         d = descriptor
         activation = cls._activation(d)
@@ -191,7 +197,7 @@ class CpuInt8Backend(QuantLinearMethod):
             tensors["code_sums"] = torch.ops.compressed_linear.code_sums(
                 packed, d.n, d.k, d.group_size, self.element, _channels(activation)
             )
-        tensors["problem"] = make_problem("quads", d, self.element, activation, tensors.get("perm"))
+        tensors["problem"] = make_problem("quads", d, self.element, activation, tensors)
         return tensors
 
     def apply(
@@ -206,6 +212,9 @@ class CpuInt8Backend(QuantLinearMethod):
 def _channels(activation: ActivationSpec) -> int:
     """Channels that share a scale of x, 0 for all of a token."""
     return activation.group_size if activation.granularity == "group" else 0
+
+
+_OWN_ACTIVATION = ActivationSpec(INT8, True, "group", group_size=32)
 
 
 class CpuInt8FastBackend(CpuInt8Backend):
@@ -228,9 +237,9 @@ class CpuInt8FastBackend(CpuInt8Backend):
     )
 
     @classmethod
-    def own_activation(cls, descriptor: CompressedLinearDescriptor) -> ActivationSpec | None:
-        return ActivationSpec(INT8, True, "group", group_size=32)
+    def contract(cls, descriptor: CompressedLinearDescriptor) -> Contract:
+        return Contract(activation=_OWN_ACTIVATION)
 
     @classmethod
     def _activation(cls, descriptor: CompressedLinearDescriptor) -> ActivationSpec | None:
-        return cls.own_activation(descriptor)
+        return _OWN_ACTIVATION

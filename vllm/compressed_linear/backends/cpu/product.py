@@ -11,7 +11,18 @@ import torch
 from vllm.compressed_linear.backends.cpu.packing import Layout
 from vllm.compressed_linear.spec.descriptor import ActivationSpec, CompressedLinearDescriptor
 
+OPERANDS = (
+    *("packed", "scale", "zero", "row_scale", "table", "code_sums", "perm", "prescale"),
+    *("input_scale", "input_zero"),
+)
+"""Names of the tensors of a call, in the op's order."""
+
 _SCALE_DTYPES = {"float32": "float32", "e8m0": "e8m0", "float8_e4m3fn": "e4m3"}
+
+
+def operands(tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """A layer's prepared ``tensors`` as ``linear`` and ``embedding`` take them."""
+    return [tensors[name] for name in OPERANDS if name in tensors]
 
 
 def make_problem(
@@ -19,9 +30,10 @@ def make_problem(
     descriptor: CompressedLinearDescriptor,
     element: str,
     activation: ActivationSpec | None,
-    perm: torch.Tensor | None,
+    tensors: Mapping[str, torch.Tensor],
 ) -> torch.Tensor:
-    """The constants of a layer's calls, int64: what ``linear`` and ``embedding`` take by value."""
+    """The constants of a layer's calls, int64: what ``linear`` and ``embedding`` take by value, and
+    the ``operands`` of ``tensors`` with them."""
     d = descriptor
     return torch.ops.compressed_linear.make_problem(
         layout,
@@ -30,7 +42,8 @@ def make_problem(
         d.group_size,
         element,
         d.weight.element.bias,
-        perm,
+        " ".join(name for name in OPERANDS if name in tensors),
+        tensors.get("perm"),
         d.in_features,
         **activation_arguments(activation),
     )
@@ -62,22 +75,7 @@ def multiply(
     """y [..., N] of x [..., K] and a layer's prepared ``tensors``."""
     # Each reshape costs a microsecond where nothing is compiled.
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    get = tensors.get
     out = torch.ops.compressed_linear.linear.default(
-        rows,
-        tensors["problem"],
-        tensors["packed"],
-        get("scale"),
-        get("zero"),
-        get("row_scale"),
-        get("table"),
-        get("code_sums"),
-        get("perm"),
-        get("prescale"),
-        get("input_scale"),
-        get("input_zero"),
-        bias,
-        n,
-        out_dtype,
+        rows, tensors["problem"], operands(tensors), bias, n, out_dtype
     )
     return out if x.dim() == 2 else out.reshape(*x.shape[:-1], n)

@@ -17,7 +17,7 @@ import torch
 
 from vllm.compressed_linear.backends.base import Capabilities, QuantLinearMethod
 from vllm.compressed_linear.backends.cpu.packing import new_packed, pack_codes, pack_scales
-from vllm.compressed_linear.backends.cpu.product import make_problem, multiply
+from vllm.compressed_linear.backends.cpu.product import make_problem, multiply, operands
 from vllm.compressed_linear.backends.shared.side_tensors import (
     scale_bytes,
     scale_dtype,
@@ -110,7 +110,7 @@ class CpuBackend(QuantLinearMethod):
         forced = os.environ.get(CPU_ISA)
         if forced:
             return forced
-        return platform.best_isa(_SPEEDS)
+        return platform.isa or platform.best_isa(_SPEEDS)
 
     @classmethod
     def seconds(cls, descriptor: CompressedLinearDescriptor, platform: Platform, m: int) -> float:
@@ -142,6 +142,11 @@ class CpuBackend(QuantLinearMethod):
             decode_seconds=decode,
             call_seconds=_CALL_SECONDS,
         )
+
+    @classmethod
+    def hardware_tested(cls, platform: Platform, variant: str = "") -> bool:
+        # The kernels for Arm have run in qemu only.
+        return platform.device == "cpu" and "neon" not in platform.features
 
     @classmethod
     def prepared_bytes(cls, descriptor: CompressedLinearDescriptor) -> int | None:
@@ -180,9 +185,7 @@ class CpuBackend(QuantLinearMethod):
         table = _table(d.weight.element)
         if table is not None:
             tensors["table"] = table
-        tensors["problem"] = make_problem(
-            "planes", d, self.element, d.activation, tensors.get("perm")
-        )
+        tensors["problem"] = make_problem("planes", d, self.element, d.activation, tensors)
         return tensors
 
     def apply(
@@ -198,12 +201,7 @@ class CpuBackend(QuantLinearMethod):
         out = torch.ops.compressed_linear.embedding(
             ids.reshape(-1).contiguous(),
             tensors["problem"],
-            tensors["packed"],
-            tensors.get("scale"),
-            tensors.get("zero"),
-            tensors.get("row_scale"),
-            tensors.get("table"),
-            tensors.get("perm"),
+            operands(tensors),
             d.in_features,
             self.output_dtype,
         )

@@ -158,7 +158,7 @@ def reasons(descriptor: CompressedLinearDescriptor, platform: Platform) -> Itera
 
 
 def weight_rounding(descriptor: CompressedLinearDescriptor) -> float:
-    """See ``QuantLinearMethod.weight_rounding``."""
+    """See ``Contract.weight_rounding``."""
     unit = torch.finfo(torch_dtype(descriptor.input_dtype)).eps / 2
     scale = descriptor.weight.scale
     cast = scale is not None and scale.dtype != descriptor.input_dtype
