@@ -41,7 +41,10 @@ def _cell(report: Report, result: Report, base: Report | None, m: int) -> str:
     share = share_of_limit(report, result, m)
     if share is not None and result["id"].startswith("ours/"):
         notes.append(f"{share:.0%}")
-    return f"{found['median_ms']:.2f}" + (f" ({', '.join(notes)})" if notes else "")
+    if not notes:
+        return f"{found['median_ms']:.2f}"
+    joined = ",\N{NO-BREAK SPACE}".join(notes)  # a narrow cell is broken before the parenthesis
+    return f"{found['median_ms']:.2f} ({joined})"
 
 
 def _stock(report: Report) -> Report | None:
@@ -63,8 +66,8 @@ def _about(records: Sequence[Report]) -> str:
     dates = sorted({report["machine"]["date"] for report in records})
     return (
         f"N={first['n']}, K={first['k']}, {threads} of {about['cpu']} ({isas}), "
-        f"torch {about['torch']}, vLLM {about['vllm']}, {' to '.join(dates)}. Measured beside each "
-        f"kind: reading memory {_range(read)} GB/s, multiplying matrices {_range(bf16)} GFLOP/s "
+        f"torch {about['torch']}, vLLM {about['vllm']}, {' to '.join(dates)}. Limits measured with "
+        f"each kind: reading memory {_range(read)} GB/s, matrix products {_range(bf16)} GFLOP/s "
         f"(bf16) and {_range(int8)} GOP/s (int8)."
     )
 
@@ -87,10 +90,10 @@ def kinds(directory: Path) -> str:
         cells = [_cell(report, found[0], _stock(report), m) for m in ms]
         rows.append([report["title"], f"{found[0]['weight_bytes'] / 1e6:.1f}", *cells])
     caption = _caption(
-        "Milliseconds a call, median; × how many times as fast as vLLM, where vLLM has a kernel "
-        "for CPUs; % of what the machine allows: for one token of reading the packed weights or "
-        "decoding them from the cache, whichever is slower, and from 64 tokens on of the best "
-        f"matrix product. {_about(records)}"
+        "Milliseconds per call, median. ×: speed relative to vLLM, if vLLM has a CPU kernel. %: "
+        "share of the machine's limit, which for one token is reading the packed weights or "
+        "decoding them from the cache, whichever is slower, and from 64 tokens on the best matrix "
+        f"product. {_about(records)}"
     )
     head = ["weights", "MB", *(f"M={m}" for m in ms)]
     return f"{table(head, rows, len(head) - 1)}\n\n{caption}"
@@ -120,7 +123,7 @@ def one_token(directory: Path, best: Path) -> str:
         )
     best_isa = next(iter(kinds.values()))["machine"]["isa"]
     head = ["weights", "path", "ms", "GB/s", "decoded from the cache (GB/s)", "of the limit"]
-    head.append(f"time over {best_isa}'s")
+    head.append(f"time relative to {best_isa}")
     return f"{table(head, rows, 5)}\n\n{_caption('One token. ' + _about(records))}"
 
 
@@ -138,7 +141,7 @@ def contenders(file: Path) -> str:
     ]
     head = [report["title"], "MB", *(f"M={m}" for m in ms)]
     caption = _caption(
-        "Milliseconds a call, median; × how many times as fast as vLLM. " + _about([report])
+        "Milliseconds per call, median. ×: speed relative to vLLM. " + _about([report])
     )
     return f"{table(head, rows, len(head) - 1)}\n\n{caption}"
 
@@ -186,9 +189,9 @@ def serving(file: Path) -> str:
         f"{report['title']} on {about['cpu']}, one core, torch {about['torch']}, "
         f"vLLM {about['vllm']}, {about['date']}. Prompts of {report['prefill_tokens']} tokens for "
         f"prefill and {report['short_prompt']} else, {report['output_tokens']} tokens of output. "
-        "Started with empty caches, then again with what that left, prepared weights among it; "
-        "weights: the part of the start in which they are prepared, or found. Peak of memory that "
-        "is no file's, of all processes."
+        "Start: with empty caches, then again with the caches of the first start, prepared weights "
+        "included. Weights: the time to prepare them, or to find them in the cache. Peak: "
+        "anonymous memory of all processes."
     )
     return f"{table(head, rows, len(head) - 1)}\n\n{caption}"
 
@@ -209,7 +212,7 @@ def preparation(file: Path) -> str:
     about, first = report["machine"], report["layouts"][0]
     threads = f"{report['threads']} thread" + "s" * (report["threads"] > 1)
     caption = _caption(
-        f"GB of packed codes a second, median; N={first['n']}, K={first['k']}, {threads} of "
+        f"GB of packed codes per second, median; N={first['n']}, K={first['k']}, {threads} of "
         f"{about['cpu']} ({about['isa']}), {about['date']}."
     )
     return f"{table(head, rows, 4)}\n\n{caption}"

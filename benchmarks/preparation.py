@@ -30,7 +30,8 @@ from benchmarks import machine
 from vllm.compressed_linear.backends.cpu.int8 import CpuInt8Backend
 from vllm.compressed_linear.backends.cpu.packing import PLANES, QUADS, PackedLayout
 from vllm.compressed_linear.backends.cpu.weight_only import CpuBackend
-from vllm.compressed_linear.checkpoint.facts import LayerContext, Part, refine
+from vllm.compressed_linear.checkpoint.describe import LayerContext
+from vllm.compressed_linear.checkpoint.parts import Part, refine
 from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
 from vllm.compressed_linear.formats.awq import awq_gemm_scheme
 from vllm.compressed_linear.formats.compressed_tensors import pack_quantized_scheme

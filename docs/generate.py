@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rewrites the parts of the documentation that are made from the code itself.
+"""Rewrite the parts of the documentation that are generated from the code.
 
     python docs/generate.py
 
-Such a part stands between ``<!-- generated: NAME ARGUMENT... -->`` and ``<!-- end -->`` in
+Such a part is enclosed by ``<!-- generated: NAME ARGUMENT... -->`` and ``<!-- end -->`` in
 README.md or a page of ``docs/``; NAME is a key of ``PARTS``. ``tests/docs/test_documentation.py``
 fails when a page and the code disagree.
 """
@@ -36,7 +36,7 @@ def pages() -> list[Path]:
 
 
 def render(text: str, only: Callable[[str], bool] = lambda name: True) -> str:
-    """``text`` of a page with its generated parts made anew, as far as ``only`` wants them."""
+    """Return a page's ``text`` with those generated parts renewed that ``only`` accepts."""
 
     def replace(match: re.Match[str]) -> str:
         name, *arguments = shlex.split(match["call"])
@@ -48,7 +48,7 @@ def render(text: str, only: Callable[[str], bool] = lambda name: True) -> str:
 
 
 def comparable(text: str) -> str:
-    """``text`` without what is measured anew each time."""
+    """Return ``text`` without figures that differ from run to run."""
     return re.sub(r'("prepare_seconds"|"pid"): [\d.e-]+', r"\1: …", text)
 
 
@@ -60,7 +60,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: int = 0) ->
 
 @contextmanager
 def importing_from(directory: Path) -> Iterator[None]:
-    """Inside, modules are found in ``directory`` first."""
+    """Put ``directory`` first on ``sys.path``."""
     sys.path.insert(0, str(directory))
     try:
         yield
@@ -70,12 +70,12 @@ def importing_from(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def environment(**variables: str) -> Iterator[None]:
-    """Inside, the process has these variables and no other settings of this package."""
+    """Set these environment variables and no other settings of this package."""
     before = dict(os.environ)
     for name in before:
         if name.startswith("VLLM_COMPRESSED_LINEAR"):
             del os.environ[name]
-    # Nobody's own measurements decide what the documentation says.
+    # Ignore the developer's tune file.
     os.environ.update({"VLLM_COMPRESSED_LINEAR_TUNE_FILE": "off"} | variables)
     try:
         yield
@@ -86,6 +86,8 @@ def environment(**variables: str) -> Iterator[None]:
 
 def command(*arguments: str) -> str:
     """The command line ``vllm-compressed-linear ARGUMENTS`` and what it writes."""
+    # vLLM's log handler keeps the stdout of its first import, which must not be the captured one.
+    import vllm.logger  # noqa: F401
     from typer.testing import CliRunner
 
     from vllm.compressed_linear.commands.cli import app
@@ -105,7 +107,7 @@ def command(*arguments: str) -> str:
 
 
 def _is_vllms(line: str) -> bool:
-    """vLLM prints a note of its own on machines without a GPU."""
+    """vLLM's note on machines without a GPU."""
     return line.startswith("Triton is installed")
 
 
@@ -190,23 +192,23 @@ def _ranges(numbers: Any) -> str:
 
 
 def coverage(summary: str = "") -> str:
-    """Which fixtures vLLM by itself and this package load; with ``count`` only how many."""
+    """Which fixtures vLLM alone and this package load; with ``count`` only how many."""
     names = tuple(sorted(path.name for path in (ROOT / FIXTURES).iterdir() if path.is_dir()))
     stock = _stock(names)
     ours = {name: _runs_on(name) for name in names}
     if summary == "count":
         loads = sum(not reason for reason in stock.values())
         return (
-            f"vLLM by itself loads {loads} of the {len(names)}. With this package all "
+            f"vLLM alone loads {loads} of the {len(names)}. With this package all "
             f"{sum(bool(found) for found in ours.values())} load."
         )
     rows = [[f"`{name}`", stock[name] or "loads", ours[name]] for name in names]
-    return table(["checkpoint", "vLLM 0.32 by itself", "with this package, runs on"], rows)
+    return table(["checkpoint", "vLLM 0.32 alone", "with this package, runs on"], rows)
 
 
 @cache
 def _stock(names: tuple[str, ...]) -> dict[str, str]:
-    """Why vLLM by itself, on this machine's CPU, does not load a fixture; empty if it does."""
+    """Why vLLM alone, on this machine's CPU, does not load a fixture; empty if it does."""
     import torch
 
     with tempfile.TemporaryDirectory() as directory:
@@ -233,10 +235,11 @@ def _short(error: str) -> str:
 
 
 def _runs_on(name: str) -> str:
-    from vllm.compressed_linear.prepare.plan import DELEGATED, PLAN
+    from vllm.compressed_linear.integration.preparation import PROCESS_PLAN
+    from vllm.compressed_linear.prepare.plan import DELEGATED
 
     _load(ROOT / FIXTURES / name)
-    found = sorted({entry.backend for entry in PLAN.entries.values()})
+    found = sorted({entry.backend for entry in PROCESS_PLAN.entries.values()})
     return ", ".join("vLLM’s own code" if b == DELEGATED else f"`{b}`" for b in found)
 
 
@@ -264,7 +267,7 @@ def benchmark(kind: str, *file: str) -> str:
 
 
 def message(name: str) -> str:
-    """An error, provoked by ``messages.py``; lines that go on are indented."""
+    """An error, provoked by ``messages.py``; continued lines are indented."""
     with importing_from(ROOT / "docs"):
         import messages
     with environment():

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of ``gpu.md`` that says in which order backends run a weight on each GPU.
+"""The table of ``gpu.md`` with the order of backends for each weight and GPU.
 
-It is what ``registry.rank`` answers for layers of 4096×4096 with bf16 activations."""
+The order is that of ``registry.rank`` for layers of 4096×4096 with bf16 activations."""
 
 from __future__ import annotations
 

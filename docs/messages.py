@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the errors that ``troubleshooting.md`` quotes, each by really doing what it warns of."""
+"""Provoke the errors that ``troubleshooting.md`` quotes, each by its real cause."""
 
 from __future__ import annotations
 
@@ -188,12 +188,12 @@ def without_native(**variables: str) -> Callable[[], str]:
     """The error of loading a fixture where the native library is missing."""
 
     def provoke() -> str:
-        from vllm.compressed_linear.integration import linear
+        from vllm.compressed_linear.integration import preparation
         from vllm.compressed_linear.machine import native
 
         with (
             mock.patch.object(native, "available", not_built),
-            mock.patch.object(linear, "_PLATFORM", []),
+            mock.patch.object(preparation, "_PLATFORM", []),
         ):
             return from_environment("gptqmodel-gptq-w3-g128-asym", **variables)()
 

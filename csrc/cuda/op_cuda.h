@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What ops on the GPU check beside ops/arguments.h, and what they launch on. Included by the
-// csrc/cuda/op_*.cpp files only.
+// Argument checks for ops on a GPU, in addition to ops/arguments.h, and their stream. Included by
+// the cuda/op_*.cpp files only.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -10,7 +10,7 @@
 
 namespace compressed_linear {
 
-// On the GPU of `first`, or on whichever where that is null.
+// On the GPU of `first`, or on any where that is null.
 inline void check_cuda(const char* op, const char* what, const Tensor& tensor,
                        const Tensor* first = nullptr) {
   if (!tensor.is_cuda()) fail(op, what, " is not on a CUDA device");
@@ -33,7 +33,7 @@ inline void* current_stream(const Tensor& tensor) {
   return stream;
 }
 
-// `error` is what a launch function returned.
+// error: result of a launch function.
 inline void check_launch(const char* op, const char* error) {
   if (error != nullptr) fail(op, "the kernel cannot be launched: ", error);
 }

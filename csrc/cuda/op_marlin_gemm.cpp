@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// marlin_gemm on a GPU. It never waits for the GPU and allocates through torch alone, so it can be
-// captured in a graph. Nothing in this file has run on hardware.
+// marlin_gemm on a GPU. It does not synchronize with the GPU and allocates through torch only, so
+// it can be captured in a graph.
+// Has run on hardware: nothing.
 #include "op_marlin_gemm.h"
 #include "cuda/marlin/launch.h"
 #include "op_cuda.h"
@@ -21,7 +22,7 @@ struct Gpu {
 
   static int processors(const Tensor&) {
     const int count = marlin::processors();
-    if (count < 1) fail(marlin_op::kOp, "CUDA does not say how many multiprocessors there are");
+    if (count < 1) fail(marlin_op::kOp, "CUDA fails to report the number of multiprocessors");
     return count;
   }
 
@@ -30,9 +31,9 @@ struct Gpu {
   }
 
   static void gemm(bool bfloat16, marlin::Element weights, const marlin::Params& params,
-                   const marlin::Plan& plan, const Tensor& x) {
+                   const marlin::LaunchShape& launch, const Tensor& x) {
     check_launch(marlin_op::kOp,
-                 marlin::launch_gemm(bfloat16, weights, params, plan, current_stream(x)));
+                 marlin::launch_gemm(bfloat16, weights, params, launch, current_stream(x)));
   }
 };
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The op marlin_gemm, whatever runs its kernels: the GPU (csrc/cuda/op_marlin_gemm.cpp), or the
-// emulator in tests (csrc/cuda/emulator/op_marlin_gemm.cpp). Included by these two only.
+// The op marlin_gemm for any machine that runs its kernels: the GPU (cuda/op_marlin_gemm.cpp), or
+// in tests the emulator (cuda/emulator/op_marlin_gemm.cpp). Included by these two only.
 #pragma once
 
 #include "cuda/marlin/gather_problem.h"
@@ -12,9 +12,9 @@ namespace compressed_linear::marlin_op {
 constexpr const char* kOp = "marlin_gemm";
 
 using cuda::marlin::GatherParams;
+using cuda::marlin::LaunchShape;
 using cuda::marlin::Number;
 using cuda::marlin::Params;
-using cuda::marlin::Plan;
 using Weights = cuda::marlin::Element;
 
 inline Weights parse_weights(const std::string& name) {
@@ -57,7 +57,7 @@ struct Operands {
   Tensor workspace;
 };
 
-// Everything but the plan and the output.
+// Checks the operands; all of Params but the output and the division of work.
 template <class Machine>
 Params read(const Operands& o, int64_t n, int64_t k, int64_t group_size, Weights weights,
             int64_t element_bias) {
@@ -131,13 +131,13 @@ Params read(const Operands& o, int64_t n, int64_t k, int64_t group_size, Weights
   }
   check_operand<Machine>("workspace", o.workspace, ScalarType::Int, o.x);
   check_shape<1>(kOp, "workspace", o.workspace, {cuda::marlin::kMaxBlocks});
-  // Zero before and after, so for torch it is not written to.
+  // Zero before and after each call, so the op's schema does not declare it as written.
   p.arrived = static_cast<int*>(o.workspace.mutable_data_ptr());
   return p;
 }
 
 // Machine: check_device(what, tensor, x), processors(x), gather(params, x), and
-// gemm(bfloat16, weights, params, plan, x, operands).
+// gemm(bfloat16, weights, params, launch, x).
 template <class Machine>
 Tensor marlin_gemm(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor> zero,
                    std::optional<Tensor> codebook, std::optional<Tensor> order,
@@ -178,14 +178,14 @@ Tensor marlin_gemm(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor> 
     p.x_stride = k;
   }
 
-  const Plan plan = cuda::marlin::make_plan(p, weights, Machine::processors(x));
+  const LaunchShape launch = cuda::marlin::launch_shape(p, weights, Machine::processors(x));
   std::optional<Tensor> partial;
-  if (plan.partial_floats > 0) {
-    const std::array<int64_t, 1> floats = {plan.partial_floats};
+  if (launch.partial_floats > 0) {
+    const std::array<int64_t, 1> floats = {launch.partial_floats};
     partial = torch::stable::new_empty(x, {floats.data(), 1}, ScalarType::Float);
     p.partial = static_cast<float*>(partial->mutable_data_ptr());
   }
-  Machine::gemm(x_type == ScalarType::BFloat16, weights, p, plan, x);
+  Machine::gemm(x_type == ScalarType::BFloat16, weights, p, launch, x);
   return out;
 }
 

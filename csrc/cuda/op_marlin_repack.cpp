@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The ops of csrc/ops/marlin_repack.cpp for weights on a GPU. They wait for the GPU once, to hear
-// of wrong codes: preparation may. Nothing in this file has run on hardware.
+// The ops of csrc/ops/marlin_repack.cpp for weights on a GPU. They synchronize with the GPU once,
+// to read whether codes are wrong; preparation may.
+// Has run on hardware: nothing.
 #include "cuda/marlin/repack_launch.h"
 #include "op_cuda.h"
 #include "ops.h"
@@ -23,8 +24,7 @@ bool any_wrong(const Tensor& wrong) {
   return *static_cast<const int32_t*>(count.const_data_ptr()) != 0;
 }
 
-// Runs the kernel for output channels [row_begin, row_end) of a weight whose params lack only what
-// follows from `packed`.
+// Completes `p`, whose source is set, and runs the kernel for output channels [row_begin, row_end).
 void run(const char* op, const char* what, RepackParams& p, const Geometry& g, int64_t row_begin,
          Tensor& packed) {
   check_plain_cuda(op, "packed", packed);

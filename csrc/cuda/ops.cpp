@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Registration of the CUDA kernels of ops that csrc/ops.cpp defines, in a library of its own: the
-// other one is loaded also where there is no CUDA.
+// Registration of the CUDA kernels of ops that csrc/ops/ops.cpp defines. In a library of its own,
+// since the other one must load without CUDA.
 #include "ops.h"
 
 #include <torch/csrc/stable/library.h>

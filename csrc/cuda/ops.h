@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The ops of csrc/ops.h that there are for CUDA devices, too.
+// Those ops of csrc/ops.h that have kernels for CUDA devices.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

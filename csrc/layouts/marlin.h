@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// Marlin's tile order: where each code, scale, zero point and bias of a weight [N, K] lies, so that
-// a warp finds what its tensor-core fragments need in consecutive words. For nvcc and for g++; free
-// of torch. That it is the order which vLLM's Marlin kernels take (those for 16-bit activations)
-// is checked against vLLM's own packers in tests/backends/marlin/test_packing.py.
+// Marlin's tile order: the position of each code, scale, zero point and bias of a weight [N, K], in
+// which a warp reads its tensor-core fragments from consecutive words. For nvcc and for g++,
+// without torch. The same order as that of vLLM's Marlin kernels for 16-bit activations: compared
+// with vLLM's packers in tests/backends/marlin/test_packing.py.
 //
-//   strip  16 input channels of all output channels: one row of the int32 weight [K/16, N*16/pack]
-//   tile   64 output channels of a strip: 32 lanes of 4 * bits / 4 consecutive words each. A row is
-//          N / 64 tiles
-//   lane   holds, of each 16 channels n of its tile, the eight codes that thread `lane` of a warp
-//          has of the operand B [16, 16] of two mma.m16n8k16: column n % 8 = lane / 4, rows
-//          k % 8 = 2 * (lane % 4) and the next, in both halves of k and both halves of n
+// | strip | 16 input channels of all output channels: one row of the int32 weight [K/16, N*16/pack]
+// | tile  | 64 output channels of a strip: 32 lanes of 4 * bits / 4 consecutive words each. A row
+// |       | is N / 64 tiles
+// | lane  | holds, of each 16 channels n of its tile, the eight codes that thread `lane` of a warp
+// |       | has of the operand B [16, 16] of two mma.m16n8k16: column n % 8 = lane / 4, rows
+// |       | k % 8 = 2 * (lane % 4) and the next, in both halves of k and both halves of n
 //
-// Inside a word, codes stand so that `(word >> shift) & mask` brings those of channels k and k + 1
-// to the same place of both 16-bit halves, where they are decoded as a pair. Elements of 4 bits and
-// of 8 bits lie alike whatever they mean (integers, e2m1, e4m3, indices into a codebook).
+// In a word, `(word >> shift) & mask` moves the codes of channels k and k + 1 to the same bits of
+// both 16-bit halves, where they are decoded as a pair. The order depends on the number of bits
+// only, not on the element type (integers, e2m1, e4m3, indices into a codebook).
 #pragma once
 
 #include <cstdint>
@@ -40,7 +40,7 @@ struct Field {
   int shift;
 };
 
-// A weight's place in [N, K].
+// A position in [N, K].
 struct Place {
   int64_t k, n;
 };
@@ -53,12 +53,12 @@ COMPRESSED_LINEAR_LAYOUT int64_t strip_words(int bits, int64_t n_count) {
   return n_count * kStripK / codes_per_word(bits);
 }
 
-// Words that one lane reads of a tile: 4 for 4 bits, 8 for 8 bits.
+// Words of a lane in a tile: 4 for 4 bits, 8 for 8 bits.
 COMPRESSED_LINEAR_LAYOUT int lane_words(int bits) {
   return kStripK * kTileN / kLanes / codes_per_word(bits);
 }
 
-// How a word orders the codes, or zero points, of its run: the even ones, then the odd ones.
+// Order of the codes, or zero points, in a word: the even ones of its run, then the odd ones.
 COMPRESSED_LINEAR_LAYOUT int slot_of_element(int bits, int element) {
   const int half = codes_per_word(bits) / 2;
   return element % 2 * half + element / 2;
@@ -69,7 +69,7 @@ COMPRESSED_LINEAR_LAYOUT int element_of_slot(int bits, int slot) {
   return slot % half * 2 + slot / half;
 }
 
-// Where code (k, n) lies in the weight, int32 [K / 16, N * 16 / codes_per_word]. bits: 4 or 8.
+// Position of code (k, n) in the weight, int32 [K / 16, N * 16 / codes_per_word]. bits: 4 or 8.
 COMPRESSED_LINEAR_LAYOUT Field code_field(int bits, int64_t n_count, int64_t k, int64_t n) {
   const int row = static_cast<int>(k % kStripK), column = static_cast<int>(n % kTileN);
   const int lane = column % 8 * 4 + row % 8 / 2;
@@ -82,7 +82,7 @@ COMPRESSED_LINEAR_LAYOUT Field code_field(int bits, int64_t n_count, int64_t k, 
           slot_of_element(bits, index % per_word) * bits};
 }
 
-// The inverse: which weight's code stands in slot `slot` (from bit slot * bits on) of word `word`.
+// The inverse: (k, n) of the code in slot `slot` (from bit slot * bits on) of word `word`.
 COMPRESSED_LINEAR_LAYOUT Place code_place(int bits, int64_t n_count, int64_t word, int slot) {
   const int64_t strip = word / strip_words(bits, n_count);
   const int64_t in_strip = word % strip_words(bits, n_count);
@@ -95,8 +95,8 @@ COMPRESSED_LINEAR_LAYOUT Place code_place(int bits, int64_t n_count, int64_t wor
           in_strip / tile_words * kTileN + index / 8 * 16 + element / 4 * 8 + lane / 4};
 }
 
-// Scales [G, N] (and zero points) of groups are needed next to the operand B: within 64 output
-// channels the lane's column n % 8 comes first, so that a lane reads its eight scales at once.
+// Column of scales [G, N] (and zero points) of groups, which apply to the operand B: within 64
+// output channels n % 8 is the slow index, so that a lane reads its eight scales at once.
 COMPRESSED_LINEAR_LAYOUT int64_t grouped_column(int64_t n) {
   return n / kTileN * kTileN + n % 8 * 8 + n % kTileN / 8;
 }
@@ -105,9 +105,9 @@ COMPRESSED_LINEAR_LAYOUT int64_t channel_of_grouped_column(int64_t column) {
   return column / kTileN * kTileN + column % 8 * 8 + column % kTileN / 8;
 }
 
-// Scales of whole channels (G = 1), and the bias, multiply or join the result, whose fragment has
-// two neighbouring columns 2 * (lane % 4) and the next of each 8: within 32 output channels those
-// of a lane come together.
+// Column of scales of whole channels (G = 1) and of the bias, which apply to the result. A lane's
+// fragment of it has columns 2 * (lane % 4) and the next of each 8: within 32 output channels those
+// of a lane are consecutive.
 COMPRESSED_LINEAR_LAYOUT int64_t channel_column(int64_t n) {
   return n / 32 * 32 + n % 8 / 2 * 8 + n % 32 / 8 * 2 + n % 2;
 }
@@ -122,7 +122,7 @@ COMPRESSED_LINEAR_LAYOUT int64_t byte_column(int64_t grouped) {
   return grouped / 4 * 4 + slot_of_element(8, static_cast<int>(grouped % 4));
 }
 
-// Where zero point (g, n) lies, int32 [G, N / codes_per_word]: grouped columns, in words that are
+// Position of zero point (g, n), int32 [G, N / codes_per_word]: grouped columns, in words that are
 // ordered as those of the weight. Also for G = 1.
 COMPRESSED_LINEAR_LAYOUT Field zero_field(int bits, int64_t n_count, int64_t g, int64_t n) {
   const int64_t column = grouped_column(n);
@@ -131,15 +131,15 @@ COMPRESSED_LINEAR_LAYOUT Field zero_field(int bits, int64_t n_count, int64_t g, 
           slot_of_element(bits, static_cast<int>(column % per_word)) * bits};
 }
 
-// The output channel whose zero point stands in slot `slot` of a row's word `word`.
+// The output channel of the zero point in slot `slot` of a row's word `word`.
 COMPRESSED_LINEAR_LAYOUT int64_t zero_channel(int bits, int64_t word, int slot) {
   return channel_of_grouped_column(word * codes_per_word(bits) + element_of_slot(bits, slot));
 }
 
 namespace checks {
 
-// Every code has its own place, found again from there. One strip of two tiles tells it all, since
-// the rest is multiples.
+// Positions are unique, and the inverse finds each code. Two strips of two tiles suffice, since the
+// others repeat them.
 COMPRESSED_LINEAR_LAYOUT bool is_inverse(int bits) {
   for (int k = 0; k < 2 * kStripK; k += 5)
     for (int n = 0; n < 2 * kTileN; ++n) {

@@ -1,22 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
 // The packed weight layout, shared by every instruction set and by the packer.
 //
-//   tile   16 output channels
-//   block  32 input channels of one tile: 64 * bits bytes, whatever the element
-//   strip  4 tiles (fewer at the end) whose blocks alternate: block 0 of each tile, block 1 of
-//   each,
-//          ... A kernel that works on four tiles at once so reads memory front to back
-//   chunk  128 input channels: the unit that is decoded at once; no partial sum crosses its end
+// | tile  | 16 output channels
+// | block | 32 input channels of one tile: 64 * bits bytes, whatever the element
+// | strip | 4 tiles (fewer at the end) whose blocks alternate: block 0 of each, block 1 of each
+// |       | and so on. A kernel that works on four tiles at once reads memory front to back
+// | chunk | 128 input channels: the unit that is decoded at once; no partial sum crosses its end
 //
 // Inside a block of integers the code is cut into bit planes of 4, 2 and 1 bits (3 = 2+1, 5 = 4+1,
 // 6 = 4+2, 7 = 4+2+1), widest plane first. A plane is rows of 64 bytes: one 32-bit lane per output
 // channel, the codes of even input channels in its low half and those of odd ones in its high half,
 // lowest first. One shift so brings the codes of a pair (k, k+1) to the bottom of both halves,
 // where vpermw turns them into the bf16 pair that vdpbf16ps wants.
-//   8 bits        one row of 32 signed bytes (code - 128) per pair: [pair][channel][k, k+1]
-//   e4m3, e5m2    the codes themselves, [pair][channel][k, k+1]
-//   bfloat16      [pair][channel][k, k+1]
-//   float16/32    [k][channel]
+//
+// | 8 bits     | one row of 32 signed bytes (code - 128) per pair: [pair][channel][k, k+1]
+// | e4m3, e5m2 | the codes themselves, [pair][channel][k, k+1]
+// | bfloat16   | [pair][channel][k, k+1]
+// | float16/32 | [k][channel]
 //
 // The input channels are padded so that no pair straddles two groups (an odd group gets one more
 // channel) and the whole is a multiple of a block. A padded channel holds the code of zero.

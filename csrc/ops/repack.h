@@ -98,8 +98,8 @@ inline void set_positions(const char* op, cpu::CodeSource& source, const Tensor&
   }
 }
 
-// The arguments that `repack_codes` of machine/native.py explains, into `source`. On whichever device
-// `stored` is, the others are on the CPU.
+// The arguments that `repack_codes` of machine/native.py explains, into `source`. On whichever
+// device `stored` is, the others are on the CPU.
 inline void read_code_source(const char* op, cpu::CodeSource& source, const Tensor& stored,
                              const std::string& order, const Tensor& k_at,
                              const std::optional<Tensor>& n_at, const std::vector<int64_t>& widths,

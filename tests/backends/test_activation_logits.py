@@ -15,7 +15,8 @@ import torch
 
 from tests.support.checkpoints import checkpoint, checkpoint_reference, checkpoint_tensors
 from vllm.compressed_linear.backends.reference import ReferenceBackend
-from vllm.compressed_linear.checkpoint.facts import LayerContext, refine
+from vllm.compressed_linear.checkpoint.describe import LayerContext
+from vllm.compressed_linear.checkpoint.parts import refine
 from vllm.compressed_linear.checkpoint.shard import ShardSource
 from vllm.compressed_linear.prepare.self_check import self_check
 from vllm.compressed_linear.spec.descriptor import ActivationSpec, ScaleSpec, WeightSpec

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.messages import saying, says
 from vllm.compressed_linear.backends import measurements as tune_file
 from vllm.compressed_linear.backends.measurements import (
     MachineKey,
@@ -106,40 +107,40 @@ def test_a_failed_write_leaves_the_old_file(
     assert [path.name for path in tmp_path.iterdir()] == ["tune.json"]
 
 
-DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "cut off": (lambda data: json.dumps(data)[:-20], "is no JSON"),
-    "another file": (lambda data: json.dumps({"layers": []}), "is no tune file"),
-    "a list": (lambda data: "[]", "is no tune file"),
-    "a later version": (lambda data: data.update(version=3), "has version 3, expected 2"),
-    "an earlier version": (lambda data: data.update(version=1), "has version 1, expected 2"),
-    "no key": (lambda data: data["machines"][0].pop("key"), "damaged: KeyError: 'key'"),
+DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], tuple[object, ...]]] = {
+    "cut off": (lambda data: json.dumps(data)[:-20], ("JSON",)),
+    "another file": (lambda data: json.dumps({"layers": []}), ("tune file",)),
+    "a list": (lambda data: "[]", ("tune file",)),
+    "a later version": (lambda data: data.update(version=3), ("version", 3, 2)),
+    "an earlier version": (lambda data: data.update(version=1), ("version", 1, 2)),
+    "no key": (lambda data: data["machines"][0].pop("key"), ("KeyError", "'key'")),
     "threads in words": (
         lambda data: data["machines"][0]["key"].update(threads="two"),
-        "key.threads is 'two', expected int",
+        ("key.threads", "'two'", "int"),
     ),
     "an unknown limit": (
         lambda data: data["machines"][0]["limits"].update(int4=1.0),
-        "damaged: TypeError",
+        ("TypeError",),
     ),
     "no descriptor": (
         lambda data: data["machines"][0]["layers"][0].pop("descriptor"),
-        "damaged: KeyError",
+        ("KeyError",),
     ),
     "half a descriptor": (
         lambda data: data["machines"][0]["layers"][0]["descriptor"].pop("weight"),
-        "damaged: KeyError",
+        ("KeyError",),
     ),
     "a missing M": (
         lambda data: data["machines"][0]["layers"][0]["backends"]["cpu"]["seconds"].pop("64"),
-        "damaged: KeyError: '64'",
+        ("KeyError", "'64'"),
     ),
     "a negative time": (
         lambda data: data["machines"][0]["layers"][0]["backends"]["cpu"]["seconds"].update(
             {"1": -1}
         ),
-        "-1.0 is no time",
+        ("-1.0",),
     ),
-    "no machines": (lambda data: data.update(machines=3), "damaged: TypeError"),
+    "no machines": (lambda data: data.update(machines=3), ("TypeError",)),
 }
 
 
@@ -154,10 +155,9 @@ def test_damage_is_named_ignored_in_serving_and_never_overwritten(
     changed = change(data)
     text = changed if isinstance(changed, str) else json.dumps(data)
     file.write_text(text)
-    with pytest.raises(TuneFileError, match="tune file") as caught:
+    with pytest.raises(TuneFileError, match=saying(file)) as caught:
         read(file)
-    assert message in str(caught.value)
-    assert str(file) in str(caught.value)
+    assert says(str(caught.value), *message)
     found = load(str(file), HERE)
     assert found.measurements == Measurements()
     assert found.note == f"{caught.value}; it is not used"

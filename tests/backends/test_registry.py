@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from importlib.metadata import EntryPoint
@@ -13,6 +12,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from tests.support.messages import saying, says
 from vllm.compressed_linear.backends import registry
 from vllm.compressed_linear.backends.base import Capabilities, QuantLinearMethod, Verdict
 from vllm.compressed_linear.backends.measurements import Measured, Measurements
@@ -118,9 +118,7 @@ def test_as_a_decorator_with_priority() -> None:
 
 def test_a_taken_name_names_who_has_it() -> None:
     register_backend(Toy)
-    with pytest.raises(
-        ValueError, match=rf"'toy' is taken by {re.escape(Toy.__module__)}\.Toy; .*Toy_toy needs"
-    ):
+    with pytest.raises(ValueError, match=saying("'toy'", f"{Toy.__module__}.Toy", "Toy_toy")):
         register_backend(toy("toy"))
     assert registry.backends()["toy"].backend is Toy
     unregister_backend("toy")
@@ -134,19 +132,19 @@ def test_incomplete_backends_are_refused() -> None:
         seconds = Toy.seconds
         prep_weights_for_execution = Toy.prep_weights_for_execution
 
-    with pytest.raises(TypeError, match="NoApply lacks apply"):
+    with pytest.raises(TypeError, match=saying("NoApply", "apply")):
         register_backend(NoApply)
     nameless = type("Nameless", (QuantLinearMethod,), {})
     with pytest.raises(
         TypeError,
-        match=r"lacks apply, prep_weights_for_execution, seconds, name, capabilities$",
+        match=saying("apply", "prep_weights_for_execution", "seconds", "name", "capabilities"),
     ):
         register_backend(nameless)
     blind = type("Blind", (Toy,), {"capabilities": replace(Toy.capabilities, lookup=True)})
-    with pytest.raises(TypeError, match="Blind lacks embedding"):
+    with pytest.raises(TypeError, match=saying("Blind", "embedding")):
         register_backend(blind)
     for wrong in (object, Toy(DESCRIPTOR)):
-        with pytest.raises(TypeError, match="not a subclass of QuantLinearMethod"):
+        with pytest.raises(TypeError, match=saying("QuantLinearMethod")):
             register_backend(wrong)  # type: ignore[type-var]
 
 
@@ -252,17 +250,17 @@ def test_an_override_that_cannot_is_an_error_with_every_reason() -> None:
     with pytest.raises(NoBackendError) as caught:
         select(DESCRIPTOR, CPU, override="picky", layer="model.layers.3.qkv_proj")
     text = str(caught.value)
-    assert "'picky' was asked for but cannot run layer model.layers.3.qkv_proj (64x128" in text
-    assert "device cpu (supported: cuda)" in text
-    assert "4-bit integer weights (supported bits: 8)" in text
-    with pytest.raises(NoBackendError, match=r"not registered \(registered: .*picky.*\)"):
+    assert says(text, "'picky'", "model.layers.3.qkv_proj", "64x128")
+    assert says(text, "device cpu", "cuda")
+    assert says(text, "4-bit", "integer", 8)
+    with pytest.raises(NoBackendError, match=saying("'nobody'", "picky")):
         select(DESCRIPTOR, CPU, override="nobody")
 
 
 @pytest.mark.usefixtures("only_toys")
 def test_strict_refuses_reference() -> None:
     assert select(DESCRIPTOR, CPU).chosen is ReferenceBackend
-    with pytest.raises(NoBackendError, match="strict mode refuses it"):
+    with pytest.raises(NoBackendError, match=saying("strict")):
         select(DESCRIPTOR, CPU, strict=True, layer="x")
     register_backend(Toy)
     assert select(DESCRIPTOR, CPU, strict=True).chosen is Toy
@@ -275,7 +273,7 @@ def test_nobody_can_lists_everyone_s_reasons() -> None:
     register_backend(
         toy("two", can_implement=classmethod(lambda cls, d, p: Verdict(("N is odd", "no GPU"))))
     )
-    with pytest.raises(NoBackendError, match=r"one: no AMX\n  two: N is odd; no GPU"):
+    with pytest.raises(NoBackendError, match=saying("one", "no AMX", "two", "N is odd", "no GPU")):
         select(DESCRIPTOR, CPU)
 
 
@@ -404,15 +402,15 @@ def test_entry_points_name_classes_or_functions(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (f"{__name__}:broken", "broken gives no backend: ImportError: no module named libfast"),
-        (f"{__name__}:Verdict", "TypeError: .*Verdict.* is not a subclass of QuantLinearMethod"),
-        ("no_such_module:Backend", "no_such_module:Backend gives no backend: ModuleNotFoundError"),
+        (f"{__name__}:broken", ("broken", "ImportError: no module named libfast")),
+        (f"{__name__}:Verdict", ("TypeError", "Verdict", "QuantLinearMethod")),
+        ("no_such_module:Backend", ("no_such_module:Backend", "ModuleNotFoundError")),
     ],
 )
 def test_a_package_that_is_broken_is_named_every_time(
-    value: str, message: str, monkeypatch: pytest.MonkeyPatch
+    value: str, message: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entry_points(monkeypatch, value)
-    for expected in (message, "mend or uninstall it"):
-        with pytest.raises(BackendPackageError, match=expected):
+    for _ in range(2):
+        with pytest.raises(BackendPackageError, match=saying(*message, "uninstall")):
             registry.backends()

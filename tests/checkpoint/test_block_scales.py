@@ -15,7 +15,8 @@ from vllm.compressed_linear.backends.base import QuantLinearMethod
 from vllm.compressed_linear.backends.cpu.weight_only import CpuBackend
 from vllm.compressed_linear.backends.reference import ReferenceBackend
 from vllm.compressed_linear.backends.triton.backend import TritonBackend
-from vllm.compressed_linear.checkpoint.facts import LayerContext, Part, refine
+from vllm.compressed_linear.checkpoint.describe import LayerContext
+from vllm.compressed_linear.checkpoint.parts import Part, refine
 from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
 from vllm.compressed_linear.checkpoint.write import from_standard_layout
 from vllm.compressed_linear.commands.tune.random_weights import made_up_weights

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from vllm.compressed_linear.checkpoint.facts import LayerContext, Part, refine
+from tests.support.messages import saying, says
+from vllm.compressed_linear.checkpoint.describe import LayerContext
+from vllm.compressed_linear.checkpoint.parts import Part, refine
 from vllm.compressed_linear.checkpoint.shard import CheckpointError, LoadedShard, ShardSource
 from vllm.compressed_linear.checkpoint.write import from_standard_layout
 from vllm.compressed_linear.spec.descriptor import ScaleSpec, WeightSpec, ZeroSpec
@@ -232,16 +235,14 @@ def test_scales_that_are_not_finite(bad: float) -> None:
     with pytest.raises(CheckpointError) as caught:
         refine([shard(), shard("model.layers.3.k_proj", scale=scale)], CONTEXT)
     text = str(caught.value)
-    assert text.startswith("model.layers.3.k_proj.scales: 1 of 64 scales are not finite")
-    assert f"{bad} at output channel 5, group 2" in text
+    assert text.startswith("model.layers.3.k_proj.scales: ")
+    assert says(text, 1, 64, "finite", bad, "channel 5", "group 2")
 
 
 def test_zero_points_that_are_not_finite() -> None:
     zero = torch.rand(16, 4)
     zero[3, 1] = math.nan
-    with pytest.raises(
-        CheckpointError, match=r"model\.k\.qzeros: 1 of 64 zero points .* channel 3"
-    ):
+    with pytest.raises(CheckpointError, match=saying("model.k.qzeros", 1, 64, "zero points", 3)):
         refine([shard("model.k", zero=zero)], CONTEXT)
 
 
@@ -254,19 +255,20 @@ def test_a_zero_scale_is_damage_over_codes_and_none_over_a_dead_group(zero: int 
     (part,) = refine([shard(scale=scale, codes=codes, zero=zero)], CONTEXT)
     assert not part.weights.dequantize(5, 6)[0, 64:96].any()
     codes[5, 70] = 9
-    message = r"model\.k\.scales: scale 0 at output channel 5, group 2, .*expected a scale"
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(
+        CheckpointError, match=saying("model.k.scales", "scale", 0, "channel 5", "group 2")
+    ):
         refine([shard("model.k", scale=scale, codes=codes, zero=zero)], CONTEXT)
 
 
 def test_many_zero_scales_are_looked_through_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm.compressed_linear.checkpoint.facts.CHUNK_BYTES", 16 * K * 5)
+    monkeypatch.setattr("vllm.compressed_linear.checkpoint.validation.CHUNK_BYTES", 16 * K * 5)
     codes = torch.full((64, K), 8, dtype=torch.uint8)
     scale = torch.zeros(64, 4).half()
     scale[10:15] = 1
     refine([shard(n=64, scale=scale, codes=codes)], CONTEXT)
     codes[12], codes[33, 127] = 3, 3
-    with pytest.raises(CheckpointError, match="scale 0 at output channel 33, group 3,"):
+    with pytest.raises(CheckpointError, match=saying("scale", 0, "channel 33", "group 3")):
         refine([shard(n=64, scale=scale, codes=codes)], CONTEXT)
 
 
@@ -278,7 +280,7 @@ def test_a_zero_scale_follows_the_group_index() -> None:
     codes[0, index == 3] = 8
     refine([shard(scale=scale, codes=codes, index=index)], CONTEXT)
     codes[0, (index == 3).nonzero()[0]] = 9
-    with pytest.raises(CheckpointError, match="channel 0, group 3"):
+    with pytest.raises(CheckpointError, match=saying("scale", 0, "channel 0", "group 3")):
         refine([shard(scale=scale, codes=codes, index=index)], CONTEXT)
 
 
@@ -286,5 +288,26 @@ def test_a_zero_scale_follows_the_group_index() -> None:
 def test_group_indices_out_of_range(bad: int) -> None:
     index = torch.arange(K) // 32
     index[77] = bad
-    with pytest.raises(CheckpointError, match=r"model\.k\.g_idx: group index runs from"):
+    with pytest.raises(
+        CheckpointError, match=saying("model.k.g_idx", min(bad, 0), max(bad, 3), 0, 3)
+    ):
         refine([shard("model.k", index=index)], CONTEXT)
+
+
+def test_scales_zero_points_and_group_index_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refinement, preparation of all rows, and no second look at either."""
+    calls = []
+    for name in ("scale", "zero", "group_index"):
+        original = getattr(LoadedShard, name)
+
+        def counted(self: LoadedShard, name: str = name, original: Any = original) -> Any:
+            calls.append(name)
+            return original(self)
+
+        monkeypatch.setattr(LoadedShard, name, counted)
+    generator = torch.Generator().manual_seed(3)
+    index = (torch.arange(K) // 32)[torch.randperm(K, generator=generator)]
+    (part,) = refine([shard(zero=3, index=index)], CONTEXT)
+    for start, stop in ((0, 5), (5, 16)):
+        part.weights.rows(start, stop)
+    assert sorted(calls) == ["group_index", "scale", "zero"]

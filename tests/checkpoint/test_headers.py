@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.support.checkpoints import checkpoint, checkpoint_tensors, checkpoints
+from tests.support.checkpoints import Entry, checkpoint, checkpoint_tensors, checkpoints
+from tests.support.messages import saying
 from vllm.compressed_linear.checkpoint.headers import Headers, headers_of, read_headers
 from vllm.compressed_linear.checkpoint.shard import CheckpointError
 
@@ -67,7 +67,11 @@ def test_renaming_regroups_modules(tmp_path: Path) -> None:
     assert renamed["b.weight"] == headers["b.weight"]
 
 
-@pytest.mark.parametrize("name", checkpoints("gptqmodel-gptq-w4", "llmcompressor-w3"))
+def is_4_bit_gptq_or_3_bit_packed(entry: Entry) -> bool:
+    return (entry.quant_method, entry.bits) in (("gptq", 4), ("compressed-tensors", 3))
+
+
+@pytest.mark.parametrize("name", checkpoints(is_4_bit_gptq_or_3_bit_packed))
 def test_checkpoints_of_real_tools(name: str) -> None:
     headers = read_headers(checkpoint(name))
     assert headers is not None
@@ -82,7 +86,7 @@ def test_entries_that_somebody_else_read() -> None:
     headers = headers_of({"a.qweight": entry}, "organisation/model")
     assert (headers["a.qweight"].dtype, headers["a.qweight"].nbytes) == ("int32", 32)
     assert headers["a.qweight"].file == "organisation/model"
-    with pytest.raises(CheckpointError, match=r"organisation/model: tensor b is described as"):
+    with pytest.raises(CheckpointError, match=saying("organisation/model", "tensor b")):
         headers_of({"b": {}}, "organisation/model")
 
 
@@ -108,8 +112,9 @@ def test_a_missing_shard_is_named_with_a_tensor_it_should_hold(tmp_path: Path) -
     weight_map = {**dict.fromkeys(TENSORS, file.name), "c.qweight": "more.safetensors"}
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))
-    expected = re.escape(f"{tmp_path / 'more.safetensors'} is missing") + ".*c.qweight"
-    with pytest.raises(CheckpointError, match=expected):
+    with pytest.raises(
+        CheckpointError, match=saying(tmp_path / "more.safetensors", "missing", "c.qweight")
+    ):
         read_headers(tmp_path)
 
 
@@ -117,7 +122,7 @@ def test_a_missing_shard_is_named_with_a_tensor_it_should_hold(tmp_path: Path) -
 def test_a_damaged_index_is_named(text: str, tmp_path: Path) -> None:
     written(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"index\.json: no index of tensors"):
+    with pytest.raises(CheckpointError, match=saying("index.json")):
         read_headers(tmp_path)
 
 
@@ -129,38 +134,38 @@ def entry(name: str, **changes: Any) -> Callable[[Path], None]:
     return lambda file: with_header(file, lambda header: header[name].update(changes))
 
 
-DAMAGES: list[tuple[str, Callable[[Path], object], str]] = [
-    ("empty", lambda f: cut(f, 0), "0 bytes, expected at least 8"),
-    ("cut in the header", lambda f: cut(f, 40), "header of .* bytes in a file of 40 bytes"),
+DAMAGES: list[tuple[str, Callable[[Path], object], tuple[object, ...]]] = [
+    ("empty", lambda f: cut(f, 0), (0, 8)),
+    ("cut in the header", lambda f: cut(f, 40), ("header", 40)),
     (
         "cut in the data",
         lambda f: cut(f, f.stat().st_size - 4),
-        "the file is truncated .first tensor cut off: ",
+        ("truncated",),
     ),
-    ("a pointer file", lambda f: f.write_text("version https://git-lfs/v1\n"), "or no"),
+    ("a pointer file", lambda f: f.write_text("version https://git-lfs/v1\n"), ("safetensors",)),
     (
         "no JSON",
         lambda f: f.write_bytes(struct.pack("<Q", 4) + b"{ab}"),
-        "header is no JSON",
+        ("header", "JSON"),
     ),
     (
         "no text",
         lambda f: f.write_bytes(struct.pack("<Q", 4) + b"\xff\xfe\xfd\xfc"),
-        "header is no JSON",
+        ("header", "JSON"),
     ),
-    ("no map", lambda f: with_header(f, lambda header: [1]), "header is a list"),
+    ("no map", lambda f: with_header(f, lambda header: [1]), ("header", "list")),
     (
         "no offsets",
         lambda f: with_header(f, lambda h: h["b.weight"].pop("data_offsets") and None),
-        "tensor b.weight is described as",
+        ("b.weight",),
     ),
-    ("a text as shape", entry("b.weight", shape="2x3"), "tensor b.weight is described as"),
+    ("a text as shape", entry("b.weight", shape="2x3"), ("b.weight",)),
     (
         "another shape",
         entry("b.weight", shape=[2, 4]),
-        r"tensor b.weight has 12 bytes, expected 16 for bfloat16 \[2, 4\]",
+        ("b.weight", 12, 16, "bfloat16", [2, 4]),
     ),
-    ("another dtype", entry("a.q_proj.scales", dtype="F32"), "a.q_proj.scales has 16 bytes"),
+    ("another dtype", entry("a.q_proj.scales", dtype="F32"), ("a.q_proj.scales", 16)),
 ]
 
 
@@ -169,9 +174,9 @@ DAMAGES: list[tuple[str, Callable[[Path], object], str]] = [
     [pytest.param(damage, complaint, id=name) for name, damage, complaint in DAMAGES],
 )
 def test_damage_is_one_clear_error_that_names_the_file(
-    damage: Callable[[Path], object], complaint: str, tmp_path: Path
+    damage: Callable[[Path], object], complaint: tuple[object, ...], tmp_path: Path
 ) -> None:
     file = written(tmp_path)
     damage(file)
-    with pytest.raises(CheckpointError, match=f"{re.escape(str(file))}: .*{complaint}"):
+    with pytest.raises(CheckpointError, match=saying(file, *complaint)):
         read_headers(tmp_path)

@@ -15,12 +15,13 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from tests.support.checkpoints import checkpoint
+from tests.support.messages import says
 from vllm.compressed_linear import settings
 from vllm.compressed_linear.commands.cli import app
 from vllm.compressed_linear.commands.explain.explain import explain
 from vllm.compressed_linear.commands.explain.text import in_words, print_explanation
 from vllm.compressed_linear.commands.text import compress_names, size
-from vllm.compressed_linear.integration.linear import detect_platform
+from vllm.compressed_linear.integration.preparation import detect_platform
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
 
 PLAIN = "llmcompressor-w4a16-sym-g128"
@@ -113,15 +114,15 @@ def test_platforms() -> None:
     assert "cpu (avx2)" in result.stdout
     unknown = call("explain", str(checkpoint(PLAIN)), "--platform", "abacus")
     assert unknown.exit_code == 1
-    assert "unknown platform 'abacus' (known: cpu, cpu:generic, cpu:avx2," in unknown.stderr
+    assert says(unknown.stderr, "'abacus'", "cpu, cpu:generic, cpu:avx2,")
 
 
 def test_a_backend_that_cannot_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(settings.BACKEND, "unquantized=vllm_native")
     result = call("explain", str(checkpoint(PLAIN)), columns=200)
     assert result.exit_code == 1
-    assert "backend 'vllm_native' was asked for but cannot run layer lm_head" in result.stdout
-    assert "bf16 weights (supported: uint4)" in result.stdout
+    assert says(result.stdout, "'vllm_native'", "lm_head")
+    assert says(result.stdout, "bf16", "uint4")
     data = call("explain", str(checkpoint(PLAIN)), "--json")
     assert data.exit_code == 1
     assert "lm_head" in json.loads(data.stdout)["errors"][0]
@@ -132,7 +133,7 @@ def test_settings_that_make_no_sense(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(settings.BACKEND, "=cpu")
     result = call("explain", str(checkpoint(PLAIN)))
     assert result.exit_code == 1
-    assert "neither NAME nor PATTERN=NAME" in result.stderr
+    assert says(result.stderr, "NAME", "PATTERN=NAME")
 
 
 def test_damage_is_one_line_and_status_1(tmp_path: Path) -> None:
@@ -210,5 +211,5 @@ def test_backends_are_listed_with_what_they_declare() -> None:
     assert "reordered channels" in rows["cpu"]["further"]
     assert rows["cpu"]["reasons"] == []
     gpu = call("backends", "--platform", "cuda:90", columns=200)
-    assert "device cuda (supported: cpu)" in gpu.stdout
+    assert says(gpu.stdout, "device cuda", "cpu")
     assert max(map(len, call("backends", columns=80).stdout.splitlines())) <= 80

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 import demo
 import plan
 import server
+from tests.support.messages import saying
 from tokenizer import merges_of, write_tokenizer
 
 
@@ -65,7 +66,7 @@ def test_plan_sums_like_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_a_plan_without_layers_is_an_error(tmp_path: Path) -> None:
     written = tmp_path / "plan.json"
     written.write_text('{"layers": []}')
-    with pytest.raises(ValueError, match="names no layer"):
+    with pytest.raises(ValueError, match=saying("plan.json")):
         plan.read(written)
 
 

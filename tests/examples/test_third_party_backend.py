@@ -37,14 +37,14 @@ import torch
 from pathlib import Path
 from tests.support.checkpoints import checkpoint_reference
 from tests.support.model_loading import loaded, logits
-from vllm.compressed_linear.prepare.plan import PLAN
+from vllm.compressed_linear.integration.preparation import PROCESS_PLAN
 
 for path in map(Path, sys.argv[1:]):
     reference = checkpoint_reference(path.name)
     with loaded(path, "float32") as model:
         ours = logits(model, reference["input_ids"])
     error = torch.log_softmax(ours, -1) - torch.log_softmax(reference["logits"], -1)
-    ran = {entry.backend for entry in PLAN.entries.values()}
+    ran = {entry.backend for entry in PROCESS_PLAN.entries.values()}
     print("served", path.name, sorted(ran), float(error.abs().max()))
     assert float(error.abs().max()) <= 1e-4
     assert ran == {"dequantizing", "reference"}, ran

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tests.support.checkpoints import checkpoint, checkpoint_reference, checkpoint_tensors
 from tests.support.model_loading import loaded, logits
 from vllm.compressed_linear.integration.config import NAME
-from vllm.compressed_linear.prepare.plan import PLAN
+from vllm.compressed_linear.integration.preparation import PROCESS_PLAN
 
 CHECKPOINT = "gptqmodel-gptq-w4-g128-sym"
 
@@ -39,7 +39,7 @@ def assert_same_logits(directory: Path, **options: Any) -> None:
         ours = logits(model, reference["input_ids"])
     error = torch.log_softmax(ours, -1) - torch.log_softmax(reference["logits"], -1)
     assert float(error.abs().max()) <= 1e-4
-    quantized = [e for e in PLAN.entries.values() if "uint4b8" in e.descriptor]
+    quantized = [e for e in PROCESS_PLAN.entries.values() if "uint4b8" in e.descriptor]
     assert len(quantized) == 8  # qkv, o, gate_up and down of two layers
 
 
@@ -119,5 +119,5 @@ def test_an_unquantized_model_opts_in_by_name(tmp_path: Path) -> None:
             tensors[name] = tensor
     write(tmp_path, tensors, None)
     with loaded(tmp_path, quantization=NAME):
-        assert len(PLAN.entries) == 9
-        assert not any("uint" in entry.descriptor for entry in PLAN.entries.values())
+        assert len(PROCESS_PLAN.entries) == 9
+        assert not any("uint" in entry.descriptor for entry in PROCESS_PLAN.entries.values())

@@ -25,7 +25,8 @@ from vllm.compressed_linear.formats.compressed_tensors import CompressedTensors
 from vllm.compressed_linear.formats.gptq import Gptq
 from vllm.compressed_linear.integration.config import NAME, CompressedLinearConfig
 from vllm.compressed_linear.integration.delegation import RefusedByVllmError
-from vllm.compressed_linear.prepare.plan import DELEGATED, PLAN
+from vllm.compressed_linear.integration.preparation import PROCESS_PLAN
+from vllm.compressed_linear.prepare.plan import DELEGATED
 
 pytestmark = pytest.mark.usefixtures("inspect_in_process")
 
@@ -61,7 +62,7 @@ def worst(ours: torch.Tensor, reference: torch.Tensor | None) -> float:
 
 
 def backends() -> dict[str, str]:
-    return {entry.name: entry.backend for entry in PLAN.entries.values()}
+    return {entry.name: entry.backend for entry in PROCESS_PLAN.entries.values()}
 
 
 # Names of formats.
@@ -170,9 +171,9 @@ def test_an_unquantized_model_opts_in(llama: Callable[[str], Checkpoint]) -> Non
     checkpoint = llama("gptq")
     ours = log_probabilities(checkpoint.ideal, checkpoint.input_ids, quantization=NAME)
     assert worst(ours, checkpoint.logits) <= 1e-4
-    kinds = {entry.kind for entry in PLAN.entries.values()}
+    kinds = {entry.kind for entry in PROCESS_PLAN.entries.values()}
     assert kinds == {"linear", "lm_head"}
-    assert PLAN.prepared == PLAN.expected
+    assert PROCESS_PLAN.prepared == PROCESS_PLAN.expected
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -213,7 +214,7 @@ def test_dummy_weights(form: str, llama: Callable[[str], Checkpoint]) -> None:
     checkpoint = llama(form)
     ours = log_probabilities(checkpoint.quantized, checkpoint.input_ids, load_format="dummy")
     assert bool(torch.isfinite(ours).all())
-    assert PLAN.prepared == PLAN.expected > 0
+    assert PROCESS_PLAN.prepared == PROCESS_PLAN.expected > 0
 
 
 def test_models_of_the_transformers_library(tmp_path: Path) -> None:
@@ -228,7 +229,7 @@ def test_models_of_the_transformers_library(tmp_path: Path) -> None:
         )
         assert worst(ours, checkpoint.logits) <= 1e-4, form
         assert set(backends().values()) == {"cpu"}
-        assert PLAN.prepared == PLAN.expected
+        assert PROCESS_PLAN.prepared == PROCESS_PLAN.expected
 
 
 @pytest.mark.parametrize("form", ["gptq", "compressed-tensors"])

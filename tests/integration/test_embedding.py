@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from tests.support.choice import use_backend
 from tests.support.explained import loaded_parts, planned_parts
 from tests.support.lora import activate, with_adapters
+from tests.support.messages import saying, says
 from tests.support.model_loading import LoadedModel, engine_args, loaded, logits
 from tests.support.reloading import reload
 from tests.support.table_models import Bits, TableModel, write
@@ -24,9 +26,9 @@ from vllm.compressed_linear.backends.reference import ReferenceBackend
 from vllm.compressed_linear.backends.registry import NoBackendError, register_backend
 from vllm.compressed_linear.commands.explain.explain import explain
 from vllm.compressed_linear.integration import compat
-from vllm.compressed_linear.integration.linear import detect_platform
+from vllm.compressed_linear.integration.preparation import PROCESS_PLAN, detect_platform
 from vllm.compressed_linear.machine import native
-from vllm.compressed_linear.prepare.plan import PLAN, PlanEntry
+from vllm.compressed_linear.prepare.plan import PlanEntry
 from vllm.compressed_linear.prepare.self_check import SelfCheckError
 
 TIED = {
@@ -66,8 +68,8 @@ def look_up(table: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 def entry(name: str) -> PlanEntry:
-    found = [e for e in PLAN.entries.values() if e.name == name]
-    assert len(found) == 1, [e.name for e in PLAN.entries.values()]
+    found = [e for e in PROCESS_PLAN.entries.values() if e.name == name]
+    assert len(found) == 1, [e.name for e in PROCESS_PLAN.entries.values()]
     return found[0]
 
 
@@ -89,8 +91,8 @@ def test_a_quantized_table_serves_the_head_that_is_tied_to_it(
     planned = entry("lm_head")
     assert planned.backend == backend
     assert "looked up" in planned.descriptor
-    assert planned.note == "tied: model.embed_tokens looks up in it"
-    assert not any(e.name == "model.embed_tokens" for e in PLAN.entries.values())
+    assert says(planned.note, "tied", "model.embed_tokens")
+    assert not any(e.name == "model.embed_tokens" for e in PROCESS_PLAN.entries.values())
     element = f"uint{TIED[name].table.bits}"  # type: ignore[union-attr]
     assert counts.get(f"embedding/{element}", 0) == (2 if backend == "cpu" else 0)
 
@@ -107,7 +109,7 @@ def test_a_table_and_a_head_of_their_own(name: str, tmp_path: Path) -> None:
         assert head.weight.shape == (0, 128), "nothing reads the natural weight of a head"
     torch.testing.assert_close(rows, reference["table"], rtol=1e-6, atol=0)
     assert entry("lm_head").backend == "cpu"
-    tables = [e for e in PLAN.entries.values() if e.name == "model.embed_tokens"]
+    tables = [e for e in PROCESS_PLAN.entries.values() if e.name == "model.embed_tokens"]
     assert [e.kind for e in tables] == (["embedding"] if case.table is not None else [])
 
 
@@ -154,7 +156,7 @@ def test_a_backend_that_looks_up_nothing_leaves_the_natural_weight(
         assert table.weight.shape == (512, 128)
         assert worst_error(model, reference) <= 0.1
     assert entry("lm_head").backend == "looks_up_nothing"
-    assert entry("lm_head").note == "tied: model.embed_tokens looks up in the natural weight"
+    assert says(entry("lm_head").note, "tied", "model.embed_tokens", "natural weight")
 
 
 @pytest.mark.usefixtures("clean_registry")
@@ -164,7 +166,7 @@ def test_a_quantized_table_needs_a_backend_that_looks_up(
     register_backend(LooksUpNothing)
     write(TableModel(), tmp_path / "model")
     monkeypatch.setenv(settings.BACKEND, "lm_head=looks_up_nothing")
-    message = r"(?s)cannot run layer lm_head .*uint8.*looked up.*rows by their numbers"
+    message = saying("lm_head", "uint8", "looked up", "rows")
     with pytest.raises(NoBackendError, match=message), loaded(tmp_path / "model", **OPTIONS):
         pass
 
@@ -253,7 +255,7 @@ def test_a_backend_that_looks_up_wrong_rows_stops_the_load(
     register_backend(WrongRows)
     write(TableModel(), tmp_path / "model")
     monkeypatch.setenv(settings.BACKEND, "lm_head=wrong_rows")
-    message = r"backend wrong_rows computes wrong numbers .*channel \d+ of row \d+, looked up, is"
+    message = saying("wrong_rows", re.compile(r"channel \d+ of row \d+"))
     with pytest.raises(SelfCheckError, match=message), loaded(tmp_path / "model", **OPTIONS):
         pass
 
@@ -333,7 +335,7 @@ def test_explain_says_what_loading_does(
     path = str(tmp_path / "model")
     said = explain(path, platform=platform, dtype="float32", read_weights=True)
     with loaded(tmp_path / "model", **OPTIONS):
-        entries = list(PLAN.entries.values())
+        entries = list(PROCESS_PLAN.entries.values())
         actual = loaded_parts()
     assert [(p.name, p.kind, p.note) for p in said.layers] == [
         (e.name, e.kind, e.note) for e in entries
@@ -365,5 +367,5 @@ def test_an_id_beyond_the_table_is_an_error(tmp_path: Path) -> None:
     write(TableModel(), tmp_path / "model")
     with loaded(tmp_path / "model", **OPTIONS) as model:
         table, _ = table_and_head(model)
-        with pytest.raises(ValueError, match="ids holds 512 at 1, expected 0 to 511"):
+        with pytest.raises(ValueError, match=saying("ids", 512, 1, 0, 511)):
             look_up(table, torch.tensor([0, 512]))

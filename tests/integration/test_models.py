@@ -10,15 +10,22 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.support.checkpoint_lists import WEIGHT_ONLY
-from tests.support.checkpoints import checkpoint, checkpoint_reference, checkpoints
+from tests.support.checkpoints import (
+    checkpoint,
+    checkpoint_reference,
+    checkpoints,
+    is_ours,
+    is_weight_only,
+)
 from tests.support.choice import use_backend
+from tests.support.messages import saying, says
 from tests.support.model_loading import loaded, logits
 from tests.support.stock_vllm import needs_vllms_4_bit_kernel
 from vllm.compressed_linear import settings
 from vllm.compressed_linear.backends.registry import NoBackendError
 from vllm.compressed_linear.integration.config import NAME, CompressedLinearConfig
-from vllm.compressed_linear.prepare.plan import DELEGATED, PLAN
+from vllm.compressed_linear.integration.preparation import PROCESS_PLAN
+from vllm.compressed_linear.prepare.plan import DELEGATED
 
 
 @pytest.fixture
@@ -30,7 +37,7 @@ def caplog_vllm(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureF
     logger.removeHandler(caplog.handler)
 
 
-WITH_FP8_LAYERS = checkpoints("llmcompressor-mixed-qv-differ")
+WITH_FP8_LAYERS = checkpoints(lambda entry: is_ours(entry) and not is_weight_only(entry))
 
 
 def log_probabilities(name: str, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,17 +49,17 @@ def log_probabilities(name: str, dtype: str) -> tuple[torch.Tensor, torch.Tensor
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("name", WEIGHT_ONLY)
+@pytest.mark.parametrize("name", checkpoints(is_weight_only))
 def test_fp32_logits_match_the_makers_library(
     name: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_backend(monkeypatch, backend)
     ours, reference = log_probabilities(name, "float32")
     assert float((ours - reference).abs().max()) <= 1e-4
-    assert {entry.backend for entry in PLAN.entries.values()} == {backend}
+    assert {entry.backend for entry in PROCESS_PLAN.entries.values()} == {backend}
 
 
-@pytest.mark.parametrize("name", WEIGHT_ONLY)
+@pytest.mark.parametrize("name", checkpoints(is_weight_only))
 def test_bf16_logits_are_near_the_fp32_reference(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,7 +82,7 @@ def test_bf16_logits_are_near_the_fp32_reference(
 def test_layers_we_lack_are_delegated_and_the_plan_says_so(name: str) -> None:
     ours, _ = log_probabilities(name, "bfloat16")
     assert bool(torch.isfinite(ours).all())
-    backends = {entry.name: entry.backend for entry in PLAN.entries.values()}
+    backends = {entry.name: entry.backend for entry in PROCESS_PLAN.entries.values()}
     delegated = {layer for layer, backend in backends.items() if backend == DELEGATED}
     assert delegated == {f"model.layers.{i}.mlp.down_proj" for i in range(2)}
     assert {backends[layer] for layer in backends if layer not in delegated} == {"cpu"}
@@ -87,7 +94,7 @@ def test_an_override_that_cannot_run_a_layer_stops_the_load_with_the_reasons(
     monkeypatch.setenv(settings.BACKEND, "vllm_native")
     name = "gptqmodel-gptq-w3-g128-asym"
     with (
-        pytest.raises(NoBackendError, match=r"(?s)qkv_proj.*3-bit integer weights"),
+        pytest.raises(NoBackendError, match=saying("qkv_proj", "3-bit")),
         loaded(checkpoint(name)),
     ):
         pass
@@ -101,15 +108,15 @@ def test_strict_mode_refuses_reference_unless_it_was_named(
     monkeypatch.setattr(
         "vllm.compressed_linear.machine.native.available", lambda: "it was not built"
     )
-    monkeypatch.setattr("vllm.compressed_linear.integration.linear._PLATFORM", [])
+    monkeypatch.setattr("vllm.compressed_linear.integration.preparation._PLATFORM", [])
     with (
-        pytest.raises(NoBackendError, match=r"(?s)it was not built.*strict mode refuses"),
+        pytest.raises(NoBackendError, match=saying("it was not built", "strict")),
         loaded(checkpoint(name)),
     ):
         pass
     use_backend(monkeypatch, "reference")
     with loaded(checkpoint(name)):
-        assert {entry.backend for entry in PLAN.entries.values()} == {"reference"}
+        assert {entry.backend for entry in PROCESS_PLAN.entries.values()} == {"reference"}
 
 
 def test_additional_config_chooses_a_backend_and_the_environment_wins(
@@ -118,12 +125,12 @@ def test_additional_config_chooses_a_backend_and_the_environment_wins(
     options = {"additional_config": {"compressed_linear": {"backend": "*.qkv_proj=reference"}}}
     path = checkpoint("autoawq-awq-gemm-g128-asym")
     with loaded(path, **options):
-        chosen = {e.name.rpartition(".")[2]: e.backend for e in PLAN.entries.values()}
+        chosen = {e.name.rpartition(".")[2]: e.backend for e in PROCESS_PLAN.entries.values()}
     assert chosen["qkv_proj"] == "reference"
     assert chosen["down_proj"] == "cpu"
     monkeypatch.setenv(settings.BACKEND, "cpu")
     with loaded(path, **options):
-        assert {e.backend for e in PLAN.entries.values()} == {"cpu"}
+        assert {e.backend for e in PROCESS_PLAN.entries.values()} == {"cpu"}
 
 
 def test_a_fall_to_reference_is_loud(
@@ -132,10 +139,10 @@ def test_a_fall_to_reference_is_loud(
     monkeypatch.setattr(
         "vllm.compressed_linear.machine.native.available", lambda: "it was not built"
     )
-    monkeypatch.setattr("vllm.compressed_linear.integration.linear._PLATFORM", [])
+    monkeypatch.setattr("vllm.compressed_linear.integration.preparation._PLATFORM", [])
     with loaded(checkpoint("gptqmodel-gptq-w3-g128-asym")):
         pass
-    assert "run on the reference backend" in caplog_vllm.text
+    assert says(caplog_vllm.text, "reference")
     assert "it was not built" in caplog_vllm.text
 
 
@@ -169,7 +176,7 @@ def test_every_format_runs_on_every_backend_that_can(
 ) -> None:
     """Layers that the backend can do run on it; the kernels know nothing of the format."""
     with loaded(checkpoint(name), "bfloat16"):
-        entries = list(PLAN.entries.values())
+        entries = list(PROCESS_PLAN.entries.values())
     # A declined one has reasons; one that could and ranks lower has none.
     unable = {e.name for e in entries for r in e.rejected if r.backend == backend and r.reasons}
     able = {e.name for e in entries} - unable
@@ -178,7 +185,7 @@ def test_every_format_runs_on_every_backend_that_can(
     assert able
     monkeypatch.setenv(settings.BACKEND, ",".join(f"{layer}={backend}" for layer in sorted(able)))
     ours, reference = log_probabilities(name, "bfloat16")
-    assert {e.name for e in PLAN.entries.values() if e.backend == backend} >= able
+    assert {e.name for e in PROCESS_PLAN.entries.values() if e.backend == backend} >= able
     # vLLM's kernel rounds every dequantised weight to bf16, so it may be further away than ours.
     assert float((ours - reference).abs().max()) <= 0.2
     assert float((ours - reference).abs().mean()) <= 0.03

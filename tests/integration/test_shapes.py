@@ -10,7 +10,7 @@ import torch
 
 from tests.support.model_loading import loaded, logits
 from tests.support.synthetic import Model, Quant, write
-from vllm.compressed_linear.prepare.plan import PLAN
+from vllm.compressed_linear.integration.preparation import PROCESS_PLAN
 
 GPTQ = Quant("gptq")
 MODELS = {
@@ -43,4 +43,4 @@ def test_logits_equal_those_of_transformers(name: str, tmp_path: Path) -> None:
         ours = logits(model, reference["input_ids"])[..., : MODELS[name].vocab]
     error = torch.log_softmax(ours, -1) - torch.log_softmax(reference["logits"], -1)
     assert float(error.abs().max()) <= 1e-4
-    assert {entry.backend for entry in PLAN.entries.values()} == {"cpu"}
+    assert {entry.backend for entry in PROCESS_PLAN.entries.values()} == {"cpu"}

@@ -9,8 +9,7 @@ import sys
 import pytest
 import torch
 
-from tests.support.checkpoint_lists import WEIGHT_ONLY
-from tests.support.checkpoints import checkpoint, checkpoint_reference
+from tests.support.checkpoints import checkpoint, checkpoint_reference, checkpoints, is_weight_only
 from tests.support.model_loading import loaded, logits
 from tests.support.repository import environment
 from tests.support.stock_vllm import needs_vllms_4_bit_kernel
@@ -31,7 +30,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor | 
             "tests.support.stock_worker",
             str(out),
             "bfloat16",
-            *(str(checkpoint(name)) for name in WEIGHT_ONLY),
+            *(str(checkpoint(name)) for name in checkpoints(is_weight_only)),
         ],
         env=environment(**{settings.ENABLE: "0"}),
         capture_output=True,
@@ -47,7 +46,7 @@ def test_stock_vllm_loads_some_of_them(stock: dict[str, torch.Tensor | str]) -> 
     assert sum(isinstance(found, torch.Tensor) for found in stock.values()) >= 5
 
 
-@pytest.mark.parametrize("name", WEIGHT_ONLY)
+@pytest.mark.parametrize("name", checkpoints(is_weight_only))
 def test_greedy_tokens_equal_stock_vllms(name: str, stock: dict[str, torch.Tensor | str]) -> None:
     theirs = stock[name]
     if isinstance(theirs, str):

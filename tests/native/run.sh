@@ -47,6 +47,6 @@ cmake -S "$root" -B "$build" -DCMAKE_BUILD_TYPE=None -DCOMPRESSED_LINEAR_NATIVE_
 cmake --build "$build" --parallel 2 > "$build/build.log" || { cat "$build/build.log"; exit 1; }
 tests=(test_float test_integer test_repack)
 # The thread sanitizer does not follow fibers, and the emulator has one thread.
-[ "$mode" = thread ] || tests+=(test_emulator test_marlin_repack test_marlin_gemm)
+[ "$mode" = thread ] || tests+=(test_emulator test_primitives test_marlin_repack test_marlin_gemm)
 # Two at a time: most of what they do takes one thread.
 printf '%s\n' "${tests[@]}" | xargs -P 2 -I '{}' env "${runner[@]}" "$build/{}" "$step"

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The source of the Marlin GEMM in the emulator against the defining sum, within the numerical
-// contract, with all its checks on; and what decides about speed as far as addresses tell.
+// The source of the Marlin GEMM in the emulator, with all its checks, against the defining sum
+// within the numerical contract; and limits on bank conflicts and memory transactions.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -112,7 +112,7 @@ emulator::Report run(const Case& c) {
   const Number x_type = c.bfloat16 ? Number::bfloat16 : Number::float16;
   const auto size = [](int64_t count) { return static_cast<size_t>(count); };
 
-  // x's rows are further apart than they are long.
+  // The stride of x's rows is larger than their length.
   const int x_stride = c.k + 16;
   Bytes x(size(int64_t{2} * c.m * x_stride), 0xff);
   std::vector<float> wide_x(size(int64_t{c.m} * c.k));
@@ -182,18 +182,18 @@ emulator::Report run(const Case& c) {
   p.scale_type = c.scale;
   p.bias_type = x_type;
   p.out_type = c.out;
-  const Plan plan = make_plan(p, c.element, c.processors);
+  const LaunchShape launch = launch_shape(p, c.element, c.processors);
   Bytes out(size(int64_t{c.m} * c.n * bytes_of(c.out)), 0xff);
-  std::vector<float> partial(size(plan.partial_floats), std::numeric_limits<float>::quiet_NaN());
+  std::vector<float> partial(size(launch.partial_floats), std::numeric_limits<float>::quiet_NaN());
   std::vector<int> arrived(size(kMaxBlocks));
   p.out = out.data();
   p.partial = partial.data();
   p.arrived = arrived.data();
 
   emulator::Options o;
-  o.grid_x = plan.blocks;
-  o.threads = plan.threads;
-  o.shared_bytes = size(plan.shared_bytes);
+  o.grid_x = launch.blocks;
+  o.threads = launch.threads;
+  o.shared_bytes = size(launch.shared_bytes);
   o.resident = c.resident;
   o.order = c.order;
   o.buffers = {buffer("x", x),
@@ -206,8 +206,8 @@ emulator::Report run(const Case& c) {
                buffer("out", out, true),
                buffer("partial", partial, true),
                buffer("arrived", arrived, true)};
-  const Kernel kernel = c.bfloat16 ? kernel_for<BFloat16>(c.element, plan.shape)
-                                   : kernel_for<Half>(c.element, plan.shape);
+  const Kernel kernel = c.bfloat16 ? kernel_for<BFloat16>(c.element, launch.shape)
+                                   : kernel_for<Half>(c.element, launch.shape);
   const emulator::Report report = emulator::launch(o, [&] { kernel(p); });
   check(report.problem_count == 0, c,
         std::to_string(report.problem_count) +
@@ -242,7 +242,7 @@ emulator::Report run(const Case& c) {
         "off by " + std::to_string(worst) + " times what is allowed, at row " +
             std::to_string(worst_at / c.n) + " column " + std::to_string(worst_at % c.n));
 
-  // Nothing of the weights' way has bank conflicts, but for fp32 scales.
+  // No access to weights has bank conflicts, except to fp32 scales.
   const bool wide_scales = c.scale == Number::float32;
   check(report.matrix_loads.ratio() == 1, c, "bank conflicts of load_matrix");
   check(report.shared_copies.ratio() == 1, c, "bank conflicts of copies");
@@ -288,9 +288,9 @@ void test_gather() {
   }
 }
 
-// Of every plan: the shared memory that a block of 8.6, 8.9 and 12.0 may have at most (CUDA C++
-// Programming Guide, "Compute Capabilities"), and work that is dealt out whole.
-void test_plans() {
+// Of every division of work: the shared memory that a block of 8.6, 8.9 and 12.0 may have at most
+// (CUDA C++ Programming Guide, "Compute Capabilities"), and no work left over.
+void test_launch_shapes() {
   constexpr int64_t kShared = 99 << 10;
   constexpr Element elements[] = {Element::uint4, Element::uint8, Element::e4m3, Element::e2m1,
                                   Element::codebook};
@@ -301,7 +301,7 @@ void test_plans() {
         for (const int group : {16, 32, 64, 128, 4096})
           for (const Number scale : {Number::e8m0, Number::bfloat16, Number::float32})
             for (const bool zero : {false, is_integer(element)}) {
-              Case c = {"plan", element, true, m, n, 4096, group, scale, zero};
+              Case c = {"launch shape", element, true, m, n, 4096, group, scale, zero};
               for (c.processors = 1; c.processors <= 170; c.processors += 13) {
                 Params p{};
                 p.m = m;
@@ -310,14 +310,14 @@ void test_plans() {
                 p.group = group;
                 p.scale_type = scale;
                 p.zero = zero ? &some_zero : nullptr;
-                const Plan plan = make_plan(p, element, c.processors);
-                check(plan.shared_bytes <= kShared, c,
-                      std::to_string(plan.shared_bytes) + " bytes of shared memory");
+                const LaunchShape launch = launch_shape(p, element, c.processors);
+                check(launch.shared_bytes <= kShared, c,
+                      std::to_string(launch.shared_bytes) + " bytes of shared memory");
                 const int64_t units = int64_t{p.m_tiles} * p.n_tiles * p.k_tiles;
-                check(plan.blocks <= std::min<int64_t>(c.processors, kMaxBlocks), c,
+                check(launch.blocks <= std::min<int64_t>(c.processors, kMaxBlocks), c,
                       "more blocks than processors");
-                check(int64_t{plan.blocks} * p.per_block >= units &&
-                          int64_t{plan.blocks - 1} * p.per_block < units,
+                check(int64_t{launch.blocks} * p.per_block >= units &&
+                          int64_t{launch.blocks - 1} * p.per_block < units,
                       c, "work that no block does, or a block without work");
               }
             }
@@ -371,7 +371,7 @@ int main(int argc, char** argv) {
       {"many parts", Element::uint8, false, 36, 128, 640, 128, fp16, true, false, 3, fp32, 3, 2},
   };
   test_gather();
-  test_plans();
+  test_launch_shapes();
   for (size_t i = 0; i < cases.size(); i += step) run(cases[i]);
   std::printf("marlin gemm: %zu cases, %d failures\n", cases.size(), failures);
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;

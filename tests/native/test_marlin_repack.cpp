@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUDA repack kernels, run by the emulator, against the plain CPU loop, bit for bit, from
-// random layouts of codes; with the emulator's checks of races and of accesses outside, and of how
-// many sectors of memory they touch. No torch, no GPU.
+// The CUDA repack kernels in the emulator, with all its checks, against the scalar CPU loop, bit
+// for bit, for random layouts of codes; and limits on sectors of global memory. No torch, no GPU.
 #include <cstdio>
 #include <cstdlib>
 #include <random>
@@ -38,8 +37,8 @@ void check(const std::string& what, const emulator::Report& report) {
   for (const std::string& problem : report.problems) fail(what + ": " + problem);
 }
 
-// How codes lie: fields of `width` bits one after another along K or N, AWQ's order or the plain
-// one, and whether channels are gathered out of order.
+// A layout of codes: consecutive fields of `width` bits along K or N, in AWQ's order or the plain
+// one, with or without a gather of channels.
 struct Layout {
   const char* name;
   cpu::CodeOrder order;
@@ -61,8 +60,8 @@ const Layout kLayouts[] = {
     {"standard layout", cpu::CodeOrder::n_major, 8, 8, false, false, 1.0},
 };
 
-// Sectors of global memory and wavefronts of shared memory, in those that the bytes of each access
-// need at least.
+// Sectors of global memory and wavefronts of shared memory, relative to the minimum for the bytes
+// of each access.
 void check_traffic(const std::string& what, const emulator::Report& report, double load_ratio) {
   const struct {
     const char* name;
@@ -187,7 +186,7 @@ void test_codes(const Layout& l, cpu::Element element, int64_t n, int64_t rows, 
   check(what, report);
   if (wrong != 0) fail(what + ": the kernel reports wrong codes");
   if (got != expected) fail(what + ": other words than on the CPU");
-  // Rows that begin anywhere touch a sector more, of few.
+  // Unaligned rows need one more sector each.
   check_traffic(what, report,
                 others == 0 && k % cuda::kRepackK == 0 ? l.load_ratio : 1.5 * l.load_ratio);
 }
@@ -244,7 +243,7 @@ void test_zeros(int64_t n, int64_t groups, bool transposed, bool wrong_one) {
   check_traffic(what, report, groups == 1 || groups % 32 == 0 ? 1.0 : 1.75);
 }
 
-// A wrong code is seen by the kernel that repacks it.
+// The repack kernel reports an invalid code.
 void test_wrong_codes() {
   for (const cpu::Element element :
        {cpu::Element{cpu::Kind::integer, 4}, cpu::Element{cpu::Kind::e4m3, 8}})

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.support.cpu_library import ISAS
+from tests.support.messages import saying, says
 from tests.support.weight_only_ops import DENSE, DTYPES, INTEGERS, SHAPES, make_layer
 from vllm.compressed_linear.backends.cpu.weight_only import CpuBackend
 from vllm.compressed_linear.machine import native
@@ -191,40 +192,40 @@ def test_instruction_sets_agree_within_the_contract() -> None:
         torch.ops.compressed_linear.select_isa(before)
 
 
-BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
-    "element": ({"element": "int4"}, "element is 'int4', expected uint1 to uint8"),
-    "group": ({"group_size": 30}, "group_size is 30, expected a divisor of k = 64"),
-    "packed shape": ({"n": 60}, r"packed has shape \[3, 512\], expected \[4, 512\]"),
-    "packed dtype": ({"packed": torch.zeros(3, 512)}, "packed is float32, expected uint8"),
+BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], tuple[object, ...]]] = {
+    "element": ({"element": "int4"}, ("element", "'int4'", "uint1", "uint8")),
+    "group": ({"group_size": 30}, ("group_size", 30, "divisor", 64)),
+    "packed shape": ({"n": 60}, ("packed", [3, 512], [4, 512])),
+    "packed dtype": ({"packed": torch.zeros(3, 512)}, ("packed", "float32", "uint8")),
     "scale shape": (
         {"scale": torch.ones(3, 1, 16)},
-        r"scale has shape \[3, 1, 16\], expected \[3, 2",
+        ("scale", [3, 1, 16], [3, 2, 16]),
     ),
     "scale dtype": (
         {"scale": torch.ones(3, 2, 16).double()},
-        "scale is float64, expected bfloat16",
+        ("scale", "float64", "bfloat16"),
     ),
-    "zero shape": ({"zero": torch.ones(2, 2, 16)}, r"zero has shape \[2, 2, 16\]"),
-    "bias shape": ({"bias": torch.ones(41)}, r"bias has shape \[41\], expected \[40\]"),
-    "x columns": ({"x": torch.ones(2, 63)}, r"x has shape \[2, 63\], expected \[m, 64\]"),
-    "x rank": ({"x": torch.ones(64)}, r"x has shape \[64\], expected \[m, k\]"),
+    "zero shape": ({"zero": torch.ones(2, 2, 16)}, ("zero", [2, 2, 16])),
+    "bias shape": ({"bias": torch.ones(41)}, ("bias", [41], [40])),
+    "x columns": ({"x": torch.ones(2, 63)}, ("x", [2, 63], "[m, 64]")),
+    "x rank": ({"x": torch.ones(64)}, ("x", [64], "[m, k]")),
     "x dtype": (
         {"x": torch.ones(2, 64).int()},
-        "x is int32, expected bfloat16, float16 or float32",
+        ("x", "int32", "bfloat16", "float16", "float32"),
     ),
     "perm range": (
         {"perm": torch.full((64,), 64).int()},
-        "perm runs from 0 to 64, expected -1 to 63",
+        ("perm", 0, 64, -1, 63),
     ),
     "perm low": (
         {"perm": torch.full((64,), -2).int()},
-        "perm runs from -2 to -1, expected -1 to 63",
+        ("perm", -2, -1, -1, 63),
     ),
-    "perm dtype": ({"perm": torch.zeros(64).long()}, "perm is int64, expected int32"),
-    "table": ({"table": torch.zeros(8).bfloat16()}, r"table has shape \[8\], expected \[16\]"),
-    "strided": ({"scale": torch.ones(3, 16, 2).transpose(1, 2)}, "scale is not contiguous"),
-    "bias value": ({"element_bias": 17}, "element_bias is 17, expected 0 to 16"),
-    "out dtype": ({"out_dtype": torch.int32}, "out_dtype is int32"),
+    "perm dtype": ({"perm": torch.zeros(64).long()}, ("perm", "int64", "int32")),
+    "table": ({"table": torch.zeros(8).bfloat16()}, ("table", [8], [16])),
+    "strided": ({"scale": torch.ones(3, 16, 2).transpose(1, 2)}, ("scale", "contiguous")),
+    "bias value": ({"element_bias": 17}, ("element_bias", 17, 0, 16)),
+    "out dtype": ({"out_dtype": torch.int32}, ("out_dtype", "int32")),
 }
 
 
@@ -232,7 +233,7 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
 def test_wrong_arguments_are_named(case: str) -> None:
     overrides, message = BAD_ARGUMENTS[case]
     layer = make_layer((40, 64, 32), "uint4")
-    with pytest.raises(ValueError, match=f"compressed_linear::linear: {message}"):
+    with pytest.raises(ValueError, match=saying("compressed_linear::linear", *message)):
         layer(overrides.pop("x", torch.ones(2, 64)), **overrides)
 
 
@@ -240,13 +241,13 @@ def test_wrong_rows_are_named() -> None:
     ops = torch.ops.compressed_linear
     layer = make_layer((40, 64, 32), "uint4")
     rows = layer.rows
-    with pytest.raises(ValueError, match="row_start is 8, expected a multiple of 16"):
+    with pytest.raises(ValueError, match=saying("row_start", 8, "multiple", 16)):
         ops.pack_rows(layer.packed, rows[8:], 8, 40, 32, "uint4")
-    with pytest.raises(ValueError, match="rows end at 20, expected a multiple of 16 or n = 40"):
+    with pytest.raises(ValueError, match=saying("rows", 20, 16, 40)):
         ops.pack_rows(layer.packed, rows[:20], 0, 40, 32, "uint4")
-    with pytest.raises(ValueError, match="codes of more than 4 bits"):
+    with pytest.raises(ValueError, match=saying("rows", 4)):
         ops.pack_rows(layer.packed, rows + 16, 0, 40, 32, "uint4")
-    with pytest.raises(ValueError, match="rows is int32, expected uint8"):
+    with pytest.raises(ValueError, match=saying("rows", "int32", "uint8")):
         ops.pack_rows(layer.packed, rows.int(), 0, 40, 32, "uint4")
 
 
@@ -321,5 +322,5 @@ def test_plans_name_the_instruction_set_that_runs(
 def test_an_unknown_instruction_set_is_an_error_that_names_the_known() -> None:
     result = ask_isa("avx9")
     assert result.returncode != 0
-    assert "VLLM_COMPRESSED_LINEAR_CPU_ISA asks for the CPU instruction set 'avx9'" in result.stderr
+    assert says(result.stderr, "VLLM_COMPRESSED_LINEAR_CPU_ISA", "'avx9'")
     assert "generic" in result.stderr.splitlines()[-1]

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm.compressed_linear.checkpoint.facts import LayerContext
+from vllm.compressed_linear.checkpoint.describe import LayerContext
 from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
 from vllm.compressed_linear.formats.awq import awq_gemm_scheme
 from vllm.compressed_linear.formats.compressed_tensors import pack_quantized_scheme
 from vllm.compressed_linear.formats.gptq import gptq_scheme
 from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.prepare.layer import prepare
+from vllm.compressed_linear.prepare.plan import Plan
 from vllm.compressed_linear.settings import Settings
 from vllm.compressed_linear.spec.elements import torch_dtype
 from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role
@@ -94,12 +95,14 @@ def test_preparation_takes_its_result_and_64_mib(name: str) -> None:
     platform = Platform.detect()
     # What the first layer of a process imports and allocates for good is not preparation's.
     small = random_shard(SCHEMES[name], act_order=act_order, n=256, k=256)
-    prepare("small", "linear", [small], context, platform, Settings())
+    prepare("small", "linear", [small], context, platform, Settings(), Plan())
     shard = random_shard(SCHEMES[name], act_order=act_order)
     with Peak() as peak:
-        executors = prepare("layer", "linear", [shard], context, platform, Settings())
-    result = sum(t.nbytes for t in executors[0].tensors.values())
-    assert executors[0].method.name == "cpu"
+        ((executor, tensors),) = prepare(
+            "layer", "linear", [shard], context, platform, Settings(), Plan()
+        )
+    result = sum(t.nbytes for t in tensors.values())
+    assert executor.method.name == "cpu"
     assert result > 100 << 20
     print(f"{name}: result {result >> 20} MiB, peak extra {(peak.extra - result) >> 20} MiB")
     assert peak.extra <= result + ALLOWANCE

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.messages import saying
 from vllm.compressed_linear.spec import elements
 from vllm.compressed_linear.spec.elements import ElementType, dense, dtype_name, torch_dtype, uint
 
@@ -90,7 +91,7 @@ def test_dense_types_hold_the_numbers_themselves(element: ElementType) -> None:
     assert element.decode(values).tolist() == values.tolist()
     assert dense(element.dense_dtype) == element
     assert element.kind == "dense"
-    with pytest.raises(ValueError, match="no code table"):
+    with pytest.raises(ValueError, match=saying("table")):
         element.table()
 
 
@@ -110,18 +111,18 @@ def test_elements_go_to_other_processes() -> None:
 
 
 def test_what_is_no_element_type_is_refused() -> None:
-    with pytest.raises(ValueError, match="12 bits"):
+    with pytest.raises(ValueError, match=saying(12, "bits")):
         ElementType("x", 12)
-    with pytest.raises(ValueError, match="codebook of 3 entries, expected 4"):
+    with pytest.raises(ValueError, match=saying("codebook", 3, 4)):
         ElementType("x", 2, codebook=(0.0, 1.0, 2.0))
     for bits in (0, 9):
-        with pytest.raises(ValueError, match=r"supported: 1\.\.8"):
+        with pytest.raises(ValueError, match=saying(bits, 1, 8)):
             uint(bits)
     with pytest.raises(ValueError, match="int8"):
         dense(torch.int8)
-    with pytest.raises(ValueError, match="stored as codes"):
+    with pytest.raises(ValueError, match=saying("codes")):
         _ = uint(4).dense_dtype
-    with pytest.raises(ValueError, match="unknown dtype 'quad'"):
+    with pytest.raises(ValueError, match=saying("'quad'")):
         torch_dtype("quad")
 
 

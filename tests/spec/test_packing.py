@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 from fractions import Fraction
 
 import pytest
@@ -16,6 +15,7 @@ from tests.support.checkpoints import (
     checkpoint_reference,
     checkpoint_tensors,
 )
+from tests.support.messages import saying
 from tests.support.strategies import AWQ_ORDER, CONTAINERS, PLANES, packings
 from vllm.compressed_linear.spec.packing import Packing, ZeroBump, pack, unpack
 from vllm.compressed_linear.spec.scheme import Role, StoredTensor, slice_axis
@@ -177,24 +177,26 @@ def test_pack_factors_and_sizes_are_exact() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"bits": 0}, "0-bit"),
-        ({"bits": 9}, "9-bit"),
-        ({"bits": 4, "container": "float32"}, "float32"),
-        ({"bits": 3, "planes": (2, 2)}, "do not add up to 3"),
-        ({"bits": 4, "order": (0, 1, 2)}, "no permutation"),
-        ({"bits": 4, "order": (0, 0, 1, 2, 3, 4, 5, 6)}, "no permutation"),
-        ({"bits": 3, "order": tuple(range(32))}, "no permutation"),
+        ({"bits": 0}, (0,)),
+        ({"bits": 9}, (9,)),
+        ({"bits": 4, "container": "float32"}, ("float32",)),
+        ({"bits": 3, "planes": (2, 2)}, (3,)),
+        ({"bits": 4, "order": (0, 1, 2)}, ("permutation",)),
+        ({"bits": 4, "order": (0, 0, 1, 2, 3, 4, 5, 6)}, ("permutation",)),
+        ({"bits": 3, "order": tuple(range(32))}, ("permutation",)),
     ],
 )
-def test_impossible_packings_are_refused(arguments: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_impossible_packings_are_refused(
+    arguments: dict[str, object], message: tuple[object, ...]
+) -> None:
+    with pytest.raises(ValueError, match=saying(*message)):
         Packing(**arguments)  # type: ignore[arg-type]
 
 
 def test_unpack_refuses_what_is_not_there() -> None:
-    with pytest.raises(ValueError, match=r"torch.int64, expected int32"):
+    with pytest.raises(ValueError, match=saying("int64", "int32")):
         unpack(torch.zeros(4, dtype=torch.int64), Packing(4), 8)
-    with pytest.raises(ValueError, match="3 containers hold fewer than 25 codes"):
+    with pytest.raises(ValueError, match=saying(3, 25)):
         unpack(torch.zeros(3, dtype=torch.int32), Packing(4), 25)
 
 
@@ -204,8 +206,7 @@ def test_shapes_tell_packings_apart() -> None:
     extents = {"N": 8, "K": 4096, "G": 32}
     assert stored.packing_of((8, 384), extents) == dense
     assert stored.packing_of((8, 410), extents) == loose
-    message = "has shape [8, 400], expected [8, 384] or [8, 410]"
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=saying([8, 400], [8, 384], [8, 410])):
         stored.packing_of((8, 400), extents)
     plain = StoredTensor("scales", Role.SCALE, "float16", ("G", "N", 1), group_multiple=8)
     assert plain.shape({"N": 5, "K": 9, "G": 9}) == (16, 5, 1)

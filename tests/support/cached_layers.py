@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from tests.support.synthetic import Quant, random_weight
-from vllm.compressed_linear.checkpoint.facts import LayerContext
+from vllm.compressed_linear.backends.base import QuantLinearMethod
+from vllm.compressed_linear.checkpoint.describe import LayerContext
 from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
 from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.prepare.cache.store import PreparedCache
 from vllm.compressed_linear.prepare.layer import Executor, prepare
-from vllm.compressed_linear.prepare.plan import PLAN
+from vllm.compressed_linear.prepare.plan import Plan
 from vllm.compressed_linear.settings import Settings
 
 QUANT = Quant("gptq", symmetric=False, act_order=True)
@@ -35,6 +37,22 @@ def shard(seed: int = 0, quant: Quant = QUANT, n: int = N, k: int = K) -> Loaded
     return LoadedShard(ShardSource(f"layer{seed}", quant.scheme(), n, k, 0, n, 0, k), tensors)
 
 
+PLAN = Plan()
+"""Of the layers that these tests prepare."""
+
+
+@dataclass(frozen=True)
+class PreparedPart:
+    """What runs a part of a layer, and with which tensors."""
+
+    executor: Executor
+    tensors: dict[str, torch.Tensor]
+
+    @property
+    def method(self) -> QuantLinearMethod:
+        return self.executor.method
+
+
 def prepared(
     cache: PreparedCache | None,
     *shards: LoadedShard,
@@ -42,19 +60,20 @@ def prepared(
     context: LayerContext | None = None,
     settings: Settings | None = None,
     pinned: list[Executor] | None = None,
-) -> Executor:
+) -> PreparedPart:
     """The one part of a layer, through ``cache``."""
-    (executor,) = prepare(
+    ((executor, tensors),) = prepare(
         name,
         "linear",
         shards or [shard()],
         context or LayerContext("float32", "float32"),
         Platform.detect(),
         settings or Settings(),
+        PLAN,
         pinned or (),
         cache,
     )
-    return executor
+    return PreparedPart(executor, tensors)
 
 
 def what_the_cache_did(name: str = "model.layers.0.layer") -> str:

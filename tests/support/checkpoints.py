@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -29,15 +31,67 @@ def zoo() -> Path:
     return beside if (beside / "INDEX.json").is_file() else COPIES
 
 
-def index() -> list[dict[str, Any]]:
-    """The entries of the zoo's INDEX.json: dir, tool, quant_method, bits, group_size, ..."""
-    return json.loads((zoo() / "INDEX.json").read_text())
+@dataclass(frozen=True)
+class Entry:
+    """What is known of one checkpoint: the fields of INDEX.json that tests choose by, and what its
+    configuration says of its weights."""
+
+    name: str
+    tool: str
+    quant_method: str | None
+    bits: int | str  # or "mixed"
+    group_size: int | str | list[int] | None  # or "mixed"; -1 is one group
+    symmetric: bool | str  # or "mixed"
+    act_order: bool | str | None  # of GPTQModel; "weight" is compressed-tensors' order of rows
+    activation: str | None  # how the quantizer's model quantizes activations
+    version_field: str | None  # of AWQ: gemm, gemv, gemv_fast
+
+    @cached_property
+    def weight_types(self) -> frozenset[str]:
+        """``int`` and ``float``, of the weights that its configuration quantizes."""
+        config = json.loads((zoo() / self.name / "config.json").read_text())
+        quantization = config.get("quantization_config", {})
+        if self.quant_method == "compressed-tensors":
+            groups = quantization["config_groups"].values()
+            return frozenset(group["weights"]["type"] for group in groups)
+        if self.quant_method == "auto-round":
+            return frozenset({"int" if quantization["data_type"] == "int" else "float"})
+        return frozenset({"int"} if self.quant_method in ("gptq", "awq") else ())
 
 
-def checkpoints(*prefixes: str) -> list[str]:
-    """Names of the checkpoints that are there and start with one of ``prefixes`` (none: all)."""
-    names = sorted(entry["dir"] for entry in index())
-    return [name for name in names if not prefixes or name.startswith(prefixes)]
+@cache
+def index() -> tuple[Entry, ...]:
+    """The checkpoints that are there."""
+    names = [field.name for field in fields(Entry) if field.name != "name"]
+    return tuple(
+        Entry(entry["dir"], **{name: entry.get(name) for name in names})
+        for entry in json.loads((zoo() / "INDEX.json").read_text())
+    )
+
+
+def checkpoints(where: Callable[[Entry], bool]) -> list[str]:
+    """Names of the checkpoints that are there and of this kind."""
+    return sorted(entry.name for entry in index() if where(entry))
+
+
+def entry_of(name: str) -> Entry:
+    """What is known of the checkpoint of this name."""
+    return next(entry for entry in index() if entry.name == name)
+
+
+def is_ours(entry: Entry) -> bool:
+    """Whether our formats read at least a part of it: integers, of which some run on x as it is."""
+    methods = ("gptq", "awq", "auto-round", "compressed-tensors")
+    return (
+        entry.quant_method in methods
+        and entry.activation in (None, "mixed")
+        and "int" in entry.weight_types
+    )
+
+
+def is_weight_only(entry: Entry) -> bool:
+    """Whether our formats read all of it."""
+    return is_ours(entry) and entry.activation is None and entry.weight_types == {"int"}
 
 
 def checkpoint(name: str) -> Path:

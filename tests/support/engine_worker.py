@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 
 from vllm import LLM, SamplingParams
 from vllm.compressed_linear.backends import reference as reference_backend
+from vllm.compressed_linear.integration.preparation import PROCESS_PLAN
 from vllm.compressed_linear.machine import native
-from vllm.compressed_linear.prepare.plan import PLAN
 
 DEFAULTS: dict[str, object] = {
     "max_model_len": 128,
@@ -58,7 +58,7 @@ def main(out: Path, model: Path, options: dict[str, object]) -> None:
             "tokens": [list(tokens) for tokens in first],
             "tokens_again": [list(tokens) for tokens in again],
             "counts": counts,
-            "plan": json.loads(json.dumps(PLAN.to_json())),
+            "plan": json.loads(json.dumps(PROCESS_PLAN.to_json())),
         },
         out,
     )

@@ -8,9 +8,9 @@ from typing import Any
 
 from tests.support.checkpoints import checkpoint
 from vllm.compressed_linear.commands.explain.explain import explain
-from vllm.compressed_linear.commands.explain.explanation import CasePlan, Explanation, LayerPlan
-from vllm.compressed_linear.integration.linear import detect_platform
-from vllm.compressed_linear.prepare.plan import DELEGATED, PLAN
+from vllm.compressed_linear.commands.explain.explanation import Explanation, LayerPlan, Possibility
+from vllm.compressed_linear.integration.preparation import PROCESS_PLAN, detect_platform
+from vllm.compressed_linear.prepare.plan import DELEGATED
 
 
 def explained(name: str | Path, **options: Any) -> Explanation:
@@ -29,7 +29,7 @@ COMPARED = [
 ]
 
 
-def planned_parts(layer: LayerPlan, case: CasePlan) -> list[list[Any]]:
+def planned_parts(layer: LayerPlan, case: Possibility) -> list[list[Any]]:
     """Everything that the plan of a loaded layer says too."""
     return [
         [layer.kind, str(p.descriptor), *(getattr(p, field) for field in COMPARED[1:])]
@@ -40,7 +40,7 @@ def planned_parts(layer: LayerPlan, case: CasePlan) -> list[list[Any]]:
 def loaded_parts() -> dict[str, list[list[Any]]]:
     """The plan of this process by layer, delegated layers apart."""
     found: dict[str, list[list[Any]]] = {}
-    for entry in PLAN.entries.values():
+    for entry in PROCESS_PLAN.entries.values():
         if entry.backend != DELEGATED:
             values = [getattr(entry, field) for field in COMPARED]
             found.setdefault(entry.name, []).append([entry.kind, *values])

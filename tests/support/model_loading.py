@@ -73,7 +73,7 @@ def loaded(path: Path, dtype: str = "float32", **options: Any) -> Iterator[Loade
     from vllm.model_executor.layers import rotary_embedding
     from vllm.model_executor.model_loader import get_model
 
-    from vllm.compressed_linear.prepare.plan import PLAN
+    from vllm.compressed_linear.integration.preparation import PROCESS_PLAN
 
     # Models share rotary embeddings; a reload that was refused leaves them without data.
     rotary_embedding._ROPE_DICT.clear()
@@ -84,11 +84,13 @@ def loaded(path: Path, dtype: str = "float32", **options: Any) -> Iterator[Loade
         torch.accelerator.empty_cache = lambda: None
     init_distributed()
     config = engine_args(path, dtype, **options).create_engine_config()
-    PLAN.reset()
+    PROCESS_PLAN.reset()
     with set_current_vllm_config(config):
         model = get_model(vllm_config=config)
         # Else the plan is never written, and nothing says what was chosen.
-        assert PLAN.prepared == PLAN.expected, "a layer was announced and never prepared"
+        assert PROCESS_PLAN.prepared == PROCESS_PLAN.expected, (
+            "a layer was announced and never prepared"
+        )
         yield LoadedModel(model, config)
 
 

@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 
 from tests.support.model_loading import init_distributed, loaded, logits
-from vllm.compressed_linear.prepare.plan import PLAN
+from vllm.compressed_linear.integration.preparation import PROCESS_PLAN
 
 
 def main(rank: int, size: int, port: int, jobs: Path) -> None:
@@ -29,8 +29,8 @@ def main(rank: int, size: int, port: int, jobs: Path) -> None:
             result = logits(model, torch.tensor(job["input_ids"]), gathered_on_rank_0=True)
         if rank == 0:
             assert result is not None
-            plan = [entry.descriptor for entry in PLAN.entries.values()]
-            cache = [entry.cache for entry in PLAN.entries.values()]
+            plan = [entry.descriptor for entry in PROCESS_PLAN.entries.values()]
+            cache = [entry.cache for entry in PROCESS_PLAN.entries.values()]
             torch.save({"logits": result, "plan": plan, "cache": cache}, job["out"])
 
 

@@ -20,6 +20,7 @@ UNIT = (
     "prepare",
     "testing",
     "test_imports.py",
+    "test_messages.py",
     "test_settings.py",
 )
 """Folders and files of unit tests. A single test in them that needs vLLM is marked so."""

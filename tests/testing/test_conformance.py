@@ -13,6 +13,7 @@ import torch
 import typer
 
 from tests.support.cpu_library import ISAS
+from tests.support.messages import saying
 from vllm.compressed_linear.backends import registry
 from vllm.compressed_linear.backends.base import QuantLinearMethod, Verdict
 from vllm.compressed_linear.backends.marlin.backend import MarlinBackend
@@ -461,7 +462,7 @@ def test_declining_is_no_failure_but_silence_is() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_platform_that_is_not_there_is_an_error() -> None:
-    with pytest.raises(ValueError, match="cuda:90 cannot be tried here: no cuda device"):
+    with pytest.raises(ValueError, match=saying("cuda:90")):
         check_case(ReferenceBackend, CASE, Platform.parse("cuda:90"))
 
 
@@ -472,7 +473,7 @@ def test_report_shows_where_a_backend_is_wrong() -> None:
     text = str(report)
     assert str(CASE) in text
     assert "x of zeros" in text
-    with pytest.raises(ConformanceError, match=r"wrong failed 1 of 2 cases"):
+    with pytest.raises(ConformanceError, match=saying("wrong", 1, 2)):
         report.raise_if_failed()
 
 
@@ -480,12 +481,12 @@ def test_command_line_finds_backends_by_name_and_by_path() -> None:
     assert find_backend("reference") is ReferenceBackend
     assert find_backend(f"{ReferenceBackend.__module__}:ReferenceBackend") is ReferenceBackend
     for name, message in (
-        ("no_such", r"no backend 'no_such' \(registered: .*reference.*\)"),
-        ("no_such_module:Backend", "No module named 'no_such_module'"),
-        ("math:pi", "math:pi is no subclass of QuantLinearMethod"),
-        ("math:no_such", "no_such"),
+        ("no_such", ("'no_such'", "reference")),
+        ("no_such_module:Backend", ("No module named 'no_such_module'",)),
+        ("math:pi", ("math:pi", "QuantLinearMethod")),
+        ("math:no_such", ("no_such",)),
     ):
-        with pytest.raises(typer.BadParameter, match=message):
+        with pytest.raises(typer.BadParameter, match=saying(*message)):
             find_backend(name)
 
 
@@ -497,5 +498,5 @@ def test_cases_of_one_shape_are_for_kernels_that_decline_odd_ones() -> None:
     descriptors = [case.build().descriptor for case in cases]
     assert sum(bool(MarlinBackend.can_implement(d, platform)) for d in descriptors) > 90
     for text in ("256", "0x512", "256x", "axb"):
-        with pytest.raises(typer.BadParameter, match="expected NxK"):
+        with pytest.raises(typer.BadParameter, match=saying("NxK")):
             of_shape(text)

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The primitives of device.h as instructions of sm_80 and up. Nothing in this file has run on
-// hardware; the tests compile it for each architecture and look for the instructions.
+// The primitives of device.h as PTX for sm_80 and up. The tests compile them for each architecture
+// and look for the instructions.
+// Has run on hardware: nothing.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -252,7 +253,7 @@ CL_DEVICE uint32_t fma_pair<BFloat16>(uint32_t a, uint32_t b, uint32_t c) {
   return out;
 }
 
-// sm_80 has no bf16 instructions but fma; 1 and -0 make the others of it.
+// fma is the only bf16 instruction of sm_80; with 1 or -0 as an operand it adds and multiplies.
 template <class T>
 CL_DEVICE uint32_t add_pair(uint32_t a, uint32_t b) {
   uint32_t out;

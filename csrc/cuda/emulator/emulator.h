@@ -1,21 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs the source of a CUDA kernel on the CPU. Each thread of a block is a fiber; warp instructions
-// wait for their 32 lanes, barriers for their threads; copies of cp.async arrive when they are
-// waited for and not before. Blocks run one after the other or several at a time in turns.
+// Runs the source of a CUDA kernel on the CPU. Each thread of a block is a fiber. Warp instructions
+// wait for their 32 lanes, barriers for their threads. The data of cp.async arrive when they are
+// waited for, and not earlier. Blocks run one after the other, or several at a time in turns.
+// Has run on hardware: nothing of what the emulator runs.
 //
-// What it finds, each as a sentence in `Report::problems`:
-//   * races: two threads at one byte of shared memory, one of them writing, with no barrier between
-//     (happened-before with vector clocks; sync_warp orders the lanes of a warp, mma does not)
-//   * shared memory that is read before it is written, or while a copy into it is in flight
-//   * accesses outside of shared memory and of the buffers given, misaligned ones, writes to
-//   buffers
-//     that are read only, load_constant of what the kernel writes
-//   * barriers and warp instructions that some threads never reach, and blocks that wait for each
-//     other for ever
-// And it counts what decides about speed: wavefronts of shared memory (bank conflicts) and 32-byte
-// sectors of global memory, each with the least that would do for the same bytes.
+// Errors that it finds, each reported as a sentence in `Report::problems`:
 //
-// It does not look for races in global memory between blocks, and says nothing of time.
+// | race                 | two threads access one byte of shared memory, one of them writes, and no
+// |                      | barrier is between. Happened-before with vector clocks: sync_warp orders
+// |                      | the lanes of a warp, mma does not
+// | uninitialized read   | of shared memory that nothing has written
+// | missing wait         | an access to shared memory while cp.async into it is in flight
+// | out of bounds        | an access outside of shared memory or of the buffers given
+// | misaligned access    | an address that is not a multiple of the access's size
+// | write to read-only   | a store to a buffer that is not `writable`
+// | inconsistent read    | load_constant of a buffer that the kernel writes
+// | divergence           | a barrier or warp instruction that some of its threads never reach
+// | deadlock             | blocks that wait for each other forever
+//
+// It counts what decides about speed: wavefronts of shared memory (bank conflicts) and 32-byte
+// sectors of global memory, each with the minimum for the same bytes.
+//
+// It does not detect races in global memory between blocks, and it does not measure time.
 #pragma once
 
 #include <cstddef>
@@ -26,7 +32,7 @@
 
 namespace compressed_linear::cuda::emulator {
 
-// Global memory that the kernel may touch. Its first byte counts as aligned to 256.
+// Global memory that the kernel may access. Its first byte counts as aligned to 256.
 struct Buffer {
   const void* data;
   size_t bytes;
@@ -39,12 +45,12 @@ struct Options {
   size_t shared_bytes = 0;
   std::vector<Buffer> buffers;
   int resident = 1;    // blocks that run at a time, in turns
-  unsigned order = 0;  // another order in which threads run, for each number
-  bool races = true;   // look for races (a third of the time)
+  unsigned order = 0;  // seed of the order in which threads run; 0: by number
+  bool races = true;   // detect races; takes a third of the time
 };
 
-// Accesses of warps, and the transactions that they take: wavefronts of shared memory, sectors of
-// global memory. `least`: those that the same bytes need at least.
+// Accesses of warps, and their transactions: wavefronts of shared memory, sectors of global memory.
+// `least`: the minimum for the same bytes.
 struct Traffic {
   int64_t accesses = 0, transactions = 0, least = 0;
   double ratio() const {
@@ -57,14 +63,14 @@ struct Report {
   Traffic global_loads, global_stores, global_copies;
   int64_t matrix_products = 0, barriers = 0;
   int64_t problem_count = 0;
-  std::vector<std::string> problems;  // the first of them
+  std::vector<std::string> problems;  // the first 20
 };
 
-// Runs `kernel` once for each thread. After an access outside of memory or a barrier that is never
-// reached the rest is not run. Throws std::invalid_argument for impossible options.
+// Runs `kernel` once for each thread. Stops after an invalid access, after mismatched warp
+// instructions and at a deadlock. Throws std::invalid_argument for impossible options.
 Report launch(const Options& options, const std::function<void()>& kernel);
 
-// What the primitives call, from inside of a kernel only.
+// For the primitives, inside of a kernel only.
 struct Position {
   int thread, threads, block_x, block_y, grid_x, grid_y;
 };

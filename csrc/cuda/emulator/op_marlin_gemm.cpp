@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// marlin_gemm on the CPU, for tests: the kernels' source in the emulator, with all its checks on.
-// In a library of its own that nothing but tests builds and loads.
+// marlin_gemm on the CPU, for tests: the kernels' source in the emulator, with all its checks. In a
+// library of its own that only tests build and load.
 #include "cuda/op_marlin_gemm.h"
 
 #include <torch/csrc/stable/library.h>
@@ -13,10 +13,10 @@ namespace {
 
 using marlin::Element;
 using marlin::GatherParams;
+using marlin::LaunchShape;
 using marlin::Params;
-using marlin::Plan;
 
-// Buffers as large as the op has checked the tensors to be.
+// A buffer of the size that the op has checked the tensor to have; none where `data` is null.
 void add(Options& o, const char* name, const void* data, int64_t bytes, bool writable = false) {
   if (data != nullptr) o.buffers.push_back({data, static_cast<size_t>(bytes), name, writable});
 }
@@ -41,7 +41,7 @@ struct Emulated {
     if (!tensor.is_cpu()) fail(marlin_op::kOp, what, " is not on the CPU");
   }
 
-  // Few, so that output tiles are cut in small problems, too.
+  // Few, so that blocks share output tiles in small problems, too.
   static int processors(const Tensor&) { return 3; }
 
   static void gather(const GatherParams& p, const Tensor& x) {
@@ -54,13 +54,13 @@ struct Emulated {
     run(o, [&p] { marlin::gather(p); });
   }
 
-  static void gemm(bool bfloat16, Element element, const Params& p, const Plan& plan,
+  static void gemm(bool bfloat16, Element element, const Params& p, const LaunchShape& launch,
                    const Tensor&) {
     const int64_t bits = marlin::bits_of(element);
     Options o;
-    o.grid_x = plan.blocks;
-    o.threads = plan.threads;
-    o.shared_bytes = static_cast<size_t>(plan.shared_bytes);
+    o.grid_x = launch.blocks;
+    o.threads = launch.threads;
+    o.shared_bytes = static_cast<size_t>(launch.shared_bytes);
     add(o, "x", p.x, 2 * ((p.m - 1) * p.x_stride + p.k));
     add(o, "weight", p.weight, int64_t{p.k} * p.n * bits / 8);
     add(o, "scale", p.scale, int64_t{p.groups} * p.n * marlin::bytes_of(p.scale_type));
@@ -69,10 +69,10 @@ struct Emulated {
     add(o, "row_scale", p.row_scale, int64_t{4} * p.n);
     add(o, "bias", p.bias, int64_t{p.n} * marlin::bytes_of(p.bias_type));
     add(o, "out", p.out, int64_t{p.m} * p.n * marlin::bytes_of(p.out_type), true);
-    add(o, "partial", p.partial, 4 * plan.partial_floats, true);
+    add(o, "partial", p.partial, 4 * launch.partial_floats, true);
     add(o, "arrived", p.arrived, 4 * marlin::kMaxBlocks, true);
-    const marlin::Kernel kernel = bfloat16 ? marlin::kernel_for<BFloat16>(element, plan.shape)
-                                           : marlin::kernel_for<Half>(element, plan.shape);
+    const marlin::Kernel kernel = bfloat16 ? marlin::kernel_for<BFloat16>(element, launch.shape)
+                                           : marlin::kernel_for<Half>(element, launch.shape);
     run(o, [&] { kernel(p); });
   }
 };

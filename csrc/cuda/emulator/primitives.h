@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The primitives of device.h in plain C++, inside of the emulator.
+// The primitives of device.h in plain C++, for kernels in the emulator.
 #pragma once
 
 #include <cmath>
@@ -12,7 +12,7 @@
 
 #define CL_GLOBAL(...) inline
 #define CL_PARAMS const
-// Inlined, so that each use has an address of its own, by which the emulator tells accesses apart.
+// Inlined, so that each use has its own return address, which identifies the access's site.
 #define CL_DEVICE inline __attribute__((always_inline))
 
 namespace compressed_linear::cuda {
@@ -28,7 +28,7 @@ CL_DEVICE void sync_threads() { emulator::sync_block(0, thread_count()); }
 CL_DEVICE void sync_warp() { emulator::sync_warp(); }
 CL_DEVICE void sync_named(int id, int threads) { emulator::sync_block(id, threads); }
 
-// Not 0, so that a forgotten base is found.
+// Not 0, so that an address without the base is out of bounds.
 CL_DEVICE uint32_t shared_base() { return 1024; }
 
 CL_DEVICE float bits_to_float(uint32_t bits) { return cpu::float_of(bits); }
@@ -137,7 +137,7 @@ CL_DEVICE T shuffle_xor(T value, int mask) {
 CL_DEVICE int atomic_add(int* to, int value) { return emulator::atomic_add(to, value); }
 CL_DEVICE int load_acquire(const int* from) { return emulator::load_acquire(from); }
 CL_DEVICE void store_release(int* to, int value) { emulator::write_global(to, &value, 4); }
-// Fibers see each other's writes in order anyway.
+// Fibers share one thread, so writes are ordered already.
 CL_DEVICE void fence() {}
 
 template <class T>
@@ -157,8 +157,9 @@ CL_DEVICE uint32_t narrow_pair(float low, float high) {
   return narrow<T>(low) | static_cast<uint32_t>(narrow<T>(high)) << 16;
 }
 
-// Products of two such floats are exact in double; a sum with a third is rounded to odd, so that
-// rounding once more, to fp32 and to 16 bits, gives what a single rounding would.
+// fma with a single rounding: products of two 16-bit floats are exact in double, and the sum is
+// rounded to odd, so that the later rounding to fp32 (to odd) and to 16 bits equals one rounding
+// (Boldo and Melquiond, "Emulation of a FMA and Correctly Rounded Sums", 2008).
 CL_DEVICE double sum_to_odd(double a, double b) {
   const double sum = a + b, above = sum - a;
   const double error = (a - (sum - above)) + (b - above);

@@ -11,7 +11,7 @@ namespace {
 
 constexpr size_t kMaxProblems = 20;
 
-// The bytes of word `word` that [offset, offset + bytes) covers.
+// Mask of the bytes of word `word` that are in [offset, offset + bytes).
 uint8_t covered(uint32_t word, uint32_t offset, int bytes) {
   uint8_t mask = 0;
   for (uint32_t i = 0; i < 4; ++i)
@@ -62,9 +62,9 @@ bool SharedMemory::read(int thread, uint32_t address, void* to, int bytes) {
     Word& word = words_[w];
     const uint8_t mask = covered(w, offset, bytes);
     if (word.in_flight & mask)
-      problem(at(thread, offset) + " reads what an asynchronous copy has not brought yet");
+      problem(at(thread, offset) + " reads bytes of an asynchronous copy before waiting for it");
     else if (mask & ~word.written)
-      problem(at(thread, offset) + " reads what nobody has written");
+      problem(at(thread, offset) + " reads uninitialized bytes");
     if (!races_) continue;
     for (int i = 0; i < 4; ++i)
       if (mask >> i & 1 && !before(word.writers[i], thread)) {
@@ -113,7 +113,7 @@ void SharedMemory::mark_written(int thread, uint32_t offset, int bytes) {
     word.in_flight = static_cast<uint8_t>(word.in_flight & ~mask);
     for (int i = 0; i < 4; ++i)
       if (mask >> i & 1) word.writers[i] = {thread, time_[static_cast<size_t>(thread)]};
-    // Whoever read these bytes before did so before this write, or has been reported.
+    // Earlier reads of these bytes happened before this write, or have been reported.
     for (Reader& reader : word.readers) reader.bytes = static_cast<uint8_t>(reader.bytes & ~mask);
     word.readers.erase(std::remove_if(word.readers.begin(), word.readers.end(),
                                       [](const Reader& reader) { return reader.bytes == 0; }),
@@ -154,7 +154,7 @@ void SharedMemory::synchronize(const std::vector<int>& threads) {
   const void* last = known_[static_cast<size_t>(threads[0])].get();
   for (const int thread : threads) {
     const auto& known = known_[static_cast<size_t>(thread)];
-    // Lanes of a warp often know the same.
+    // Lanes of a warp often share a clock.
     if (known.get() == last) continue;
     last = known.get();
     for (size_t i = 0; i < joined->size(); ++i) (*joined)[i] = std::max((*joined)[i], (*known)[i]);

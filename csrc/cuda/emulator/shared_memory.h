@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The shared memory of one emulated block: its bytes, and for each of them who touched it when.
+// The shared memory of one emulated block, with race detection: its bytes, and the threads and
+// times of the last accesses of each.
 #pragma once
 
 #include <cstddef>
@@ -12,21 +13,21 @@ namespace compressed_linear::cuda::emulator {
 
 // Addresses begin at shared_base() of primitives.h.
 //
-// Races are found as happened-before with vector clocks: a thread knows how far each other thread
-// was at the last barrier that both took part in. An access by thread t at t's time c happened
-// before one by thread u if u knows t to have been beyond c (Flanagan and Freund, "FastTrack",
-// 2009).
+// Race detection by happened-before with vector clocks: a thread's clock holds the time of each
+// other thread at the last barrier that both took part in. An access by thread t at t's time c
+// happened before one by thread u if t's time in u's clock is c or later (Flanagan and Freund,
+// "FastTrack", 2009).
 class SharedMemory {
  public:
   SharedMemory(size_t bytes, int threads, bool races);
 
-  // False where the access is outside or misaligned; `fatal` then says how.
+  // False where the access is out of bounds or misaligned; `fatal` then describes it.
   bool read(int thread, uint32_t address, void* to, int bytes);
   bool write(int thread, uint32_t address, const void* from, int bytes);
   bool begin_copy(int thread, uint32_t address, int bytes);
-  // Data arrives; null: zeros.
+  // The data of a copy arrive; null: zeros.
   void end_copy(int thread, uint32_t address, const void* from, int bytes);
-  // These threads met at a barrier.
+  // A barrier of these threads.
   void synchronize(const std::vector<int>& threads);
 
   const std::string& fatal() const { return fatal_; }
@@ -45,7 +46,7 @@ class SharedMemory {
   struct Word {
     Moment writers[4];
     std::vector<Reader> readers;
-    uint8_t written = 0;  // bytes that hold something
+    uint8_t written = 0;  // mask of initialized bytes
     uint8_t in_flight = 0;
   };
 

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Codes to pairs of 16-bit floats, in registers and exactly: integers less their zero points, small
-// floats, entries of a codebook (rounded to 16 bits once). A word of 4-bit codes, or two words of
-// 8-bit ones, are the operands B of two mma.m16n8k16.
+// Exact conversion of codes to pairs of 16-bit floats, in registers: integers less their zero
+// points, small floats, entries of a codebook (rounded to 16 bits once). A word of 4-bit codes, or
+// two words of 8-bit codes, are the operands B of two mma.m16n8k16.
 //
-// The ways are those published by Kim et al. ("Who Says Elephants Can't Run", 2022) for integers,
-// whose bits become the low ones of a float of known exponent, and moving fields for small floats.
+// Integers: the code's bits become the lowest mantissa bits of a float of known exponent (Kim et
+// al., "Who Says Elephants Can't Run", 2022). Small floats: sign, exponent and mantissa are moved
+// to their position in the wider type.
 #pragma once
 
 #include <cstdint>
@@ -37,15 +38,15 @@ CL_DEVICE Codebook load_codebook(const float* values) {
   return book;
 }
 
-// Bytes of a table of 16 for the codes in the low four nibbles of `codes`: a byte permutation finds
-// one of 8, a second one which half it is in.
+// Table lookup, 16 entries of a byte: entries of the codes in the low four nibbles of `codes`. One
+// byte permutation for each half of the table, a third to choose the half.
 CL_DEVICE uint32_t look_up(const uint32_t (&table)[4], uint32_t codes) {
   const uint32_t in_half = codes & 0x7777u, half = (codes >> 1 & 0x4444u) | 0x3210u;
   return prmt(prmt(table[0], table[1], in_half), prmt(table[2], table[3], in_half), half);
 }
 
-// How a zero point is held for `decode`: for all but 8-bit integers in bf16 a pair of the float
-// that a code of that value becomes; else that float in fp32.
+// A zero point as operand of `decode`: the float that a code of that value becomes, as a pair in T;
+// for 8-bit integers in bf16, one in fp32.
 template <class T, Element E>
 CL_DEVICE uint32_t zero_operand(uint32_t zero) {
   if constexpr (E == Element::uint8 && std::is_same_v<T, BFloat16>)
@@ -64,8 +65,8 @@ CL_DEVICE uint32_t zero_of(const uint32_t (&words)[2], int j) {
   return words[j / kPerWord] >> (slot * kBits) & ((1u << kBits) - 1);
 }
 
-// words: one for 4 bits, two for 8. first, second: B of the two blocks of eight columns. zero_*:
-// their zero points, for integers.
+// words: one for 4 bits, two for 8. first, second: operands B of two blocks of eight columns.
+// zero_*: their zero points, for integers.
 template <class T, Element E>
 CL_DEVICE void decode(const uint32_t (&words)[2], uint32_t zero_first, uint32_t zero_second,
                       const Codebook& book, uint32_t (&first)[2], uint32_t (&second)[2]) {
@@ -84,7 +85,8 @@ CL_DEVICE void decode(const uint32_t (&words)[2], uint32_t zero_first, uint32_t 
     second[0] = subtract_pair<T>(prmt(words[1], kMagic, 0x4240), zero_second);
     second[1] = subtract_pair<T>(prmt(words[1], kMagic, 0x4341), zero_second);
   } else if constexpr (E == Element::uint8) {
-    // bf16 has 8 bits: enough for a difference of two codes, not for a code and an exponent.
+    // bf16 has 8 bits of significand: enough for the difference of two codes, too few for a code
+    // with 2^8 added.
     const auto pair = [](uint32_t word, uint32_t low, uint32_t high, float zero) {
       const float a = bits_to_float(prmt(word, 0x4b000000u, 0x7440u | low)) - zero;
       const float b = bits_to_float(prmt(word, 0x4b000000u, 0x7440u | high)) - zero;
@@ -96,7 +98,7 @@ CL_DEVICE void decode(const uint32_t (&words)[2], uint32_t zero_first, uint32_t 
     second[0] = pair(words[1], 0, 2, zero1);
     second[1] = pair(words[1], 1, 3, zero1);
   } else if constexpr (E == Element::e4m3) {
-    // Exponent and mantissa to where the wider type has them; its bias is larger by 8 or 120.
+    // Exponent and mantissa to their position in the wider type, whose bias is larger by 8 or 120.
     const auto pair = [](uint32_t bytes) {
       constexpr int kShift = kHalf ? 1 : 4;
       const uint32_t moved = lop3<kAndOr>(bytes, 0x80008000u, (bytes & 0x7f007f00u) >> kShift);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// x[:, order]: what activation order amounts to, and how x of any strides becomes rows that the
-// GEMM can copy 16 bytes at a time.
+// Gathers x[:, order], for activation order; also copies x of any strides to rows that the GEMM can
+// read 16 bytes at a time.
 #pragma once
 
 #include "cuda/device/device.h"

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the gather kernel is given. Plain data, for nvcc and for g++.
+// Parameters of the gather kernel. Plain data, for nvcc and for g++.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Defines kernel_for, for the units that instantiate it.
+// Definition of kernel_for, for the units that instantiate it.
 #pragma once
 
 #include "kernel.h"

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The instances of the GEMM, chosen at run time. One translation unit for each type of activations
-// defines `kernel_for`, from kernel_table.h.
+// Choice among the instances of the GEMM. One translation unit for each type of activations defines
+// `kernel_for`, by kernel_table.h.
 #pragma once
 
 #include "cuda/device/device.h"

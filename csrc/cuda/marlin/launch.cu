@@ -30,18 +30,18 @@ const char* launch_gather(const GatherParams& params, void* stream) {
   return text(cudaGetLastError());
 }
 
-const char* launch_gemm(bool bfloat16, Element element, const Params& params, const Plan& plan,
-                        void* stream) {
-  const Kernel kernel =
-      bfloat16 ? kernel_for<BFloat16>(element, plan.shape) : kernel_for<Half>(element, plan.shape);
-  // More than 48 KiB have to be asked for. A property of the kernel, no work on a stream, so graphs
-  // may be captured meanwhile.
+const char* launch_gemm(bool bfloat16, Element element, const Params& params,
+                        const LaunchShape& launch, void* stream) {
+  const Kernel kernel = bfloat16 ? kernel_for<BFloat16>(element, launch.shape)
+                                 : kernel_for<Half>(element, launch.shape);
+  // More than 48 KiB of shared memory need this attribute of the kernel. Setting it enqueues
+  // nothing on a stream, so it is allowed during graph capture.
   const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                  cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                 static_cast<int>(plan.shared_bytes));
+                                                 static_cast<int>(launch.shared_bytes));
   if (error != cudaSuccess) return text(error);
-  kernel<<<static_cast<unsigned>(plan.blocks), static_cast<unsigned>(plan.threads),
-           static_cast<size_t>(plan.shared_bytes), static_cast<cudaStream_t>(stream)>>>(params);
+  kernel<<<static_cast<unsigned>(launch.blocks), static_cast<unsigned>(launch.threads),
+           static_cast<size_t>(launch.shared_bytes), static_cast<cudaStream_t>(stream)>>>(params);
   return text(cudaGetLastError());
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the mixed-input GEMM is given, and how its work is cut into tiles and blocks. Plain data,
-// for nvcc and for g++.
+// Parameters of the mixed-input GEMM, and the division of its work into tiles and blocks. Plain
+// data, for nvcc and for g++.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 
 namespace compressed_linear::cuda::marlin {
 
-// Types of weights. Integers may have zero points; `codebook` has 16 entries of any value.
+// Element types of weights. Integers may have zero points; `codebook` has 16 entries of any value.
 enum class Element : int { uint4, uint8, e4m3, e2m1, codebook };
 COMPRESSED_LINEAR_LAYOUT int bits_of(Element element) {
   return element == Element::uint8 || element == Element::e4m3 ? 8 : 4;
@@ -53,7 +53,7 @@ struct Params {
   int64_t x_stride;
   int m, n, k, group, code_bias;
   Number scale_type, bias_type, out_type;
-  // The plan.
+  // How the work is cut; see launch_shape.
   int m_tiles, n_tiles, k_tiles, per_block, blocks;
   int groups;
   int scale_rows;  // that a stage holds
@@ -73,8 +73,9 @@ struct Shape {
 };
 
 // Few tokens: one row of mma tiles, so the warps share K. Many: no weight is decoded more than
-// twice in a block. Sums of groups beside the sums take so many registers that a multiprocessor
-// holds one block; what it has under way hides the memory's latency, 24 KiB or more of weights.
+// twice in a block. Two sets of sums (of the group, of the part) take so many registers that a
+// multiprocessor holds one block. The memory's latency is hidden by the copies in flight, 24 KiB or
+// more of weights.
 constexpr Shape kShapes[] = {{1, 1, 4, 2}, {2, 1, 4, 2}, {2, 2, 4, 1}};
 constexpr int kShapeCount = 3;
 COMPRESSED_LINEAR_LAYOUT int shape_for(int64_t m) { return m <= 16 ? 0 : m <= 32 ? 1 : 2; }
@@ -83,19 +84,21 @@ COMPRESSED_LINEAR_LAYOUT int stages_of(Element element) { return bits_of(element
 
 constexpr int64_t kMaxBlocks = 1024;  // entries of `arrived`
 
-struct Plan {
-  int shape;
+// How the kernel is launched, and how many floats `partial` must have.
+struct LaunchShape {
+  int shape;  // number in kShapes
   int threads, blocks;
   int64_t shared_bytes, partial_floats;
 };
 
-// Cuts the work of `p` (whose problem is set) for `processors` multiprocessors, and writes the plan
-// into it. The k tiles of all output tiles, one after the other, are dealt out evenly, so that a
-// block may begin and end inside of an output tile (Osama et al., "Stream-K", 2023).
-inline Plan make_plan(Params& p, Element element, int processors) {
-  Plan plan{};
-  plan.shape = shape_for(p.m);
-  const Shape shape = kShapes[plan.shape];
+// Divides the work of `p`, in which the problem is set, among `processors` multiprocessors, and
+// sets its fields from `m_tiles` on. All k tiles of all output tiles are one sequence, of which
+// each block has an equal piece, so a block may begin and end inside of an output tile (Osama et
+// al., "Stream-K", 2023).
+inline LaunchShape launch_shape(Params& p, Element element, int processors) {
+  LaunchShape launch{};
+  launch.shape = shape_for(p.m);
+  const Shape shape = kShapes[launch.shape];
   const int tile_m = shape.tile_m(), tile_n = shape.tile_n();
   p.m_tiles = (p.m + tile_m - 1) / tile_m;
   p.n_tiles = (p.n + tile_n - 1) / tile_n;
@@ -104,7 +107,7 @@ inline Plan make_plan(Params& p, Element element, int processors) {
   const int64_t most = std::min<int64_t>(processors, kMaxBlocks);
   int64_t per_block;
   if (tiles >= 4 * most) {
-    // Plenty of tiles: whole ones, as adding up parts costs more than an idle processor.
+    // Many tiles: whole ones, since adding up parts costs more than idle multiprocessors.
     per_block = (tiles + most - 1) / most * p.k_tiles;
   } else {
     // A part of fewer than four k tiles only fills and empties its pipeline.
@@ -126,13 +129,13 @@ inline Plan make_plan(Params& p, Element element, int processors) {
   if (p.zero != nullptr)
     p.stage_bytes += static_cast<uint32_t>(p.scale_rows * tile_n * bits_of(element) / 8);
 
-  plan.threads = shape.threads();
-  plan.blocks = p.blocks;
+  launch.threads = shape.threads();
+  launch.blocks = p.blocks;
   const int64_t results = static_cast<int64_t>(tile_m) * (tile_n + kPadding) * 4 + 16;
-  plan.shared_bytes =
+  launch.shared_bytes =
       std::max<int64_t>(static_cast<int64_t>(p.stage_bytes) * stages_of(element), results);
-  plan.partial_floats = per_block % p.k_tiles == 0 ? 0 : int64_t{2} * p.blocks * tile_m * tile_n;
-  return plan;
+  launch.partial_floats = per_block % p.k_tiles == 0 ? 0 : int64_t{2} * p.blocks * tile_m * tile_n;
+  return launch;
 }
 
 }  // namespace compressed_linear::cuda::marlin

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Kernels that bring weights into Marlin's order on the GPU: what cpu/repack.h and
-// cpu/repack/marlin_scales.h do, bit for bit. For nvcc and, in the tests, for g++ and the emulator.
-// They have not run on hardware.
+// Kernels that repack weights into Marlin's order on the GPU, with the same bits as
+// cpu/repack/repack.h and cpu/repack/marlin_scales.h. For nvcc and, in the tests, for g++ and the
+// emulator.
+// Has run on hardware: nothing; the kernels have run in the emulator only.
 #pragma once
 
 #include <cstdint>
@@ -13,10 +14,10 @@
 namespace compressed_linear::cuda {
 
 constexpr int kRepackThreads = 256;
-// Input channels that a block does at once: whole sectors of a stored row of 4 bits.
+// Input channels of a block: whole sectors of a stored row of 4-bit codes.
 constexpr int kRepackK = 64;
-// Codes lie in shared memory as [output channel][input channel], a byte each. Rows are an odd
-// number of words apart, so that neither way of walking over them meets one bank all the time.
+// Codes in shared memory: [output channel][input channel], a byte each. The stride of rows is an
+// odd number of words, which avoids bank conflicts along rows and along columns.
 constexpr int kRepackRow = kRepackK + 4;
 constexpr int kRepackShared = marlin::kTileN * kRepackRow;
 
@@ -24,8 +25,8 @@ constexpr int kRepackShared = marlin::kTileN * kRepackRow;
 template <int Bits>
 constexpr int kTileWords = marlin::kLanes * marlin::lane_words(Bits);
 
-// Byte `at` of the source and the three after it, lowest first, where `at` is a multiple of four
-// from an aligned address on.
+// Bytes `at` to `at` + 3 of the source, little-endian. `data` + `at` is aligned to four bytes;
+// bytes outside of the source are 0.
 CL_DEVICE uint32_t repack_word(const RepackSource& s, int64_t at) {
   if (at >= 0 && at + 4 <= s.bytes)
     return load_constant(reinterpret_cast<const uint32_t*>(s.data + at));
@@ -36,7 +37,7 @@ CL_DEVICE uint32_t repack_word(const RepackSource& s, int64_t at) {
   return word;
 }
 
-// Where a field begins, in bits from `data` on; `at` and `across` are from k_at and n_at.
+// First bit of a field, counted from `data`; `at` and `across` are from k_at and n_at.
 CL_DEVICE int64_t repack_bit(const RepackSource& s, int at, int across, int n) {
   if (s.order == CodeOrder::n_major) return (s.n_first + n) * s.row_bytes * 8 + at;
   if (s.order == CodeOrder::k_major) return at * s.row_bytes * 8 + across;
@@ -44,14 +45,13 @@ CL_DEVICE int64_t repack_bit(const RepackSource& s, int at, int across, int n) {
          static_cast<int64_t>(s.n_first + n) * s.container_bits + at % s.container_bits;
 }
 
-// Reads a field after another; consecutive ones in one word cost one load.
+// Reads fields in sequence; consecutive fields in one word cost one load.
 struct FieldReader {
   const RepackSource& s;
   int64_t held = -8;
   uint32_t word = 0;
 
-  // Fields of 4 and 8 bits that begin at a multiple of their width never straddle bytes, but where
-  // they begin elsewhere they may.
+  // A field that does not begin at a multiple of its width may straddle two words.
   CL_DEVICE uint32_t field(int64_t bit) {
     const int64_t byte = bit / 8;
     const int skew = static_cast<int>(reinterpret_cast<uintptr_t>(s.data) & 3);
@@ -78,8 +78,8 @@ CL_DEVICE void load_four(const int32_t* from, int (&four)[4]) {
   for (int i = 0; i < 4; ++i) four[i] = static_cast<int>(each[i]);
 }
 
-// One tile of 64 output channels by kRepackK input channels, or fewer at the end. The grid:
-// block_x() runs over those, block_y() over tiles.
+// Repacks one tile of 64 output channels by kRepackK input channels, or fewer at the end. Grid:
+// block_x() counts steps of kRepackK, block_y() tiles.
 template <int Bits>
 CL_GLOBAL(kRepackThreads)
 void repack_codes(CL_PARAMS RepackParams p) {
@@ -89,8 +89,8 @@ void repack_codes(CL_PARAMS RepackParams p) {
   const uint32_t codes = shared_base();
   uint32_t bad = 0;
 
-  // Four codes for each thread and round. Neighbouring threads take neighbouring addresses: along
-  // the stored stream, or from column to column of k_words.
+  // Four codes for each thread and round. Neighbouring threads read neighbouring addresses: along
+  // the stored stream, or the columns of k_words.
   constexpr int kQuads = marlin::kTileN * kRepackK / 4;
   for (int quad = thread_index(); quad < kQuads; quad += kRepackThreads) {
     FieldReader reader{p.source};
@@ -104,7 +104,7 @@ void repack_codes(CL_PARAMS RepackParams p) {
       n = quad % kAcross * 4;
       k = quad / kAcross;
     }
-    // Of the four, k or n is the same; K is a multiple of four, the stored channels may not be.
+    // The four have k or n in common. K is a multiple of four, `rows` need not be.
     const int channel = tile_n + n - p.row_begin;
     int at[4] = {-1, -1, -1, -1}, bits[4] = {};
     if (k < k_count) {
@@ -149,7 +149,7 @@ void repack_codes(CL_PARAMS RepackParams p) {
     const int lane = in_tile / marlin::lane_words(Bits), index = in_tile % marlin::lane_words(Bits);
     const int first_n = lane / 4 + (Bits == 4 ? index * 16 : index * 8);
     const int first_k = strip * marlin::kStripK + lane % 4 * 2;
-    // Which tiles of 16 channels are this source's; the others' words are left alone.
+    // Words of tiles of 16 channels that belong to other sources are not written.
     const int channel = tile_n + first_n / 16 * 16 - p.row_begin;
     if (channel < 0 || channel >= p.source.rows + p.source.blank) continue;
     uint32_t word = 0;
@@ -167,18 +167,18 @@ void repack_codes(CL_PARAMS RepackParams p) {
   }
 }
 
-// A block takes a tile of 64 output channels and so many groups.
+// Groups of a block, which has a tile of 64 output channels.
 constexpr int kScaleGroups = 32;
 constexpr int kScaleThreads = 256;
-// Each value has four bytes in shared memory, rows an odd number of them.
+// Each value has four bytes in shared memory; rows have an odd number of values.
 constexpr int kScaleRow = kScaleGroups + 1;
 constexpr int kScaleShared = marlin::kTileN * kScaleRow * 4;
 
-// Brings the block's values to shared memory as [output channel][group].
+// Copies the block's values to shared memory, [output channel][group].
 template <class Value>
 CL_DEVICE void gather_scales(const ScaleParams& p, int tile_n, int first_group, int count) {
   const uint32_t values = shared_base();
-  // Neighbouring threads take neighbouring addresses.
+  // Neighbouring threads read neighbouring addresses.
   const bool along_n = p.n_stride == 1;
   for (int at = thread_index(); at < marlin::kTileN * kScaleGroups; at += kScaleThreads) {
     const int n = along_n ? at % marlin::kTileN : at / kScaleGroups;
@@ -197,7 +197,7 @@ CL_DEVICE uint32_t gathered(int n, int group) {
   return load_shared<uint32_t>(shared_base() + static_cast<uint32_t>((n * kScaleRow + group) * 4));
 }
 
-// The grid: block_x() runs over groups, kScaleGroups at a time, block_y() over tiles.
+// Grid: block_x() counts steps of kScaleGroups groups, block_y() tiles.
 template <class Value>
 CL_GLOBAL(kScaleThreads)
 void repack_scales(CL_PARAMS ScaleParams p) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the repack kernels are given, and how the ops launch them. Plain C++, without CUDA.
+// Parameters and launches of the repack kernels. Plain C++, without CUDA's headers.
 #pragma once
 
 #include <cstdint>
@@ -32,23 +32,23 @@ struct RepackSource {
 struct RepackParams {
   RepackSource source;
   uint32_t* packed;  // [k / 16, n * 16 / codes per word]
-  int* wrong;        // becomes more than 0 where a code has more than `bits` bits or is a NaN
+  int* wrong;        // set above 0 if a code has more than `bits` bits or is NaN
   int n, k;
-  int row_begin;                               // the output channel that the source begins with
+  int row_begin;                               // output channel of the source's first row
   uint32_t wrong_mask, wrong_add, wrong_bits;  // cpu::WrongCodes
 };
 
-// Scales or zero points [N, G] of a checkpoint, in whatever strides (in elements).
+// Scales or zero points [N, G] of a checkpoint, in any strides (in elements).
 struct ScaleParams {
   const void* data;
   int64_t n_stride, group_stride;
   int n, groups;
   void* out;  // [G, N], or words [G, N * bits / 32] of zero points
   cpu::MarlinColumns columns;
-  int* wrong;  // zero points: becomes more than 0 where one has more bits than the codes
+  int* wrong;  // zero points: set above 0 if one has more bits than the codes
 };
 
-// Each returns null, or what CUDA says went wrong. `bits`: of a code, 4 or 8; `stream`: a
+// Each returns null, or CUDA's text of the error. `bits`: of a code, 4 or 8; `stream`: a
 // cudaStream_t of the current device.
 const char* launch_repack_codes(int bits, const RepackParams& params, void* stream);
 const char* launch_repack_scales(int element_bytes, const ScaleParams& params, void* stream);

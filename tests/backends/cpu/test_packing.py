@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.cpu_library import ISAS
+from tests.support.messages import saying
 from tests.support.strategies import AWQ_ORDER, Weight, weights
 from vllm.compressed_linear.backends.cpu.int8 import CpuInt8Backend
 from vllm.compressed_linear.backends.cpu.packing import (
@@ -22,7 +23,8 @@ from vllm.compressed_linear.backends.cpu.packing import (
 )
 from vllm.compressed_linear.backends.cpu.weight_only import CpuBackend
 from vllm.compressed_linear.backends.shared.repack import CodeLocation, locate_codes
-from vllm.compressed_linear.checkpoint.facts import LayerContext, refine
+from vllm.compressed_linear.checkpoint.describe import LayerContext
+from vllm.compressed_linear.checkpoint.parts import refine
 from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
 from vllm.compressed_linear.checkpoint.weights import CompressedWeights
 from vllm.compressed_linear.checkpoint.write import from_standard_layout
@@ -318,50 +320,50 @@ K_MAJOR = {
 COLUMNS = {"order": "k_words", "stored": torch.zeros(4, 16, dtype=torch.int32)}
 
 BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
-    "order": ({"order": "rows"}, "order is 'rows', expected n_major, k_words or k_major"),
-    "float": ({"element": "bf16"}, "element is 'bf16', expected (codes|uint1 to uint8)"),
-    "stored dtype": ({"stored": torch.zeros(16, 4)}, "stored is float32, expected uint8, int8"),
-    "stored rank": ({"stored": torch.zeros(64).int()}, r"stored has shape \[64\], expected two"),
-    "strided": ({"stored": torch.zeros(4, 16).int().t()}, "stored is not contiguous"),
-    "packed": ({"n": 17}, r"packed has shape \[1, 256\], expected \[2, 256\]"),
-    "width": ({"widths": [0, 4]}, "widths holds 0, expected 1 to 8"),
-    "widths": ({"widths": [2, 1]}, "widths add up to 3 bits, expected 4 for uint4"),
-    "many widths": ({"widths": [1] * 9}, "widths add up to 9 bits, expected 4 for uint4"),
-    "flip": ({"flip": 16}, "flip is 16, expected 4 bits"),
-    "negative": ({"rows": -1}, "rows, blank and n_first are -1, 0 and 0, expected 0 or more"),
-    "blank": ({"blank_code": 16}, "blank_code is 16, expected a code of uint4"),
-    "start": ({"row_start": 8}, "row_start is 8, expected a multiple of 16"),
-    "end": ({"blank": 8}, "rows end at 24, expected a multiple of 16 or n = 16"),
-    "rows": ({"n_first": 1}, r"output channels run to 17, but stored has shape \[16, 4\]"),
-    "k_at rank": ({"k_at": torch.zeros(32).int()}, r"k_at has shape \[32\], expected \[one per"),
-    "k_at planes": ({"widths": [2, 2]}, r"k_at has shape \[1, 32\], expected \[one per width, k\]"),
-    "k_at dtype": ({"k_at": torch.zeros(1, 32).long()}, "k_at is int64, expected int32"),
+    "order": ({"order": "rows"}, ("order", "'rows'", "n_major", "k_words", "k_major")),
+    "float": ({"element": "bf16"}, ("element", "bf16")),
+    "stored dtype": ({"stored": torch.zeros(16, 4)}, ("stored", "float32", "uint8", "int8")),
+    "stored rank": ({"stored": torch.zeros(64).int()}, ("stored", [64])),
+    "strided": ({"stored": torch.zeros(4, 16).int().t()}, ("stored", "contiguous")),
+    "packed": ({"n": 17}, ("packed", [1, 256], [2, 256])),
+    "width": ({"widths": [0, 4]}, ("widths", 0, 1, 8)),
+    "widths": ({"widths": [2, 1]}, ("widths", 3, 4, "uint4")),
+    "many widths": ({"widths": [1] * 9}, ("widths", 9, 4, "uint4")),
+    "flip": ({"flip": 16}, ("flip", 16, 4)),
+    "negative": ({"rows": -1}, ("rows", "blank", "n_first", -1, 0, 0, 0)),
+    "blank": ({"blank_code": 16}, ("blank_code", 16, "uint4")),
+    "start": ({"row_start": 8}, ("row_start", 8, "multiple", 16)),
+    "end": ({"blank": 8}, ("rows", 24, 16, 16)),
+    "rows": ({"n_first": 1}, (17, [16, 4])),
+    "k_at rank": ({"k_at": torch.zeros(32).int()}, ("k_at", [32])),
+    "k_at planes": ({"widths": [2, 2]}, ("k_at", [1, 32])),
+    "k_at dtype": ({"k_at": torch.zeros(1, 32).long()}, ("k_at", "int64", "int32")),
     "k_at": (
         {"k_at": torch.full((1, 32), 125).int()},
-        "k_at holds bit 125, but stored has 128 bits along that axis",
+        ("k_at", 125, 128),
     ),
     "columns": (
         {**COLUMNS, "k_at": torch.full((1, 32), 126).int()},
-        "k_at holds bit 126, but stored has 128 bits along that axis",
+        ("k_at", 126, 128),
     ),
     "wide columns": (
         {"order": "k_words", "stored": torch.zeros(4, 16).long()},
-        "stored is int64, expected at most 32 bits for order k_words",
+        ("stored", "int64", 32, "k_words"),
     ),
-    "n_at": ({"n_at": K_MAJOR["n_at"]}, "n_at is given, but order is not k_major"),
-    "no n_at": ({**K_MAJOR, "n_at": None}, "n_at is missing, but order is k_major"),
+    "n_at": ({"n_at": K_MAJOR["n_at"]}, ("n_at", "given", "k_major")),
+    "no n_at": ({**K_MAJOR, "n_at": None}, ("n_at", "missing", "k_major")),
     "n_at shape": (
         {**K_MAJOR, "n_at": torch.zeros(1, 15).int()},
-        r"n_at has shape \[1, 15\], expected \[1, 16\]",
+        ("n_at", [1, 15], [1, 16]),
     ),
-    "n_at low": ({**K_MAJOR, "n_at": torch.full((1, 16), -1).int()}, "n_at holds -1, expected 0"),
+    "n_at low": ({**K_MAJOR, "n_at": torch.full((1, 16), -1).int()}, ("n_at", -1, 0)),
     "n_at high": (
         {**K_MAJOR, "n_at": torch.full((1, 16), 61).int()},
-        "n_at holds bit 61, but stored has 64 bits along that axis",
+        ("n_at", 61, 64),
     ),
     "k row": (
         {**K_MAJOR, "k_at": torch.full((32,), 32).int()},
-        r"k_at runs to row 32, but stored has shape \[32, 2\]",
+        ("k_at", "row", 32, [32, 2]),
     ),
 }
 
@@ -373,7 +375,7 @@ OPS = [layout.repack_codes for layout in (PLANES, QUADS)]
 @pytest.mark.parametrize("case", BAD_ARGUMENTS)
 def test_wrong_arguments_are_named(op: str, case: str) -> None:
     changes, message = BAD_ARGUMENTS[case]
-    with pytest.raises(ValueError, match=f"compressed_linear::{op}: {message}"):
+    with pytest.raises(ValueError, match=saying(f"compressed_linear::{op}", *message)):
         getattr(torch.ops.compressed_linear, op)(**arguments(**changes))
 
 
@@ -387,7 +389,7 @@ def test_right_arguments_are_taken(op: str, changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("element", ["bf16", "e4m3"])
 def test_integer_activations_meet_integers_only(element: str) -> None:
-    with pytest.raises(ValueError, match=f"element is '{element}', expected uint1 to uint8"):
+    with pytest.raises(ValueError, match=saying("element", f"'{element}'", "uint1", "uint8")):
         torch.ops.compressed_linear.repack_codes_int8(**arguments(element=element, widths=[8]))
 
 
@@ -434,5 +436,5 @@ def test_nan_among_small_floats_is_an_error(isa: str, element: str) -> None:
         "packed": torch.zeros(1, 512, dtype=torch.uint8),
         "element": element,
     }
-    with pytest.raises(ValueError, match="stored holds codes of infinity or NaN, expected finite"):
+    with pytest.raises(ValueError, match=saying("stored", "NaN", "finite")):
         torch.ops.compressed_linear.repack_codes(**arguments(**changes))

@@ -4,6 +4,7 @@ held to the conformance kit; and what it declines on which machine."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.support import emulated_ops
+from tests.support.messages import saying
 from vllm.compressed_linear.backends.marlin.backend import MarlinBackend
 from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.spec.elements import BF16, E2M1, E4M3, E5M2, ElementType, uint
@@ -158,14 +160,14 @@ def test_shapes_without_numbers() -> None:
 @pytest.mark.parametrize(
     ("name", "spoil", "message"),
     [
-        ("weight", lambda t: t[:-1], r"weight has shape \[7, 256\], expected \[8, 256\]"),
-        ("scale", lambda t: t.t(), "scale is not contiguous|scale has shape"),
-        ("zero", lambda t: t.float(), "zero is float32, expected int32"),
-        ("workspace", lambda t: t[:8], r"workspace has shape \[8\], expected \[1024\]"),
+        ("weight", lambda t: t[:-1], ("weight", [7, 256], [8, 256])),
+        ("scale", lambda t: t.t(), ("scale", re.compile("contiguous|shape"))),
+        ("zero", lambda t: t.float(), ("zero", "float32", "int32")),
+        ("workspace", lambda t: t[:8], ("workspace", [8], [1024])),
     ],
 )
 def test_wrong_arguments(name: str, spoil: object, message: str) -> None:
     backend, tensors, x = _arguments(case(uint(4), zero="integer"))
     assert callable(spoil)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=saying(*message)):
         backend.apply({**tensors, name: spoil(tensors[name])}, x)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tests.support.messages import saying
 from tests.support.repository import ROOT, environment
 from vllm.compressed_linear.backends.triton import launch, runtime
 from vllm.compressed_linear.backends.triton import measured as triton_measured
@@ -242,20 +243,22 @@ def test_tiles_measured_with_another_triton_do_not_count(
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"version": 1', '"version": 2', "version 2 of 'triton tiles'"),
-        ('"block_n": 64', '"block_n": 256', "of at most 128 output channels"),
-        ('"warps": 8', '"warps": 3', "expected powers of two"),
-        ('"capability": 90', '"capability": "90"', r"\['capability'\] of entry"),
-        ('"entries"', '"rows"', "KeyError: 'entries'"),
-        ('"version": 1', "", "JSONDecodeError"),
+        ('"version": 1', '"version": 2', (2, "'triton tiles'")),
+        ('"block_n": 64', '"block_n": 256', (128,)),
+        ('"warps": 8', '"warps": 3', ("powers of two",)),
+        ('"capability": 90', '"capability": "90"', ("['capability']",)),
+        ('"entries"', '"rows"', ("KeyError", "'entries'")),
+        ('"version": 1', "", ("JSONDecodeError",)),
     ],
 )
-def test_a_damaged_file_is_named(measured: Path, old: str, new: str, message: str) -> None:
+def test_a_damaged_file_is_named(
+    measured: Path, old: str, new: str, message: tuple[object, ...]
+) -> None:
     triton_measured.add(measured, {INT4_CLASS: Tiles(16, 64, 32, 8, 2)}, "a GPU")
     text = measured.read_text()
     assert old in text
     measured.write_text(text.replace(old, new))
-    with pytest.raises(ValueError, match=f"(?s)tiles.json holds no measured tiles.*{message}"):
+    with pytest.raises(ValueError, match=saying("tiles.json", *message)):
         triton_measured.table()
 
 
@@ -276,12 +279,12 @@ def test_refuses_what_it_cannot_read(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = backend.prep_weights_for_execution(problem.weights)
     x = problem.activations(2)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(RuntimeError, match="x is on cpu, expected cuda"):
+    with pytest.raises(RuntimeError, match=saying("x", "cpu", "cuda")):
         backend.apply(tensors, x)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with pytest.raises(ValueError, match=r"x has shape \[2, 95\], expected \[M, 96\]"):
+    with pytest.raises(ValueError, match=saying("x", [2, 95], "[M, 96]")):
         backend.apply(tensors, x[:, :95])
-    with pytest.raises(ValueError, match=r"packed is torch.int32 of shape \[11, 128\]"):
+    with pytest.raises(ValueError, match=saying("packed", "torch.int32", [11, 128])):
         backend.apply({**tensors, "packed": tensors["packed"][1:]}, x)
     assert columns(40) == 128
 

@@ -20,12 +20,14 @@ from tests.support.checkpoints import (
     checkpoint_reference,
     checkpoint_tensors,
 )
+from tests.support.messages import saying, says
 from vllm.compressed_linear.backends import vllm_native
 from vllm.compressed_linear.backends.contract import contract_bound
 from vllm.compressed_linear.backends.reference import ReferenceBackend
 from vllm.compressed_linear.backends.vllm_native import VllmNativeBackend
 from vllm.compressed_linear.backends.vllm_native.classes import mixed_precision
-from vllm.compressed_linear.checkpoint.facts import LayerContext, Part, refine
+from vllm.compressed_linear.checkpoint.describe import LayerContext
+from vllm.compressed_linear.checkpoint.parts import Part, refine
 from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
 from vllm.compressed_linear.machine.platform import Platform, cpu_features
 from vllm.compressed_linear.spec.descriptor import (
@@ -590,7 +592,7 @@ def test_a_declined_descriptor_is_not_prepared_either() -> None:
     request = mixed_precision.KernelRequest(100, 64, 4, 8, False, -1, "bfloat16")
     with pytest.raises(ValueError, match=r"Input size \(100\)"):
         mixed_precision.build(vllm_native.CPU_KERNEL, "cpu", request)
-    with pytest.raises(ValueError, match="no kernel class Nothing"):
+    with pytest.raises(ValueError, match=saying("Nothing")):
         mixed_precision.build("Nothing", "cpu", request)
 
 
@@ -599,7 +601,7 @@ def test_a_scale_that_float16_weights_cannot_have_is_refused() -> None:
     plain = values(scale_dtype="float16")
     plain.scale[3, 2] = 5000.0
     part = part_of("awq", plain, "float16")
-    with pytest.raises(ValueError, match=r"scale 5000 in output channels 0 to 63"):
+    with pytest.raises(ValueError, match=saying("scale", 5000, 0, 63)):
         VllmNativeBackend(part.descriptor).prep_weights_for_execution(part.weights)
 
 
@@ -617,7 +619,7 @@ def test_a_zero_point_that_does_not_fit_is_refused() -> None:
     source = ShardSource("layer", CheckpointScheme(weight, scheme), 64, 128, 0, 64, 0, 128)
     tensors = {"c": plain.codes, "s": plain.scale, "z": plain.zero}
     (part,) = refine([LoadedShard(source, tensors)], LayerContext("bfloat16", "bfloat16"))
-    with pytest.raises(ValueError, match="zero point 16 in output channels 0 to 63"):
+    with pytest.raises(ValueError, match=saying("zero point", 16, 0, 63)):
         VllmNativeBackend(part.descriptor).prep_weights_for_execution(part.weights)
 
 
@@ -652,7 +654,7 @@ def test_silent_activation_quantisation_is_declined(monkeypatch: pytest.MonkeyPa
         pytest.skip("AMX is x86")
     amx = Platform.parse("cpu:amx")
     monkeypatch.delenv("VLLM_CPU_INT4_W4A8", raising=False)
-    assert "set VLLM_CPU_INT4_W4A8=0" in reasons(descriptor(), amx)
+    assert says(reasons(descriptor(), amx), "VLLM_CPU_INT4_W4A8=0")
     half = descriptor(dtype="float16", scale=ScaleSpec("float16", "group", 32))
     assert VllmNativeBackend.can_implement(half, amx)
     monkeypatch.setenv("VLLM_CPU_INT4_W4A8", "0")
@@ -672,7 +674,7 @@ def test_weights_repacked_for_8_bit_activations_stop_the_load(
         return layer
 
     monkeypatch.setattr(mixed_precision, "repack", repack)
-    with pytest.raises(RuntimeError, match="repacked the weights for 8-bit activations"):
+    with pytest.raises(RuntimeError, match=saying("8-bit")):
         VllmNativeBackend(part.descriptor).prep_weights_for_execution(part.weights)
 
 
@@ -690,7 +692,7 @@ def test_devices_of_others_are_asked_class_by_class(device: str) -> None:
 @needs_kernel
 def test_vllms_own_switch_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_DISABLED_KERNELS", "CPUWNA16LinearKernel")
-    assert "CPUWNA16LinearKernel: disabled by VLLM_DISABLED_KERNELS" in reasons(descriptor())
+    assert says(reasons(descriptor()), "CPUWNA16LinearKernel", "VLLM_DISABLED_KERNELS")
 
 
 _HOME = "vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel"
@@ -708,7 +710,7 @@ def test_a_vllm_with_another_interface_is_a_reason_and_no_exception(
 
     monkeypatch.setattr(home, "MPLinearLayerConfig", Newer)
     mixed_precision.unavailable.cache_clear()
-    assert "needs 'quant_key', which is not known here" in reasons(descriptor())
+    assert says(reasons(descriptor()), "'quant_key'")
 
 
 def test_a_class_without_our_keywords_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -718,7 +720,7 @@ def test_a_class_without_our_keywords_is_a_reason(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(home.MPLinearKernel, "__init__", init)
     mixed_precision.unavailable.cache_clear()
-    assert "takes no 'c'" in reasons(descriptor())
+    assert says(reasons(descriptor()), "'c'")
 
 
 @needs_kernel
@@ -729,7 +731,7 @@ def test_a_check_that_fails_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> Non
         raise KeyError("capability")
 
     monkeypatch.setattr(CPUWNA16LinearKernel, "can_implement", broken)
-    assert "its can_implement failed with KeyError: 'capability'" in reasons(descriptor())
+    assert says(reasons(descriptor()), "can_implement", "KeyError", "'capability'")
 
 
 @needs_kernel
@@ -740,7 +742,7 @@ def test_a_class_that_accepts_but_is_not_wired_is_named(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(ZentorchWNA16LinearKernel, "can_implement", lambda config: (True, None))
     text = reasons(descriptor(n=40))
-    assert "ZentorchWNA16LinearKernel: accepts this, but is not wired to descriptors" in text
+    assert says(text, "ZentorchWNA16LinearKernel", "descriptors")
     assert "CPUWNA16LinearKernel: Output size (40)" in text
 
 
@@ -775,7 +777,7 @@ def test_real_checkpoints(name: str, dtype: str) -> None:
         plain = part.weights.dequantize(0, part.weights.n)
         assert_matches_reference(plain, reference, layer)
         if dtype == "float16" and part.descriptor.weight.scale.dtype != "float16":  # type: ignore[union-attr]
-            assert "with float16 activations" in reasons(part.descriptor)
+            assert says(reasons(part.descriptor), "float16", "activations")
             continue
         backend, ready = prepared(part)
         # Through the identity the kernel shows each weight as it multiplies it.

@@ -13,6 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.support import cuda_doubles, fp4_doubles
+from tests.support.messages import saying, says
 from tests.support.vllm_classes import assert_in_contract, check, reasons, vllms_layer
 from vllm.compressed_linear.backends.vllm_native import (
     VllmNativeBackend,
@@ -23,7 +24,8 @@ from vllm.compressed_linear.backends.vllm_native import (
 )
 from vllm.compressed_linear.backends.vllm_native.classes import accelerators
 from vllm.compressed_linear.backends.vllm_native.nvfp4 import ACTIVATION
-from vllm.compressed_linear.checkpoint.facts import LayerContext, refine
+from vllm.compressed_linear.checkpoint.describe import LayerContext
+from vllm.compressed_linear.checkpoint.parts import refine
 from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.spec.activation import quantize_dequantize
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
@@ -78,7 +80,7 @@ def test_torch_s_product_is_in_the_contract_too(
     monkeypatch.setenv("VLLM_DISABLED_KERNELS", CUTLASS)
     if case.input_dtype == "float16":
         text = reasons(case.build().descriptor, B200)
-        assert f"{TORCH}: float16 activations (supported: bfloat16" in text
+        assert says(text, TORCH, "float16", "bfloat16")
     else:
         assert assert_in_contract(case, B200) == TORCH
         assert f"{TORCH}: Torch NVFP4 requires sm_10x" in reasons(case.build().descriptor, RTX5090)
@@ -119,7 +121,7 @@ def test_the_plan_names_the_class_or_says_what_is_missing(capability: int) -> No
     else:
         text = reasons(d, platform)
         assert f"{CUTLASS}: CUTLASS FP4 kernels not available" in text
-        assert "MarlinNvFp4LinearKernel: x as e2m1 dynamic per group with e4m3 scales" in text
+        assert says(text, "MarlinNvFp4LinearKernel", "e2m1 dynamic per group with e4m3 scales")
 
 
 def test_what_the_class_computes_otherwise_is_declined() -> None:
@@ -130,8 +132,8 @@ def test_what_the_class_computes_otherwise_is_declined() -> None:
     assert found(replace(W4A4, activation=None)) == "it quantises x, which the descriptor does not"
     assert found(W4A4) == ""
     other = replace(ACTIVATION, maximum=4.0)
-    assert f"x as {other} (supported: {ACTIVATION})" in found(replace(W4A4, activation=other))
-    assert "groups of 32 (supported: 16)" in found(replace(W4A4, group=32))
+    assert says(found(replace(W4A4, activation=other)), other, ACTIVATION)
+    assert says(found(replace(W4A4, group=32)), 32, 16)
     assert "scales without a second level" in found(replace(W4A4, row_scale=None))
 
 
@@ -140,7 +142,7 @@ def test_a_static_scale_that_is_no_positive_number_stops_the_load() -> None:
     problem.weights.input_scale = torch.tensor([-0.5])
     with (
         accelerators.pretending(B200),
-        pytest.raises(ValueError, match=r"the static scale of x is -0\.5, expected a positive"),
+        pytest.raises(ValueError, match=saying("scale", "x", "-0.5", "positive")),
     ):
         backend.prepare(problem.descriptor, problem.weights, B200)
 

@@ -19,6 +19,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.support import cuda_doubles
+from tests.support.messages import saying, says
 from tests.support.vllm_classes import assert_in_contract, check, reasons, vllms_layer
 from vllm.compressed_linear.backends.vllm_native import (
     VllmNativeBackend,
@@ -159,26 +160,26 @@ def test_every_capability_runs_4_bits(capability: int) -> None:
     asked = {answer.kernel: answer for answer in table.answers(d, platform)}
     assert "fp16" in asked["ExllamaLinearKernel"].reasons[0]
     assert "quantises x" in asked["CutlassW4A8LinearKernel"].reasons[0]
-    assert "the package humming" in asked["HummingLinearKernel"].reasons[0]
+    assert "humming" in asked["HummingLinearKernel"].reasons[0]
 
 
 def test_every_reason_is_given_by_the_class_that_has_it() -> None:
     text = reasons(replace(_INT4, element=uint(8), zero="integer").build().descriptor, H100)
-    assert "MacheteLinearKernel: zero points, which it multiplies with the scales" in text
+    assert says(text, "MacheteLinearKernel", "zero points")
     assert "MarlinLinearKernel: Quant type (uint8) not supported" in text
     text = reasons(replace(_INT4, group=16).build().descriptor, A100)
     assert "Group size (16) not supported" in text
-    assert "needs compute capability 90 (this is 80)" in text
+    assert says(text, "compute capability", 90, 80)
     half = replace(_INT4, input_dtype="float16", scale_dtype="float32", output_dtype="")
-    assert "scale dtype float32 with float16 activations" in reasons(half.build().descriptor, A100)
+    assert says(reasons(half.build().descriptor, A100), "scale", "float32", "float16")
     three = replace(_INT4, element=symmetric(3))
-    assert "3-bit integer weights (supported bits: 4, 8)" in reasons(three.build().descriptor, A100)
+    assert says(reasons(three.build().descriptor, A100), "3-bit", "integer", 4, 8)
 
 
 def test_an_operator_that_was_not_built_is_a_reason() -> None:
     bare = replace(A100, ops=frozenset())
     d = replace(_INT4, element=symmetric(8)).build().descriptor
-    assert "MarlinLinearKernel: _C::gptq_marlin_repack is not available" in reasons(d, bare)
+    assert says(reasons(d, bare), "MarlinLinearKernel", "_C::gptq_marlin_repack")
 
 
 def test_vllms_own_switch_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +192,7 @@ def test_a_scale_that_16_bits_cannot_hold_stops_the_load() -> None:
     problem.weights.shards[0].tensors["scale"][3, 1] = 60000.0
     with (
         accelerators.pretending(A100),
-        pytest.raises(ValueError, match="a scale of 60000, whose weights"),
+        pytest.raises(ValueError, match=saying("scale", 60000)),
     ):
         backend.prepare(problem.descriptor, problem.weights, A100)
 
@@ -286,11 +287,11 @@ def test_fp8_is_in_the_contract_on_cutlass(activation: ActivationSpec, dtype: st
 
 def test_activations_that_vllm_quantises_otherwise_are_declined() -> None:
     half = replace(_W8A8, activation=replace(_TOKEN, maximum=127.5)).build().descriptor
-    assert "max|x| falls on 127, the descriptor has 127.5" in reasons(half, A100)
+    assert says(reasons(half, A100), 127, 127.5)
     asymmetric = replace(_W8A8, activation=replace(_TOKEN, symmetric=False)).build().descriptor
     assert "activations as int8 dynamic per token, asymmetric" in reasons(asymmetric, A100)
     grouped = replace(_W8A8, group=64).build().descriptor
-    assert "groups of 64 (supported: one scale for each output channel)" in reasons(grouped, A100)
+    assert says(reasons(grouped, A100), "groups of 64", "channel")
     fp8 = _FP8_W8A8.build().descriptor
     assert "CUTLASS FP8 kernels not available" in reasons(replace(fp8, activation=_FP8_TOKEN), A100)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.messages import saying
 from vllm.compressed_linear.prepare.cache import digest as digest_module
 from vllm.compressed_linear.prepare.cache.digest import (
     DIGEST_BYTES,
@@ -89,14 +91,14 @@ def test_no_changed_byte_goes_unnoticed(data: st.DataObject, written: Path) -> N
 
 
 REGIONS = {
-    "magic": (0, b"X", "begins with"),
-    "length of the header": (8, b"\0", "header that cannot be read"),
-    "huge length of the header": (15, b"\x7f", "header of .* bytes in"),
-    "header": (16, b"!", "header that cannot be read"),
-    "key": (30, b"Z", "damaged|cannot be read"),
-    "first tensor": (-32 - 64 * 5, b"\xa5", "is damaged: its digest is"),
-    "between tensors": (-32 - 1, b"\xa5", "is damaged: its digest is"),
-    "digest": (-1, b"\xa5", "is damaged: its digest is"),
+    "magic": (0, b"X", (MAGIC,)),
+    "length of the header": (8, b"\0", ("header",)),
+    "huge length of the header": (15, b"\x7f", ("header",)),
+    "header": (16, b"!", ("header",)),
+    "key": (30, b"Z", (re.compile("damaged|header"),)),
+    "first tensor": (-32 - 64 * 5, b"\xa5", ("damaged", "digest")),
+    "between tensors": (-32 - 1, b"\xa5", ("damaged", "digest")),
+    "digest": (-1, b"\xa5", ("damaged", "digest")),
 }
 
 
@@ -108,7 +110,7 @@ def test_damage_is_named(region: str, written: Path) -> None:
     bad[at % len(bad)] = value[0]
     path = written.with_name("bad")
     path.write_bytes(bad)
-    with pytest.raises(EntryError, match=message):
+    with pytest.raises(EntryError, match=saying(*message)):
         read(path)
 
 
@@ -117,15 +119,16 @@ def test_every_truncation_is_noticed(written: Path) -> None:
     path = written.with_name("bad")
     for length in range(len(good)):
         path.write_bytes(good[:length])
-        with pytest.raises(EntryError, match=r"truncated|begins with"):
+        with pytest.raises(EntryError, match=f"truncated|{re.escape(repr(MAGIC))}"):
             read(path)
 
 
 @pytest.mark.parametrize("more", [b"\0", b"\0" * 4096, b"VCLPREP1"])
 def test_an_entry_that_goes_on_is_noticed(more: bytes, written: Path) -> None:
     path = written.with_name("bad")
+    size = written.stat().st_size
     path.write_bytes(written.read_bytes() + more)
-    with pytest.raises(EntryError, match="expected"):
+    with pytest.raises(EntryError, match=saying(size + len(more), size)):
         read(path)
 
 
@@ -179,7 +182,7 @@ def test_a_digest_does_not_depend_on_how_it_was_made(
     (tmp_path / "file").write_bytes(content + b"more")
     with (tmp_path / "file").open("rb") as stream:
         assert digest_file(stream.fileno(), length) == expected
-        with pytest.raises(EOFError, match=f"ends at {length + 4}, expected {length + 5} bytes"):
+        with pytest.raises(EOFError, match=saying(length + 4, length + 5)):
             digest_file(stream.fileno(), length + 5)
 
 

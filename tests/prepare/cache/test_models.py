@@ -13,16 +13,16 @@ from tests.support.model_loading import loaded, logits
 from tests.support.reloading import reload, worst_error
 from tests.support.synthetic import Model, Quant, write
 from vllm.compressed_linear import settings
-from vllm.compressed_linear.integration import linear
+from vllm.compressed_linear.integration import preparation
+from vllm.compressed_linear.integration.preparation import PROCESS_PLAN
 from vllm.compressed_linear.machine import native
 from vllm.compressed_linear.prepare.cache.inventory import read_cache
-from vllm.compressed_linear.prepare.plan import PLAN
 
 
 @pytest.fixture
 def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(settings.CACHE, str(tmp_path / "cache"))
-    linear._opened_cache.cache_clear()
+    preparation._opened_cache.cache_clear()
     return tmp_path / "cache"
 
 
@@ -31,7 +31,7 @@ def packing_calls() -> int:
 
 
 def cached() -> set[str]:
-    return {entry.cache for entry in PLAN.entries.values()}
+    return {entry.cache for entry in PROCESS_PLAN.entries.values()}
 
 
 @pytest.mark.parametrize(
@@ -50,13 +50,13 @@ def test_the_second_load_of_a_model_prepares_nothing(name: str, directory: Path)
         assert cached() == {"miss"}
         assert packing_calls() > 0
         first = logits(model, reference["input_ids"])
-        assert PLAN.summary().endswith(", 0 from the cache")
+        assert PROCESS_PLAN.summary().endswith(", 0 from the cache")
     native.reset_call_counts()
     with loaded(checkpoint(name)) as model:
         assert cached() == {"hit"}
         assert packing_calls() == 0
         assert torch.equal(logits(model, reference["input_ids"]), first)
-        assert PLAN.summary().endswith(f", {len(PLAN.entries)} from the cache")
+        assert PROCESS_PLAN.summary().endswith(f", {len(PROCESS_PLAN.entries)} from the cache")
     found = read_cache(directory)
     assert {entry.entry.label.model for entry in found if entry.entry} == {str(checkpoint(name))}
     assert not any(entry.foreign for entry in found)
@@ -94,4 +94,4 @@ def test_no_cache_unless_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv(settings.CACHE, raising=False)
     with loaded(checkpoint("llmcompressor-w4a16-sym-g128")):
         assert cached() == {""}
-        assert PLAN.summary().endswith(" s")
+        assert PROCESS_PLAN.summary().endswith(" s")

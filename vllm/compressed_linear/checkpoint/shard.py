@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +19,9 @@ from vllm.compressed_linear.spec.scheme import (
     dense_scheme,
     slice_axis,
 )
+
+CHUNK_BYTES = 4 << 20
+"""Bytes in standard layout that one chunk of rows may take."""
 
 
 class CheckpointError(ValueError):
@@ -260,13 +263,14 @@ class LoadedShard:
         """[n, groups kept], or None."""
         return self._matrix(Role.ZERO, "G", 0, self.source.n)
 
-    def zero_in_codes(self) -> torch.Tensor | None:
-        """Zero points in units of codes: as stored, or a stored minimum divided by the scale (fp32,
-        one rounding). A scale of 0 has zero point 0."""
-        zero, spec = self.zero(), self.source.scheme.weight.zero
+    def in_codes(
+        self, zero: torch.Tensor | None, scale: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """``zero()`` in units of codes: as stored, or a stored minimum divided by ``scale()``
+        (fp32, one rounding). A scale of 0 has zero point 0."""
+        spec = self.source.scheme.weight.zero
         if zero is None or spec is None or spec.kind != "minimum":
             return zero
-        scale = self.scale()
         assert scale is not None
         wide = widen_scale(scale)
         points = zero.to(torch.float32) / torch.where(wide == 0, 1, wide)
@@ -293,21 +297,31 @@ class LoadedShard:
         return index - source.span("G")[0]
 
     def dequantize(self, start: int, stop: int) -> torch.Tensor:
-        """fp32 [stop − start, K], the meaning of the stored tensors with nothing refined.
+        """fp32 [stop − start, K]: the meaning of the stored tensors, see ``dequantize_runs``."""
+        return self.dequantize_runs([(start, stop)])
+
+    def dequantize_runs(self, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """fp32 [rows of all ``runs`` [start, stop), K]: the meaning of the stored tensors.
 
         This is what self-checks compare against, so it follows the checkpoint's own indices and
         shares no code with the channel plan.
         """
+        second = self.row_scale()
+        group = None if self.source.scheme.weight.scale is None else self.group_index()
+        return torch.cat([self._dequantize(start, stop, group, second) for start, stop in runs])
+
+    def _dequantize(
+        self, start: int, stop: int, group: torch.Tensor | None, rows: torch.Tensor | None
+    ) -> torch.Tensor:
         weight = self.source.scheme.weight
         values = weight.element.decode(self.codes(start, stop))
-        # Only these rows of them: self-checks ask row by row.
+        # Only these rows of them: self-checks ask for single rows.
         scale = self._scale_rows(start, stop)
         zero = self._matrix(Role.ZERO, "G", start, stop)
-        rows = self.row_scale()
         second = 1 if rows is None else rows[start:stop].unsqueeze(1)
-        if scale is None:
+        if scale is None or group is None:
             return values * second
-        group = self.group_index().to(values.device)
+        group = group.to(values.device)
         wide = widen_scale(scale)[:, group]
         spec = weight.zero
         if zero is None or spec is None:

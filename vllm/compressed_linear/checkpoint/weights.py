@@ -13,17 +13,14 @@ from dataclasses import replace
 
 import torch
 
-from vllm.compressed_linear.checkpoint.channels import ChannelPlan, plan_channels
-from vllm.compressed_linear.checkpoint.shard import LoadedShard
+from vllm.compressed_linear.checkpoint.facts import ShardNumbers
+from vllm.compressed_linear.checkpoint.shard import CHUNK_BYTES, LoadedShard
 from vllm.compressed_linear.spec.activation import prepare_input
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
 from vllm.compressed_linear.spec.elements import ElementType
 from vllm.compressed_linear.spec.scheme import (
     StandardWeights,
 )
-
-CHUNK_BYTES = 4 << 20
-"""Standard-layout bytes that one chunk of rows may take."""
 
 
 class CompressedWeights:
@@ -38,10 +35,13 @@ class CompressedWeights:
     """
 
     def __init__(
-        self, shards: Sequence[LoadedShard], plan: ChannelPlan | None, *, zero_points: bool
+        self, shards: Sequence[LoadedShard], numbers: Sequence[ShardNumbers], *, zero_points: bool
     ) -> None:
+        """``numbers`` of each shard, all with the same channel plan. ``zero_points``: whether there
+        are any besides the element's own."""
         self.shards = tuple(shards)
-        self._plan = plan
+        self._numbers = dict(enumerate(numbers))
+        self._plan = plan = numbers[0].plan
         self._zero_points = zero_points
         self.n = sum(s.source.n + s.source.padding for s in shards)
         self.k = shards[0].source.k if plan is None else plan.k
@@ -165,29 +165,34 @@ class CompressedWeights:
 
     def _shard_scales(self, index: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         if index not in self._scales:
-            shard = self.shards[index]
-            scale = shard.scale()
-            zero = shard.zero_in_codes() if self._zero_points else None
+            numbers = self._numbers.pop(index)
+            scale, zero = numbers.scale, numbers.zero if self._zero_points else None
             if self._plan is not None:
-                group_of = self._plan.group_of.to(shard.device)
+                group_of = self._plan.group_of.to(self.device)
                 scale, zero = _columns(scale, group_of), _columns(zero, group_of)
             self._scales[index] = scale, zero
         return self._scales[index]
 
     def dequantize(self, start: int, stop: int) -> torch.Tensor:
-        """fp32 [stop − start, K of x]: rows as stored, before any refinement (for self-checks)."""
+        """fp32 [stop − start, K of x]: rows as stored, see ``dequantize_runs``."""
+        return self.dequantize_runs([(start, stop)])
+
+    def dequantize_runs(self, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """fp32 [rows of all ``runs`` [start, stop), K of x]: rows as stored (for self-checks).
+
+        ``runs`` are ascending and do not overlap.
+        """
         parts = []
         offset = 0
         for shard in self.shards:
-            begin, end = max(start - offset, 0), min(stop - offset, shard.source.n)
-            if begin < end:
-                parts.append(shard.dequantize(begin, end))
-            total = shard.source.n + shard.source.padding
-            blank = min(stop - offset, total) - max(start - offset, shard.source.n)
-            if blank > 0:
-                parts.append(torch.zeros(blank, shard.source.k, device=shard.device))
+            real, total = shard.source.n, shard.source.n + shard.source.padding
+            inside = [(max(a - offset, 0), min(b - offset, total)) for a, b in runs]
+            if own := [(a, min(b, real)) for a, b in inside if a < min(b, real)]:
+                parts.append(shard.dequantize_runs(own))
+            blank = sum(max(b - max(a, real), 0) for a, b in inside)
+            parts.append(torch.zeros(blank, shard.source.k, device=shard.device))
             offset += total
-        return torch.cat(parts) if parts else torch.zeros(0, self.shards[0].source.k)
+        return torch.cat(parts)
 
 
 def _columns(values: torch.Tensor | None, index: torch.Tensor) -> torch.Tensor | None:
@@ -246,10 +251,3 @@ def to_standard_layout(
         _cat([p.scale for p in parts]),
         _cat([p.zero for p in parts]),
     )
-
-
-def channel_plan(shard: LoadedShard) -> ChannelPlan | None:
-    """The plan of one shard, None for weights without scales or channels."""
-    if shard.source.scheme.weight.scale is None or shard.source.k == 0:
-        return None
-    return plan_channels(shard.group_index())

@@ -63,7 +63,7 @@ def _fail(message: object) -> NoReturn:
 def _platform(name: str, tp: int = 1, threads: int | None = None) -> Platform:
     """The named machine, or this one as a server with ``tp`` ranks uses it."""
     from vllm.compressed_linear.integration import compat
-    from vllm.compressed_linear.integration.linear import detect_platform
+    from vllm.compressed_linear.integration.preparation import detect_platform
     from vllm.compressed_linear.machine.platform import Platform
 
     try:

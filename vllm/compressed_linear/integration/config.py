@@ -47,6 +47,8 @@ from vllm.compressed_linear.integration.linear import (
     CompressedLinearMethod,
     CompressedUnquantizedLinearMethod,
 )
+from vllm.compressed_linear.integration.preparation import PROCESS_PLAN, ModelPreparation
+from vllm.compressed_linear.prepare.plan import Plan
 from vllm.compressed_linear.settings import Settings
 from vllm.compressed_linear.spec.scheme import CheckpointScheme
 
@@ -65,6 +67,9 @@ class CompressedLinearConfig(QuantizationConfig):
 
     def __init__(self, found: Format | None = None) -> None:
         super().__init__()
+        self.plan: Plan | None = None
+        """Where the choices for the layers are recorded; None for the plan of the process, which
+        is not pickled with a config."""
         self._settings: Settings | None = None
         self._reorders_rows: compat.RowReordering | None = None
         self._asked: dict[str, LayerKind | None] = {}
@@ -81,6 +86,15 @@ class CompressedLinearConfig(QuantizationConfig):
         if self._settings is None:
             self._settings = Settings.read(compat.additional_config())
         return self._settings
+
+    @property
+    def model(self) -> ModelPreparation:
+        """What the methods of all layers share."""
+        return ModelPreparation(self.settings, self._plan)
+
+    @property
+    def _plan(self) -> Plan:
+        return PROCESS_PLAN if self.plan is None else self.plan
 
     @property
     def kv_cache_scheme(self) -> dict[str, Any] | None:
@@ -194,17 +208,17 @@ class CompressedLinearConfig(QuantizationConfig):
             method = (
                 CompressedEmbeddingMethod if kind is LayerKind.EMBEDDING else CompressedLinearMethod
             )
-            return method(prefix, kind, schemes, self.settings)
+            return method(prefix, kind, schemes, self.model)
         if kind is not LayerKind.LINEAR:
-            return CompressedUnquantizedEmbeddingMethod(prefix, self.settings)
-        return CompressedUnquantizedLinearMethod(prefix, self.settings)
+            return CompressedUnquantizedEmbeddingMethod(prefix, self.model)
+        return CompressedUnquantizedLinearMethod(prefix, self.model)
 
     def _delegate(
         self, layer: torch.nn.Module, prefix: str, reason: str
     ) -> QuantizeMethodBase | None:
         self._asked.setdefault(prefix, None)
         return self.delegation.create_quant_method(
-            layer, prefix, reason, self.packed_modules_mapping
+            layer, prefix, reason, self.packed_modules_mapping, self._plan
         )
 
     def _check_row_order(self, layer: str, module: str, resolution: Resolution) -> None:

@@ -14,7 +14,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 from vllm.compressed_linear.formats.base import Format
 from vllm.compressed_linear.formats.resolution import ConfigError
 from vllm.compressed_linear.integration import compat
-from vllm.compressed_linear.prepare.plan import DELEGATED, PLAN, PlanEntry
+from vllm.compressed_linear.prepare.plan import DELEGATED, Plan, PlanEntry
 
 
 class RefusedByVllmError(RuntimeError):
@@ -40,8 +40,9 @@ class Delegation:
         prefix: str,
         reason: str,
         packed_modules: dict[str, list[str]],
+        plan: Plan,
     ) -> QuantizeMethodBase | None:
-        """vLLM's method for ``layer``, which enters the plan with ``reason``; None where vLLM has
+        """vLLM's method for ``layer``, which enters ``plan`` with ``reason``; None where vLLM has
         none, or no config of this format.
 
         ``packed_modules`` is the model's ``packed_modules_mapping``. Raises ``ConfigError`` when
@@ -60,7 +61,7 @@ class Delegation:
                 f"it: {error}"
             ) from error
         if method is not None:
-            PLAN.add(
+            plan.add(
                 PlanEntry(
                     name=prefix,
                     kind=type(layer).__name__,

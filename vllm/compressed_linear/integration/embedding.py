@@ -18,18 +18,16 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     UnquantizedEmbeddingMethod,
 )
 
-from vllm.compressed_linear.checkpoint.facts import LayerContext
+from vllm.compressed_linear.checkpoint.describe import LayerContext
 from vllm.compressed_linear.formats.resolution import LayerKind
 from vllm.compressed_linear.integration import compat
 from vllm.compressed_linear.integration.linear import (
     CompressedLinearMethod,
     DenseMethod,
     layer_context,
-    layer_finished,
     no_rows,
 )
-from vllm.compressed_linear.prepare.plan import PLAN
-from vllm.compressed_linear.settings import Settings
+from vllm.compressed_linear.integration.preparation import ModelPreparation
 
 
 class TiedHeads:
@@ -112,8 +110,8 @@ class CompressedUnquantizedEmbeddingMethod(DenseMethod, UnquantizedEmbeddingMeth
 
     kind = LayerKind.HEAD
 
-    def __init__(self, prefix: str, settings: Settings) -> None:
-        super().__init__(prefix, settings)
+    def __init__(self, prefix: str, model: ModelPreparation) -> None:
+        super().__init__(prefix, model)
         self.heads = TiedHeads(prefix)
         self.table: Any = None
         self.reader = ""
@@ -124,13 +122,13 @@ class CompressedUnquantizedEmbeddingMethod(DenseMethod, UnquantizedEmbeddingMeth
         self.reader = compat.reader_of_tables()
         self.announced = isinstance(layer, ParallelLMHead)
         if not self.announced:  # the plan expects the head, tied or not
-            PLAN.withdraw(layer.weight.nbytes)
+            self.model.plan.withdraw(layer.weight.nbytes)
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
         """``layer``: the head. Returns what the model is to use as its head."""
         method = embed_tokens.quant_method
         if isinstance(method, CompressedEmbeddingMethod):
-            PLAN.withdraw(layer.weight.nbytes)
+            self.model.plan.withdraw(layer.weight.nbytes)
             del layer.weight
             layer.quant_method = TiedHeadMethod(embed_tokens)
             method.heads.add(layer, self.prefix)
@@ -142,12 +140,12 @@ class CompressedUnquantizedEmbeddingMethod(DenseMethod, UnquantizedEmbeddingMeth
             )
         layer.weight = embed_tokens.weight
         if type(method) is UnquantizedEmbeddingMethod:  # the model builds its table without us
-            method = type(self)(embed_tokens.prefix, self.settings)
+            method = type(self)(embed_tokens.prefix, self.model)
             method.reader, method.dummy = self.reader, self.dummy
             embed_tokens.quant_method = method
         if isinstance(method, CompressedUnquantizedEmbeddingMethod):
             if method.heads.layers:  # one of them is enough for the one table
-                PLAN.withdraw(layer.weight.nbytes)
+                self.model.plan.withdraw(layer.weight.nbytes)
             method.heads.add(layer, self.prefix)
             self.table = embed_tokens
         return layer
@@ -180,7 +178,7 @@ class CompressedUnquantizedEmbeddingMethod(DenseMethod, UnquantizedEmbeddingMeth
             return
         UnquantizedEmbeddingMethod.process_weights_after_loading(self, layer)
         if self.announced:  # a model that only embeds hides its head in a layer of another type
-            layer_finished(self.settings)
+            self.model.layer_finished()
 
     def context(self, layer: Any) -> LayerContext:
         lookup = bool(self.heads.layers) and not self.reader

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,22 +14,17 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 
-from vllm.compressed_linear.backends import measurements
-from vllm.compressed_linear.checkpoint.facts import LayerContext
+from vllm.compressed_linear.checkpoint.describe import LayerContext
 from vllm.compressed_linear.checkpoint.parameter import (
     CheckpointParameter,
     collect_shards,
     create_parameters,
 )
-from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource, dense_shard
+from vllm.compressed_linear.checkpoint.shard import ShardSource, dense_shard
 from vllm.compressed_linear.formats.resolution import LayerKind, Unquantized
 from vllm.compressed_linear.integration import compat
+from vllm.compressed_linear.integration.preparation import ModelPreparation, Prepared
 from vllm.compressed_linear.integration.sharding import shard_geometry
-from vllm.compressed_linear.machine.platform import Platform
-from vllm.compressed_linear.prepare.cache.store import PreparedCache
-from vllm.compressed_linear.prepare.layer import Executor, prepare, run, settle_lookup
-from vllm.compressed_linear.prepare.plan import PLAN, disagreements
-from vllm.compressed_linear.settings import Settings
 from vllm.compressed_linear.spec.elements import dtype_name
 from vllm.compressed_linear.spec.scheme import CheckpointScheme, dense_scheme
 
@@ -39,42 +32,6 @@ logger = compat.logger(__name__)
 
 DEVICE_ANCHOR = "weight_packed"
 """Attribute under which vLLM's LoRA code looks for a layer's device; kept as an empty tensor."""
-
-
-class Prepared:
-    """Executors of one layer and the names of their tensors on it. ``looks_up``: whether they give
-    rows by their numbers, too."""
-
-    def __init__(self, layer: Any, executors: Sequence[Executor]) -> None:
-        self.executors = list(executors)
-        self.names = [list(executor.tensors) for executor in executors]
-        self.looks_up = all(executor.descriptor.lookup for executor in executors)
-        for index, executor in enumerate(executors):
-            for name, tensor in executor.tensors.items():
-                attribute = self.attribute(index, name)
-                if hasattr(layer, attribute):
-                    delattr(layer, attribute)
-                layer.register_parameter(attribute, Parameter(tensor, requires_grad=False))
-            executor.tensors = {}
-
-    @staticmethod
-    def attribute(index: int, name: str) -> str:
-        return f"prepared{index}_{name}"
-
-    def tensors(self, layer: Any) -> list[dict[str, torch.Tensor]]:
-        """What each executor's ``prep_weights_for_execution`` returned, by its names."""
-        return [
-            {name: getattr(layer, self.attribute(index, name)) for name in names}
-            for index, names in enumerate(self.names)
-        ]
-
-    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return run(self.executors, self.tensors(layer), x, bias)
-
-    def embedding(self, layer: Any, ids: torch.Tensor) -> torch.Tensor:
-        """ids [...] → rows [..., K]; of a layer whose descriptor says ``lookup``."""
-        (executor,), (tensors,) = self.executors, self.tensors(layer)
-        return executor.method.embedding(tensors, ids)
 
 
 def layer_context(layer: Any, params_dtype: torch.dtype) -> LayerContext:
@@ -85,81 +42,6 @@ def layer_context(layer: Any, params_dtype: torch.dtype) -> LayerContext:
         output_dtype=dtype_name(params_dtype),
         bias_dtype=None if bias is None else dtype_name(bias.dtype),
     )
-
-
-def prepare_layer(
-    layer: Any,
-    name: str,
-    kind: LayerKind,
-    shards: Sequence[LoadedShard],
-    context: LayerContext,
-    settings: Settings,
-    earlier: Prepared | None,
-    *,
-    dummy: bool,
-    note: str = "",
-) -> Prepared:
-    """Prepare ``shards`` and hang the result on ``layer``. ``name``, ``kind`` and ``note`` are for
-    the plan, ``earlier`` is what was prepared before a reload, and ``dummy`` weights are not worth
-    being kept."""
-    if earlier is None:
-        PLAN.plan_file = settings.plan_file
-        PLAN.layer_started()
-    executors = prepare(
-        name,
-        kind,
-        shards,
-        context,
-        detect_platform(),
-        settings,
-        earlier.executors if earlier is not None else (),
-        None if dummy or not settings.cache else _opened_cache(settings.cache, compat.model_name()),
-        note,
-    )
-    prepared = Prepared(layer, executors)
-    if earlier is None:
-        layer_finished(settings)
-    return prepared
-
-
-def layer_finished(settings: Settings) -> None:
-    """One layer is done; after the last one say what was chosen, once for each process."""
-    if not PLAN.layer_finished():
-        return
-    PLAN.rank, size = compat.tensor_parallel_rank()
-    where = f"rank {PLAN.rank}: " if size > 1 else ""
-    logger.info("compressed_linear: %s%s", where, PLAN.summary())
-    if note := measurements.load(settings.tune_file, detect_platform()).note:
-        logger.warning("%s%s", where, note)
-    if size > 1:
-        for line in disagreements(compat.gather_from_ranks(PLAN.choices())):
-            logger.warning("Ranks run a layer on different backends: %s", line)
-    if slow := PLAN.slow_layers():
-        logger.warning(
-            "%d of them run on the reference backend, which dequantises the whole weight to "
-            "fp32 for every call and is slow, because no other can: %s: %s. "
-            "VLLM_COMPRESSED_LINEAR_STRICT=1 refuses to start like this.",
-            len(slow),
-            slow[0].name,
-            "; ".join(f"{r.backend}: {', '.join(r.reasons)}" for r in slow[0].rejected),
-        )
-    PLAN.write()
-
-
-@cache
-def _opened_cache(directory: str, model: str) -> PreparedCache:
-    """One for all layers of a model, since it says once what is wrong."""
-    return PreparedCache(Path(directory).expanduser(), model)
-
-
-_PLATFORM: list[Platform] = []
-
-
-def detect_platform() -> Platform:
-    """This process's platform, probed once."""
-    if not _PLATFORM:
-        _PLATFORM.append(Platform.detect(compat.current_device()))
-    return _PLATFORM[0]
 
 
 class CompressedLinearMethod(LinearMethodBase):
@@ -174,12 +56,12 @@ class CompressedLinearMethod(LinearMethodBase):
         prefix: str,
         kind: LayerKind,
         schemes: Sequence[tuple[str, CheckpointScheme | Unquantized]],
-        settings: Settings,
+        model: ModelPreparation,
     ) -> None:
         self.prefix = prefix
         self.kind = kind
         self.schemes = list(schemes)
-        self.settings = settings
+        self.model = model
         self.sources: list[ShardSource] = []
         self.prepared: Prepared | None = None
 
@@ -218,7 +100,7 @@ class CompressedLinearMethod(LinearMethodBase):
         for name, parameter in parameters.items():
             layer.register_parameter(name, parameter)
         self.tensor_names = list(parameters)
-        PLAN.expect(sum(p.nbytes for p in parameters.values()))
+        self.model.plan.expect(sum(p.nbytes for p in parameters.values()))
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Refine, select, prepare, check; then drop what the checkpoint had."""
@@ -227,13 +109,12 @@ class CompressedLinearMethod(LinearMethodBase):
             return  # already prepared, and nothing was loaded since
         shards = collect_shards(parameters, self.sources, loaded=not self.dummy)
         device = shards[0].device
-        prepared = prepare_layer(
+        prepared = self.model.prepare(
             layer,
             self.plan_name,
             self.plan_kind,
             shards,
             self.context(layer),
-            self.settings,
             self.prepared,
             dummy=self.dummy,
             note=self.plan_note,
@@ -305,10 +186,10 @@ class DenseMethod:
 
     kind: LayerKind
 
-    def __init__(self, prefix: str, settings: Settings) -> None:
+    def __init__(self, prefix: str, model: ModelPreparation) -> None:
         super().__init__()
         self.prefix = prefix
-        self.settings = settings
+        self.model = model
         self.prepared: Prepared | None = None
 
     @property
@@ -327,14 +208,14 @@ class DenseMethod:
     def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
         super().create_weights(layer, *args, **kwargs)  # type: ignore[misc]
         self.dummy = compat.loads_dummy_weights()
-        PLAN.expect(layer.weight.nbytes)
+        self.model.plan.expect(layer.weight.nbytes)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         if self.prepared is not None and layer.weight.numel() == 0:
             return
         if layer.weight.is_meta or not self.could_take(layer):
             super().process_weights_after_loading(layer)  # type: ignore[misc]
-            layer_finished(self.settings)
+            self.model.layer_finished()
             return
         self.prepared = self.prepare(layer)
         self.drop_weight(layer)
@@ -349,16 +230,15 @@ class DenseMethod:
         shards = [dense_shard(name, layer.weight.data)]
         context = self.context(layer)
         if self.prepared is None:
-            context = settle_lookup(name, shards, context, detect_platform(), self.settings)
+            context = self.model.settle_lookup(name, shards, context)
         else:
             context = replace(context, lookup=self.prepared.looks_up)
-        return prepare_layer(
+        return self.model.prepare(
             layer,
             name,
             self.kind,
             shards,
             context,
-            self.settings,
             self.prepared,
             dummy=self.dummy,
             note=self.plan_note(lookup=context.lookup),

@@ -14,8 +14,8 @@ def register_with_vllm() -> None:
     """
     compat.check_vllm()
     from vllm.compressed_linear.integration.config import NAME, CompressedLinearConfig
-    from vllm.compressed_linear.prepare.plan import PLAN
+    from vllm.compressed_linear.integration.preparation import PROCESS_PLAN
 
     compat.register_config(NAME, CompressedLinearConfig)
     compat.announce_variables(settings.VARIABLES)
-    compat.publish_compile_factor("VLLM_COMPRESSED_LINEAR_PLAN", PLAN.fingerprint)
+    compat.publish_compile_factor("VLLM_COMPRESSED_LINEAR_PLAN", PROCESS_PLAN.fingerprint)

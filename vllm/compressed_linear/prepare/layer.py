@@ -15,9 +15,9 @@ import torch
 from vllm.compressed_linear.backends import measurements as tune_file
 from vllm.compressed_linear.backends.base import QuantLinearMethod
 from vllm.compressed_linear.backends.registry import Selection, select
-from vllm.compressed_linear.checkpoint.facts import LayerContext, Part, refine
+from vllm.compressed_linear.checkpoint.describe import LayerContext
+from vllm.compressed_linear.checkpoint.parts import Part, refine
 from vllm.compressed_linear.checkpoint.shard import CheckpointError, LoadedShard
-from vllm.compressed_linear.checkpoint.weights import CompressedWeights
 from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.prepare.cache.store import PreparedCache, cache_key
 from vllm.compressed_linear.prepare.malloc import large_blocks_apart
@@ -25,7 +25,7 @@ from vllm.compressed_linear.prepare.plan import (
     CACHE_HIT,
     CACHE_MISS,
     CACHE_UNUSED,
-    PLAN,
+    Plan,
     PlanEntry,
     rejections,
 )
@@ -34,7 +34,7 @@ from vllm.compressed_linear.settings import Settings
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
 
 
-@dataclass
+@dataclass(frozen=True)
 class Executor:
     """One part of a layer: a backend instance and its output columns [start, stop)."""
 
@@ -42,7 +42,6 @@ class Executor:
     selection: Selection
     start: int
     stop: int
-    tensors: dict[str, torch.Tensor]
 
     @property
     def descriptor(self) -> CompressedLinearDescriptor:
@@ -56,11 +55,13 @@ def prepare(
     context: LayerContext,
     platform: Platform,
     settings: Settings,
+    plan: Plan,
     pinned: Sequence[Executor] = (),
     cache: PreparedCache | None = None,
     note: str = "",
-) -> list[Executor]:
-    """Prepare a layer's shards. ``pinned``: executors of an earlier load, whose choice stays.
+) -> list[tuple[Executor, dict[str, torch.Tensor]]]:
+    """Prepare a layer's shards: executors, each with its prepared tensors by name. What runs is
+    recorded in ``plan``. ``pinned``: executors of an earlier load, whose choice stays.
     ``cache``: where prepared tensors are looked for and kept; reloads go past it. ``note`` is for
     the plan.
 
@@ -74,7 +75,7 @@ def prepare(
         raise CheckpointError(f"{name}: tensor {error}") from None
     if pinned:
         _check_pinned(name, parts, pinned)
-    executors = []
+    prepared = []
     for index, part in enumerate(parts):
         selection = (
             pinned[index].selection if pinned else choose(name, part.descriptor, platform, settings)
@@ -83,15 +84,15 @@ def prepare(
         obtained = _obtain(name, method, selection, part, platform, None if pinned else cache)
         tensors = obtained.tensors
         stop = part.start + part.descriptor.n
-        executors.append(Executor(method, selection, part.start, stop, tensors))
-        PLAN.add(
+        prepared.append((Executor(method, selection, part.start, stop), tensors))
+        plan.add(
             PlanEntry(
                 name=name,
                 kind=kind,
                 backend=method.name,
                 variant=selection.variant,
                 descriptor=str(part.descriptor),
-                bytes_checkpoint=checkpoint_bytes(part.weights),
+                bytes_checkpoint=checkpoint_bytes(part.weights.shards),
                 bytes_prepared=sum(t.nbytes for t in tensors.values()),
                 prepare_seconds=obtained.seconds,
                 batch_invariant=method.batch_invariant,
@@ -104,7 +105,7 @@ def prepare(
             ),
             index,
         )
-    return executors
+    return prepared
 
 
 @dataclass(frozen=True)
@@ -199,9 +200,9 @@ def contract_note(method: QuantLinearMethod) -> str:
     )
 
 
-def checkpoint_bytes(weights: CompressedWeights) -> int:
+def checkpoint_bytes(shards: Sequence[LoadedShard]) -> int:
     """Bytes of the checkpoint's tensors, this rank's part."""
-    return sum(t.nbytes for shard in weights.shards for t in shard.tensors.values())
+    return sum(t.nbytes for shard in shards for t in shard.tensors.values())
 
 
 def _check_pinned(name: str, parts: Sequence[Part], pinned: Sequence[Executor]) -> None:

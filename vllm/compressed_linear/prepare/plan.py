@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plan: what runs each layer, who could not and why, what it cost. One for each process."""
+"""The plan: what runs each layer, who could not and why, what it cost."""
 
 from __future__ import annotations
 
@@ -181,7 +181,3 @@ def disagreements(choices: Sequence[Mapping[str, list[str]]]) -> list[str]:
         for name in sorted(first.keys() | other.keys())
         if first.get(name) != other.get(name)
     ]
-
-
-PLAN = Plan()
-"""The plan of this process."""

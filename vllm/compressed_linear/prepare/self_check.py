@@ -49,7 +49,7 @@ def self_check(
     rows = sorted({0, descriptor.n - 1, *inner})
     y = method.apply(tensors, x)[:, rows].to(torch.float64)
 
-    ideal = torch.cat([weights.dequantize(row, row + 1) for row in rows]).to(torch.float64)
+    ideal = weights.dequantize_runs([(row, row + 1) for row in rows]).to(torch.float64)
     taken = weights.prepare_input(descriptor, x)
     expected = weights.in_stored_order(taken).to(torch.float64) @ ideal.t()
     magnitude = torch.cat([_magnitude(descriptor, weights, row) for row in rows])

@@ -21,7 +21,8 @@ from vllm.compressed_linear.backends.contract import (
     slack_error,
     weight_magnitude,
 )
-from vllm.compressed_linear.checkpoint.facts import LayerContext, refine
+from vllm.compressed_linear.checkpoint.describe import LayerContext
+from vllm.compressed_linear.checkpoint.parts import refine
 from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
 from vllm.compressed_linear.checkpoint.weights import CompressedWeights
 from vllm.compressed_linear.checkpoint.write import from_standard_layout

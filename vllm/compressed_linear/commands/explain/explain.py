@@ -19,10 +19,10 @@ from vllm.compressed_linear.backends.registry import NoBackendError
 from vllm.compressed_linear.checkpoint.headers import Headers
 from vllm.compressed_linear.commands.explain.checkpoint import Checkpoint, ExplainError
 from vllm.compressed_linear.commands.explain.explanation import (
-    CasePlan,
     Explanation,
     LayerPlan,
     PartPlan,
+    Possibility,
 )
 from vllm.compressed_linear.commands.explain.layers import (
     LayerLayout,
@@ -31,15 +31,13 @@ from vllm.compressed_linear.commands.explain.layers import (
     model_layouts,
 )
 from vllm.compressed_linear.commands.explain.possibilities import (
-    Case,
-    PartShape,
-    cases,
-    read_case,
+    possibilities,
+    read_possibility,
 )
 from vllm.compressed_linear.commands.explain.tensors import ReadTensor, assumed, load_shards, locate
 from vllm.compressed_linear.formats.base import Hints
 from vllm.compressed_linear.formats.registry import format_of, formats, parse_in
-from vllm.compressed_linear.integration.linear import detect_platform
+from vllm.compressed_linear.integration.preparation import detect_platform
 from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.prepare.layer import choose, settle_lookup
 from vllm.compressed_linear.prepare.plan import rejections
@@ -171,7 +169,7 @@ def _over_ranks(plans: tuple[LayerPlan, ...]) -> LayerPlan:
     return replace(plans[0], other_ranks=tuple(others))
 
 
-def _shown(found: tuple[CasePlan, ...]) -> list[Any]:
+def _shown(found: tuple[Possibility, ...]) -> list[Any]:
     """What makes a rank differ: not the length of an order that was made up."""
     return [
         (
@@ -202,20 +200,14 @@ class _Explainer:
         self.file_headers = file_headers
         self.read_weights = read_weights
         self.not_found: list[str] = []
-        self._cases: dict[Any, tuple[Case, ...]] = {}
+        self._cases: dict[Any, tuple[Possibility, ...]] = {}
         self._parts: dict[Any, PartPlan] = {}
 
     def layer(self, layout: ModelLayout, layer: LayerLayout) -> LayerPlan:
         """Raises ``CheckpointError`` where headers contradict the configuration."""
         layer = self._settled(layer)
         found = tuple(
-            CasePlan(
-                case.facts,
-                case.likely,
-                tuple(self._part(layer.name, part) for part in case.parts),
-                case.uniform,
-                case.from_sample,
-            )
+            replace(case, parts=tuple(self._part(layer.name, part) for part in case.parts))
             for case in self._layer_cases(layout, layer)
         )
         note = layer.notes[layer.context.lookup]
@@ -233,14 +225,14 @@ class _Explainer:
             context = layer.context
         return replace(layer, context=context)
 
-    def _layer_cases(self, layout: ModelLayout, layer: LayerLayout) -> tuple[Case, ...]:
+    def _layer_cases(self, layout: ModelLayout, layer: LayerLayout) -> tuple[Possibility, ...]:
         if layer.dense is not None:
-            return cases([layer.dense], layer.context, self.hints)
+            return possibilities([layer.dense], layer.context, self.hints)
         name, sources = layer.name, layer.sources
         tensors = locate(name, layer.path, sources, layout.headers, layout.stacked)
         if tensors and self.read_weights:
             read = _reader(layout.headers, self.file_headers)
-            return (read_case(name, sources, layer.context, tensors, read),)
+            return (read_possibility(name, sources, layer.context, tensors, read),)
         if not tensors:
             self.not_found.append(name)
             tensors = assumed(sources)
@@ -251,20 +243,19 @@ class _Explainer:
         )
         if key not in self._cases:
             shards = load_shards(name, sources, tensors)
-            self._cases[key] = cases(shards, layer.context, self.hints)
+            self._cases[key] = possibilities(shards, layer.context, self.hints)
         return self._cases[key]
 
-    def _part(self, layer: str, part: PartShape) -> PartPlan:
+    def _part(self, layer: str, part: PartPlan) -> PartPlan:
         quantized = part.descriptor.weight.element.kind != "dense"
         key = (part, self.settings.backend.backend_for(layer, quantized=quantized))
         if key not in self._parts:
-            plan = PartPlan(part.start, part.shards, part.descriptor, part.bytes_checkpoint)
             try:
                 selection = choose(layer, part.descriptor, self.platform, self.settings)
             except NoBackendError as error:
-                return replace(plan, error=str(error))
+                return replace(part, error=str(error))
             self._parts[key] = replace(
-                plan,
+                part,
                 backend=selection.chosen.name,
                 variant=selection.variant,
                 chosen_by=selection.chosen_by,

@@ -13,8 +13,12 @@ from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
 
 @dataclass(frozen=True)
 class PartPlan:
-    """What would run (a run of like shards of) a layer. ``error``: why nothing may, then
-    ``backend`` is empty. ``bytes_prepared`` is None where a backend cannot tell beforehand."""
+    """A run of shards of a layer that one backend computes, and what would run it.
+
+    ``shards``: last components of their names. ``backend`` is empty before the choice, and where
+    nothing may run the part; then ``error`` says why. ``bytes_prepared`` is None where a backend
+    cannot tell beforehand.
+    """
 
     start: int
     shards: tuple[str, ...]
@@ -34,8 +38,12 @@ class PartPlan:
 
 
 @dataclass(frozen=True)
-class CasePlan:
-    """``possibilities.Case`` with what would run each part; no facts: it is so for sure."""
+class Possibility:
+    """What a layer is if one of ``facts`` holds (each a sentence; empty: it is certain).
+
+    ``likely``: it is so if the configuration tells the truth. ``uniform``: one of the facts is the
+    same for all shards. ``from_sample``: the order was made up and K depends on the real one.
+    """
 
     facts: tuple[str, ...]
     likely: bool
@@ -50,13 +58,13 @@ class LayerPlan:
 
     name: str
     kind: str
-    cases: tuple[CasePlan, ...]
+    cases: tuple[Possibility, ...]
     unquantized: tuple[str, ...] = ()
     note: str = ""
-    other_ranks: tuple[tuple[int, tuple[CasePlan, ...]], ...] = ()
+    other_ranks: tuple[tuple[int, tuple[Possibility, ...]], ...] = ()
 
     @property
-    def likely(self) -> CasePlan:
+    def likely(self) -> Possibility:
         return self.cases[0]
 
 
@@ -115,7 +123,7 @@ class Explanation:
 
 
 def _layers_json(plan: LayerPlan, names: list[str]) -> dict[str, Any]:
-    def plain(found: tuple[CasePlan, ...]) -> list[dict[str, Any]]:
+    def plain(found: tuple[Possibility, ...]) -> list[dict[str, Any]]:
         out = []
         for case in found:
             entry = asdict(case)

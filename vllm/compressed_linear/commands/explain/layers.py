@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm.compressed_linear.checkpoint.facts import LayerContext
+from vllm.compressed_linear.checkpoint.describe import LayerContext
 from vllm.compressed_linear.checkpoint.headers import Headers, shard_names
 from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource, dense_shard
 from vllm.compressed_linear.commands.explain import meta_model
@@ -22,7 +22,7 @@ from vllm.compressed_linear.formats.resolution import ConfigError, LayerKind, Un
 from vllm.compressed_linear.integration.config import NAME, CompressedLinearConfig
 from vllm.compressed_linear.integration.delegation import Delegation
 from vllm.compressed_linear.integration.registration import register_with_vllm
-from vllm.compressed_linear.prepare.plan import DELEGATED, PLAN, PlanEntry
+from vllm.compressed_linear.prepare.plan import DELEGATED, Plan, PlanEntry
 
 LONGEST_REASON = 160
 """Characters of another library's error that are worth repeating."""
@@ -122,21 +122,18 @@ def _unavailable(error: Exception) -> Exception:
 
 
 def _layout(config: Any, rank: int) -> ModelLayout:
-    # Building a layer notes it in the plan of this process, which is not to be changed by asking.
-    saved = dict(vars(PLAN))
-    PLAN.reset()
+    plan = Plan()
+    refused: dict[str, LeftToVllm] = {}
+
+    def survive(copied: CompressedLinearConfig) -> None:
+        copied.plan = plan
+        copied.delegation = _SurvivingDelegation(copied.format, refused)
+
     try:
-        refused: dict[str, LeftToVllm] = {}
-
-        def survive(copied: CompressedLinearConfig) -> None:
-            copied.delegation = _SurvivingDelegation(copied.format, refused)
-
         model, quant_config = meta_model.build_on_meta(config, rank, survive)
-        delegated = {e.name: e for e in PLAN.entries.values() if e.backend == DELEGATED}
     except Exception as error:
         raise _unavailable(error) from error
-    finally:
-        vars(PLAN).update(saved)
+    delegated = {e.name: e for e in plan.entries.values() if e.backend == DELEGATED}
     headers = quant_config.file.headers or Headers({})
     on_disk = config.quant_config.file.headers or ()
     layout = ModelLayout(
@@ -161,12 +158,17 @@ class _SurvivingDelegation(Delegation):
         self._refused = refused
 
     def create_quant_method(
-        self, layer: Any, prefix: str, reason: str, packed_modules: dict[str, list[str]]
+        self,
+        layer: Any,
+        prefix: str,
+        reason: str,
+        packed_modules: dict[str, list[str]],
+        plan: Plan,
     ) -> Any:
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
         try:
-            return super().create_quant_method(layer, prefix, reason, packed_modules)
+            return super().create_quant_method(layer, prefix, reason, packed_modules, plan)
         except ConfigError:
             raise
         except Exception as error:

@@ -1,21 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What headers leave open about a layer, and every descriptor it can turn into.
+"""Enumerate the descriptors that a layer may have before its values are read.
 
-Two things are decided by values only: whether a group index reorders channels (and whether the
-shards of a fused layer are reordered alike), and whether all zero points are the middle code. Each
-combination is supposed in turn and given to the same ``refine`` that sees the loaded weights.
+Two things are decided by values only: whether a group index reorders channels (and whether all
+shards of a fused layer are reordered in the same way), and whether all zero points are the middle
+code. Each combination is supposed in turn and described by the rules for loaded weights.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
-from vllm.compressed_linear.checkpoint.facts import LayerContext, refine
+from vllm.compressed_linear.checkpoint.channels import plan_channels
+from vllm.compressed_linear.checkpoint.describe import LayerContext, describe
+from vllm.compressed_linear.checkpoint.facts import (
+    GroupOrder,
+    ShardFacts,
+    channel_plan,
+    read_facts,
+    stated_facts,
+)
 from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
+from vllm.compressed_linear.commands.explain.explanation import PartPlan, Possibility
 from vllm.compressed_linear.commands.explain.tensors import LayerTensors, ReadTensor, load_shards
 from vllm.compressed_linear.formats.base import Hints
 from vllm.compressed_linear.prepare.layer import checkpoint_bytes
@@ -26,64 +35,45 @@ MIXED_SHARDS = 3
 """Up to this many shards with open facts, shards that differ among themselves are supposed too."""
 
 
-@dataclass(frozen=True)
-class PartShape:
-    """A run of shards that one backend would compute. ``shards``: last parts of their names."""
-
-    start: int
-    shards: tuple[str, ...]
-    descriptor: CompressedLinearDescriptor
-    bytes_checkpoint: int
-
-
-@dataclass(frozen=True)
-class Case:
-    """What a layer is if one of ``facts`` holds (each a sentence; empty: it is so for sure).
-
-    ``likely``: it is so if the configuration tells the truth. ``uniform``: one of the facts is the
-    same for all shards. ``from_sample``: the order was made up and K depends on the real one.
-    """
-
-    facts: tuple[str, ...]
-    likely: bool
-    parts: tuple[PartShape, ...]
-    uniform: bool = True
-    from_sample: bool = False
-
-
-def read_case(
+def read_possibility(
     layer: str,
     sources: Sequence[ShardSource],
     context: LayerContext,
     tensors: LayerTensors,
     read: ReadTensor,
-) -> Case:
-    """The one case that the data leaves. Codes are read only where a scale is 0, to see whether
-    weights were lost. Raises ``CheckpointError`` on damaged data."""
+) -> Possibility:
+    """The one possibility that the data leaves. Codes are read only where a scale is 0, to see
+    whether weights were lost. Raises ``CheckpointError`` on damaged data."""
     shards = load_shards(layer, sources, tensors, read)
     scales = [shard.scale() for shard in shards]
     if any(scale is not None and bool((scale == 0).any()) for scale in scales):
         shards = load_shards(layer, sources, tensors, read, codes=True)
-    return Case((), True, _parts(shards, context))
+    facts = [read_facts(shard)[0] for shard in shards]
+    return Possibility((), True, _parts(facts, shards, context))
 
 
-def cases(shards: Sequence[LoadedShard], context: LayerContext, hints: Hints) -> tuple[Case, ...]:
-    """Every case, the likely one first; cases with the same result are one."""
+def possibilities(
+    shards: Sequence[LoadedShard], context: LayerContext, hints: Hints
+) -> tuple[Possibility, ...]:
+    """Every possibility for ``shards`` of meta tensors, the likely one first; those with the same
+    result are one."""
     indexed = [i for i, s in enumerate(shards) if s.stored(Role.GROUP_INDEX) and _groups(s) > 1]
     zeroed = [
         i
         for i, s in enumerate(shards)
         if s.stored(Role.ZERO) and s.source.scheme.weight.element.kind == "integer"
     ]
-    supposed = [_Supposed(shard) for shard in shards]
-    found: dict[tuple[PartShape, ...], Case] = {}
+    stated = [stated_facts(shard, _order(shard, 0), middle=False) for shard in shards]
+    found: dict[tuple[PartPlan, ...], Possibility] = {}
     for orders in _orders(len(indexed)):
+        ordered = list(stated)
+        for i, order in zip(indexed, orders, strict=True):
+            ordered[i] = replace(stated[i], channels=_order(shards[i], order))
         for middles in _middles(len(zeroed)):
-            for i, order in zip(indexed, orders, strict=True):
-                supposed[i].order = order
+            facts = list(ordered)
             for i, middle in zip(zeroed, middles, strict=True):
-                supposed[i].middle = middle
-            parts = _parts(supposed, context)
+                facts[i] = replace(ordered[i], zeros_are_middle=middle)
+            parts = _parts(facts, shards, context)
             texts = (
                 _order_text([_short(shards[i]) for i in indexed], orders),
                 _zero_text([shards[i] for i in zeroed], middles),
@@ -91,7 +81,7 @@ def cases(shards: Sequence[LoadedShard], context: LayerContext, hints: Hints) ->
             likely = all(order == (1 if hints.reordered else 0) for order in orders) and all(
                 middle == hints.symmetric for middle in middles
             )
-            case = Case(
+            possibility = Possibility(
                 (" and ".join(filter(None, texts)),) if any(texts) else (),
                 likely,
                 parts,
@@ -101,13 +91,29 @@ def cases(shards: Sequence[LoadedShard], context: LayerContext, hints: Hints) ->
                 any(orders) and any(_depends_on_order(p.descriptor) for p in parts),
             )
             known = found.get(parts)
-            found[parts] = case if known is None else _merged(known, case)
+            found[parts] = possibility if known is None else _merged(known, possibility)
     if len(found) == 1:
         return (replace(next(iter(found.values())), facts=(), likely=True),)
-    return tuple(sorted(found.values(), key=lambda case: not case.likely))
+    return tuple(sorted(found.values(), key=lambda p: not p.likely))
 
 
-def _merged(one: Case, two: Case) -> Case:
+def _order(shard: LoadedShard, number: int) -> GroupOrder | None:
+    """Order ``number`` of the channels of ``shard``: 0 is in order, others are made up. A shard
+    without a group index has the order that its place gives it."""
+    source = shard.source
+    if source.scheme.weight.scale is None or not source.k:
+        return None
+    if shard.stored(Role.GROUP_INDEX) is None:
+        plan = channel_plan(shard)
+        return None if plan is None else GroupOrder.of(plan)
+    index = torch.arange(source.full_k) // source.scheme.weight.group_size(source.full_k)
+    if number:
+        generator = torch.Generator().manual_seed(number)
+        index = index[torch.randperm(source.full_k, generator=generator)]
+    return GroupOrder.of(plan_channels(index[source.k_start : source.k_start + source.k]))
+
+
+def _merged(one: Possibility, two: Possibility) -> Possibility:
     facts = tuple(dict.fromkeys((*one.facts, *two.facts)))
     return replace(
         one,
@@ -123,15 +129,17 @@ def _depends_on_order(descriptor: CompressedLinearDescriptor) -> bool:
     return descriptor.channel_order is not None and descriptor.channel_order.padded
 
 
-def _parts(shards: Sequence[LoadedShard], context: LayerContext) -> tuple[PartShape, ...]:
+def _parts(
+    facts: Sequence[ShardFacts], shards: Sequence[LoadedShard], context: LayerContext
+) -> tuple[PartPlan, ...]:
     return tuple(
-        PartShape(
+        PartPlan(
             part.start,
-            tuple(_short(shard) for shard in part.weights.shards),
+            tuple(_short(shard) for shard in shards[part.first : part.stop]),
             part.descriptor,
-            checkpoint_bytes(part.weights),
+            checkpoint_bytes(shards[part.first : part.stop]),
         )
-        for part in refine(shards, context)
+        for part in describe(facts, [shard.source for shard in shards], context)
     )
 
 
@@ -205,51 +213,3 @@ def _zero_text(shards: Sequence[LoadedShard], middles: tuple[bool, ...]) -> str:
         for value in (True, False)
     }
     return f"zero points are all {middle} in {names[True]}, but not in {names[False]}"
-
-
-class _Supposed(LoadedShard):
-    """A shard of meta tensors with supposed values: a group index, or None for its own, and whether
-    its zero points are all the middle code. Scales and zero points are single numbers that stand
-    for all of them."""
-
-    def __init__(self, shard: LoadedShard) -> None:
-        super().__init__(shard.source, shard.tensors, shard.packings)
-        scale, zero = shard.scale(), shard.zero()
-        self._scale = None if scale is None else torch.ones(1, 1, dtype=scale.dtype)
-        self._zero_dtype = None if zero is None else zero.dtype
-        self._orders: dict[int, torch.Tensor] = {}
-        self.order = 0
-        self.middle = False
-
-    def scale(self) -> torch.Tensor | None:
-        return self._scale
-
-    def zero(self) -> torch.Tensor | None:
-        spec = self.source.scheme.weight.zero
-        if self._zero_dtype is None or spec is None:
-            return None
-        middle = 1 << (self.source.scheme.weight.element.bits - 1)
-        value = middle if self.middle else middle - 1
-        # With scales of 1 a stored minimum is the negated zero point.
-        sign = -1 if spec.kind == "minimum" and spec.negated else 1
-        return torch.full((1, 1), sign * value, dtype=self._zero_dtype)
-
-    def _numbers(self, role: Role, length: int) -> torch.Tensor | None:
-        # Shards that differ here become parts only once they are loaded.
-        return None if self.stored(role) is None else torch.ones(length)
-
-    def input_zero(self) -> torch.Tensor | None:
-        stored = self.stored(Role.INPUT_ZERO)
-        return None if stored is None else torch.zeros(1, dtype=torch.int32)
-
-    def group_index(self) -> torch.Tensor:
-        if self.stored(Role.GROUP_INDEX) is None:
-            return super().group_index()
-        if self.order not in self._orders:
-            source = self.source
-            index = torch.arange(source.full_k) // source.scheme.weight.group_size(source.full_k)
-            if self.order:
-                generator = torch.Generator().manual_seed(self.order)
-                index = index[torch.randperm(source.full_k, generator=generator)]
-            self._orders[self.order] = index[source.k_start : source.k_start + source.k]
-        return self._orders[self.order]

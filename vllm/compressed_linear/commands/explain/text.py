@@ -15,10 +15,10 @@ from rich.text import Text
 
 from vllm.compressed_linear.backends.registry import REFERENCE
 from vllm.compressed_linear.commands.explain.explanation import (
-    CasePlan,
     Explanation,
     LayerPlan,
     PartPlan,
+    Possibility,
 )
 from vllm.compressed_linear.commands.text import NUMBER, compress_names, size
 from vllm.compressed_linear.prepare.plan import Rejection
@@ -182,7 +182,7 @@ def _print_facts(groups: Sequence[LayerGroup], dtype: str, console: Console) -> 
             _print_line(line, console)
 
 
-def _facts_of(cases: Sequence[CasePlan], dtype: str) -> list[Text]:
+def _facts_of(cases: Sequence[Possibility], dtype: str) -> list[Text]:
     everywhere = {part.runs for case in cases for part in case.parts}
     likely = [case for case in cases if case.likely] or list(cases[:1])
     if len(everywhere) == 1:
@@ -196,11 +196,11 @@ def _facts_of(cases: Sequence[CasePlan], dtype: str) -> list[Text]:
     return texts
 
 
-def _fact(case: CasePlan) -> str:
+def _fact(case: Possibility) -> str:
     return case.facts[0] if case.facts else "otherwise"
 
 
-def _case_text(case: CasePlan, dtype: str) -> Text:
+def _case_text(case: Possibility, dtype: str) -> Text:
     text = Text(f"{_fact(case)}{' (likely)' if case.likely else ''} → ")
     about = " (K follows the order)" if case.from_sample else ""
     for index, part in enumerate(case.parts):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 
 from vllm.compressed_linear.checkpoint.channels import ChannelPlan
+from vllm.compressed_linear.checkpoint.facts import ShardNumbers
 from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
 from vllm.compressed_linear.checkpoint.weights import CompressedWeights
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
@@ -77,11 +78,10 @@ def made_up_weights(
         *(0, d.n),
         *(0, d.in_features),
     )
-    return CompressedWeights(
-        [LoadedShard(source, {name: tensor.to(device) for name, tensor in tensors.items()})],
-        plan,
-        zero_points=weight.zero is not None,
-    )
+    shard = LoadedShard(source, {name: tensor.to(device) for name, tensor in tensors.items()})
+    scales = shard.scale()
+    numbers = ShardNumbers(scales, shard.in_codes(shard.zero(), scales), plan)
+    return CompressedWeights([shard], [numbers], zero_points=weight.zero is not None)
 
 
 def _scales(shape: tuple[int, int], dtype: str, generator: torch.Generator) -> torch.Tensor:

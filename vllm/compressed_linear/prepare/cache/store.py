@@ -27,7 +27,7 @@ import torch
 from blake3 import blake3
 
 from vllm.compressed_linear.backends.base import QuantLinearMethod
-from vllm.compressed_linear.checkpoint.facts import Part
+from vllm.compressed_linear.checkpoint.parts import Part
 from vllm.compressed_linear.checkpoint.shard import LoadedShard
 from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.prepare.cache.digest import digest_memory

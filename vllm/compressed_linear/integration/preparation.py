@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the layers of one model share while they are prepared: settings, plan, cache.
+
+``ModelPreparation`` is handed to the method of each layer; ``Prepared`` is what remains on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+
+from vllm.compressed_linear.backends import measurements
+from vllm.compressed_linear.checkpoint.describe import LayerContext
+from vllm.compressed_linear.checkpoint.shard import LoadedShard
+from vllm.compressed_linear.formats.resolution import LayerKind
+from vllm.compressed_linear.integration import compat
+from vllm.compressed_linear.machine.platform import Platform
+from vllm.compressed_linear.prepare.cache.store import PreparedCache
+from vllm.compressed_linear.prepare.layer import Executor, prepare, run, settle_lookup
+from vllm.compressed_linear.prepare.plan import Plan, disagreements
+from vllm.compressed_linear.settings import Settings
+
+logger = compat.logger(__name__)
+
+PROCESS_PLAN = Plan()
+"""The plan of this process: of all models that vLLM loads in it, a target and its drafter. The key
+of vLLM's compile caches has its fingerprint. Only ``CompressedLinearConfig`` takes it from here;
+everything else is given a plan."""
+
+_PLATFORM: list[Platform] = []
+
+
+def detect_platform() -> Platform:
+    """This process's platform, probed once."""
+    if not _PLATFORM:
+        _PLATFORM.append(Platform.detect(compat.current_device()))
+    return _PLATFORM[0]
+
+
+@cache
+def _opened_cache(directory: str, model: str) -> PreparedCache:
+    """One for all layers of a model, since it says once what is wrong."""
+    return PreparedCache(Path(directory).expanduser(), model)
+
+
+class Prepared:
+    """Executors of one layer and the names of their tensors on it. ``looks_up``: whether they give
+    rows by their numbers, too."""
+
+    def __init__(
+        self, layer: Any, parts: Sequence[tuple[Executor, Mapping[str, torch.Tensor]]]
+    ) -> None:
+        """Register the tensors of ``parts`` on ``layer``, in the place of those of an earlier
+        load."""
+        self.executors = [executor for executor, _ in parts]
+        self.names = [list(tensors) for _, tensors in parts]
+        self.looks_up = all(executor.descriptor.lookup for executor in self.executors)
+        for index, (_, tensors) in enumerate(parts):
+            for name, tensor in tensors.items():
+                attribute = self.attribute(index, name)
+                if hasattr(layer, attribute):
+                    delattr(layer, attribute)
+                layer.register_parameter(attribute, Parameter(tensor, requires_grad=False))
+
+    @staticmethod
+    def attribute(index: int, name: str) -> str:
+        return f"prepared{index}_{name}"
+
+    def tensors(self, layer: Any) -> list[dict[str, torch.Tensor]]:
+        """What each executor's ``prep_weights_for_execution`` returned, by its names."""
+        return [
+            {name: getattr(layer, self.attribute(index, name)) for name in names}
+            for index, names in enumerate(self.names)
+        ]
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return run(self.executors, self.tensors(layer), x, bias)
+
+    def embedding(self, layer: Any, ids: torch.Tensor) -> torch.Tensor:
+        """ids [...] → rows [..., K]; of a layer whose descriptor says ``lookup``."""
+        (executor,), (tensors,) = self.executors, self.tensors(layer)
+        return executor.method.embedding(tensors, ids)
+
+
+@dataclass(frozen=True)
+class ModelPreparation:
+    """Settings of the user, and the plan that says what runs each layer."""
+
+    settings: Settings
+    plan: Plan = field(hash=False, compare=False)
+
+    def prepare(
+        self,
+        layer: Any,
+        name: str,
+        kind: LayerKind,
+        shards: Sequence[LoadedShard],
+        context: LayerContext,
+        earlier: Prepared | None,
+        *,
+        dummy: bool,
+        note: str = "",
+    ) -> Prepared:
+        """Prepare ``shards`` and attach the result to ``layer``.
+
+        ``name``, ``kind`` and ``note`` are for the plan; ``earlier`` is what was prepared before a
+        reload. Results for ``dummy`` weights are not cached.
+        """
+        settings, kept = self.settings, None
+        if not dummy and settings.cache:
+            kept = _opened_cache(settings.cache, compat.model_name())
+        if earlier is None:
+            self.plan.plan_file = settings.plan_file
+            self.plan.layer_started()
+        pinned = () if earlier is None else earlier.executors
+        platform = detect_platform()
+        parts = prepare(
+            name, kind, shards, context, platform, settings, self.plan, pinned, kept, note
+        )
+        prepared = Prepared(layer, parts)
+        if earlier is None:
+            self.layer_finished()
+        return prepared
+
+    def settle_lookup(
+        self, name: str, shards: Sequence[LoadedShard], context: LayerContext
+    ) -> LayerContext:
+        """``context`` without ``lookup`` where that would cost the best backend."""
+        return settle_lookup(name, shards, context, detect_platform(), self.settings)
+
+    def layer_finished(self) -> None:
+        """One layer is done; after the last one log what was chosen, once for each process."""
+        plan = self.plan
+        if not plan.layer_finished():
+            return
+        plan.rank, size = compat.tensor_parallel_rank()
+        where = f"rank {plan.rank}: " if size > 1 else ""
+        logger.info("compressed_linear: %s%s", where, plan.summary())
+        if note := measurements.load(self.settings.tune_file, detect_platform()).note:
+            logger.warning("%s%s", where, note)
+        if size > 1:
+            for line in disagreements(compat.gather_from_ranks(plan.choices())):
+                logger.warning("Ranks run a layer on different backends: %s", line)
+        if slow := plan.slow_layers():
+            logger.warning(
+                "%d of them run on the reference backend, which dequantizes the whole weight to "
+                "fp32 for every call and is slow, because no other can: %s: %s. "
+                "VLLM_COMPRESSED_LINEAR_STRICT=1 refuses to start like this.",
+                len(slow),
+                slow[0].name,
+                "; ".join(f"{r.backend}: {', '.join(r.reasons)}" for r in slow[0].rejected),
+            )
+        plan.write()
