@@ -31,6 +31,7 @@ EXCEPT = (
     "prepare/cache/test_models.py",
     "prepare/test_self_check.py",
     # These take a minute or more, or start other processes.
+    "backends/cpu/test_packing.py",
     "formats/test_formats.py",
     "prepare/cache/test_store.py",
     "testing/test_conformance.py",
