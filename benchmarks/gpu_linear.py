@@ -127,7 +127,7 @@ def able(
         if name in (REFERENCE, VllmNativeBackend.name):
             continue
         verdict = registration.backend.can_implement(d, platform)
-        if verdict and registration.backend.own_activation(d) is None:
+        if verdict and registration.backend.contract(d).activation is None:
             can[name] = None
         else:
             cannot[name] = str(verdict)

@@ -129,10 +129,9 @@ def _code(text: str) -> str:
 
 
 def own_backends() -> dict[str, Any]:
-    """The backends of this package by name, in the order they are listed in."""
-    from vllm.compressed_linear.backends import register_all, registry
+    """The backends of this package by name, in the order of their entry points."""
+    from vllm.compressed_linear.backends import registry
 
-    register_all()
     package = "vllm.compressed_linear.backends."
     return {
         name: found
@@ -180,7 +179,7 @@ def _rounding(backend: Any) -> str:
     from vllm.compressed_linear.spec.elements import uint
     from vllm.compressed_linear.testing import Case
 
-    value = backend.weight_rounding(Case(uint(4, 8)).build().descriptor)
+    value = backend.contract(Case(uint(4, 8)).build().descriptor).weight_rounding
     return "–" if value == 0 else "to 16 bits"
 
 

@@ -16,6 +16,7 @@ from tests.support.cpu_library import ISAS
 from tests.support.messages import saying
 from vllm.compressed_linear.backends import registry
 from vllm.compressed_linear.backends.base import QuantLinearMethod, Verdict
+from vllm.compressed_linear.backends.contract import Contract
 from vllm.compressed_linear.backends.marlin.backend import MarlinBackend
 from vllm.compressed_linear.backends.reference import ReferenceBackend
 from vllm.compressed_linear.checkpoint.weights import CompressedWeights
@@ -67,13 +68,13 @@ def test_registered_backend_with_more_threads(name: str, threads: int) -> None:
 def test_other_instruction_sets(isa: str, threads: int) -> None:
     """The cpu backend on every path this processor can run, not only on its best."""
     before = native.isa()
-    torch.ops.compressed_linear.select_isa(isa)
+    torch.ops.compressed_linear.select_isa("floats", isa)
     try:
         check_backend(
             REGISTERED["cpu"], cases=conformance_cases()[1::3], compiled=False
         ).raise_if_failed()
     finally:
-        torch.ops.compressed_linear.select_isa(before)
+        torch.ops.compressed_linear.select_isa("floats", before)
 
 
 @pytest.mark.parametrize("threads", [2], indirect=True)
@@ -406,8 +407,8 @@ def test_rounding_weights_to_bf16_is_outside_the_contract() -> None:
 
     class SaysSo(Rounds):
         @classmethod
-        def weight_rounding(cls, descriptor: CompressedLinearDescriptor) -> float:
-            return 2.0**-8
+        def contract(cls, descriptor: CompressedLinearDescriptor) -> Contract:
+            return Contract(weight_rounding=2.0**-8)
 
     case = Case(uint(7, 64), 64, 256, input_dtype="float32")
     assert check_case(Rounds, case).outcome == "failed"

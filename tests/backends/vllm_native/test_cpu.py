@@ -51,14 +51,13 @@ LEAST_NORMAL = torch.finfo(torch.float32).smallest_normal
 
 needs_kernel = pytest.mark.skipif(
     mixed_precision.unavailable() is not None
-    or mixed_precision.missing_cpu_op(vllm_native.CPU_OP, HERE) is not None
-    or mixed_precision.quantises_activations(HERE, "bfloat16") is not None,
-    reason="vLLM's cpu_gemm_wna16 cannot run unquantised activations here",
+    or mixed_precision.missing_cpu_op(vllm_native.CPU_OP, HERE) is not None,
+    reason="vLLM's cpu_gemm_wna16 cannot run here",
 )
 
 
 @pytest.fixture(autouse=True)
-def fresh_answers() -> Iterator[None]:
+def fresh_answers(w4a16: None) -> Iterator[None]:
     """Tests change vLLM's classes; what was cached about them must not outlive a test."""
     yield
     mixed_precision.unavailable.cache_clear()
@@ -200,11 +199,10 @@ def assert_within_contract(
         plain.abs(),
         expected,
         d.output_dtype,
-        VllmNativeBackend.contract_constant,
-        VllmNativeBackend.weight_rounding(d),
+        VllmNativeBackend.contract(d),
     )
     reference = reference_output(part, x, bias).double()
-    slack = contract_bound(x, plain.abs(), expected, "float32", ReferenceBackend.contract_constant)
+    slack = contract_bound(x, plain.abs(), expected, "float32", ReferenceBackend.contract(d))
     assert bool(((got.double() - expected).abs() <= allowed).all())
     assert bool(((got.double() - reference).abs() <= allowed + slack).all())
 
@@ -299,9 +297,9 @@ def test_the_standard_contract_would_be_a_lie() -> None:
     expected = x.double() @ plain.double().t()
     error = (backend.apply(tensors, x).double() - expected).abs()
     assert bool((error > contract_bound(x, plain.abs(), expected, "bfloat16")).any())
-    assert VllmNativeBackend.weight_rounding(part.descriptor) == 2.0**-8
+    assert VllmNativeBackend.contract(part.descriptor).weight_rounding == 2.0**-8
     half = replace(part.descriptor, input_dtype="float16")
-    assert VllmNativeBackend.weight_rounding(half) == pytest.approx(2.0**-10, rel=1e-3)
+    assert VllmNativeBackend.contract(half).weight_rounding == pytest.approx(2.0**-10, rel=1e-3)
 
 
 @needs_kernel
@@ -782,7 +780,7 @@ def test_real_checkpoints(name: str, dtype: str) -> None:
         backend, ready = prepared(part)
         # Through the identity the kernel shows each weight as it multiplies it.
         seen = backend.apply(ready, torch.eye(plain.shape[1]).to(torch_dtype(dtype))).t()
-        rounding = VllmNativeBackend.weight_rounding(part.descriptor)
+        rounding = VllmNativeBackend.contract(part.descriptor).weight_rounding
         assert bool(
             ((seen.double() - plain.double()).abs() <= rounding * plain.abs() + 2.0**-25).all()
         )

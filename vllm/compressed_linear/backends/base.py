@@ -10,10 +10,10 @@ from typing import ClassVar
 
 import torch
 
-from vllm.compressed_linear.backends.contract import STANDARD_CONSTANT
+from vllm.compressed_linear.backends.contract import STANDARD, Contract
 from vllm.compressed_linear.checkpoint.weights import CompressedWeights
 from vllm.compressed_linear.machine.platform import Platform
-from vllm.compressed_linear.spec.descriptor import ActivationSpec, CompressedLinearDescriptor
+from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,6 @@ class QuantLinearMethod(ABC):
 
     name: ClassVar[str]
     capabilities: ClassVar[Capabilities]
-    contract_constant: ClassVar[float] = STANDARD_CONSTANT
-    """c of ``contract_bound``."""
     batch_invariant: ClassVar[bool] = False
     """Whether a row's result has the same bits whatever other rows are in the batch."""
 
@@ -150,37 +148,9 @@ class QuantLinearMethod(ABC):
         self.descriptor = descriptor
 
     @classmethod
-    def weight_rounding(cls, descriptor: CompressedLinearDescriptor) -> float:
-        """Largest relative error of each ŵ before it is multiplied, for ``contract_bound``.
-
-        0 is the standard contract. A kernel that rounds dequantised weights says so here.
-        """
-        return 0.0
-
-    @classmethod
-    def own_activation(cls, descriptor: CompressedLinearDescriptor) -> ActivationSpec | None:
-        """How x is quantised although ``descriptor`` does not ask for it, None if it is not.
-
-        A backend that does so states another contract, ``activation_error`` on top of the standard
-        one, and is only ever taken where the user names it.
-        """
-        return None
-
-    @classmethod
-    def input_slack(
-        cls,
-        descriptor: CompressedLinearDescriptor,
-        x: torch.Tensor,
-        input_scale: torch.Tensor | None,
-        input_zero: torch.Tensor | None,
-    ) -> torch.Tensor | None:
-        """Largest deviation of each x̂ from ``spec/activation.py``: fp32 [M, k]; None for 0, as the
-        standard contract has it. x: fp32 [M, k] before it is quantised.
-
-        For a kernel of somebody else's that multiplies with the reciprocal of a scale, so that x
-        half way between two codes may become the other one.
-        """
-        return None
+    def contract(cls, descriptor: CompressedLinearDescriptor) -> Contract:
+        """The error that a result for ``descriptor`` may have; kit and self-check hold it to it."""
+        return STANDARD
 
     @classmethod
     def can_implement(cls, descriptor: CompressedLinearDescriptor, platform: Platform) -> Verdict:
@@ -209,6 +179,12 @@ class QuantLinearMethod(ABC):
     def variant(cls, descriptor: CompressedLinearDescriptor, platform: Platform) -> str:
         """Which code path would run, for the plan (e.g. an instruction set); may be empty."""
         return ""
+
+    @classmethod
+    def hardware_tested(cls, platform: Platform, variant: str = "") -> bool:
+        """Whether code path ``variant`` has run on hardware such as ``platform``; where it is
+        empty, whether any has. ``explain`` and ``backends`` mark what has not."""
+        return True
 
     @classmethod
     def prepared_bytes(cls, descriptor: CompressedLinearDescriptor) -> int | None:

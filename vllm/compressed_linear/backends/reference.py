@@ -194,6 +194,10 @@ class ReferenceBackend(QuantLinearMethod):
         )
 
     @classmethod
+    def hardware_tested(cls, platform: Platform, variant: str = "") -> bool:
+        return platform.device == "cpu"
+
+    @classmethod
     def prepared_bytes(cls, descriptor: CompressedLinearDescriptor) -> int | None:
         d, weight = descriptor, descriptor.weight
         dense = weight.element.kind == "dense"

@@ -15,12 +15,14 @@ from rich.text import Text
 
 from vllm.compressed_linear.backends.base import Capabilities
 from vllm.compressed_linear.backends.registry import backends
+from vllm.compressed_linear.commands.text import UNTESTED
 from vllm.compressed_linear.machine.platform import Platform
 
 
 def declared(platform: Platform) -> list[dict[str, Any]]:
     """One dictionary of plain values for each registered backend, in the order of their names.
-    ``reasons``: why it runs nothing on ``platform``."""
+    ``reasons``: why it runs nothing on ``platform``; ``hardware_tested``: whether it has run on
+    such hardware."""
     rows = []
     for name, registration in sorted(backends().items()):
         capabilities = registration.backend.capabilities
@@ -31,6 +33,7 @@ def declared(platform: Platform) -> list[dict[str, Any]]:
                 "priority": registration.priority,
                 "batch_invariant": registration.backend.batch_invariant,
                 "platform": platform.name,
+                "hardware_tested": registration.backend.hardware_tested(platform),
                 "reasons": list(capabilities.platform_reasons(platform)),
                 "devices": sorted(capabilities.devices),
                 "weights": _weights(capabilities),
@@ -80,6 +83,8 @@ def print_declared(rows: Sequence[dict[str, Any]], console: Console) -> None:
         here = Text(f"not on {row['platform']}: {reasons}", style="red")
         if not reasons:
             here = Text(f"runs on {row['platform']}", style="green")
+            if not row["hardware_tested"]:
+                here.append(f", {UNTESTED}", style="yellow")
         table.add_row(Text(row["name"], style="bold"), here)
         for title, key in (
             ("weights", "weights"),

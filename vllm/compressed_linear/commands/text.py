@@ -10,6 +10,10 @@ NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 """The part of a layer's name that tells it from its like."""
 
 
+UNTESTED = "untested on hardware"
+"""The mark of backends that have never run on hardware such as the platform's."""
+
+
 def compress_names(names: Sequence[str]) -> str:
     """``a.0.b``, ``a.1.b``, ``a.3.b`` → ``a.{0-1,3}.b``. All names must have the same words."""
     if len(names) == 1:

@@ -191,7 +191,7 @@ def _composite_note(parts: Sequence[Part], part: Part) -> str:
 
 def contract_note(method: QuantLinearMethod) -> str:
     """What a backend rounds that the checkpoint does not, for the plan; usually nothing."""
-    own = method.own_activation(method.descriptor)
+    own = method.contract(method.descriptor).activation
     if own is None:
         return ""
     return (

@@ -16,9 +16,8 @@ import torch
 
 from vllm.compressed_linear.backends.base import QuantLinearMethod
 from vllm.compressed_linear.backends.contract import (
-    activation_error,
+    Contract,
     contract_bound,
-    slack_error,
     weight_magnitude,
 )
 from vllm.compressed_linear.checkpoint.describe import LayerContext
@@ -167,34 +166,23 @@ class Problem:
         self, x: torch.Tensor, expected: torch.Tensor, backend: type[QuantLinearMethod]
     ) -> torch.Tensor:
         """float64 [M, N], the largest error that ``backend``'s contract allows."""
+        contract = backend.contract(self.descriptor)
         return contract_bound(
             self.taken(x),
             self.magnitude,
             expected,
             self.descriptor.output_dtype,
-            backend.contract_constant,
-            backend.weight_rounding(self.descriptor),
-            self._input_rounding(x, backend),
+            contract,
+            self._input_error(x, contract),
         )
 
-    def _input_rounding(
-        self, x: torch.Tensor, backend: type[QuantLinearMethod]
-    ) -> torch.Tensor | float:
-        spec, d = backend.own_activation(self.descriptor), self.descriptor
-        if spec is None:
-            if d.activation is None:
-                return 0.0
-            plain = self.own.prepare_unquantized(d, x)
-            slack = backend.input_slack(d, plain, self.own.input_scale, self.own.input_zero)
-            return slack_error(
-                None if slack is None else self.own.in_stored_order(slack), self.magnitude
-            )
-        taken, magnitude = self.taken(x), self.magnitude
-        if (order := self.own.permutation) is not None:
+    def _input_error(self, x: torch.Tensor, contract: Contract) -> torch.Tensor | float:
+        own, magnitude = self.own, self.magnitude
+        if (order := own.permutation) is not None:
             here = order.clamp(min=0).to(torch.int64)
-            taken = taken.index_select(1, here).masked_fill(order < 0, 0)
             magnitude = magnitude.index_select(1, here).masked_fill(order < 0, 0)
-        return activation_error(taken, magnitude, spec)
+        plain = own.prepare_unquantized(self.descriptor, x)
+        return contract.input_error(plain, magnitude, own.input_scale, own.input_zero)
 
 
 def _build(case: Case, device: torch.device) -> Problem:

@@ -383,8 +383,7 @@ class _Run:
                 self.problem.magnitude[ids.flatten()],
                 expected,
                 descriptor.output_dtype,
-                self.backend.contract_constant,
-                self.backend.weight_rounding(descriptor),
+                self.backend.contract(descriptor),
             )
             self.hold(check, out.reshape(-1, shape[-1]), expected, allowed)
         return out

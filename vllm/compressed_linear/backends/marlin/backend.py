@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from vllm.compressed_linear.backends.base import Capabilities, QuantLinearMethod
+from vllm.compressed_linear.backends.contract import Contract
 from vllm.compressed_linear.backends.marlin import packing
 from vllm.compressed_linear.backends.shared.side_tensors import small_bytes
 from vllm.compressed_linear.checkpoint.weights import CompressedWeights
@@ -93,14 +94,15 @@ class MarlinBackend(QuantLinearMethod):
                 yield reason
 
     @classmethod
-    def weight_rounding(cls, descriptor: CompressedLinearDescriptor) -> float:
-        """Of a codebook's entries to the dtype of x; all others are exact in it."""
+    def contract(cls, descriptor: CompressedLinearDescriptor) -> Contract:
+        """A codebook's entries are rounded to the dtype of x; all others are exact in it."""
         element = descriptor.weight.element
         if not element.codebook:
-            return 0.0
+            return Contract()
         table = element.table().to(torch.float64)
         error = (_rounded(descriptor).to(torch.float64) - table).abs()
-        return float(torch.where(table == 0, 0.0, error / table.abs()).max())
+        relative = torch.where(table == 0, 0.0, error / table.abs())
+        return Contract(weight_rounding=float(relative.max()))
 
     @classmethod
     def seconds(cls, descriptor: CompressedLinearDescriptor, platform: Platform, m: int) -> float:
@@ -127,6 +129,10 @@ class MarlinBackend(QuantLinearMethod):
         if d.weight.zero is not None:
             total += d.n * d.groups * bits // 8
         return total
+
+    @classmethod
+    def hardware_tested(cls, platform: Platform, variant: str = "") -> bool:
+        return False
 
     @classmethod
     def prepared_bytes(cls, descriptor: CompressedLinearDescriptor) -> int | None:

@@ -275,6 +275,10 @@ class TritonBackend(QuantLinearMethod):
         )
 
     @classmethod
+    def hardware_tested(cls, platform: Platform, variant: str = "") -> bool:
+        return False
+
+    @classmethod
     def prepared_bytes(cls, descriptor: CompressedLinearDescriptor) -> int | None:
         d, spec, wide = descriptor, KernelSpec.of(descriptor), columns(descriptor.n)
         table = 4 << spec.bits if spec.coded == "table" else 0

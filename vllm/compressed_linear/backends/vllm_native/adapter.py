@@ -86,7 +86,7 @@ class KernelAdapter(ABC):
         """Bytes of what preparation returns, channel order and padding to whole tiles apart."""
 
     def weight_rounding(self, d: CompressedLinearDescriptor) -> float:
-        """See ``QuantLinearMethod.weight_rounding``; without that of an added bias."""
+        """See ``Contract.weight_rounding``; without that of an added bias."""
         return rounded_weights(d)
 
     def result_dtype(self, d: CompressedLinearDescriptor) -> torch.dtype:

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 import torch
 
 from vllm.compressed_linear.backends.base import Capabilities, QuantLinearMethod, Verdict
+from vllm.compressed_linear.backends.contract import Contract
 from vllm.compressed_linear.backends.vllm_native import (
     cpu,
     fp8_block,
@@ -76,27 +78,17 @@ class VllmNativeBackend(QuantLinearMethod):
         return Verdict(tuple(dict.fromkeys(reasons)))
 
     @classmethod
-    def weight_rounding(cls, descriptor: CompressedLinearDescriptor) -> float:
+    def contract(cls, descriptor: CompressedLinearDescriptor) -> Contract:
         unit = torch.finfo(torch_dtype(descriptor.input_dtype)).eps / 2
         # A class rounds its result before the bias is added; no more than the sum itself can be.
         bias = 0.0 if descriptor.bias_dtype is None else unit
         # The kernel for CPUs rounds as the mixed-precision ones do.
-        return max(_roundings(descriptor), default=cpu.weight_rounding(descriptor)) + bias
-
-    @classmethod
-    def input_slack(
-        cls,
-        descriptor: CompressedLinearDescriptor,
-        x: torch.Tensor,
-        input_scale: torch.Tensor | None,
-        input_zero: torch.Tensor | None,
-    ) -> torch.Tensor | None:
-        spec = descriptor.activation
-        if spec is None:
-            return None
-        if spec == nvfp4.ACTIVATION:
-            return nvfp4.slack(x, input_scale)
-        return scaled_mm.slack(spec, x, input_scale, input_zero)
+        weights = max(_roundings(descriptor), default=cpu.weight_rounding(descriptor))
+        spec, slack = descriptor.activation, None
+        if spec is not None:
+            nvfp4_input = spec == nvfp4.ACTIVATION
+            slack = nvfp4.slack if nvfp4_input else partial(scaled_mm.slack, spec)
+        return Contract(weight_rounding=weights + bias, input_slack=slack)
 
     @classmethod
     def seconds(cls, descriptor: CompressedLinearDescriptor, platform: Platform, m: int) -> float:
@@ -117,6 +109,11 @@ class VllmNativeBackend(QuantLinearMethod):
         if platform.device == "cpu":
             return cpu.CPU_KERNEL
         return _adapter(descriptor, platform).kernel
+
+    @classmethod
+    def hardware_tested(cls, platform: Platform, variant: str = "") -> bool:
+        # The operator has a path for AMX, and one for Arm, that no machine here has run.
+        return platform.device == "cpu" and not {"amx", "neon"} & platform.features
 
     @classmethod
     def prepared_bytes(cls, descriptor: CompressedLinearDescriptor) -> int | None:

@@ -9,7 +9,7 @@ What the classes' own checks do not say, found by reading and by trying (vLLM 0.
 * each dequantised weight is rounded to that dtype before it is multiplied, so ``weight_rounding``
 * the last stride of x is taken to be 1, whatever it is
 * with AMX and bf16, ``VLLM_CPU_INT4_W4A8`` (on by default) quantises the activations: declined.
-  Switched off, the class takes the operator's AMX path, which was not tried: no such machine
+  Switched off, the class takes the operator's AMX path, tried with emulated tile instructions only
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def reasons(descriptor: CompressedLinearDescriptor, platform: Platform) -> Itera
 
 
 def weight_rounding(descriptor: CompressedLinearDescriptor) -> float:
-    """See ``QuantLinearMethod.weight_rounding``."""
+    """See ``Contract.weight_rounding``."""
     unit = torch.finfo(torch_dtype(descriptor.input_dtype)).eps / 2
     scale = descriptor.weight.scale
     cast = scale is not None and scale.dtype != descriptor.input_dtype

@@ -119,7 +119,9 @@ class TorchNvFp4(CutlassNvFp4):
         return super().weight_rounding(d) + rounded
 
 
-def slack(x: torch.Tensor, input_scale: torch.Tensor | None) -> torch.Tensor:
+def slack(
+    x: torch.Tensor, input_scale: torch.Tensor | None, input_zero: torch.Tensor | None = None
+) -> torch.Tensor:
     """fp32 [M, k]: how far what vLLM's operator makes of x [M, k] may lie from its definition.
 
     ``input_scale`` fp32 [1]. A scale may be rounded from a number that is a little off, and x be

@@ -261,6 +261,7 @@ class _Explainer:
                 chosen_by=selection.chosen_by,
                 bytes_prepared=selection.chosen.prepared_bytes(part.descriptor),
                 rejected=rejections(selection),
+                untested_on_hardware=selection.untested,
             )
         return self._parts[key]
 

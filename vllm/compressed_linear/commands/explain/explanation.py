@@ -17,7 +17,8 @@ class PartPlan:
 
     ``shards``: last components of their names. ``backend`` is empty before the choice, and where
     nothing may run the part; then ``error`` says why. ``bytes_prepared`` is None where a backend
-    cannot tell beforehand.
+    cannot tell beforehand. ``untested_on_hardware``: the backends that could run it, the chosen one
+    among them, and have never run on such hardware.
     """
 
     start: int
@@ -29,6 +30,7 @@ class PartPlan:
     chosen_by: str = ""
     bytes_prepared: int | None = None
     rejected: tuple[Rejection, ...] = ()
+    untested_on_hardware: tuple[str, ...] = ()
     error: str = ""
 
     @property

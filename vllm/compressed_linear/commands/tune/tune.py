@@ -245,7 +245,7 @@ def candidates(
     able = [
         c
         for c in rank(descriptor, platform)
-        if c.verdict and (c.name in only if only else not c.asked_only)
+        if c.verdict and (c.name in only if only else not c.only_if_named)
     ]
     if only or len(able) == 1:
         return able
