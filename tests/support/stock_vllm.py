@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm.compressed_linear.backends.vllm_native.classes.mixed_precision import missing_cpu_op
+from vllm.compressed_linear.backends.vllm_native.classes.operators import missing_op
 from vllm.compressed_linear.backends.vllm_native.cpu import CPU_OP
 from vllm.compressed_linear.machine.platform import Platform
 
@@ -25,5 +25,5 @@ def fp32_options(family: str) -> dict[str, str]:
 
 def needs_vllms_4_bit_kernel() -> None:
     """Skips the test where this CPU's library of vLLM has none, as that for AVX2."""
-    if (lacks := missing_cpu_op(CPU_OP, Platform.detect())) is not None:
+    if (lacks := missing_op(CPU_OP, Platform.detect())) is not None:
         pytest.skip(lacks)
