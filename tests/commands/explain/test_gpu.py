@@ -16,7 +16,7 @@ from rich.console import Console
 from tests.support import table_models
 from tests.support.checkpoints import checkpoint, checkpoints, is_ours
 from tests.support.messages import says
-from vllm.compressed_linear.backends.vllm_native.classes import accelerators
+from vllm.compressed_linear.backends.vllm_native.classes import tables
 from vllm.compressed_linear.commands.explain.explain import explain
 from vllm.compressed_linear.commands.explain.explanation import Explanation, PartPlan
 from vllm.compressed_linear.commands.explain.text import group_layers, print_explanation
@@ -25,7 +25,7 @@ from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
 
 pytestmark = pytest.mark.skipif(
-    accelerators.unavailable("mixed precision") is not None,
+    tables.unavailable("mixed precision") is not None,
     reason="this vLLM has no kernel classes that are known here",
 )
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from vllm.compressed_linear import settings
-from vllm.compressed_linear.backends.vllm_native.classes import accelerators
+from vllm.compressed_linear.backends.vllm_native.classes import process
 from vllm.compressed_linear.spec.elements import dtype_name
 
 SUPPORTED = ((0, 32), (0, 34))
@@ -206,7 +206,7 @@ def holds_experts(layer: torch.nn.Module) -> bool:
 
 def current_device() -> str:
     """Device of this process's model: ``"cpu"``, ``"cuda"``, ``"rocm"`` or ``"xpu"``."""
-    return accelerators.device()
+    return process.device()
 
 
 def serving_threads(tp_size: int) -> int:

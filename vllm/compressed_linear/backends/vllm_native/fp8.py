@@ -21,7 +21,7 @@ from vllm.compressed_linear.backends.vllm_native.adapter import (
     cast_scales,
     scales,
 )
-from vllm.compressed_linear.backends.vllm_native.classes import accelerators
+from vllm.compressed_linear.backends.vllm_native.classes import scaled_mm
 from vllm.compressed_linear.checkpoint.weights import CompressedWeights
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
 from vllm.compressed_linear.spec.elements import torch_dtype
@@ -48,12 +48,12 @@ class MarlinFp8(KernelAdapter):
             yield f"K={d.k} codes do not fill containers of 32 bits"
 
     def config(self, d: CompressedLinearDescriptor) -> object:
-        return accelerators.fp8_config(
+        return scaled_mm.fp8_config(
             d.n, d.k, torch_dtype(d.input_dtype), weight="channel", activation="dynamic tensor"
         )
 
     def build(self, kernel: Any, d: CompressedLinearDescriptor) -> Any:
-        return kernel(self.config(d), layer_param_names=accelerators.FP8_NAMES)
+        return kernel(self.config(d), layer_param_names=scaled_mm.FP8_NAMES)
 
     def attributes(self, d: CompressedLinearDescriptor) -> dict[str, Any]:
         return {

@@ -28,7 +28,7 @@ from vllm.compressed_linear.backends.vllm_native.adapter import (
     byte_codes,
     scales,
 )
-from vllm.compressed_linear.backends.vllm_native.classes import accelerators
+from vllm.compressed_linear.backends.vllm_native.classes import scaled_mm
 from vllm.compressed_linear.checkpoint.weights import CompressedWeights
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
 from vllm.compressed_linear.spec.elements import torch_dtype, widen_scale
@@ -76,7 +76,7 @@ class Fp8Blocks(KernelAdapter):
 
     def config(self, d: CompressedLinearDescriptor) -> object:
         dtype = torch_dtype(d.input_dtype)
-        return accelerators.fp8_config(d.n, d.k, dtype, weight="block", activation="dynamic group")
+        return scaled_mm.fp8_config(d.n, d.k, dtype, weight="block", activation="dynamic group")
 
     def build(self, kernel: Any, d: CompressedLinearDescriptor) -> Any:
         return kernel(self.config(d))

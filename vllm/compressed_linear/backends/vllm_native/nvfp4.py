@@ -30,7 +30,7 @@ from vllm.compressed_linear.backends.vllm_native.adapter import (
     add_parameter,
     row_scale,
 )
-from vllm.compressed_linear.backends.vllm_native.classes import accelerators
+from vllm.compressed_linear.backends.vllm_native.classes import fp4
 from vllm.compressed_linear.backends.vllm_native.fp4 import NVFP4_GROUP, unsigned
 from vllm.compressed_linear.checkpoint.weights import CompressedWeights
 from vllm.compressed_linear.spec.activation import quantize_dequantize
@@ -67,7 +67,7 @@ class CutlassNvFp4(KernelAdapter):
             yield f"x as {d.activation} (supported: {ACTIVATION})"
 
     def config(self, d: CompressedLinearDescriptor) -> object:
-        return accelerators.nvfp4_config()
+        return fp4.nvfp4_config()
 
     def build(self, kernel: Any, d: CompressedLinearDescriptor) -> Any:
         return kernel(self.config(d))

@@ -28,7 +28,7 @@ from vllm.compressed_linear.backends.vllm_native.adapter import (
     byte_codes,
     scales,
 )
-from vllm.compressed_linear.backends.vllm_native.classes import accelerators
+from vllm.compressed_linear.backends.vllm_native.classes import scaled_mm
 from vllm.compressed_linear.checkpoint.weights import CompressedWeights
 from vllm.compressed_linear.spec.activation import quantize_dequantize
 from vllm.compressed_linear.spec.descriptor import ActivationSpec, CompressedLinearDescriptor
@@ -42,7 +42,7 @@ FP8_KINDS = {
     "e4m3 dynamic per tensor": "dynamic tensor",
     "e4m3 dynamic per token": "dynamic token",
 }
-"""Kinds of activations, in our words → in those of ``accelerators.fp8_config``."""
+"""Kinds of activations, in our words → in those of ``scaled_mm.fp8_config``."""
 
 _MULTIPLE = 16
 _IMPRECISION = 2.0**-20
@@ -99,12 +99,12 @@ class Int8(_ScaledMm):
 
     def config(self, d: CompressedLinearDescriptor) -> object:
         assert d.activation is not None
-        return accelerators.int8_config(
+        return scaled_mm.int8_config(
             static=not d.activation.dynamic, symmetric=d.activation.symmetric
         )
 
     def build(self, kernel: Any, d: CompressedLinearDescriptor) -> Any:
-        return kernel(self.config(d), layer_param_names=accelerators.INT8_NAMES)
+        return kernel(self.config(d), layer_param_names=scaled_mm.INT8_NAMES)
 
     def attributes(self, d: CompressedLinearDescriptor) -> dict[str, Any]:
         return {"logical_widths": [d.n]}
@@ -156,7 +156,7 @@ class Fp8(_ScaledMm):
 
     def config(self, d: CompressedLinearDescriptor) -> object:
         assert d.activation is not None
-        return accelerators.fp8_config(
+        return scaled_mm.fp8_config(
             d.n,
             d.k,
             torch_dtype(d.input_dtype),
@@ -166,7 +166,7 @@ class Fp8(_ScaledMm):
         )
 
     def build(self, kernel: Any, d: CompressedLinearDescriptor) -> Any:
-        built = kernel(self.config(d), layer_param_names=accelerators.FP8_NAMES)
+        built = kernel(self.config(d), layer_param_names=scaled_mm.FP8_NAMES)
         built.logical_output_size = d.n
         return built
 
