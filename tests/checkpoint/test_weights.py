@@ -79,7 +79,7 @@ def test_a_rank_s_part_means_what_it_meant_in_the_whole(
 
 @given(weights(), st.data())
 def test_rows_are_the_same_in_any_chunks(weight: Weight, data: st.DataObject) -> None:
-    """Standard rows, gathered back and dequantised, equal the stored meaning to the last bit."""
+    """Standard rows, gathered back and dequantized, equal the stored meaning to the last bit."""
     (part,) = refine([shard_of(weight)], CONTEXT)
     n, k = weight.standard.codes.shape
     cuts = sorted({0, n, *data.draw(st.lists(st.integers(0, n), max_size=3))})

@@ -131,7 +131,7 @@ def test_every_class_says_why_it_does_not_run() -> None:
     assert "within FlashInfer up to 31 tokens" in found.pop(
         "FlashInferFp8DeepGEMMDynamicBlockScaledKernel"
     )
-    assert "quantises the weights anew" in found.pop("DeepGemmFp8BlockScaledMMKernel")
+    assert "quantizes the weights anew" in found.pop("DeepGemmFp8BlockScaledMMKernel")
     assert "capability" in found.pop(CUTLASS)
     assert "takes x as it is" in found.pop(MARLIN)
     assert found.pop(TRITON) == ""
