@@ -61,7 +61,7 @@ static_assert(make_quads_geometry(17, 18, 6, 4).padded_k == 32, "three groups of
 
 static_assert(quads_at(make_quads_geometry(96, 64, 32, 4), 5, 32) == 2048 + 512 + 64, "");
 
-// Where row `row` of the plane of `width` bits stands among the rows of a block.
+// Index of row `row` of the plane of `width` bits among the rows of a block.
 constexpr int64_t plane_position(int bits, int width, int64_t row) {
   if (width == 8 || width == 1) return row;
   const int64_t one = bits & 1, two = bits >> 1 & 1, four = bits >> 2 & 1;

@@ -241,7 +241,7 @@ inline void check_row_range(const char* op, int64_t begin, int64_t end, int64_t 
 }
 
 // A new contiguous tensor on the CPU. Not through the dispatcher, which takes longer than all else
-// that a call does beside its arithmetic.
+// that a call does in addition to its arithmetic.
 template <size_t Rank>
 Tensor new_tensor(const std::array<int64_t, Rank>& shape, ScalarType type) {
   std::array<int64_t, Rank> strides;

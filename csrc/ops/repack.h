@@ -60,7 +60,7 @@ inline int64_t check_positions(const char* op, const char* what, const Tensor& p
   return most;
 }
 
-// Every field that k_at and n_at name lies inside of `stored`.
+// Every field that k_at and n_at name is inside of `stored`.
 inline void set_positions(const char* op, cpu::CodeSource& source, const Tensor& stored,
                           const Tensor& k_at, const std::optional<Tensor>& n_at) {
   const bool k_major = source.order == CodeOrder::k_major;

@@ -108,7 +108,7 @@ struct Cpuid {
   unsigned eax, ebx, ecx, edx;
 };
 
-// Features that GCC 12 does not know by name. All zero where there is no such leaf.
+// Features that GCC 12 does not know by name. All zero if the leaf is missing.
 Cpuid cpuid(unsigned leaf, unsigned subleaf) {
   const auto ask = [](unsigned eax, unsigned ecx) {
     Cpuid r;

@@ -29,7 +29,7 @@ struct Isa {
   uint32_t needs;            // bits of features, see isa.cpp
   LinearFunction* floats;    // null where it adds nothing to those of another row
   LinearFunction* integers;  // the same
-  RepackFunction* repack;    // beside `floats`
+  RepackFunction* repack;    // used with `floats`
 
   LinearFunction* linear(Kernels kernels) const {
     return kernels == Kernels::floats ? floats : integers;

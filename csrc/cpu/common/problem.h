@@ -37,14 +37,14 @@ struct Input {
   Scalar type;
   int64_t m, columns;
   int64_t row_stride, column_stride;  // in elements
-  const int32_t* perm;    // [k] or null: x^[:, i] = x[:, perm[i]], 0 where there is no such column
-  const float* prescale;  // [k] or null
+  const int32_t* perm;                // [k] or null: x^[:, i] = x[:, perm[i]], 0 if perm[i] < 0
+  const float* prescale;              // [k] or null
   Activation activation;
   float* factor;  // [m] or null: of each row, left out when it was quantized
 };
 
 // Scales or zero points: sixteen numbers, one for each channel of a tile, for each group. The
-// strides are in numbers. They are tensors [tiles][groups][16], or stand among the codes.
+// strides are in numbers. They are tensors [tiles][groups][16], or inline with the codes.
 struct TileNumbers {
   const void* data;  // null: none
   Scalar type;

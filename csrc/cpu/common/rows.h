@@ -49,7 +49,7 @@ inline int64_t make_segments(const Geometry& g, Segment* segments, int32_t* firs
   return count;
 }
 
-// Whether a row of x lies in memory as the packed weights want it, but for padding at its end.
+// Whether a row of x is stored in the order of the packed weights, except for padding at its end.
 inline bool in_order(const Problem& p) {
   return p.weight.geometry.identity() && p.x.perm == nullptr && p.x.column_stride == 1;
 }

@@ -54,7 +54,8 @@ class TileBlocks {
     int64_t blocks, rows, tiles, parts;
   };
 
-  // x of the blocks that a segment touches, with zeros where other segments lie. lines: of a block
+  // x of the blocks that a segment touches, with zeros in place of other segments. lines: of a
+  // block
   const uint32_t* only(Segment segment, const uint32_t* x, int64_t first, int64_t last,
                        int64_t lines) {
     for (int64_t i = first; i < last; ++i)

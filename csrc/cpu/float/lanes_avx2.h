@@ -60,7 +60,7 @@ struct Avx2Lanes {
     return found;
   }
 
-  // ---- bytes of two pairs to fp32. Per channel they lie as PlaneBytes gives them.
+  // ---- bytes of two pairs to fp32. Per channel they are ordered as by PlaneBytes.
 
   // Words of two bf16 pairs per channel, even half first, to fp32.
   static void widen(Reg low, Reg high, Pair& first, Pair& second) {
@@ -88,7 +88,7 @@ struct Avx2Lanes {
     return {_mm256_sub_ps(a.near, b), _mm256_sub_ps(a.far, b)};
   }
 
-  // ---- one pair of kLanes channels as it lies in memory
+  // ---- one pair of kLanes channels in the order of memory
 
   static Pair from_bytes(const uint8_t* at) { return {four_channels(at), four_channels(at + 8)}; }
   // Both are what fp16 makes of their bits, which keeps the subnormals: e5m2 is its upper byte,
@@ -111,7 +111,7 @@ struct Avx2Lanes {
     return {_mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, words)),
             _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, words))};
   }
-  // Of input channels that lie apart.
+  // Of input channels that are not adjacent.
   static Pair from_fp16(const uint8_t* even, const uint8_t* odd) {
     return interleave(_mm256_cvtph_ps(load_half_row(even)), _mm256_cvtph_ps(load_half_row(odd)));
   }

@@ -60,7 +60,7 @@ struct NeonLanes {
     }
   }
 
-  // ---- bytes of two pairs to fp32. Per channel they lie as PlaneBytes gives them.
+  // ---- bytes of two pairs to fp32. Per channel they are ordered as by PlaneBytes.
 
   // The lower and upper bytes of bf16 numbers.
   static void widen(Reg low, Reg high, Pair& first, Pair& second) {
@@ -75,7 +75,7 @@ struct NeonLanes {
   }
   static Pair subtract(Pair a, Float b) { return {vsubq_f32(a.even, b), vsubq_f32(a.odd, b)}; }
 
-  // ---- one pair of kLanes channels as it lies in memory
+  // ---- one pair of kLanes channels in the order of memory
 
   static Pair from_bytes(const uint8_t* at) {
     const int32x4_t words = vreinterpretq_s32_s16(vmovl_s8(vld1_s8(signed_at(at))));
@@ -91,7 +91,7 @@ struct NeonLanes {
     return {vmulq_n_f32(pair.even, 256.0f), vmulq_n_f32(pair.odd, 256.0f)};
   }
   static Pair from_bf16(const uint8_t* at) { return from_bf16_words(vld1q_u8(at)); }
-  // Of input channels that lie apart.
+  // Of input channels that are not adjacent.
   static Pair from_fp16(const uint8_t* even, const uint8_t* odd) {
     return {vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(even))),
             vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(odd)))};

@@ -326,7 +326,7 @@ KernelFunction kernel_for(int64_t rows, int64_t tiles) {
   return kernel_for<Core, Bits, Narrow, Rows>(tiles);
 }
 
-// bits: how codes lie in memory; narrow: whether they are below 128.
+// bits: of a code in memory; narrow: whether they are below 128.
 template <class Core>
 KernelFunction kernel_for(int bits, bool narrow, int64_t rows, int64_t tiles) {
   switch (bits) {
@@ -422,7 +422,7 @@ struct IntegerCall {
   int64_t chunk, chunks;
   int64_t x_group_count;
   bool direct;    // blocks decode packed codes themselves
-  bool offset;    // a zero-point term remains beside the middle
+  bool offset;    // a zero-point term remains after the middle
   bool per_row;   // one activation scale for all of a row
   int64_t row0;   // first row of x in the panels
   Panels panels;  // of rows

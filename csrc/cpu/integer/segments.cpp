@@ -11,7 +11,7 @@ std::string why_not_grouped(const Geometry& g, int64_t activation_group) {
   const std::string what = "activations in groups of " + std::to_string(activation_group);
   if (activation_group % kQuad != 0) return what + ", expected a multiple of 4";
   if (!g.identity() && activation_group % g.group != 0)
-    return what + " beside weights in groups of " + std::to_string(g.group) +
+    return what + " with weights in groups of " + std::to_string(g.group) +
            ", expected a multiple of these or weights in groups of a multiple of 4";
   return "";
 }

@@ -8,7 +8,7 @@
 
 namespace compressed_linear::cpu {
 
-// Why x cannot be quantized in groups of `activation_group` beside the weight groups of `geometry`,
+// Why x cannot be quantized in groups of `activation_group` with the weight groups of `geometry`,
 // or an empty text.
 std::string why_not_grouped(const Geometry& geometry, int64_t activation_group);
 

@@ -88,7 +88,7 @@ struct RepackLoop {
       }
   }
 
-  // The same of containers that lie in columns already, but are not 16 words of 32 bits.
+  // The same of containers that are in columns already, but are not 16 words of 32 bits.
   template <class Container>
   void widen_columns(int64_t tile, int64_t word_begin, int64_t word_end) const {
     const int64_t count = channels(tile);
@@ -291,7 +291,7 @@ struct RepackLoop {
     }
   }
 
-  // Tiles whose codes lie side by side in memory, chunk by chunk, so that long pieces of a stored
+  // Tiles whose codes are adjacent in memory, chunk by chunk, so that long pieces of a stored
   // row are read at once.
   void codes_of_columns(int64_t tile_begin, int64_t tile_end) {
     for (int64_t begin = 0; begin < g.padded_k; begin += kChunk) {

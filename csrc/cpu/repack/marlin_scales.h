@@ -16,7 +16,7 @@ enum class MarlinColumns : uint8_t {
   byte,     // of groups, in one byte each
 };
 
-// The output channel that stands in `column` of a row. Also called by the CUDA kernels.
+// The output channel of `column` of a row. Also called by the CUDA kernels.
 COMPRESSED_LINEAR_LAYOUT int64_t marlin_channel(MarlinColumns columns, int64_t column) {
   if (columns == MarlinColumns::channel) return marlin::channel_of_channel_column(column);
   if (columns == MarlinColumns::byte) column = marlin::byte_column(column);

@@ -17,7 +17,7 @@ namespace {
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "lanes are read and written whole");
 
-// Moves four fields of Width bits that lie 16 bits apart next to each other.
+// Moves four fields of Width bits that are 16 bits apart next to each other.
 template <int Width>
 uint32_t compress(uint64_t fields) {
   constexpr uint64_t kTwo = (uint64_t{1} << (2 * Width)) - 1;
@@ -69,7 +69,7 @@ void put_codes(const uint8_t* codes, int bits, uint8_t* block, int64_t channel) 
   if (bits & 1) put_plane<1>(codes, shift, block, channel);
 }
 
-// Where float (k, channel) of a block lies.
+// Index of float (k, channel) of a block.
 int64_t float_index(Kind kind, int64_t k, int64_t channel) {
   const bool paired = kind != Kind::float16 && kind != Kind::float32;
   return paired ? (k / 2 * kTile + channel) * 2 + k % 2 : k * kTile + channel;
@@ -187,7 +187,7 @@ void plan_fields(Repack& job) {
       bool run = out[p].word >= 0;
       for (int64_t i = 1; i < 4; ++i)
         run = run && out[p + i].word >= 0 && bit(i) == bit(0) + i * width;
-      // All four lie in two words.
+      // All four are in two words.
       run = run && out[p].shift + 4 * width <= 2 * word_bits;
       runs[(plane * g.padded_k + p) / 4] = run ? out[p] : Field{-1, 0};
     }

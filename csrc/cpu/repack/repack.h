@@ -14,7 +14,7 @@ namespace compressed_linear::cpu {
 
 inline constexpr int kMaxPlanes = 8;
 
-// How codes lie. Bits are counted from the lowest of a little-endian stream of bytes.
+// Layout of codes. Bits are counted from the lowest of a little-endian stream of bytes.
 enum class CodeOrder : uint8_t {
   n_major,  // [N][bit stream along K]
   k_words,  // [containers along K][N]: the stream of an output channel runs down a column
@@ -47,7 +47,7 @@ struct Field {
   int32_t word, shift;
 };
 
-// Positions [begin, end), whole chunks, whose fields lie in words [word_begin, word_end).
+// Positions [begin, end), whole chunks, whose fields are in words [word_begin, word_end).
 struct Window {
   int64_t begin, end, word_begin, word_end;
 };
@@ -118,7 +118,7 @@ void unpack_marlin(const Geometry& geometry, const uint8_t* packed, int64_t tile
 // once per token misses the TLB on every small page.
 void advise_huge_pages(void* data, int64_t bytes);
 
-// Writes to each page of bytes [begin, end), so that it lies in the memory next to this thread.
+// First touch of the pages of bytes [begin, end), so that they are in this thread's NUMA node.
 void touch_pages(uint8_t* memory, int64_t begin, int64_t end);
 
 // Whether weights are codes of up to 8 bits, and not floats.
