@@ -95,7 +95,7 @@ def _rounded_once(
     """``accumulate`` and one rounding of the output."""
     info = torch.finfo(torch_dtype(output_dtype))
     rounding = expected.to(torch.float64).abs() * info.eps / 2 + info.smallest_normal
-    # The result before rounding already lies ``accumulate`` away, which may cross a binade.
+    # The result before rounding may differ by ``accumulate``, which may cross a binade.
     return accumulate * (1 + info.eps) + rounding
 
 

@@ -39,7 +39,7 @@ def check_lookup(run: Run, tensors: Tensors, platform: Platform) -> bool:
         rows = check_rows(run, check, asked, tensors, ids)
         whole = rows if whole is None else whole
         if rows is not None and whole is not None and not same_bits(rows, whole[ids]):
-            run.fail(check, "a row has other bits than beside all others")
+            run.fail(check, "a row has other bits than among all rows")
     return True
 
 

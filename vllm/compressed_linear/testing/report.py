@@ -77,7 +77,7 @@ class Report:
     @property
     def reasons(self) -> Counter[str]:
         """How many cases were declined for each reason; reasons that differ only in numbers that
-        stand in parentheses count as one."""
+        are in parentheses count as one."""
         return Counter(re.sub(r"\(\d+\)", "(…)", t) for r in self.results for t in r.declined)
 
     def raise_if_failed(self) -> None:

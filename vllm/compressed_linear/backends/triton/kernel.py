@@ -302,7 +302,7 @@ def linear_kernel(
         if SCALING == "element":
             EACH: tl.constexpr = BLOCK_K // GROUP
             groups = start // GROUP + tl.arange(0, EACH)
-            # Groups that only fill up have no scale; their x are zeros.
+            # Padding groups have no scale; their x are zeros.
             places = tl.minimum(groups, segment // GROUP - 1)[None, :] * columns + column[:, None]
             w = tl.reshape(
                 _decoded(codes, OFFSET, values, CODED, EXPONENT, MANTISSA, BLOCK_K, BLOCK_N),

@@ -46,7 +46,7 @@ def zero_dtype(d: CompressedLinearDescriptor) -> torch.dtype | None:
 
 
 def pack_codes(codes: torch.Tensor, spec: KernelSpec) -> torch.Tensor:
-    """uint8 [rows, K] → int32 [words, rows]; channels that fill up get code 0."""
+    """uint8 [rows, K] → int32 [words, rows]; padding channels get code 0."""
     segments = codes.unflatten(1, (-1, spec.segment))
     missing = spec.filled - spec.segment
     filled = torch.nn.functional.pad(segments, (0, missing)).flatten(1)

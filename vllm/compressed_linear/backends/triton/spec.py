@@ -41,8 +41,8 @@ _FOLDED_GROUP = 64
 class KernelSpec:
     """Constants of one weight, the same for every M.
 
-    ``channels`` of x; ``k``: those that are multiplied, after a gather; ``segment`` of them lie
-    together, filled up with zeros to ``filled``.
+    ``channels`` of x; ``k``: channels of the product, after a gather; runs of ``segment`` of them
+    are contiguous, padded with zeros to ``filled``.
     ``group_size``: input channels that share a scale. ``bits`` of a code, and what it is: an
     integer of which ``offset`` is subtracted, a float of ``exponent`` and ``mantissa`` bits, or a
     place in a table (``coded`` "integer", "float" or "table"). ``scaling``: "row" (after the sum,

@@ -57,7 +57,7 @@ def request(d: CompressedLinearDescriptor) -> KernelRequest:
 
 
 def constant_zero(d: CompressedLinearDescriptor) -> int | None:
-    """The zero point that stands for a bias which no class can take, or None."""
+    """The constant zero point in place of a bias that no class supports, or None."""
     element = d.weight.element
     middle = 1 << (element.bits - 1)
     return None if d.weight.zero is not None or element.bias == middle else element.bias

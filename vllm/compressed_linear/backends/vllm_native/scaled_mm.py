@@ -193,7 +193,7 @@ def slack(
     input_scale: torch.Tensor | None,
     input_zero: torch.Tensor | None,
 ) -> torch.Tensor:
-    """fp32 [M, k]: how far what vLLM's operators make of x [M, k] may lie from its definition."""
+    """fp32 [M, k]: largest deviation of the x̂ of vLLM's operators from the definition."""
     exact = quantize_dequantize(x, spec, input_scale, input_zero)
     out = torch.zeros_like(exact)
     for nudge in (1 - _IMPRECISION, 1 + _IMPRECISION):
@@ -205,7 +205,7 @@ def slack(
         small = (
             (members.abs().amax(-1, keepdim=True) < smallest).expand_as(members).reshape(x.shape)
         )
-        # Both lie within half a step of x, in their own steps.
+        # Both are within half a step of x, in their own steps.
         step = smallest / 448 * 2.0**-9
         out = torch.where(small, x.abs() * 2.0**-3 + step, out)
     return out

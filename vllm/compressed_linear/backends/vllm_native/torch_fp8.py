@@ -9,7 +9,7 @@ What the classes do not say, found by reading vLLM 0.32:
 * the one for tensors knows one scale of the weight. Descriptors have one for each output channel,
   as fused layers do: the largest goes to the kernel, what remains of each row is multiplied with
   the result, which is therefore asked for in fp32
-* fewer than 17 tokens are filled up with rows of whatever lies in memory, which are cut off again
+* fewer than 17 tokens are padded with rows of uninitialized memory, which are cut off again
 """
 
 from __future__ import annotations
