@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints with quantised activations, computed by ``reference``, against the logits that the
-quantizers' own models give with their activations quantised."""
+"""Checkpoints with quantized activations, computed by ``reference``, against the logits that the
+quantizers' own models give with their activations quantized."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vllm.compressed_linear.spec.descriptor import ActivationSpec, ScaleSpec, We
 from vllm.compressed_linear.spec.elements import E2M1, E3M2, E4M3, INT8, ElementType
 from vllm.compressed_linear.spec.packing import Packing
 from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role, StoredTensor
-from vllm.compressed_linear.testing.cases import load_shard
+from vllm.compressed_linear.testing.data import load_shard
 from vllm.compressed_linear.testing.suite import INT8_TOKEN, NVFP4_INPUT, mx
 
 FP32 = LayerContext("float32", "float32")
@@ -202,7 +202,7 @@ def model(
     scheme: CheckpointScheme,
     layer: Callable[[str, Part], Layer | TorchLayer] = layer,
 ) -> Iterator[Any]:
-    """The checkpoint's model in fp32, its quantised layers run by what ``layer`` makes of them."""
+    """The checkpoint's model in fp32, its quantized layers run by what ``layer`` makes of them."""
     from transformers import AutoConfig, LlamaForCausalLM
 
     config = json.loads((checkpoint(name) / "config.json").read_text())
@@ -225,7 +225,7 @@ def model(
 
 
 def quantizers_logits(name: str, reference: dict[str, torch.Tensor]) -> torch.Tensor:
-    """What the quantizer's model gives with its activations quantised, on this machine.
+    """What the quantizer's model gives with its activations quantized, on this machine.
 
     A few x of the fp8 checkpoints lie so near the middle of two codes that the order in which torch
     adds up products decides, which is another on other processors. Where plain torch does not come

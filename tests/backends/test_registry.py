@@ -322,8 +322,8 @@ def test_everything_undeclared_is_declined_each_with_both_sides() -> None:
         "a per-channel scale of the activations",
         "Hadamard or rotation transforms",
         "second-level scales",
-        "rows by their numbers (an embedding table) are not supported",
-        "rows by their numbers of a weight whose x is transformed",
+        "lookup of rows (an embedding table) is not supported",
+        "lookup of rows of a weight whose x is transformed",
     ]
     reasons = list(nothing.reasons(ALL, CPU))
     for text in expected:

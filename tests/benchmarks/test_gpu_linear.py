@@ -15,7 +15,7 @@ from tests.support import cuda_doubles
 from tests.support.messages import saying, says
 from vllm.compressed_linear.backends.vllm_native import op
 from vllm.compressed_linear.backends.vllm_native.classes import process, tables
-from vllm.compressed_linear.commands.tune.random_weights import made_up_weights
+from vllm.compressed_linear.commands.tune.random_weights import random_weights
 from vllm.compressed_linear.machine.platform import Platform
 
 H100 = Platform.parse("cuda:90")
@@ -67,7 +67,7 @@ def test_contenders_compute_the_layer(weights: str) -> None:
     op.ready.cache_clear()
     a100 = Platform.parse("cuda:80")
     d = gpu_linear.Layer(weights, "8b", "o", 128, 256).descriptor
-    made = made_up_weights(d)
+    made = random_weights(d)
     exact = made.dequantize(0, d.n)
     can, _ = gpu_linear.able(d, a100)
     name, tag = next((name, tag) for name, tag in can.items() if "Marlin" in name)

@@ -150,7 +150,7 @@ def test_damage_is_one_line_and_status_1(tmp_path: Path) -> None:
     assert result.stderr.startswith(f"error: {file}: ")
     missing = call("explain", str(tmp_path / "nothing"))
     assert missing.exit_code == 1
-    assert "there is no directory" in missing.stderr
+    assert says(missing.stderr, "directory", tmp_path / "nothing", "not")
 
 
 def test_the_installed_command_writes_json_only_to_stdout() -> None:
@@ -170,7 +170,7 @@ def test_names_are_compressed() -> None:
     assert compress_names([f"m.{i}.mlp" for i in (0, 1, 2, 5)]) == "m.{0-2,5}.mlp"
     experts = [f"m.{i}.experts.{e}.w1" for i in (3, 4) for e in range(8)]
     assert compress_names(experts) == "m.{3-4}.experts.{0-7}.w1"
-    assert compress_names(experts[:-1]) == "m.3.experts.0.w1 and 14 like it"
+    assert compress_names(experts[:-1]) == "m.3.experts.0.w1 and 14 more"
 
 
 def test_sizes() -> None:

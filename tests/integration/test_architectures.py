@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantized checkpoints of many model families: the numbers of their dequantised twins."""
+"""Quantized checkpoints of many model families: the numbers of their dequantized twins."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def assert_same_logits(checkpoint: Checkpoint, **options: Any) -> None:
 
 
 def assert_same_layers(checkpoint: Checkpoint, **options: Any) -> None:
-    """Every linear of vLLM's model does what stock vLLM's does with the dequantised weights."""
+    """Every linear of vLLM's model does what stock vLLM's does with the dequantized weights."""
     ours = layer_outputs(checkpoint.quantized, **options)
     assert PROCESS_PLAN.prepared == PROCESS_PLAN.expected > 0
     stock = layer_outputs(checkpoint.ideal, **options)

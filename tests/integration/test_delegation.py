@@ -191,7 +191,7 @@ def test_an_unquantized_model_is_as_near_as_in_stock_vllm(
 @pytest.mark.parametrize("form", QUANTS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(form: str, dtype: str, llama: Callable[[str], Checkpoint]) -> None:
-    """As near to fp32 as stock vLLM is with the dequantised weights."""
+    """As near to fp32 as stock vLLM is with the dequantized weights."""
     checkpoint = llama(form)
     stock = log_probabilities(checkpoint.ideal, checkpoint.input_ids, dtype=dtype)
     ours = log_probabilities(checkpoint.quantized, checkpoint.input_ids, dtype=dtype)

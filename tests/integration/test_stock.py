@@ -17,7 +17,7 @@ from vllm.compressed_linear import settings
 
 MARGIN = 0.4
 """Log-probability by which the fp32 reference must prefer a token for bf16 runs to agree on it:
-stock rounds every dequantised weight to bf16, so both sides may be 0.2 away."""
+stock rounds every dequantized weight to bf16, so both sides may be 0.2 away."""
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two ranks give the logits of one: transformers' fp32 logits of the dequantised model."""
+"""Two ranks give the logits of one: transformers' fp32 logits of the dequantized model."""
 
 from __future__ import annotations
 

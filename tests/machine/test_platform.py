@@ -14,7 +14,7 @@ from vllm.compressed_linear.backends.cpu.weight_only import CpuBackend
 from vllm.compressed_linear.machine import native
 from vllm.compressed_linear.machine.platform import NATIVE_LIBRARY, X86_TIERS, Platform
 from vllm.compressed_linear.spec.elements import uint
-from vllm.compressed_linear.testing.cases import Case
+from vllm.compressed_linear.testing.oracle import Case
 
 
 @pytest.mark.parametrize(

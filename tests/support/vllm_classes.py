@@ -18,7 +18,7 @@ from vllm.compressed_linear.backends.vllm_native.classes import process
 from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.spec.descriptor import ActivationSpec, CompressedLinearDescriptor
 from vllm.compressed_linear.spec.elements import E4M3
-from vllm.compressed_linear.testing.cases import Case, Problem
+from vllm.compressed_linear.testing.oracle import Case, Problem
 from vllm.compressed_linear.testing.suite import FP8_BLOCK
 
 

@@ -104,7 +104,7 @@ def test_a_case_is_the_same_every_time() -> None:
 
 @pytest.mark.parametrize("case", conformance_cases(), ids=str)
 def test_exact_weights_agree_with_the_checkpoint(case: Case) -> None:
-    """The kit's float64 weights, made without refine, against the loader's own dequantisation."""
+    """The kit's float64 weights, made without refine, against the loader's own dequantization."""
     problem = case.build()
     stored = problem.weights.dequantize(0, problem.descriptor.n)
     # Subtraction and product of fp32 each round once.
@@ -187,7 +187,7 @@ def _spoil_x(right: Any, tensors: Any, x: torch.Tensor, bias: Any) -> Any:
 
 
 def _one_row_for_all(right: Any, tensors: Any, x: torch.Tensor, bias: Any) -> Any:
-    """Quantises x with one scale for the whole batch, as a dynamic per-tensor scheme would."""
+    """Quantizes x with one scale for the whole batch, as a dynamic per-tensor scheme would."""
     step = x.abs().max().clamp(min=1e-9) / 127 if x.numel() else 1.0
     return right(tensors, (x / step).round() * step, bias)
 
@@ -387,7 +387,7 @@ def test_the_backend_they_derive_from_passes() -> None:
 
 
 def test_rounding_weights_to_bf16_is_outside_the_contract() -> None:
-    """A dequantised weight rounded to bf16 looks right to any loose tolerance."""
+    """A dequantized weight rounded to bf16 looks right to any loose tolerance."""
 
     class Rounds(ReferenceBackend):
         name = "rounds"

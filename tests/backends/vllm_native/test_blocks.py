@@ -32,7 +32,7 @@ from vllm.compressed_linear.backends.vllm_native import (
 from vllm.compressed_linear.backends.vllm_native.classes import process, tables
 from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
-from vllm.compressed_linear.testing.cases import Case
+from vllm.compressed_linear.testing.oracle import Case
 
 A100, L40S, H100 = (Platform.parse(f"cuda:{capability}") for capability in (80, 89, 90))
 on_both = pytest.mark.parametrize("platform", [L40S, H100], ids=["cuda:89", "cuda:90"])
@@ -131,7 +131,7 @@ def test_every_class_says_why_it_does_not_run() -> None:
     assert "within FlashInfer up to 31 tokens" in found.pop(
         "FlashInferFp8DeepGEMMDynamicBlockScaledKernel"
     )
-    assert "quantises the weights anew" in found.pop("DeepGemmFp8BlockScaledMMKernel")
+    assert "quantizes the weights anew" in found.pop("DeepGemmFp8BlockScaledMMKernel")
     assert "capability" in found.pop(CUTLASS)
     assert "takes x as it is" in found.pop(MARLIN)
     assert found.pop(TRITON) == ""

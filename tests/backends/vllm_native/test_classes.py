@@ -31,7 +31,7 @@ from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.spec.descriptor import ActivationSpec
 from vllm.compressed_linear.spec.elements import E2M3, E4M3, uint
 from vllm.compressed_linear.spec.packing import Packing, unpack
-from vllm.compressed_linear.testing.cases import Case
+from vllm.compressed_linear.testing.oracle import Case
 
 A100, L40S, H100 = (Platform.parse(f"cuda:{capability}") for capability in (80, 89, 90))
 ROCM, XPU = Platform.parse("rocm"), Platform.parse("xpu")

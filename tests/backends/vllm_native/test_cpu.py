@@ -654,7 +654,7 @@ def test_another_architecture_is_declined() -> None:
     )
 
 
-def test_silent_activation_quantisation_is_declined(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silent_activation_quantization_is_declined(monkeypatch: pytest.MonkeyPatch) -> None:
     if host.machine() != "x86_64":
         pytest.skip("AMX is x86")
     amx = Platform.parse("cpu:amx")

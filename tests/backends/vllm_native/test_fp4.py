@@ -29,7 +29,7 @@ from vllm.compressed_linear.checkpoint.parts import refine
 from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.spec.activation import quantize_dequantize
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
-from vllm.compressed_linear.testing.cases import Case
+from vllm.compressed_linear.testing.oracle import Case
 from vllm.compressed_linear.testing.suite import NVFP4, conformance_cases
 
 CUTLASS, TORCH = "CutlassNvFp4LinearKernel", "TorchNvFp4LinearKernel"
@@ -129,7 +129,7 @@ def test_what_the_class_computes_otherwise_is_declined() -> None:
         asked = table.answers(case.build().descriptor, B200)
         return "\n".join({a.kernel: a for a in asked}[CUTLASS].reasons)
 
-    assert found(replace(W4A4, activation=None)) == "it quantises x, which the descriptor does not"
+    assert found(replace(W4A4, activation=None)) == "it quantizes x, which the descriptor does not"
     assert found(W4A4) == ""
     other = replace(ACTIVATION, maximum=4.0)
     assert says(found(replace(W4A4, activation=other)), other, ACTIVATION)
@@ -158,10 +158,10 @@ def test_layers_with_unlike_input_scales_are_parts_of_their_own() -> None:
     assert two == one / 2
 
 
-# --- quantising x --------------------------------------------------------------------------------
+# --- quantizing x --------------------------------------------------------------------------------
 
 
-def test_the_double_quantises_as_vllm_s_reference_does() -> None:
+def test_the_double_quantizes_as_vllm_s_reference_does() -> None:
     from vllm.model_executor.layers.quantization.utils.nvfp4_emulation_utils import ref_nvfp4_quant
 
     from vllm import _custom_ops

@@ -34,7 +34,7 @@ from vllm.compressed_linear.machine.vllm_wheel import CUDA_OPS
 from vllm.compressed_linear.spec.descriptor import ActivationSpec
 from vllm.compressed_linear.spec.elements import BF16, E2M1, E4M3, INT8, uint
 from vllm.compressed_linear.spec.packing import Packing, pack, unpack
-from vllm.compressed_linear.testing.cases import Case
+from vllm.compressed_linear.testing.oracle import Case
 from vllm.compressed_linear.testing.suite import conformance_cases
 
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
@@ -159,7 +159,7 @@ def test_every_capability_runs_4_bits(capability: int) -> None:
     assert VllmNativeBackend.variant(d, platform) == (MACHETE if capability == 90 else MARLIN)
     asked = {answer.kernel: answer for answer in table.answers(d, platform)}
     assert "fp16" in asked["ExllamaLinearKernel"].reasons[0]
-    assert "quantises x" in asked["CutlassW4A8LinearKernel"].reasons[0]
+    assert "quantizes x" in asked["CutlassW4A8LinearKernel"].reasons[0]
     assert "humming" in asked["HummingLinearKernel"].reasons[0]
 
 
@@ -197,7 +197,7 @@ def test_a_scale_that_16_bits_cannot_hold_stops_the_load() -> None:
         backend.prepare(problem.descriptor, problem.weights, A100)
 
 
-# --- fp8 and fp4 weights, and weights that are not quantised --------------------------------------
+# --- fp8 and fp4 weights, and weights that are not quantized --------------------------------------
 
 _FP8 = Case(E4M3, 128, 256, -1, scale_dtype="float32")
 _NVFP4 = Case(E2M1, 128, 256, 16, scale_dtype="float8_e4m3fn", row_scale="tensor")
@@ -285,7 +285,7 @@ def test_fp8_is_in_the_contract_on_cutlass(activation: ActivationSpec, dtype: st
     assert assert_in_contract(case, H100) == "CutlassFP8ScaledMMLinearKernel"
 
 
-def test_activations_that_vllm_quantises_otherwise_are_declined() -> None:
+def test_activations_that_vllm_quantizes_otherwise_are_declined() -> None:
     half = replace(_W8A8, activation=replace(_TOKEN, maximum=127.5)).build().descriptor
     assert says(reasons(half, A100), 127, 127.5)
     asymmetric = replace(_W8A8, activation=replace(_TOKEN, symmetric=False)).build().descriptor

@@ -97,7 +97,7 @@ def test_a_quantized_table_is_looked_up_on_the_gpu(
     assert part.backend == "triton"
     reasons = {r.backend: r.reasons for r in part.rejected}
     for name in ("marlin", "vllm_native"):
-        assert reasons[name] == ("rows by their numbers (an embedding table) are not supported",)
+        assert reasons[name] == ("lookup of rows (an embedding table) is not supported",)
 
 
 def test_other_backends_say_that_they_are_not_for_gpus() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What backends declare to run, as a table: the capability matrix is the documentation.
+"""Table of the declared capabilities of all backends.
 
 Rules across several axes, and shapes, are not declared; ``explain`` shows them for real layers.
 """
@@ -21,7 +21,7 @@ from vllm.compressed_linear.machine.platform import Platform
 
 def declared(platform: Platform) -> list[dict[str, Any]]:
     """One dictionary of plain values for each registered backend, in the order of their names.
-    ``reasons``: why it runs nothing on ``platform``; ``hardware_tested``: whether it has run on
+    ``reasons``: why it cannot run on ``platform``; ``hardware_tested``: whether it has run on
     such hardware."""
     rows = []
     for name, registration in sorted(backends().items()):
@@ -63,9 +63,9 @@ def _ranges(numbers: Sequence[int]) -> str:
 def _further(capabilities: Capabilities) -> list[str]:
     named = {
         "reordered channels": capabilities.channel_order,
-        "groups filled up": capabilities.padded_order,
+        "padded groups": capabilities.padded_order,
         "second-level scales": capabilities.row_scale,
-        "quantised activations": capabilities.activations,
+        "quantized activations": capabilities.activations,
         "scaled activations": capabilities.prescale,
         "transforms": capabilities.transforms,
         "rows of embedding tables": capabilities.lookup,
@@ -74,7 +74,7 @@ def _further(capabilities: Capabilities) -> list[str]:
 
 
 def print_declared(rows: Sequence[dict[str, Any]], console: Console) -> None:
-    """The table for people: one block of lines for each backend."""
+    """Format the table: one block of lines for each backend."""
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")

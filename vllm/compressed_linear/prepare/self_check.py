@@ -18,7 +18,7 @@ CHECK_TOKENS = 2
 
 
 class SelfCheckError(RuntimeError):
-    """A backend's result for a layer lies outside of its contract."""
+    """A backend's result for a layer exceeds the error of its contract."""
 
 
 def self_check(
@@ -73,8 +73,8 @@ def self_check(
 def _first_wrong(
     found: torch.Tensor, expected: torch.Tensor, bound: torch.Tensor
 ) -> tuple[tuple[int, int], str] | None:
-    """Where the first number lies that is further than ``bound`` off, and what is wrong with it;
-    None if there is none. All float64 [rows, columns]."""
+    """Position and description of the first number whose error exceeds ``bound``, or None. All
+    float64 [rows, columns]."""
     wrong = ~((found - expected).abs() <= bound)
     if not bool(wrong.any()):
         return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The call that the CPU backends share, and what of it is parsed at preparation."""
+"""The call that the CPU backends share, and its constants, which are parsed at preparation."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def make_problem(
 
 
 def activation_arguments(activation: ActivationSpec | None) -> dict[str, Any]:
-    """How x is quantized, as the arguments of ``make_problem``."""
+    """Quantization of x, as the arguments of ``make_problem``."""
     if activation is None:
         return {}
     a = activation
@@ -73,7 +73,7 @@ def multiply(
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """y [..., N] of x [..., K] and a layer's prepared ``tensors``."""
-    # Each reshape costs a microsecond where nothing is compiled.
+    # Each reshape costs a microsecond in eager mode.
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     out = torch.ops.compressed_linear.linear.default(
         rows, tensors["problem"], operands(tensors), bias, n, out_dtype

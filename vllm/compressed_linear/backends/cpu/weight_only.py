@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our own CPU kernels: codes stay packed in memory and are decoded in registers.
+"""Weight-only CPU kernels: codes stay packed in memory and are decoded in registers.
 
 Every width from 1 to 8 bits, any group size, bf16/fp16/fp32 weights and activations; AVX-512 with
 or without bf16 dot products, AVX2, NEON, or plain C++, whichever the processor has
@@ -55,7 +55,7 @@ _SPEEDS = {
     "generic": _Speed("fp32", 0.05, 1e9, 1e9),
 }
 _PARTS = {"bfloat16": 1, "float16": 2}
-"""bf16 numbers whose sum is an activation of each dtype; float32 is multiplied as it is."""
+"""Number of bf16 terms that sum to an activation of each dtype; float32 is multiplied directly."""
 _CALL_SECONDS = 5e-6
 
 
@@ -209,7 +209,7 @@ class CpuBackend(QuantLinearMethod):
 
 
 def _prepared_dtype(d: CompressedLinearDescriptor) -> str:
-    """The narrowest dtype that holds x as it is multiplied."""
+    """The narrowest dtype that represents x̂ exactly."""
     if d.activation is None:
         return d.input_dtype if d.prescale is None else "float32"
     # Only scales of groups that are no powers of two stay in x; others keep few bits, or are

@@ -5,8 +5,8 @@ fp16 and bf16 activations times weights of 4 and 8 bits that stay packed: intege
 zero points, e4m3, e2m1 (NVFP4, MXFP4) and codebooks of 16 entries. Groups are added up in fp32 and
 scaled then, so weights are not rounded; only a codebook's entries are, to the activations' dtype.
 
-The kernels have run in an emulator (``csrc/cuda/emulator``), never on hardware: that they compute
-what they should is tested, what they cost is estimated.
+The kernels have run in an emulator (``csrc/cuda/emulator``), never on hardware: their results are
+tested, their times are estimated.
 """
 
 from __future__ import annotations
@@ -191,5 +191,5 @@ def _kernel_element(element: ElementType) -> str:
 
 
 def _rounded(d: CompressedLinearDescriptor) -> torch.Tensor:
-    """The codebook as the kernel multiplies it: in the dtype of x."""
+    """The codebook in the dtype of x, in which the kernel multiplies."""
     return d.weight.element.table().to(torch_dtype(d.input_dtype))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What it takes to drive one of vLLM's kernel classes from a descriptor.
+"""Adapter from a descriptor to one of vLLM's kernel classes.
 
-Each class gets a layer that looks as vLLM's own linear method leaves it before the class repacks
-it, and later one that looks as it is after that, put together from plain tensors. All that differs
-from class to class is in a ``KernelAdapter``; the table of them is ``table.py``.
+Each class gets a layer in the state in which vLLM's own linear method hands it to repacking, and
+later one in the state after repacking, built from plain tensors. A ``KernelAdapter`` has all that
+differs between classes; ``table.py`` lists them.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ class KernelAdapter(ABC):
 
     @abstractmethod
     def reasons(self, d: CompressedLinearDescriptor) -> Iterable[str]:
-        """What the class computes otherwise than ``d`` says, or would take silently and wrongly."""
+        """Reasons why the class does not compute ``d``, which it may accept silently."""
 
     @abstractmethod
     def config(self, d: CompressedLinearDescriptor) -> object:
-        """The configuration that vLLM's class is asked about and built with."""
+        """vLLM's configuration of the class for ``d``."""
 
     @abstractmethod
     def build(self, kernel: Any, d: CompressedLinearDescriptor) -> Any:
@@ -147,7 +147,7 @@ def row_ratio(scale: torch.Tensor) -> torch.Tensor | None:
 
 
 def rounded_weights(d: CompressedLinearDescriptor) -> float:
-    """The rounding of weights that are dequantised to the dtype of x, and of scales cast to it."""
+    """The rounding of weights that are dequantized to the dtype of x, and of scales cast to it."""
     unit = torch.finfo(torch_dtype(d.input_dtype)).eps / 2
     scale = d.weight.scale
     exact = ("e8m0", d.input_dtype)
@@ -156,7 +156,7 @@ def rounded_weights(d: CompressedLinearDescriptor) -> float:
 
 
 def common_reasons(d: CompressedLinearDescriptor) -> Iterable[str]:
-    """Rules of every class here."""
+    """Rules of all classes."""
     if not d.n or not d.k:
         yield f"an empty weight ({d.n}x{d.k})"
     if d.output_dtype != d.input_dtype:

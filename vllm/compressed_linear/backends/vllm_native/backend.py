@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The backend: one of vLLM's own kernel classes, whichever vLLM would prefer for the descriptor."""
+"""The backend: the kernel class that vLLM prefers for the descriptor."""
 
 from __future__ import annotations
 

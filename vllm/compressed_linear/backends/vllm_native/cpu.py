@@ -160,7 +160,7 @@ def reasons(d: CompressedLinearDescriptor, platform: Platform) -> Iterable[str]:
         return
     if (missing := operators.missing_op(CPU_OP, platform)) is not None:
         yield missing
-    quantized = mixed_precision.quantises_activations(platform, d.input_dtype)
+    quantized = mixed_precision.quantizes_activations(platform, d.input_dtype)
     if quantized is not None:
         yield quantized
     if d.weight.element.kind == "integer" and d.n and d.k:

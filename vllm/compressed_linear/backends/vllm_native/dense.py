@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that are not quantised, on a GPU: the vendor's library, as vLLM's unquantised layers."""
+"""Weights that are not quantized, on a GPU: the vendor's library, as vLLM's unquantized layers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """fp8 weights under activations of 16 bits: vLLM's Marlin for fp8.
 
-The kernel leaves the exponent's bias of a dequantised weight to the scale, which vLLM multiplies
+The kernel leaves the exponent's bias of a dequantized weight to the scale, which vLLM multiplies
 with 2^120 (bf16) or 2^8 (fp16) beforehand: that must not overflow, and small scales must be fp16
 already. It knows one scale for each output channel, or one for each 128 input channels of it.
 """
@@ -32,7 +32,7 @@ _LARGEST = {"bfloat16": 2.0**120, "float16": 2.0**8}
 
 @dataclass(frozen=True, kw_only=True)
 class MarlinFp8(KernelAdapter):
-    """``MarlinFP8ScaledMMLinearKernel`` where x is not quantised."""
+    """``MarlinFP8ScaledMMLinearKernel`` where x is not quantized."""
 
     family = "fp8 weights"
 

@@ -8,7 +8,7 @@ What their own checks do not say, found by reading vLLM 0.32:
 * Machete multiplies zero points with the scale beforehand and rounds the product: what should be
   exactly 0 is not, which the numerical contract does not allow. Declined with zero points
 * Conch, a package of Triton kernels, reads whole tiles of 64 by 64 whatever the size (read in 1.3)
-* Exllama adds products and partial sums in fp16, CutlassW4A8 quantises x and rounds the scales of
+* Exllama adds products and partial sums in fp16, CutlassW4A8 quantizes x and rounds the scales of
   groups to 8 bits: declined always
 * a bias is added to the rounded result
 """
@@ -152,7 +152,7 @@ class MixedPrecision(KernelAdapter):
 
 _ACCUMULATES = "adds products and partial sums in fp16, which the numerical contract does not allow"
 _QUANTISES = (
-    "quantises x to fp8 and rounds the scales of groups to 8 bits, although the descriptor asks "
+    "quantizes x to fp8 and rounds the scales of groups to 8 bits, although the descriptor asks "
     "for neither"
 )
 

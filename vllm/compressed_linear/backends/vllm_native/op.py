@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operator through which vLLM's kernel classes run.
 
-Nothing but tensors and plain values goes into it, so it can be traced, cached and captured in a
-CUDA graph: the objects that vLLM's classes need are made of its text arguments, once a process.
+Its arguments are tensors and plain values, so it can be traced, cached and captured in a CUDA
+graph: the objects that vLLM's classes need are made from its text arguments, once per process.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's scaled-mm classes: weights and activations of 8 bits, one scale for each output channel.
 
-How they quantise x, found by reading vLLM 0.32 and its operators:
+How they quantize x, found by reading vLLM 0.32 and its operators:
 
-* they multiply with the reciprocal of a scale, so x half way between two codes may become either:
-  ``slack`` says how much that can be
+* they multiply by the reciprocal of a scale, so ties may round to either code: ``slack`` is the
+  resulting error
 * int8: max|x| falls on 127 and zero points of dynamic x come from a range that need not hold 0, so
   another ``maximum`` and dynamic zero points are declined
 * fp8: max|x| falls on 448; a token's scale is never below 1 / (448 · 512), so tokens smaller than
@@ -69,7 +69,7 @@ class _ScaledMm(KernelAdapter):
         if d.n % _MULTIPLE or d.k % _MULTIPLE:
             yield f"{d.n}x{d.k} (supported: multiples of {_MULTIPLE})"
         if activation is None:
-            yield "it quantises x, which the descriptor does not"
+            yield "it quantizes x, which the descriptor does not"
         elif activation.dynamic and activation.maximum != self.maximum:
             yield f"max|x| falls on {self.maximum:g}, the descriptor has {activation.maximum:g}"
 

@@ -42,7 +42,7 @@ ADAPTERS: tuple[KernelAdapter, ...] = (
 """Every class that is wired."""
 
 DENSE = "dense"
-"""The family of weights that are not quantised, of which vLLM has no table."""
+"""The family of weights that are not quantized, of which vLLM has no table."""
 
 
 def by_tag(tag: str) -> KernelAdapter:

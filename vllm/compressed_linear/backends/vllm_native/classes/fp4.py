@@ -12,7 +12,7 @@ def nvfp4_config() -> object:
 
 
 def mxfp4_config() -> object:
-    """vLLM's ``MxFp4LinearLayerConfig`` for x that is not quantised."""
+    """vLLM's ``MxFp4LinearLayerConfig`` for x that is not quantized."""
     from vllm.model_executor.kernels.linear import MxFp4LinearLayerConfig
 
     return MxFp4LinearLayerConfig()

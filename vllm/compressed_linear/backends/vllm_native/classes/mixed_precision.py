@@ -21,7 +21,7 @@ from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.spec.elements import torch_dtype
 
 CODES, SCALE, ZERO = "weight_packed", "weight_scale", "weight_zero_point"
-"""Parameter names that vLLM's kernel classes are told to use."""
+"""Parameter names for vLLM's kernel classes."""
 
 
 @dataclass(frozen=True)
@@ -94,14 +94,14 @@ def _ask(kernel: Any, request: KernelRequest) -> str | None:
     return None if able else str(reason or "no reason given")
 
 
-def quantises_activations(platform: Platform, dtype: str) -> str | None:
+def quantizes_activations(platform: Platform, dtype: str) -> str | None:
     """Why vLLM's CPU kernel would silently run W4A8 instead of W4A16, or None."""
     from vllm import envs
 
     risky = "amx" in platform.features or platform.machine.startswith("riscv")
     if dtype == "bfloat16" and risky and getattr(envs, "VLLM_CPU_INT4_W4A8", False):
         return (
-            "vLLM would quantise the activations to 8 bits on this CPU "
+            "vLLM would quantize the activations to 8 bits on this CPU "
             "(set VLLM_CPU_INT4_W4A8=0 to run the exact kernel)"
         )
     return None

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process that vLLM's kernel classes are asked, built and run in.
+"""Process state for vLLM's kernel classes: platform, default dtype, configuration.
 
-Their checks ask the platform that this process runs on; ``pretending`` lets them be asked about
-another one, so that the plan of a GPU can be made on a machine that has none.
+Their checks ask for the platform of this process; ``pretending`` replaces it, so that the plan of a
+GPU can be made on a machine without one.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 FP8_NAMES = ["weight", "weight_scale", "input_scale", "input_scale_ub"]
-"""Parameter names that classes for fp8 are told to use."""
+"""Parameter names for fp8 classes."""
 
 INT8_NAMES = ["weight", "weight_scale", "input_scale", "input_zero_point", "azp_adj"]
 """The same for int8."""
@@ -62,7 +62,7 @@ def fp8_config(
 
 
 def quantize_without_compiler(kernel: Any) -> None:
-    """Make a kernel object quantise x by vLLM's compiled operator and not by the Python code that
+    """Make a kernel object quantize x by vLLM's compiled operator and not by the Python code that
     vLLM leaves to its compiler: inside an operator of ours no compiler sees it."""
     quantizer = getattr(kernel, "quant_fp8", None)
     if quantizer is not None:
