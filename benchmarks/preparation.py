@@ -28,7 +28,7 @@ from rich.table import Table
 
 from benchmarks import machine
 from vllm.compressed_linear.backends.cpu.int8 import CpuInt8Backend
-from vllm.compressed_linear.backends.cpu.packing import PLANES, QUADS, PackedLayout
+from vllm.compressed_linear.backends.cpu.packing import Layout
 from vllm.compressed_linear.backends.cpu.weight_only import CpuBackend
 from vllm.compressed_linear.checkpoint.describe import LayerContext
 from vllm.compressed_linear.checkpoint.parts import Part, refine
@@ -117,11 +117,11 @@ def random_part(name: str, n: int, k: int) -> Part:
 @contextmanager
 def instruction_set(name: str) -> Iterator[None]:
     before = native.isa()
-    torch.ops.compressed_linear.select_isa(name)
+    torch.ops.compressed_linear.select_isa("floats", name)
     try:
         yield
     finally:
-        torch.ops.compressed_linear.select_isa(before)
+        torch.ops.compressed_linear.select_isa("floats", before)
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -130,19 +130,19 @@ def seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
-def pack_standard(packed: torch.Tensor, part: Part, element: str, layout: PackedLayout) -> None:
+def pack_standard(packed: torch.Tensor, part: Part, element: str, layout: Layout) -> None:
     """Fill ``packed`` through the standard layout."""
-    pack_rows = getattr(torch.ops.compressed_linear, layout.pack_rows)
+    pack_rows = torch.ops.compressed_linear.pack_rows
     shape = (part.descriptor.n, part.descriptor.group_size, element)
     for start, stop in part.weights.chunks(native.TILE):
-        pack_rows(packed, part.weights.rows(start, stop).codes.contiguous(), start, *shape)
+        pack_rows(layout, packed, part.weights.rows(start, stop).codes.contiguous(), start, *shape)
 
 
 def measure(part: Part, repetitions: int, *, plain: bool) -> dict[str, float]:
     """Median seconds of each way to prepare the layer, and its packed bytes."""
     integers = part.descriptor.activation is not None
     method = (CpuInt8Backend if integers else CpuBackend)(part.descriptor)
-    layout = QUADS if integers else PLANES
+    layout: Layout = "quads" if integers else "planes"
     first = method.prep_weights_for_execution(part.weights)["packed"]
 
     def standard() -> None:
@@ -219,7 +219,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     native.load()
     if arguments.isa:
-        torch.ops.compressed_linear.select_isa(arguments.isa)
+        torch.ops.compressed_linear.select_isa("floats", arguments.isa)
     record: dict[str, Any] = {
         "machine": machine.about() | {"isa": native.isa()},
         "threads": arguments.threads,

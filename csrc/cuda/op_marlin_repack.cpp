@@ -1,17 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
-// The ops of csrc/ops/marlin_repack.cpp for weights on a GPU. They synchronize with the GPU once,
+// The ops that pack Marlin's layout, for weights on a GPU. They synchronize with the GPU once,
 // to read whether codes are wrong; preparation may.
 // Has run on hardware: nothing.
 #include "cuda/marlin/repack_launch.h"
 #include "op_cuda.h"
 #include "ops.h"
-#include "ops/marlin.h"
+#include "ops/packed.h"
 #include "ops/repack.h"
 
 namespace compressed_linear::cuda {
 namespace {
 
 using torch::stable::accelerator::DeviceGuard;
+
+Geometry geometry_on_gpu(const char* op, const std::string& layout, int64_t n, int64_t k,
+                         int64_t group_size, const std::string& element) {
+  if (parse_layout(op, layout) != PackedLayout::marlin)
+    fail(op, "layout is '", layout, "', expected marlin on a CUDA device");
+  return geometry_in(op, PackedLayout::marlin, n, k, group_size, element);
+}
 
 Tensor no_wrong(const Tensor& like) {
   const std::array<int64_t, 1> shape = {1};
@@ -78,14 +85,13 @@ ScaleParams scale_params(const cpu::MarlinValues& from, Tensor& out) {
 
 }  // namespace
 
-void marlin_pack_rows(Tensor packed, Tensor rows, int64_t row_start, int64_t n,
-                      std::string element_name) {
-  constexpr const char* op = "marlin_pack_rows";
-  const Element element = parse_element(op, element_name);
+void pack_rows(std::string layout, Tensor packed, Tensor rows, int64_t row_start, int64_t n,
+               int64_t group_size, std::string element) {
+  constexpr const char* op = "pack_rows";
   check_plain_cuda(op, "rows", rows, &packed);
   check_type(op, "rows", rows, ScalarType::Byte);
   if (rows.dim() != 2) fail(op, "rows has shape ", shape_text(rows), ", expected [rows, k]");
-  const Geometry g = marlin_geometry(op, n, rows.size(1), element, element_name);
+  const Geometry g = geometry_on_gpu(op, layout, n, rows.size(1), group_size, element);
   const DeviceGuard guard(packed.get_device_index());
   const cpu::Repack job = cpu::from_rows(g, cpu::PackedLayout::marlin, rows.const_data_ptr(),
                                          rows.size(0), row_start, nullptr);
@@ -99,20 +105,19 @@ void marlin_pack_rows(Tensor packed, Tensor rows, int64_t row_start, int64_t n,
   run(op, "rows", p, g, row_start, packed);
 }
 
-void marlin_repack_codes(Tensor packed, Tensor stored, std::string order, Tensor k_at,
-                         std::optional<Tensor> n_at, std::vector<int64_t> widths, int64_t flip,
-                         int64_t n_first, int64_t rows, int64_t blank, int64_t blank_code,
-                         int64_t row_start, int64_t n, std::string element_name) {
-  constexpr const char* op = "marlin_repack_codes";
-  const Element element = parse_element(op, element_name);
+void repack_codes(std::string layout, Tensor packed, Tensor stored, std::string order, Tensor k_at,
+                  std::optional<Tensor> n_at, std::vector<int64_t> widths, int64_t flip,
+                  int64_t n_first, int64_t rows, int64_t blank, int64_t blank_code,
+                  int64_t row_start, int64_t n, int64_t group_size, std::string element) {
+  constexpr const char* op = "repack_codes";
   if (k_at.dim() < 1) fail(op, "k_at has shape [], expected [k] or [one per width, k]");
-  const Geometry g = marlin_geometry(op, n, k_at.size(k_at.dim() - 1), element, element_name);
+  const Geometry g = geometry_on_gpu(op, layout, n, k_at.size(k_at.dim() - 1), group_size, element);
   check_plain_cuda(op, "stored", stored, &packed);
   if (widths.size() != 1)
     fail(op, "widths holds ", widths.size(), " numbers, expected one on a CUDA device");
   cpu::CodeSource source{};
   read_code_source(op, source, stored, order, k_at, n_at, widths, flip, n_first, rows, blank,
-                   blank_code, element, element_name);
+                   blank_code, g.element, element);
   const DeviceGuard guard(packed.get_device_index());
   const Tensor k_there = torch::stable::to(k_at, packed.device());
   std::optional<Tensor> n_there;

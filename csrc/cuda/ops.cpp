@@ -8,8 +8,8 @@
 namespace compressed_linear::cuda {
 
 STABLE_TORCH_LIBRARY_IMPL(compressed_linear, CUDA, m) {
-  m.impl("marlin_pack_rows", TORCH_BOX(&marlin_pack_rows));
-  m.impl("marlin_repack_codes", TORCH_BOX(&marlin_repack_codes));
+  m.impl("pack_rows", TORCH_BOX(&pack_rows));
+  m.impl("repack_codes", TORCH_BOX(&repack_codes));
   m.impl("marlin_scales", TORCH_BOX(&marlin_scales));
   m.impl("marlin_zeros", TORCH_BOX(&marlin_zeros));
   m.impl("marlin_gemm", TORCH_BOX(&marlin_gemm));

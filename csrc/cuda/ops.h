@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Those ops of csrc/ops.h that have kernels for CUDA devices.
+// Those ops of csrc/ops/ops.h that have kernels for CUDA devices.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -14,12 +14,12 @@ namespace compressed_linear::cuda {
 
 using torch::stable::Tensor;
 
-void marlin_pack_rows(Tensor packed, Tensor rows, int64_t row_start, int64_t n,
-                      std::string element);
-void marlin_repack_codes(Tensor packed, Tensor stored, std::string order, Tensor k_at,
-                         std::optional<Tensor> n_at, std::vector<int64_t> widths, int64_t flip,
-                         int64_t n_first, int64_t rows, int64_t blank, int64_t blank_code,
-                         int64_t row_start, int64_t n, std::string element);
+void pack_rows(std::string layout, Tensor packed, Tensor rows, int64_t row_start, int64_t n,
+               int64_t group_size, std::string element);
+void repack_codes(std::string layout, Tensor packed, Tensor stored, std::string order, Tensor k_at,
+                  std::optional<Tensor> n_at, std::vector<int64_t> widths, int64_t flip,
+                  int64_t n_first, int64_t rows, int64_t blank, int64_t blank_code,
+                  int64_t row_start, int64_t n, int64_t group_size, std::string element);
 Tensor marlin_scales(Tensor scale, std::string columns);
 Tensor marlin_zeros(Tensor zero, int64_t bits);
 Tensor marlin_gemm(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor> zero,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What every op checks of its arguments, each failure with the op's name, what was found and what
-// was expected, and the ways to run a loop over the thread pool. Included by the op_*.cpp files
-// only.
+// was expected, and the ways to run a loop over the thread pool. Included by the files of csrc/ops
+// and csrc/cuda only.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -13,8 +13,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/float/engine.h"
-#include "layouts/quads.h"
+#include "cpu/common/problem.h"
 
 namespace compressed_linear {
 
@@ -42,6 +41,23 @@ inline Element parse_element(const char* op, const std::string& name) {
   if (name.size() == 5 && name.compare(0, 4, "uint") == 0 && name[4] >= '1' && name[4] <= '8')
     return {Kind::integer, name[4] - '0'};
   fail(op, "element is '", name, "', expected uint1 to uint8, e4m3, e5m2, bf16, fp16 or fp32");
+}
+
+inline std::string element_name(Element element) {
+  switch (element.kind) {
+    case Kind::bfloat16:
+      return "bf16";
+    case Kind::float16:
+      return "fp16";
+    case Kind::float32:
+      return "fp32";
+    case Kind::e4m3:
+      return "e4m3";
+    case Kind::e5m2:
+      return "e5m2";
+    default:
+      return "uint" + std::to_string(element.bits);
+  }
 }
 
 inline const char* type_name(ScalarType type) {
@@ -101,6 +117,26 @@ inline ScalarType row_type(Element element) {
   }
 }
 
+// What torch's C functions call those dtypes that ops make tensors of.
+inline int32_t shim_type(ScalarType type) {
+  switch (type) {
+    case ScalarType::Byte:
+      return aoti_torch_dtype_uint8();
+    case ScalarType::Int:
+      return aoti_torch_dtype_int32();
+    case ScalarType::Long:
+      return aoti_torch_dtype_int64();
+    case ScalarType::Half:
+      return aoti_torch_dtype_float16();
+    case ScalarType::BFloat16:
+      return aoti_torch_dtype_bfloat16();
+    case ScalarType::Float:
+      return aoti_torch_dtype_float32();
+    default:
+      throw std::invalid_argument(std::string("no new tensors are of ") + type_name(type));
+  }
+}
+
 inline std::string shape_text(const Tensor& tensor) {
   std::ostringstream text;
   text << "[";
@@ -113,13 +149,12 @@ template <size_t Rank>
 inline void check_shape(const char* op, const char* what, const Tensor& tensor,
                         const std::array<int64_t, Rank>& shape) {
   bool equal = tensor.dim() == static_cast<int64_t>(Rank);
+  for (size_t i = 0; i < Rank && equal; ++i)
+    equal = tensor.size(static_cast<int64_t>(i)) == shape[i];
+  if (equal) return;
   std::ostringstream expected;
-  for (size_t i = 0; i < Rank; ++i) {
-    expected << (i ? ", " : "") << shape[i];
-    equal = equal && tensor.size(static_cast<int64_t>(i)) == shape[i];
-  }
-  if (!equal)
-    fail(op, what, " has shape ", shape_text(tensor), ", expected [", expected.str(), "]");
+  for (size_t i = 0; i < Rank; ++i) expected << (i ? ", " : "") << shape[i];
+  fail(op, what, " has shape ", shape_text(tensor), ", expected [", expected.str(), "]");
 }
 
 inline void check_plain(const char* op, const char* what, const Tensor& tensor) {
@@ -142,19 +177,6 @@ inline Geometry geometry_of(const char* op, int64_t n, int64_t k, int64_t group_
   return cpu::make_geometry(n, k, group_size, element);
 }
 
-// Bits of an element of the layout for integer activations, which takes integers only.
-inline int code_bits(const char* op, const std::string& element_name) {
-  const Element element = parse_element(op, element_name);
-  if (element.kind != Kind::integer)
-    fail(op, "element is '", element_name, "', expected uint1 to uint8");
-  return element.bits;
-}
-
-inline Geometry quads_of(const char* op, int64_t n, int64_t k, int64_t group_size, int bits) {
-  geometry_of(op, n, k, group_size, {Kind::integer, bits});  // checks the sizes
-  return cpu::make_quads_geometry(n, k, group_size, bits);
-}
-
 inline void check_perm(const char* op, const int32_t* perm, int64_t k, int64_t columns) {
   int32_t lowest = 0, highest = -1;
   for (int64_t i = 0; i < k; ++i) {
@@ -165,25 +187,10 @@ inline void check_perm(const char* op, const int32_t* perm, int64_t k, int64_t c
     fail(op, "perm runs from ", lowest, " to ", highest, ", expected -1 to ", columns - 1);
 }
 
-inline void check_packed(const char* op, const Tensor& packed, const Geometry& g) {
-  check_plain(op, "packed", packed);
-  check_type(op, "packed", packed, ScalarType::Byte);
-  check_shape<2>(op, "packed", packed, {g.tiles, g.tile_bytes()});
-}
-
-// Scales or zero points of a packed weight: the data of [tiles, groups, 16], or null.
-inline const void* tiled_data(const char* op, const char* what, const std::optional<Tensor>& tensor,
-                              const Geometry& g) {
-  if (!tensor.has_value()) return nullptr;
-  check_plain(op, what, *tensor);
-  check_shape<3>(op, what, *tensor, {g.tiles, g.groups, cpu::kTile});
-  return tensor->const_data_ptr();
-}
-
 // One number for each channel (or one number): the data of float32 [length], or null.
-inline const float* number_data(const char* op, const char* what,
-                                const std::optional<Tensor>& numbers, int64_t length) {
-  if (!numbers.has_value()) return nullptr;
+inline const float* number_data(const char* op, const char* what, const Tensor* numbers,
+                                int64_t length) {
+  if (numbers == nullptr) return nullptr;
   check_plain(op, what, *numbers);
   check_type(op, what, *numbers, ScalarType::Float);
   check_shape<1>(op, what, *numbers, {length});
@@ -191,43 +198,21 @@ inline const float* number_data(const char* op, const char* what,
 }
 
 // The one static zero point of x: the data of int32 [1], or null.
-inline const int32_t* input_zero_data(const char* op, const std::optional<Tensor>& input_zero) {
-  if (!input_zero.has_value()) return nullptr;
+inline const int32_t* input_zero_data(const char* op, const Tensor* input_zero) {
+  if (input_zero == nullptr) return nullptr;
   check_plain(op, "input_zero", *input_zero);
   check_type(op, "input_zero", *input_zero, ScalarType::Int);
   check_shape<1>(op, "input_zero", *input_zero, {1});
   return static_cast<const int32_t*>(input_zero->const_data_ptr());
 }
 
-// The values of small codes: the data of [2^bits], bfloat16 or float32; both null without a table.
-struct TableData {
-  const uint16_t* narrow = nullptr;
-  const float* wide = nullptr;
-};
-
-inline TableData table_data(const char* op, const std::optional<Tensor>& table, Element element,
-                            const std::string& element_name) {
-  if (!table.has_value()) return {};
-  if (element.kind != Kind::integer || element.bits == 8)
-    fail(op, "table is given for ", element_name, ", expected uint1 to uint7");
-  check_plain(op, "table", *table);
-  check_shape<1>(op, "table", *table, {int64_t{1} << element.bits});
-  if (table->scalar_type() == ScalarType::Float)
-    return {nullptr, static_cast<const float*>(table->const_data_ptr())};
-  check_type(op, "table", *table, ScalarType::BFloat16);
-  return {static_cast<const uint16_t*>(table->const_data_ptr()), nullptr};
-}
-
-// The order of input channels: the data of int32 [k], each from -1 to columns - 1, or null.
-inline const int32_t* perm_data(const char* op, const std::optional<Tensor>& perm, int64_t k,
-                                int64_t columns) {
-  if (!perm.has_value()) return nullptr;
+// The order of input channels: the data of int32 [k], or null.
+inline const int32_t* perm_data(const char* op, const Tensor* perm, int64_t k) {
+  if (perm == nullptr) return nullptr;
   check_plain(op, "perm", *perm);
   check_type(op, "perm", *perm, ScalarType::Int);
   check_shape<1>(op, "perm", *perm, {k});
-  const int32_t* data = static_cast<const int32_t*>(perm->const_data_ptr());
-  check_perm(op, data, k, columns);
-  return data;
+  return static_cast<const int32_t*>(perm->const_data_ptr());
 }
 
 inline void check_element_bias(const char* op, Element element, int64_t element_bias) {
@@ -255,48 +240,18 @@ inline void check_row_range(const char* op, int64_t begin, int64_t end, int64_t 
     fail(op, "rows end at ", end, ", expected a multiple of ", cpu::kTile, " or n = ", n);
 }
 
-// What every product with a packed weight is given, into the fields of `p`, whose geometry is set.
-inline void read_operands(const char* op, cpu::Problem& p, const Tensor& x, const Tensor& packed,
-                          const std::optional<Tensor>& scale, const std::optional<Tensor>& zero,
-                          const std::optional<Tensor>& row_scale, const std::optional<Tensor>& bias,
-                          const std::optional<Tensor>& perm,
-                          const std::optional<Tensor>& prescale) {
-  const Geometry& g = p.geometry;
-  check_packed(op, packed, g);
-  p.packed = static_cast<const uint8_t*>(packed.const_data_ptr());
-
-  if (!x.is_cpu()) fail(op, "x is not on the CPU");
-  if (x.dim() != 2) fail(op, "x has shape ", shape_text(x), ", expected [m, k]");
-  p.m = x.size(0);
-  p.x = x.const_data_ptr();
-  p.x_type = float_type(op, "x", x.scalar_type());
-  p.x_row_stride = x.stride(0);
-  p.x_column_stride = x.stride(1);
-  p.perm = perm_data(op, perm, g.k, x.size(1));
-  if (p.perm == nullptr && x.size(1) != g.k)
-    fail(op, "x has shape ", shape_text(x), ", expected [m, ", g.k, "]");
-
-  p.scale = tiled_data(op, "scale", scale, g);
-  if (scale.has_value()) p.scale_type = scale_type(op, "scale", scale->scalar_type());
-  p.zero = tiled_data(op, "zero", zero, g);
-  if (zero.has_value()) p.zero_type = float_type(op, "zero", zero->scalar_type());
-  p.row_scale = number_data(op, "row_scale", row_scale, g.n);
-  p.prescale = number_data(op, "prescale", prescale, g.k);
-  if (bias.has_value()) {
-    check_plain(op, "bias", *bias);
-    check_shape<1>(op, "bias", *bias, {g.n});
-    p.bias = bias->const_data_ptr();
-    p.bias_type = float_type(op, "bias", bias->scalar_type());
-  }
-}
-
-// A new tensor [m, n] for the result, which `p` is told of.
-inline Tensor make_output(const char* op, cpu::Problem& p, const Tensor& x, ScalarType out_dtype) {
-  p.out_type = float_type(op, "out_dtype", out_dtype);
-  const std::array<int64_t, 2> shape = {p.m, p.geometry.n};
-  Tensor out = torch::stable::new_empty(x, {shape.data(), 2}, out_dtype);
-  p.out = out.mutable_data_ptr();
-  return out;
+// A new contiguous tensor on the CPU. Not through the dispatcher, which takes longer than all else
+// that a call does beside its arithmetic.
+template <size_t Rank>
+Tensor new_tensor(const std::array<int64_t, Rank>& shape, ScalarType type) {
+  std::array<int64_t, Rank> strides;
+  int64_t stride = 1;
+  for (size_t i = Rank; i-- > 0; stride *= shape[i] > 0 ? shape[i] : 1) strides[i] = stride;
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(Rank), shape.data(),
+                                                         strides.data(), shim_type(type),
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 
 }  // namespace compressed_linear

@@ -21,14 +21,6 @@ std::atomic<int64_t>& counter(const std::string& name) {
   return counters()[name];
 }
 
-int64_t count_calls(const std::string& prefix) {
-  const std::lock_guard<std::mutex> lock(mutex);
-  int64_t total = 0;
-  for (const auto& [name, count] : counters())
-    if (name == prefix || name.compare(0, prefix.size() + 1, prefix + "/") == 0) total += count;
-  return total;
-}
-
 std::string describe_calls() {
   const std::lock_guard<std::mutex> lock(mutex);
   std::string text;

@@ -11,9 +11,6 @@ namespace compressed_linear {
 // The counter called `name`; lives for ever, so a caller may keep the reference.
 std::atomic<int64_t>& counter(const std::string& name);
 
-// Sum over the counters whose name is `prefix` or starts with `prefix` and '/'.
-int64_t count_calls(const std::string& prefix);
-
 // "name count" lines of the counters that are not zero.
 std::string describe_calls();
 

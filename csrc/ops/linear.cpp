@@ -1,122 +1,123 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "arguments.h"
 #include "counters.h"
+#include "cpu/common/isa.h"
+#include "cpu/integer/segments.h"
 #include "ops.h"
+#include "packed.h"
+#include "problem.h"
 
 namespace compressed_linear {
 namespace {
 
-// The counter of one path of `linear`, found by name the first time a thread asks for it.
-std::atomic<int64_t>& linear_counter(const cpu::Engine& engine, Element element,
-                                     const std::string& element_name) {
+using cpu::Kernels;
+
+// The counter of one path, found by name the first time a thread asks for it.
+std::atomic<int64_t>& linear_counter(const cpu::Isa& isa, PackedLayout layout, Element element) {
   struct Known {
-    const cpu::Engine* engine = nullptr;
+    const cpu::Isa* isa = nullptr;
     std::atomic<int64_t>* counter = nullptr;
   };
-  thread_local std::array<Known, 54> known;  // by kind, and bits of integers
-  Known& entry = known[static_cast<size_t>(element.kind) * 9 +
-                       static_cast<size_t>(element.kind == Kind::integer ? element.bits : 0)];
-  if (entry.engine != &engine)
-    entry = {&engine, &counter("linear/" + std::string(engine.isa) + "/" + element_name)};
+  thread_local std::array<Known, 2 * 54> known;  // by layout, by kind, and by bits of integers
+  const size_t at = static_cast<size_t>(layout) * 54 + static_cast<size_t>(element.kind) * 9 +
+                    static_cast<size_t>(element.kind == Kind::integer ? element.bits : 0);
+  Known& entry = known[at];
+  if (entry.isa != &isa)
+    entry = {&isa, &counter(std::string("linear/") + layout_name(layout) + "/" + isa.name + "/" +
+                            element_name(element))};
   return *entry.counter;
 }
 
-// Reads what ActivationSpec.kind of vllm/compressed_linear/spec/descriptor.py writes.
-cpu::Activation parse_activation(const char* op, const std::string& kind, int64_t group,
-                                 double maximum) {
-  struct Named {
-    const char* name;
-    int bits, exponent, mantissa;
-    float largest;
-  };
-  constexpr Named kFloats[] = {{"e4m3", 8, 4, 3, 448.0f},
-                               {"e5m2", 8, 5, 2, 57344.0f},
-                               {"e3m2", 6, 3, 2, 28.0f},
-                               {"e2m3", 6, 2, 3, 7.5f},
-                               {"e2m1", 4, 2, 1, 6.0f}};
-  cpu::Activation a{};
-  a.present = true;
-  a.maximum = static_cast<float>(maximum);
-  if (!(a.maximum > 0)) fail(op, "activation_maximum is ", maximum, ", expected more than 0");
-  std::string rest = kind;
-  const auto take = [&rest](const std::string& word) {
-    const bool found = rest.compare(0, word.size(), word) == 0;
-    if (found) rest.erase(0, word.size());
-    return found;
-  };
-  for (const Named& named : kFloats)
-    if (take(named.name)) {
-      a.bits = named.bits;
-      a.exponent = named.exponent;
-      a.mantissa = named.mantissa;
-      a.largest = named.largest;
-    }
-  if (a.bits == 0 && take("int") && !rest.empty() && rest[0] >= '2' && rest[0] <= '8') {
-    a.bits = rest[0] - '0';
-    a.largest = static_cast<float>((1 << (a.bits - 1)) - 1);
-    rest.erase(0, 1);
-  }
-  a.dynamic = take(" dynamic");
-  const bool known = a.bits != 0 && (a.dynamic || take(" static"));
-  a.whole_tensor = take(" per tensor");
-  const bool grouped = !a.whole_tensor && take(" per group");
-  const bool placed = a.whole_tensor || grouped || take(" per token");
-  a.scale_type = take(" with e8m0 scales")   ? Scalar::e8m0
-                 : take(" with e4m3 scales") ? Scalar::e4m3
-                                             : Scalar::float32;
-  a.symmetric = !take(", asymmetric");
-  if (!known || !placed || !rest.empty()) fail(op, "activation is '", kind, "', which is unknown");
-  if (grouped ? group < 1 : group != -1)
-    fail(op, "activation_group is ", group, " for '", kind, "'");
-  a.group = grouped ? group : 0;
-  return a;
+cpu::Input input_of(const char* op, const ProblemNumbers& numbers, const Operands& operands,
+                    const Tensor& x) {
+  if (!x.is_cpu()) fail(op, "x is not on the CPU");
+  if (x.dim() != 2 || x.size(1) != numbers.columns)
+    fail(op, "x has shape ", shape_text(x), ", expected [m, ", numbers.columns, "]");
+  cpu::Input input{};
+  input.data = x.const_data_ptr();
+  input.type = float_type(op, "x", x.scalar_type());
+  input.m = x.size(0);
+  input.columns = numbers.columns;
+  input.row_stride = x.stride(0);
+  input.column_stride = x.stride(1);
+  input.perm = perm_data(op, operands[Operand::perm], numbers.geometry.k);
+  input.prescale = number_data(op, "prescale", operands[Operand::prescale], numbers.geometry.k);
+  input.activation = numbers.activation;
+  return input;
+}
+
+// The scale and zero point of x that are not computed from it.
+void read_static(const char* op, cpu::Activation& a, PackedLayout layout,
+                 const Operands& operands) {
+  const float* scale = number_data(op, "input_scale", operands[Operand::input_scale], 1);
+  const bool scaled = a.present && (!a.dynamic || a.scale_type == Scalar::e4m3);
+  if ((scale != nullptr) != scaled)
+    fail(op, "input_scale is ", scaled ? "missing" : "given", ", expected for static scales only");
+  if (scaled) a.scale = *scale;
+  const int32_t* zero = input_zero_data(op, operands[Operand::input_zero]);
+  const bool shifted = a.present && !a.dynamic && !a.symmetric;
+  if ((zero != nullptr) != shifted)
+    fail(op, "input_zero is ", shifted ? "missing" : "given",
+         ", expected where static scales are not symmetric");
+  if (!shifted) return;
+  if (layout == PackedLayout::quads && (*zero < -128 || *zero > 127))
+    fail(op, "input_zero is ", *zero, ", expected -128 to 127");
+  a.zero = static_cast<float>(*zero);
 }
 
 }  // namespace
 
-Tensor linear(Tensor x, Tensor packed, std::optional<Tensor> scale, std::optional<Tensor> zero,
-              std::optional<Tensor> bias, std::optional<Tensor> perm, std::optional<Tensor> table,
-              int64_t n, int64_t k, int64_t group_size, std::string element_name,
-              int64_t element_bias, ScalarType out_dtype, std::optional<Tensor> row_scale,
-              std::optional<Tensor> prescale, std::optional<std::string> activation,
-              int64_t activation_group, double activation_maximum,
-              std::optional<Tensor> input_scale, std::optional<Tensor> input_zero) {
+Tensor linear(Tensor x, Tensor problem, std::vector<Tensor> tensors, std::optional<Tensor> bias,
+              int64_t n, ScalarType out_dtype) {
   constexpr const char* op = "linear";
-  const Element element = parse_element(op, element_name);
+  const ProblemNumbers numbers = read_problem(op, problem);
+  const Operands operands(op, numbers, tensors);
+  const Geometry& g = numbers.geometry;
+  const PackedLayout layout = numbers.layout;
+  if (n != g.n) fail(op, "n is ", n, ", expected ", g.n, " as in problem");
   cpu::Problem p{};
-  p.geometry = geometry_of(op, n, k, group_size, element);
-  read_operands(op, p, x, packed, scale, zero, row_scale, bias, perm, prescale);
-  const TableData values = table_data(op, table, element, element_name);
-  p.table = values.narrow;
-  p.wide_table = values.wide;
-  check_element_bias(op, element, element_bias);
-  if (element.kind == Kind::integer) {
-    // Without zero points the bias goes into the decoded values, which saves the group sums; with
-    // them, decoding about the middle keeps what is added and taken away small.
-    const bool centred = p.zero != nullptr || element.bits == 8;
-    p.middle = static_cast<float>(centred ? int64_t{1} << (element.bits - 1) : element_bias);
-    p.offset = table.has_value() ? 0.0f : static_cast<float>(element_bias) - p.middle;
+  p.x = input_of(op, numbers, operands, x);
+  read_static(op, p.x.activation, layout, operands);
+  p.weight = weight_of(op, numbers, operands);
+  cpu::Weight& w = p.weight;
+  if (g.element.kind == Kind::integer) {
+    // Beside zero points, codes count from the middle: what is added and taken away stays small.
+    // Without, the bias goes into the decoded values, which saves the sums over groups.
+    const bool bytes = layout == PackedLayout::planes && g.element.bits == 8;
+    const bool centred = w.zero.data != nullptr || bytes;
+    w.middle =
+        static_cast<float>(centred ? int64_t{1} << (g.element.bits - 1) : numbers.element_bias);
+    w.offset = operands[Operand::table] != nullptr
+                   ? 0.0f
+                   : static_cast<float>(numbers.element_bias) - w.middle;
   }
-
-  if (activation.has_value()) {
-    p.activation = parse_activation(op, *activation, activation_group, activation_maximum);
-    cpu::Activation& a = p.activation;
-    if (!a.dynamic || a.scale_type == Scalar::e4m3) {
-      const float* number = number_data(op, "input_scale", input_scale, 1);
-      if (number == nullptr) fail(op, "input_scale is needed for this activation");
-      a.scale = *number;
-    }
-    if (!a.dynamic && !a.symmetric) {
-      const int32_t* number = input_zero_data(op, input_zero);
-      if (number == nullptr) fail(op, "input_zero is needed for this activation");
-      a.zero = static_cast<float>(*number);
+  if (layout == PackedLayout::quads) {
+    const Tensor* code_sums = operands[Operand::code_sums];
+    if ((code_sums != nullptr) == numbers.activation.symmetric)
+      fail(op, "code_sums are ", code_sums != nullptr ? "given" : "missing",
+           ", expected for x with zero points and only there");
+    if (code_sums != nullptr) {
+      check_plain(op, "code_sums", *code_sums);
+      check_type(op, "code_sums", *code_sums, ScalarType::Int);
+      check_shape<3>(op, "code_sums", *code_sums,
+                     {g.tiles, cpu::count_segments(g, p.x.activation.group), cpu::kTile});
+      w.code_sums = static_cast<const int32_t*>(code_sums->const_data_ptr());
     }
   }
+  if (bias.has_value()) {
+    check_plain(op, "bias", *bias);
+    check_shape<1>(op, "bias", *bias, {g.n});
+    p.y.bias = bias->const_data_ptr();
+    p.y.bias_type = float_type(op, "bias", bias->scalar_type());
+  }
+  p.y.type = float_type(op, "out_dtype", out_dtype);
+  const std::array<int64_t, 2> shape = {p.x.m, g.n};
+  Tensor out = new_tensor(shape, out_dtype);
+  p.y.data = out.mutable_data_ptr();
 
-  Tensor out = make_output(op, p, x, out_dtype);
-  const cpu::Engine& engine = cpu::engine();
-  engine.linear(p, {&run_parallel, static_cast<int64_t>(torch::stable::get_num_threads())});
-  linear_counter(engine, element, element_name) += 1;
+  const Kernels kernels = layout == PackedLayout::quads ? Kernels::integers : Kernels::floats;
+  const cpu::Isa& isa = cpu::isa(kernels);
+  isa.linear(kernels)(p, {&run_parallel, static_cast<int64_t>(torch::stable::get_num_threads())});
+  linear_counter(isa, layout, g.element).fetch_add(1, std::memory_order_relaxed);
   return out;
 }
 

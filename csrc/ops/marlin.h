@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the ops of Marlin's layout check, on whichever device. Included by the files of csrc/ops and csrc/cuda only.
+// What the ops of Marlin's layout check, on whichever device. Included by the files of csrc/ops
+// and csrc/cuda only.
 #pragma once
 
 #include "arguments.h"
 #include "cpu/repack/marlin_scales.h"
+#include "cpu/repack/repack.h"
 
 namespace compressed_linear {
 
@@ -24,11 +26,14 @@ inline Geometry marlin_geometry(const char* op, int64_t n, int64_t k, Element el
   return g;
 }
 
+inline std::array<int64_t, 2> marlin_shape(const Geometry& g) {
+  return {g.k / marlin::kStripK, marlin::strip_words(g.element.bits, g.n)};
+}
+
 // Shape and dtype of the codes in Marlin's order.
 inline void check_marlin(const char* op, const Tensor& packed, const Geometry& g) {
   check_type(op, "packed", packed, ScalarType::Int);
-  check_shape<2>(op, "packed", packed,
-                 {g.k / marlin::kStripK, marlin::strip_words(g.element.bits, g.n)});
+  check_shape<2>(op, "packed", packed, marlin_shape(g));
 }
 
 inline MarlinColumns parse_columns(const char* op, const std::string& name) {

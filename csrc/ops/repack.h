@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the ops that repack codes share: how they are told where a checkpoint's codes lie, and the
-// loop over the thread pool. Included by the files of csrc/ops and csrc/cuda only.
+// loop over the thread pool. Included by the files of csrc/ops and
+// csrc/cuda only.
 #pragma once
 
 #include <algorithm>
@@ -8,6 +9,7 @@
 #include <vector>
 
 #include "arguments.h"
+#include "cpu/common/isa.h"
 #include "cpu/repack/repack.h"
 
 namespace compressed_linear {
@@ -98,8 +100,8 @@ inline void set_positions(const char* op, cpu::CodeSource& source, const Tensor&
   }
 }
 
-// The arguments that `repack_codes` of machine/native.py explains, into `source`. On whichever
-// device `stored` is, the others are on the CPU.
+// The arguments of `repack_codes` that ops.cpp explains, into `source`. On whichever device
+// `stored` is, the others are on the CPU.
 inline void read_code_source(const char* op, cpu::CodeSource& source, const Tensor& stored,
                              const std::string& order, const Tensor& k_at,
                              const std::optional<Tensor>& n_at, const std::vector<int64_t>& widths,
@@ -143,7 +145,8 @@ inline void repack(const char* op, const char* what, cpu::Repack& job, int64_t p
   if (cpu::is_coded(g.element)) cpu::plan_fields(job);
   // Floats in groups that need filling up: nothing that a checkpoint has.
   const bool plain = !cpu::is_coded(g.element) && !g.identity();
-  const cpu::RepackFunction function = plain ? &cpu::repack_plain : cpu::engine().repack;
+  cpu::RepackFunction* const function =
+      plain ? &cpu::repack_plain : cpu::isa(cpu::Kernels::floats).repack;
   std::atomic<bool> good{true};
   parallel_tiles(job.tile_begin() / cpu::kStrip, (job.tile_end() + cpu::kStrip - 1) / cpu::kStrip,
                  [&](int64_t begin, int64_t end) {

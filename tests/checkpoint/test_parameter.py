@@ -24,8 +24,7 @@ from vllm.compressed_linear.checkpoint.write import from_standard_layout
 from vllm.compressed_linear.formats.awq import awq_gemm_scheme, awq_gemv_scheme
 from vllm.compressed_linear.formats.compressed_tensors import pack_quantized_scheme
 from vllm.compressed_linear.formats.gptq import gptq_scheme
-from vllm.compressed_linear.integration.linear import dense_scheme
-from vllm.compressed_linear.spec.scheme import CheckpointScheme, StandardWeights
+from vllm.compressed_linear.spec.scheme import CheckpointScheme, StandardWeights, dense_scheme
 
 K = 128
 CONTEXT = LayerContext("bfloat16", "bfloat16")
@@ -308,6 +307,7 @@ def test_dummy_weights_need_no_tensors() -> None:
 # vLLM's reload: parameters on meta devices, replayed loads, elements counted.
 
 
+@pytest.mark.needs_vllm
 def test_loads_on_a_meta_copy_are_counted_and_replayed() -> None:
     from vllm.model_executor.model_loader.reload.meta import (
         get_numel_loaded,

@@ -112,6 +112,7 @@ def quantized(
     return codes, scale, zero
 
 
+@pytest.mark.needs_vllm
 @pytest.mark.parametrize(("method", "names"), [("gptq", "Bs"), ("awq", ("qweight", "scales"))])
 @pytest.mark.parametrize("group_size", [128, -1])
 def test_marlin_files_are_read_as_vllms_packer_writes_them(
@@ -144,6 +145,7 @@ def test_marlin_files_are_read_as_vllms_packer_writes_them(
         torch.testing.assert_close(halves, weight, rtol=0, atol=0)
 
 
+@pytest.mark.needs_vllm
 def test_marlin_tiles_may_hold_a_part_of_a_fused_weight() -> None:
     """q|k|v in one tensor on disk, each of them no whole number of tiles; two ranks."""
     from vllm.model_executor.layers.quantization.utils.marlin_utils import marlin_permute_scales

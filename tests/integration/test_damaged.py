@@ -288,7 +288,7 @@ CONFIG_DAMAGES: dict[str, tuple[str, Config, tuple[object, ...]]] = {
         GPTQ,
         {"dynamic": {r"-:.*layers\.1\.mlp\.down_proj": {}}},
         (
-            *(DOWN, DOWN, "unquantized", "dynamic", "-:.*down_proj"),
+            *(DOWN, DOWN, "unquantized", "dynamic", r"-:.*layers\.1\.mlp\.down_proj"),
             *("model.safetensors", f"{DOWN}.qweight"),
         ),
     ),

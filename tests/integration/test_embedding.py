@@ -166,7 +166,7 @@ def test_a_quantized_table_needs_a_backend_that_looks_up(
     register_backend(LooksUpNothing)
     write(TableModel(), tmp_path / "model")
     monkeypatch.setenv(settings.BACKEND, "lm_head=looks_up_nothing")
-    message = saying("lm_head", "uint8", "looked up", "rows")
+    message = saying("lm_head", "uint8b128", "looked up", "rows")
     with pytest.raises(NoBackendError, match=message), loaded(tmp_path / "model", **OPTIONS):
         pass
 

@@ -169,6 +169,7 @@ ONE_OF_EACH_FORMAT = [
 ]
 
 
+@pytest.mark.usefixtures("w4a16")
 @pytest.mark.parametrize("backend", ["cpu", "reference", "vllm_native"])
 @pytest.mark.parametrize("name", ONE_OF_EACH_FORMAT)
 def test_every_format_runs_on_every_backend_that_can(

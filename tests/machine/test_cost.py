@@ -14,8 +14,8 @@ from vllm.compressed_linear.backends.cpu import int8 as cpu_int8
 from vllm.compressed_linear.backends.cpu import weight_only
 from vllm.compressed_linear.machine import limits, native
 from vllm.compressed_linear.machine.cost import MIX, expected_seconds, roofline
-from vllm.compressed_linear.machine.limits import MachineLimits, declared_limits
-from vllm.compressed_linear.machine.platform import Platform
+from vllm.compressed_linear.machine.limits import MachineLimits, limits_of_cores
+from vllm.compressed_linear.machine.platform import X86_TIERS, Platform
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor, ScaleSpec, WeightSpec
 from vllm.compressed_linear.spec.elements import BF16, FP32, ElementType, uint
 
@@ -64,8 +64,9 @@ def test_limits_by_name_threads_and_measurement() -> None:
         one, four = (replace(Platform.parse(name), threads=t).limits for t in (1, 4))
         assert four.bf16 == pytest.approx(4 * one.bf16)
         assert one.read <= four.read <= 4 * one.read
-    many = declared_limits("cpu:avx512bf16", 1000)
-    assert many.read < declared_limits("cpu:avx512bf16", 1).read * 20
+    core = X86_TIERS["avx512bf16"].core
+    assert core is not None
+    assert limits_of_cores(core, 1000).read < limits_of_cores(core, 1).read * 20
     assert MACHINE.limits is LIMITS
     assert LIMITS.operations("int8") == 400e9
     with pytest.raises(ValueError, match=saying("'int3'", "fp32, bf16, int8")):

@@ -4,6 +4,8 @@
 
 namespace compressed_linear::cpu {
 
-const Engine kEngineAmxEmulated = {"amx-emulated", &linear_in_tiles<EmulatedTiles>, &repack_avx512};
+void float_amx_emulated(const Problem& p, const Parallel& parallel) {
+  linear_in_tiles<EmulatedTiles>(p, parallel);
+}
 
 }  // namespace compressed_linear::cpu

@@ -4,7 +4,8 @@
 
 namespace compressed_linear::cpu {
 
-const IntegerEngine kIntegerEngineAmxEmulated = {"amx-emulated",
-                                                 &integer_linear_in_tiles<EmulatedTiles>};
+void integer_amx_emulated(const Problem& p, const Parallel& parallel) {
+  integer_linear_in_tiles<EmulatedTiles>(p, parallel);
+}
 
 }  // namespace compressed_linear::cpu

@@ -13,9 +13,13 @@
 #include <vector>
 
 #include "cpu/common/floats.h"
-#include "cpu/float/engine.h"
+#include "cpu/common/isa.h"
 #include "cpu/float/lookup.h"
 #include "cpu/repack/repack.h"
+
+namespace compressed_linear::cpu {
+LinearFunction float_amx_emulated;
+}  // namespace compressed_linear::cpu
 
 namespace cl = compressed_linear::cpu;
 using cl::Kind;
@@ -79,14 +83,12 @@ void check(bool good, const Case& c, const char* isa, const std::string& message
   std::printf("FAIL %s on %s: %s\n", c.what.c_str(), isa, message.c_str());
 }
 
-std::vector<const cl::Engine*> engines() {
-  std::vector<const cl::Engine*> found;
-  for (const std::string& isa : cl::supported_isas()) {
-    cl::select_engine(isa);
-    found.push_back(&cl::engine());
-  }
+std::vector<const cl::Isa*> engines() {
+  std::vector<const cl::Isa*> found = cl::supported_isas(cl::Kernels::floats);
 #if defined(COMPRESSED_LINEAR_X86)
-  if (found.front()->isa == std::string("avx512bf16")) found.push_back(&cl::kEngineAmxEmulated);
+  static constexpr cl::Isa kEmulated = {"amx-emulated",         "",      0,
+                                        cl::float_amx_emulated, nullptr, nullptr};
+  if (found.front()->name == std::string("avx512bf16")) found.push_back(&kEmulated);
 #endif
   return found;
 }
@@ -177,33 +179,28 @@ void run(const Case& c) {
 
   std::vector<float> out(static_cast<size_t>(c.m * n));
   cl::Problem p{};
-  p.geometry = g;
-  p.m = c.m;
-  p.packed = packed.data();
-  p.scale = scaled ? scale.data() : nullptr;
-  p.scale_type = c.scale_type;
-  p.zero_type = zero_type;
-  p.row_scale = c.row_scale ? row_scale.data() : nullptr;
-  p.zero = c.zero ? zero.data() : nullptr;
-  p.middle = static_cast<float>(middle);
-  p.table = c.table && !c.row_scale ? table.data() : nullptr;
-  p.wide_table = c.table && c.row_scale ? wide_table.data() : nullptr;
-  p.perm = c.reorder ? perm.data() : nullptr;
-  p.x = x.data();
-  p.x_type = p.bias_type = c.x_type;
-  p.x_row_stride = columns;
-  p.x_column_stride = 1;
-  p.bias = c.bias ? bias.data() : nullptr;
-  p.out = out.data();
-  p.out_type = Scalar::float32;
+  p.weight = cl::packed_weight(cl::PackedLayout::planes, g, packed.data());
+  p.x.m = c.m;
+  p.x.columns = columns;
+  if (scaled) p.weight.scale = cl::tile_numbers(scale.data(), c.scale_type, g);
+  if (c.zero) p.weight.zero = cl::tile_numbers(zero.data(), zero_type, g);
+  p.weight.row_scale = c.row_scale ? row_scale.data() : nullptr;
+  p.weight.middle = static_cast<float>(middle);
+  p.weight.table = c.table && !c.row_scale ? table.data() : nullptr;
+  p.weight.wide_table = c.table && c.row_scale ? wide_table.data() : nullptr;
+  p.x.perm = c.reorder ? perm.data() : nullptr;
+  p.x.data = x.data();
+  p.x.type = p.y.bias_type = c.x_type;
+  p.x.row_stride = columns;
+  p.x.column_stride = 1;
+  p.y.bias = c.bias ? bias.data() : nullptr;
+  p.y.data = out.data();
+  p.y.type = Scalar::float32;
 
   std::vector<int64_t> ids(static_cast<size_t>(n));
   std::iota(ids.begin(), ids.end(), 0);
   std::vector<float> looked_up(static_cast<size_t>(n * columns));
-  cl::look_up(
-      {g, p.packed, p.scale, p.scale_type, p.zero, p.zero_type, p.row_scale, p.middle, p.table,
-       p.wide_table, p.perm, ids.data(), columns, looked_up.data(), Scalar::float32},
-      0, n);
+  cl::look_up({p.weight, p.x.perm, ids.data(), columns, looked_up.data(), Scalar::float32}, 0, n);
   double furthest = 0;
   for (int64_t row = 0; row < n; ++row) {
     std::vector<double> sum(static_cast<size_t>(columns)), size(static_cast<size_t>(columns));
@@ -223,10 +220,10 @@ void run(const Case& c) {
   }
   check(furthest <= 1, c, "lookup", "error is " + std::to_string(furthest) + " times the allowed");
 
-  for (const cl::Engine* engine : engines()) {
-    const std::string isa = engine->isa;
+  for (const cl::Isa* engine : engines()) {
+    const std::string isa = engine->name;
     std::fill(out.begin(), out.end(), NAN);
-    engine->linear(p, {&serial, 1});
+    engine->floats(p, {&serial, 1});
     double worst = 0;
     for (int64_t m = 0; m < c.m; ++m)
       for (int64_t row = 0; row < n; ++row) {
@@ -248,22 +245,22 @@ void run(const Case& c) {
     // The same bits from several threads, and for a row on its own.
     const std::vector<float> whole = out;
     std::fill(out.begin(), out.end(), NAN);
-    engine->linear(p, {&threaded, 3});
+    engine->floats(p, {&threaded, 3});
     check(std::memcmp(out.data(), whole.data(), out.size() * 4) == 0, c, isa.c_str(),
           "threads change the result");
     // Two calls at once.
     std::vector<float> other(out.size(), NAN);
     cl::Problem second = p;
-    second.out = other.data();
-    std::thread caller([&] { engine->linear(second, {&threaded, 3}); });
-    engine->linear(p, {&threaded, 3});
+    second.y.data = other.data();
+    std::thread caller([&] { engine->floats(second, {&threaded, 3}); });
+    engine->floats(p, {&threaded, 3});
     caller.join();
     check(out == whole && other == whole, c, isa.c_str(), "calls disturb each other");
     if (c.m > 1) {
       cl::Problem last = p;
-      last.m = 1;
-      last.x = x.data() + (c.m - 1) * columns * cl::size_of(c.x_type);
-      engine->linear(last, {&serial, 1});
+      last.x.m = 1;
+      last.x.data = x.data() + (c.m - 1) * columns * cl::size_of(c.x_type);
+      engine->floats(last, {&serial, 1});
       check(std::memcmp(out.data(), whole.data() + (c.m - 1) * n, static_cast<size_t>(n) * 4) == 0,
             c, isa.c_str(), "a row on its own differs");
     }
@@ -351,7 +348,7 @@ int main(int argc, char** argv) {
       ++run_count;
     }
   std::printf("%d cases on", run_count);
-  for (const cl::Engine* engine : engines()) std::printf(" %s", engine->isa);
+  for (const cl::Isa* engine : engines()) std::printf(" %s", engine->name);
   std::printf(": %d failures\n", failures);
   return failures == 0 ? 0 : 1;
 }

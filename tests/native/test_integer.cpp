@@ -12,9 +12,14 @@
 #include <vector>
 
 #include "cpu/common/floats.h"
-#include "cpu/integer/engine.h"
+#include "cpu/common/isa.h"
+#include "cpu/integer/segments.h"
 #include "cpu/repack/quads.h"
 #include "cpu/repack/repack.h"
+
+namespace compressed_linear::cpu {
+LinearFunction integer_amx_emulated, integer_avxvnni_evex;
+}  // namespace compressed_linear::cpu
 
 namespace cl = compressed_linear::cpu;
 using cl::Scalar;
@@ -72,12 +77,12 @@ void check(bool good, const Case& c, const std::string& isa, const std::string& 
 }
 
 // x^ of one row as the rule says, straight from its text: std::nearbyint, one channel at a time.
-std::vector<double> quantized(const cl::ActivationRule& rule, const std::vector<float>& row) {
+std::vector<double> quantized(const cl::Activation& rule, const std::vector<float>& row) {
   std::vector<double> out(row.size());
   const size_t size = rule.group == 0 ? row.size() : static_cast<size_t>(rule.group);
   for (size_t begin = 0; begin < row.size(); begin += size) {
     const size_t end = std::min(begin + size, row.size());
-    float low = 0, high = 0, scale = rule.scale, zero = static_cast<float>(rule.zero);
+    float low = 0, high = 0, scale = rule.scale, zero = rule.zero;
     for (size_t i = begin; i < end; ++i) {
       low = std::min(low, row[i]);
       high = std::max(high, row[i]);
@@ -96,17 +101,14 @@ std::vector<double> quantized(const cl::ActivationRule& rule, const std::vector<
   return out;
 }
 
-std::vector<const cl::IntegerEngine*> engines() {
-  std::vector<const cl::IntegerEngine*> found;
-  for (const std::string& isa : cl::supported_integer_isas()) {
-    cl::select_integer_engine(isa);
-    found.push_back(&cl::integer_engine());
-  }
+std::vector<const cl::Isa*> engines() {
+  std::vector<const cl::Isa*> found = cl::supported_isas(cl::Kernels::integers);
 #if defined(COMPRESSED_LINEAR_X86)
-  if (found.front()->isa == std::string("avx512vnni")) {
-    found.push_back(&cl::kIntegerEngineAvxVnniEvex);
-    found.push_back(&cl::kIntegerEngineAmxEmulated);
-  }
+  static constexpr cl::Isa kOthers[] = {
+      {"avxvnni-evex", "", 0, nullptr, cl::integer_avxvnni_evex, nullptr},
+      {"amx-emulated", "", 0, nullptr, cl::integer_amx_emulated, nullptr}};
+  if (found.front()->name == std::string("avx512vnni"))
+    for (const cl::Isa& other : kOthers) found.push_back(&other);
 #endif
   return found;
 }
@@ -150,29 +152,37 @@ void run(const Case& c) {
   for (float& value : bias) value = static_cast<float>(uniform(-1, 1));
 
   std::vector<float> out(static_cast<size_t>(c.m * c.n));
-  cl::IntegerProblem p{};
-  p.linear.geometry = g;
-  p.linear.m = c.m;
-  p.linear.packed = packed.data();
-  p.linear.scale = scale.data();
-  p.linear.zero = c.zero ? zero.data() : nullptr;
-  p.linear.scale_type = p.linear.zero_type = p.linear.bias_type = Scalar::float32;
-  p.linear.middle = static_cast<float>(middle);
-  p.linear.offset = c.zero ? -static_cast<float>(middle) : 0;
-  p.linear.perm = c.reorder ? perm.data() : nullptr;
-  p.linear.x = x.data();
-  p.linear.x_type = c.x_type;
-  p.linear.x_row_stride = columns;
-  p.linear.x_column_stride = 1;
-  p.linear.bias = c.bias ? bias.data() : nullptr;
-  p.linear.out = out.data();
-  p.linear.out_type = Scalar::float32;
-  p.activation = {c.dynamic, c.symmetric, c.x_group, c.maximum, 0.01f, c.symmetric ? 0 : -7};
+  cl::Problem p{};
+  p.weight = cl::packed_weight(cl::PackedLayout::quads, g, packed.data());
+  p.x.m = c.m;
+  p.x.columns = columns;
+  p.weight.scale = cl::tile_numbers(scale.data(), Scalar::float32, g);
+  if (c.zero) p.weight.zero = cl::tile_numbers(zero.data(), Scalar::float32, g);
+  p.y.bias_type = Scalar::float32;
+  p.weight.middle = static_cast<float>(middle);
+  p.weight.offset = c.zero ? -static_cast<float>(middle) : 0;
+  p.x.perm = c.reorder ? perm.data() : nullptr;
+  p.x.data = x.data();
+  p.x.type = c.x_type;
+  p.x.row_stride = columns;
+  p.x.column_stride = 1;
+  p.y.bias = c.bias ? bias.data() : nullptr;
+  p.y.data = out.data();
+  p.y.type = Scalar::float32;
+  cl::Activation& rule = p.x.activation;
+  rule.present = true;
+  rule.dynamic = c.dynamic;
+  rule.symmetric = c.symmetric;
+  rule.bits = 8;
+  rule.group = c.x_group;
+  rule.maximum = c.maximum;
+  rule.scale = 0.01f;
+  rule.zero = c.symmetric ? 0.0f : -7.0f;
   const int64_t segments = cl::count_segments(g, c.x_group);
   std::vector<int32_t> sums(static_cast<size_t>(g.tiles * segments * cl::kTile));
   for (int64_t tile = 0; tile < g.tiles; ++tile)
     cl::sum_codes(g, c.x_group, packed.data(), tile, sums.data() + tile * segments * cl::kTile);
-  p.code_sums = c.symmetric ? nullptr : sums.data();
+  p.weight.code_sums = c.symmetric ? nullptr : sums.data();
 
   // The defining sum.
   std::vector<double> expected(out.size()), allowed(out.size());
@@ -182,7 +192,7 @@ void run(const Case& c) {
       const int64_t from = c.reorder ? perm[static_cast<size_t>(i)] : i;
       row[static_cast<size_t>(i)] = from < 0 ? 0 : xs[static_cast<size_t>(m * columns + from)];
     }
-    const std::vector<double> taken = quantized(p.activation, row);
+    const std::vector<double> taken = quantized(p.x.activation, row);
     for (int64_t n = 0; n < c.n; ++n) {
       double sum = c.bias ? bias[static_cast<size_t>(n)] : 0, size = std::abs(sum);
       for (int64_t i = 0; i < c.k; ++i) {
@@ -200,10 +210,10 @@ void run(const Case& c) {
   }
 
   std::vector<float> first;
-  for (const cl::IntegerEngine* engine : engines()) {
-    const std::string isa = engine->isa;
+  for (const cl::Isa* engine : engines()) {
+    const std::string isa = engine->name;
     std::fill(out.begin(), out.end(), NAN);
-    engine->linear(p, {&serial, 1});
+    engine->integers(p, {&serial, 1});
     double worst = 0;
     for (size_t i = 0; i < out.size(); ++i) {
       const double error = std::abs(out[i] - expected[i]);
@@ -214,22 +224,22 @@ void run(const Case& c) {
     check(std::memcmp(out.data(), first.data(), out.size() * 4) == 0, c, isa,
           "other bits than the first engine's");
     std::fill(out.begin(), out.end(), NAN);
-    engine->linear(p, {&threaded, 3});
+    engine->integers(p, {&threaded, 3});
     check(std::memcmp(out.data(), first.data(), out.size() * 4) == 0, c, isa,
           "threads change the result");
     // Two calls at once.
     std::vector<float> other(out.size(), NAN);
-    cl::IntegerProblem second = p;
-    second.linear.out = other.data();
-    std::thread caller([&] { engine->linear(second, {&threaded, 3}); });
-    engine->linear(p, {&threaded, 3});
+    cl::Problem second = p;
+    second.y.data = other.data();
+    std::thread caller([&] { engine->integers(second, {&threaded, 3}); });
+    engine->integers(p, {&threaded, 3});
     caller.join();
     check(out == first && other == first, c, isa, "calls disturb each other");
     if (c.m > 1) {
-      cl::IntegerProblem last = p;
-      last.linear.m = 1;
-      last.linear.x = x.data() + (c.m - 1) * columns * cl::size_of(c.x_type);
-      engine->linear(last, {&serial, 1});
+      cl::Problem last = p;
+      last.x.m = 1;
+      last.x.data = x.data() + (c.m - 1) * columns * cl::size_of(c.x_type);
+      engine->integers(last, {&serial, 1});
       check(std::memcmp(out.data(), first.data() + (c.m - 1) * c.n, static_cast<size_t>(c.n) * 4) ==
                 0,
             c, isa, "a row on its own differs");
@@ -323,7 +333,7 @@ int main(int argc, char** argv) {
     run(longest);
   }
   std::printf("%d integer cases on", run_count + 2);
-  for (const cl::IntegerEngine* engine : engines()) std::printf(" %s", engine->isa);
+  for (const cl::Isa* engine : engines()) std::printf(" %s", engine->name);
   std::printf(": %d failures\n", failures);
   return failures == 0 ? 0 : 1;
 }

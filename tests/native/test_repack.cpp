@@ -11,7 +11,7 @@
 #include <thread>
 #include <vector>
 
-#include "cpu/float/engine.h"
+#include "cpu/common/isa.h"
 #include "cpu/repack/quads.h"
 #include "cpu/repack/repack.h"
 
@@ -23,6 +23,8 @@ using cl::PackedLayout;
 namespace {
 
 using Bytes = std::vector<uint8_t>;
+
+std::vector<const cl::Isa*> loops() { return cl::supported_isas(cl::Kernels::floats); }
 
 std::mt19937 generator(2);
 int failures = 0;
@@ -193,13 +195,13 @@ void test_codes(const std::string& what, const Layout& l, cl::Element element, i
     cl::plan_fields(job);
     const int64_t strips = (job.geometry.tiles + cl::kStrip - 1) / cl::kStrip;
     Bytes first;
-    for (const std::string& isa : cl::supported_isas()) {
+    for (const cl::Isa* row : loops()) {
+      const std::string isa = row->name;
       const std::string where = what + name_of(layout) + isa;
-      cl::select_engine(isa);
       Bytes packed(static_cast<size_t>(packed_bytes(job)), 0xa5);
       job.packed = packed.data();
       bool good = false;
-      run_threads(job, cl::engine().repack, strips, good);
+      run_threads(job, row->repack, strips, good);
       if (!good) fail(where + ": reports wrong codes");
       const Bytes back = unpacked(job);
       for (int64_t row = 0; row < n; ++row)
@@ -233,16 +235,16 @@ void test_wrong_codes() {
                          Wrong{{Kind::e4m3, 8}, 0xff, PackedLayout::planes},
                          Wrong{{Kind::e5m2, 8}, 0x7c, PackedLayout::planes},
                          Wrong{{Kind::e5m2, 8}, 0xfd, PackedLayout::planes}})
-    for (const std::string& isa : cl::supported_isas()) {
-      cl::select_engine(isa);
+    for (const cl::Isa* row : loops()) {
+      const std::string isa = row->name;
       const cl::Geometry g = geometry_of(w.layout, 37, 70, 70, w.element);
       for (int64_t at = 0; at < 37 * 70; at += 7) {
         Bytes rows(37 * 70, 3), packed(static_cast<size_t>(g.tiles * g.tile_bytes()));
         cl::Repack job = cl::from_rows(g, w.layout, rows.data(), 37, 0, packed.data());
         cl::plan_fields(job);
-        if (!cl::engine().repack(job, 0, 1)) fail(isa + ": sees a wrong code where there is none");
+        if (!row->repack(job, 0, 1)) fail(isa + ": sees a wrong code where there is none");
         rows[static_cast<size_t>(at)] = w.code;
-        if (cl::engine().repack(job, 0, 1)) fail(isa + ": does not see a wrong code");
+        if (row->repack(job, 0, 1)) fail(isa + ": does not see a wrong code");
       }
     }
 }
@@ -257,12 +259,12 @@ void test_floats() {
       Bytes rows(static_cast<size_t>(n * k * cl::row_element_bytes(element)));
       for (uint8_t& byte : rows) byte = static_cast<uint8_t>(below(256));
       Bytes first;
-      for (const std::string& isa : cl::supported_isas()) {
-        cl::select_engine(isa);
+      for (const cl::Isa* row : loops()) {
+        const std::string isa = row->name;
         Bytes packed(static_cast<size_t>(g.tiles * g.tile_bytes()), 0xa5), back(rows.size());
         const cl::Repack job =
             cl::from_rows(g, PackedLayout::planes, rows.data(), n, 0, packed.data());
-        cl::engine().repack(job, 0, 2);
+        row->repack(job, 0, 2);
         cl::unpack_tiles(g, packed.data(), 0, g.tiles, back.data());
         if (back != rows) fail(isa + ": floats change");
         if (first.empty()) first = packed;
@@ -317,7 +319,7 @@ int main(int argc, char** argv) {
   test_wrong_codes();
   test_floats();
   std::printf("%d layouts on", run_count);
-  for (const std::string& isa : cl::supported_isas()) std::printf(" %s", isa.c_str());
+  for (const cl::Isa* row : loops()) std::printf(" %s", row->name);
   std::printf(": %d failures\n", failures);
   return failures == 0 ? 0 : 1;
 }

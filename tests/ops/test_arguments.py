@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support import int8_ops, weight_only_ops
+from tests.support import int8_ops, op_calls, weight_only_ops
 from tests.support.messages import saying
 from vllm.compressed_linear.machine import native
 from vllm.compressed_linear.spec.descriptor import ActivationSpec
@@ -20,6 +21,9 @@ from vllm.compressed_linear.spec.elements import INT8
 pytestmark = pytest.mark.skipif(native.available() is not None, reason=str(native.available()))
 
 Arguments = dict[str, Any]
+
+OWN = re.compile("compressed_linear::(make_problem|linear|embedding): ")
+"""Ops that may name a wrong argument."""
 
 N, K, GROUP = 40, 96, 32
 DTYPES = (
@@ -50,49 +54,49 @@ def _optional() -> Arguments:
 
 def linear() -> Arguments:
     layer = weight_only_ops.make_layer((N, K, GROUP), "uint4", "integer")
-    return {
-        "x": torch.randn(3, K),
-        "packed": layer.packed,
-        "scale": layer.scale,
-        "zero": layer.zero,
-        "table": torch.randn(16),
-        "n": N,
-        "k": K,
-        "group_size": GROUP,
-        "element": "uint4",
-        "element_bias": 0,
-        "out_dtype": torch.float32,
-        "activation": ActivationSpec(INT8, False, "tensor", symmetric=False).kind,
-        "activation_group": -1,
-        "activation_maximum": 127.0,
-    } | _optional()
+    spec = ActivationSpec(INT8, False, "tensor", symmetric=False)
+    return (
+        {
+            "x": torch.randn(3, K),
+            "packed": layer.packed,
+            "scale": layer.scale,
+            "zero": layer.zero,
+            "table": torch.randn(16),
+            "n": N,
+            "k": K,
+            "group_size": GROUP,
+            "element": "uint4",
+            "element_bias": 0,
+            "out_dtype": torch.float32,
+        }
+        | op_calls.activation(spec)
+        | _optional()
+    )
 
 
-def linear_int8() -> Arguments:
+def linear_of_quads() -> Arguments:
     spec = ActivationSpec(INT8, False, "tensor", symmetric=False)
     layer = int8_ops.layer(N, K, GROUP, 4, zero=True)
-    return int8_ops.arguments(layer, torch.randn(3, K), spec) | _optional()
+    given = int8_ops.arguments(layer, torch.randn(3, K), spec)
+    return given | _optional() | {"layout": "quads"}
 
 
 def embedding() -> Arguments:
-    given = linear()
-    for name in (
-        *("x", "bias", "prescale", "input_scale", "input_zero"),
-        *("activation", "activation_group", "activation_maximum"),
-    ):
-        del given[name]
+    spec = ActivationSpec(INT8, False, "tensor", symmetric=False)
+    left_out = {"x", "bias", "prescale", "input_scale", "input_zero", *op_calls.activation(spec)}
+    given = {name: value for name, value in linear().items() if name not in left_out}
     return given | {"ids": torch.tensor([5, 0, 39]), "channels": K}
 
 
 OPS: dict[str, Callable[[], Arguments]] = {
     "linear": linear,
-    "linear_int8": linear_int8,
+    "linear of quads": linear_of_quads,
     "embedding": embedding,
 }
 
 
 def call(op: str, given: Arguments) -> torch.Tensor:
-    return getattr(torch.ops.compressed_linear, op)(**given)
+    return (op_calls.embedding if op == "embedding" else op_calls.linear)(**given)
 
 
 def call_or_complaint(op: str, given: Arguments) -> torch.Tensor | str:
@@ -166,9 +170,7 @@ def test_wherever_numbers_lie_the_result_is_the_same_or_the_place_is_refused(
     if moved.is_contiguous() or name == "x":
         assert torch.equal(call(op, valid | {name: moved}), call(op, valid))
     else:
-        with pytest.raises(
-            ValueError, match=saying(f"compressed_linear::{op}", name, "contiguous")
-        ):
+        with pytest.raises(ValueError, match=saying(OWN, name, "contiguous")):
             call(op, valid | {name: moved})
 
 
@@ -186,7 +188,7 @@ def test_wrong_arguments_are_refused_by_name_or_mean_something(
         return  # torch itself refuses those
     found = call_or_complaint(op, changed)
     if isinstance(found, str):
-        assert found.startswith(f"compressed_linear::{op}: ")
+        assert OWN.match(found)
         return
     rows = changed["ids" if op == "embedding" else "x"].shape[0]
     assert found.shape == (rows, changed["channels" if op == "embedding" else "n"])

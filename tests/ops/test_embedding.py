@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support import op_calls
 from tests.support.cpu_library import tiled
 from tests.support.messages import saying
 from tests.support.weight_only_ops import DENSE, DTYPES, INTEGERS, SHAPES, Layer, make_layer, pack
@@ -34,7 +35,7 @@ def look_up(layer: Layer, ids: torch.Tensor, **overrides: Any) -> torch.Tensor:
         "channels": layer.k,
         "out_dtype": torch.float32,
     }
-    return torch.ops.compressed_linear.embedding(**(arguments | overrides))
+    return op_calls.embedding(**(arguments | overrides))
 
 
 def fp32_weight(layer: Layer) -> torch.Tensor:
@@ -181,7 +182,7 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], tuple[object, ...]]] = {
     "zero": ({"zero": torch.ones(3, 2, 16).double()}, ("zero", "float64", "bfloat16")),
     "table": ({"table": torch.zeros(8).bfloat16()}, ("table", [8], [16])),
     "bias": ({"element_bias": 17}, ("element_bias", 17, 0, 16)),
-    "channels": ({"channels": 60}, ("channels", 60, "perm", 64)),
+    "channels": ({"channels": 60}, ("columns", 60, "perm", 64)),
     "perm": (
         {"perm": torch.arange(64).int(), "channels": 60},
         ("perm", 0, 63, -1, 59),
@@ -195,7 +196,8 @@ def test_wrong_arguments_are_named(case: str) -> None:
     overrides, message = BAD_ARGUMENTS[case]
     layer = make_layer((40, 64, 32), "uint4")
     arguments = {"ids": torch.zeros(1).long()} | overrides
-    with pytest.raises(ValueError, match=saying("compressed_linear::embedding", *message)):
+    op = "make_problem" if case in ("bias", "channels", "perm") else "embedding"
+    with pytest.raises(ValueError, match=saying(f"compressed_linear::{op}", *message)):
         look_up(layer, **arguments)
 
 
@@ -211,11 +213,10 @@ def test_opcheck() -> None:
     layer = make_layer((40, 64, 32), "uint4", "integer")
     arguments = (
         torch.tensor([1, 39, 7]),
-        layer.packed,
-        layer.scale,
-        layer.zero,
-        torch.randperm(64).int(),
-        None,
-        *(40, 64, 32, "uint4", 0, 64, torch.bfloat16),
+        torch.ops.compressed_linear.make_problem(
+            "planes", 40, 64, 32, "uint4", 0, "packed scale zero"
+        ),
+        [layer.packed, layer.scale, layer.zero],
+        *(64, torch.bfloat16),
     )
     torch.library.opcheck(torch.ops.compressed_linear.embedding.default, arguments)

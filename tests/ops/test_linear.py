@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(native.available() is not None, reason=str(nativ
 def test_unpacking_gives_back_the_rows(element: str, shape: tuple[int, int, int]) -> None:
     layer = make_layer(shape, element)
     rows = torch.ops.compressed_linear.unpack_rows(
-        layer.packed, layer.n, layer.k, layer.group, element
+        "planes", layer.packed, layer.n, layer.k, layer.group, element
     )
     assert torch.equal(rows, layer.rows)
 
@@ -41,7 +41,7 @@ def test_rows_may_be_packed_in_chunks(element: str) -> None:
     packed = torch.full_like(layer.packed, 255)
     for start, stop in ((32, 70), (0, 32)):
         torch.ops.compressed_linear.pack_rows(
-            packed, layer.rows[start:stop], start, layer.n, layer.group, element
+            "planes", packed, layer.rows[start:stop], start, layer.n, layer.group, element
         )
     assert torch.equal(packed, layer.packed)
 
@@ -186,10 +186,10 @@ def test_instruction_sets_agree_within_the_contract() -> None:
     before = native.isa()
     try:
         for name in ISAS:
-            torch.ops.compressed_linear.select_isa(name)
+            torch.ops.compressed_linear.select_isa("floats", name)
             layer.check(x, layer(x))
     finally:
-        torch.ops.compressed_linear.select_isa(before)
+        torch.ops.compressed_linear.select_isa("floats", before)
 
 
 BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], tuple[object, ...]]] = {
@@ -208,7 +208,7 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], tuple[object, ...]]] = {
     "zero shape": ({"zero": torch.ones(2, 2, 16)}, ("zero", [2, 2, 16])),
     "bias shape": ({"bias": torch.ones(41)}, ("bias", [41], [40])),
     "x columns": ({"x": torch.ones(2, 63)}, ("x", [2, 63], "[m, 64]")),
-    "x rank": ({"x": torch.ones(64)}, ("x", [64], "[m, k]")),
+    "x rank": ({"x": torch.ones(64)}, ("x", [64], "[m, 64]")),
     "x dtype": (
         {"x": torch.ones(2, 64).int()},
         ("x", "int32", "bfloat16", "float16", "float32"),
@@ -229,12 +229,47 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], tuple[object, ...]]] = {
 }
 
 
+PARSED = {"element", "group", "perm range", "perm low", "perm dtype", "bias value"}
+"""Cases that are found when a layer is prepared."""
+
+
 @pytest.mark.parametrize("case", BAD_ARGUMENTS)
 def test_wrong_arguments_are_named(case: str) -> None:
     overrides, message = BAD_ARGUMENTS[case]
     layer = make_layer((40, 64, 32), "uint4")
-    with pytest.raises(ValueError, match=saying("compressed_linear::linear", *message)):
+    op = "make_problem" if case in PARSED else "linear"
+    with pytest.raises(ValueError, match=saying(f"compressed_linear::{op}", *message)):
         layer(overrides.pop("x", torch.ones(2, 64)), **overrides)
+
+
+def test_a_stale_problem_or_order_is_refused_or_reads_nothing_outside() -> None:
+    ops = torch.ops.compressed_linear
+    layer = make_layer((40, 64, 32), "uint4")
+    order = torch.randperm(64).int()
+    problem = ops.make_problem(
+        "planes", 40, 64, 32, "uint4", layer.element_bias, "packed scale perm", order
+    )
+    x = torch.randn(2, 64)
+
+    def call(problem: torch.Tensor, *perm: torch.Tensor) -> torch.Tensor:
+        return ops.linear(x, problem, [layer.packed, layer.scale, *perm], None, 40, torch.float32)
+
+    layer.check(x[:, order.long()], call(problem, order))
+    for at, number in ((0, 0), (4, 48), (5, 1 << 40), (len(problem) - 1, 0)):
+        stale = problem.clone()
+        stale[at] = number
+        with pytest.raises(ValueError, match=saying("linear", "problem", "make_problem")):
+            call(stale, order)
+    for wrong in (problem[:-1], problem.int(), torch.zeros(0).long()):
+        with pytest.raises(ValueError, match=saying("linear", "problem", "expected")):
+            call(wrong, order)
+    with pytest.raises(ValueError, match=saying("linear", "2 tensors", "expected", 3)):
+        call(problem)
+    far = order.clone()
+    far[::2] = 1 << 30
+    kept = x[:, order.long()]
+    kept[:, ::2] = 0
+    layer.check(kept, call(problem, far))
 
 
 def test_wrong_rows_are_named() -> None:
@@ -242,13 +277,13 @@ def test_wrong_rows_are_named() -> None:
     layer = make_layer((40, 64, 32), "uint4")
     rows = layer.rows
     with pytest.raises(ValueError, match=saying("row_start", 8, "multiple", 16)):
-        ops.pack_rows(layer.packed, rows[8:], 8, 40, 32, "uint4")
+        ops.pack_rows("planes", layer.packed, rows[8:], 8, 40, 32, "uint4")
     with pytest.raises(ValueError, match=saying("rows", 20, 16, 40)):
-        ops.pack_rows(layer.packed, rows[:20], 0, 40, 32, "uint4")
+        ops.pack_rows("planes", layer.packed, rows[:20], 0, 40, 32, "uint4")
     with pytest.raises(ValueError, match=saying("rows", 4)):
-        ops.pack_rows(layer.packed, rows + 16, 0, 40, 32, "uint4")
+        ops.pack_rows("planes", layer.packed, rows + 16, 0, 40, 32, "uint4")
     with pytest.raises(ValueError, match=saying("rows", "int32", "uint8")):
-        ops.pack_rows(layer.packed, rows.int(), 0, 40, 32, "uint4")
+        ops.pack_rows("planes", layer.packed, rows.int(), 0, 40, 32, "uint4")
 
 
 def test_calls_are_counted_by_path(isa: str) -> None:
@@ -256,37 +291,27 @@ def test_calls_are_counted_by_path(isa: str) -> None:
     native.reset_call_counts()
     for _ in range(3):
         layer(torch.ones(1, 64))
-    assert native.call_counts() == {f"linear/{isa}/uint4": 3}
-    ops = torch.ops.compressed_linear
-    assert ops.op_calls("linear") == 3
-    assert ops.op_calls(f"linear/{isa}") == 3
-    assert ops.op_calls(f"linear/{isa}/uint") == 0
+    assert native.call_counts() == {f"linear/planes/{isa}/uint4": 3}
     native.reset_call_counts()
     assert native.call_counts() == {}
 
 
 def test_opcheck() -> None:
     layer = make_layer((40, 64, 32), "uint4", "integer")
+    ops = torch.ops.compressed_linear
+    perm = torch.randperm(64).int()
     arguments = (
         torch.randn(3, 64).bfloat16(),
-        layer.packed,
-        layer.scale,
-        layer.zero,
+        ops.make_problem("planes", 40, 64, 32, "uint4", 0, "packed scale zero perm", perm),
+        [layer.packed, layer.scale, layer.zero, perm],
         torch.randn(40),
-        torch.randperm(64).int(),
-        None,
         40,
-        64,
-        32,
-        "uint4",
-        0,
         torch.bfloat16,
     )
-    ops = torch.ops.compressed_linear
     torch.library.opcheck(ops.linear.default, arguments)
-    torch.library.opcheck(ops.unpack_rows.default, (layer.packed, 40, 64, 32, "uint4"))
+    torch.library.opcheck(ops.unpack_rows.default, ("planes", layer.packed, 40, 64, 32, "uint4"))
     torch.library.opcheck(
-        ops.pack_rows.default, (layer.packed.clone(), layer.rows, 0, 40, 32, "uint4")
+        ops.pack_rows.default, ("planes", layer.packed.clone(), layer.rows, 0, 40, 32, "uint4")
     )
 
 

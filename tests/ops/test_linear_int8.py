@@ -5,6 +5,7 @@ set of this processor; and their backends in the conformance kit."""
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support import op_calls
 from tests.support.cpu_library import ISAS_INT8
 from tests.support.int8_ops import ACTIVATIONS, SHAPES, STATIC, TOKEN, arguments, layer
 from tests.support.messages import saying
@@ -31,7 +33,7 @@ pytestmark = pytest.mark.skipif(native.available() is not None, reason=str(nativ
 
 
 def call(given: dict[str, Any]) -> torch.Tensor:
-    return torch.ops.compressed_linear.linear_int8(*given.values())
+    return op_calls.linear(layout="quads", **given)
 
 
 def taken(given: dict[str, Any], spec: ActivationSpec) -> torch.Tensor:
@@ -42,7 +44,7 @@ def taken(given: dict[str, Any], spec: ActivationSpec) -> torch.Tensor:
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_unpacking_gives_back_what_was_packed(bits: int, shape: tuple[int, int, int]) -> None:
     w = layer(*shape, bits)
-    back = torch.ops.compressed_linear.unpack_rows_int8(w.packed, w.n, w.k, w.group, w.element)
+    back = torch.ops.compressed_linear.unpack_rows("quads", w.packed, w.n, w.k, w.group, w.element)
     assert torch.equal(back, w.codes)
 
 
@@ -73,7 +75,7 @@ def test_sums_of_integers_are_exact(isa_int8: str, bits: int) -> None:
     w = layer(48, 512, 512, bits)
     w.scale = torch.full_like(w.scale, 0.5)
     w.codes.fill_((1 << bits) - 1)
-    torch.ops.compressed_linear.pack_rows_int8(w.packed, w.codes, 0, w.n, w.group, w.element)
+    torch.ops.compressed_linear.pack_rows("quads", w.packed, w.codes, 0, w.n, w.group, w.element)
     generator = torch.Generator().manual_seed(bits)
     q = torch.randint(-128, 128, (5, 512), generator=generator)
     given = arguments(w, q.float() * 0.25, STATIC)
@@ -90,10 +92,10 @@ def test_every_instruction_set_batch_and_thread_count_gives_the_same_bits(
     w = layer(150, 384, 64, bits, zero=True)
     x = torch.randn(rows, w.k).bfloat16()
     results = []
-    before, threads = native.isa_int8(), torch.get_num_threads()
+    before, threads = native.isa("integers"), torch.get_num_threads()
     try:
         for name in ISAS_INT8:
-            torch.ops.compressed_linear.select_isa_int8(name)
+            torch.ops.compressed_linear.select_isa("integers", name)
             for spec in ACTIVATIONS:
                 for count in (1, 2):
                     torch.set_num_threads(count)
@@ -102,7 +104,7 @@ def test_every_instruction_set_batch_and_thread_count_gives_the_same_bits(
                     given["x"] = x[-1:]
                     assert torch.equal(call(given), results[-1][1][-1:])
     finally:
-        torch.ops.compressed_linear.select_isa_int8(before)
+        torch.ops.compressed_linear.select_isa("integers", before)
         torch.set_num_threads(threads)
     first = dict(reversed(results))
     assert all(torch.equal(out, first[spec]) for spec, out in results)
@@ -183,8 +185,8 @@ WRONG: list[tuple[dict[str, Any], tuple[object, ...]]] = [
     ({"packed": torch.zeros(4, 7, dtype=torch.uint8)}, ("packed", [4, 7])),
     ({"group_size": 100}, ("group_size", 100, "divisor", 256)),
     ({"element_bias": 17}, ("element_bias", 17, 0, 16)),
-    ({"activation_group": -1}, ("activation_group", -1)),
-    ({"activation_group": 30}, ("groups of 30", "multiple of 4")),
+    ({"granularity": "group", "activation_group": 0}, ("activation_group", 0)),
+    ({"granularity": "group", "activation_group": 30}, ("groups of 30", "multiple of 4")),
     ({"maximum": 0.0}, ("maximum", 0)),
     ({"maximum": float("inf")}, ("maximum", "inf")),
     ({"input_scale": torch.ones(2)}, ("input_scale", [2], [1])),
@@ -205,7 +207,8 @@ WRONG: list[tuple[dict[str, Any], tuple[object, ...]]] = [
 )
 def test_wrong_arguments_are_named(change: dict[str, Any], message: tuple[object, ...]) -> None:
     w = layer()
-    with pytest.raises(ValueError, match=saying("compressed_linear::linear_int8", *message)):
+    op = re.compile("compressed_linear::(make_problem|linear)")
+    with pytest.raises(ValueError, match=saying(op, *message)):
         call(arguments(w, torch.ones(2, w.k)) | change)
 
 
@@ -222,7 +225,7 @@ def test_calls_are_counted_by_path(isa_int8: str) -> None:
     w = layer(bits=4)
     native.reset_call_counts()
     call(arguments(w, torch.ones(2, w.k)))
-    assert native.call_counts() == {f"linear_int8/{isa_int8}/uint4": 1}
+    assert native.call_counts() == {f"linear/quads/{isa_int8}/uint4": 1}
 
 
 @pytest.mark.parametrize(
@@ -230,7 +233,7 @@ def test_calls_are_counted_by_path(isa_int8: str) -> None:
     [
         ("generic", {"generic"}),
         ("avx2", {"avx2", "avxvnni"}),
-        ("avx512", {"avx512bw"}),
+        ("avx512", {"avx512"}),
         ("avx512bf16", set(ISAS_INT8) - {"amx"}),
         ("amx", {"amx"}),
         ("neon", {"i8mm", "dotprod", "neon"}),
@@ -239,7 +242,7 @@ def test_calls_are_counted_by_path(isa_int8: str) -> None:
 def test_the_variable_keeps_to_its_tier(tier: str, expected: set[str]) -> None:
     if tier not in native.supported_isas():
         pytest.skip(f"this processor has no {tier}")
-    text = "from vllm.compressed_linear.machine import native; print(native.isa_int8())"
+    text = "from vllm.compressed_linear.machine import native; print(native.isa('integers'))"
     out = subprocess.run(
         [sys.executable, "-c", text],
         env=os.environ | {"VLLM_COMPRESSED_LINEAR_CPU_ISA": tier},
@@ -353,7 +356,7 @@ def test_quantised_activations_are_chosen_before_reference() -> None:
     chosen = select(descriptor, Platform.parse("cpu:avx512bf16"))
     assert (chosen.chosen.name, chosen.variant) == ("cpu_int8", "avx512vnni")
     here = select(descriptor, Platform.detect())
-    assert (here.chosen.name, here.variant) == ("cpu_int8", native.isa_int8())
+    assert (here.chosen.name, here.variant) == ("cpu_int8", native.isa("integers"))
 
 
 def test_codes_below_8_bits_are_faster_where_they_need_not_be_widened() -> None:

@@ -7,11 +7,11 @@ import torch
 
 from vllm.compressed_linear.machine import native
 
-ISAS = native.supported_isas() if native.available() is None else []
+ISAS = native.supported_isas("floats") if native.available() is None else []
 """Instruction sets this processor can run, best first; empty without the native library."""
 
 
-ISAS_INT8 = native.supported_isas_int8() if native.available() is None else []
+ISAS_INT8 = native.supported_isas("integers") if native.available() is None else []
 """The same for integer activations."""
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packed weights for the op ``linear_int8``, with their exact meaning."""
+"""Packed weights of layout "quads" for the op ``linear``, with their exact meaning."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tests.support import op_calls
 from tests.support.cpu_library import tiled
 from vllm.compressed_linear.spec.descriptor import ActivationSpec
 from vllm.compressed_linear.spec.elements import INT8
@@ -69,10 +70,9 @@ def layer(
     spread = scale.double().repeat_interleave(group, 1)
     away = away.repeat_interleave(group, 1)
     ops = torch.ops.compressed_linear
-    packed = torch.empty(
-        -(-n // 16), ops.packed_tile_bytes_int8(k, group, f"uint{bits}"), dtype=torch.uint8
-    )
-    ops.pack_rows_int8(packed, codes, 0, n, group, f"uint{bits}")
+    shape = ops.packed_shape("quads", n, k, group, f"uint{bits}")
+    packed = torch.empty(shape, dtype=torch.uint8)
+    ops.pack_rows("quads", packed, codes, 0, n, group, f"uint{bits}")
     return Layer(
         n,
         k,
@@ -91,9 +91,7 @@ def arguments(w: Layer, x: torch.Tensor, spec: ActivationSpec = TOKEN) -> dict[s
     group = spec.group_size if spec.granularity == "group" else 0
     sums = None
     if not spec.symmetric:
-        sums = torch.ops.compressed_linear.code_sums_int8(
-            w.packed, w.n, w.k, w.group, w.element, group
-        )
+        sums = torch.ops.compressed_linear.code_sums(w.packed, w.n, w.k, w.group, w.element, group)
     return {
         "x": x,
         "packed": w.packed,
@@ -111,8 +109,5 @@ def arguments(w: Layer, x: torch.Tensor, spec: ActivationSpec = TOKEN) -> dict[s
         "group_size": w.group,
         "element": w.element,
         "element_bias": 0 if w.zero is not None else 1 << (w.bits - 1),
-        "symmetric": spec.symmetric,
-        "activation_group": group,
-        "maximum": spec.maximum,
         "out_dtype": torch.float32,
-    }
+    } | op_calls.activation(spec)

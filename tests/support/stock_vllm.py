@@ -9,6 +9,10 @@ from vllm.compressed_linear.backends.vllm_native.classes.operators import missin
 from vllm.compressed_linear.backends.vllm_native.cpu import CPU_OP
 from vllm.compressed_linear.machine.platform import Platform
 
+W4A16 = {"VLLM_CPU_INT4_W4A8": "0"}
+"""Environment in which vLLM's own 4-bit layers take x as it is. On a CPU with AMX they quantise
+bfloat16 x to 8 bits by default, elsewhere this changes nothing."""
+
 
 def needs_vllms_4_bit_kernel() -> None:
     """Skips the test where this CPU's library of vLLM has none, as that for AVX2."""

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from tests.support import op_calls
 from tests.support.cpu_library import tiled
-from vllm.compressed_linear.machine import native
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -64,7 +64,7 @@ class Layer:
             "element_bias": self.element_bias,
             "out_dtype": out_dtype,
         }
-        return torch.ops.compressed_linear.linear(**(arguments | overrides))
+        return op_calls.linear(**(arguments | overrides))
 
     def check(self, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         """|error| ≤ 4 √K 2⁻²⁴ Σ|x||w| and a rounding of the fp32 result."""
@@ -83,8 +83,8 @@ class Layer:
 def pack(rows: torch.Tensor, group: int, element: str) -> torch.Tensor:
     ops = torch.ops.compressed_linear
     n, k = rows.shape
-    packed = torch.empty(-(-n // native.TILE), ops.packed_tile_bytes(k, group, element)).byte()
-    ops.pack_rows(packed, rows, 0, n, group, element)
+    packed = torch.empty(ops.packed_shape("planes", n, k, group, element)).byte()
+    ops.pack_rows("planes", packed, rows, 0, n, group, element)
     return packed
 
 

@@ -68,13 +68,13 @@ def test_registered_backend_with_more_threads(name: str, threads: int) -> None:
 def test_other_instruction_sets(isa: str, threads: int) -> None:
     """The cpu backend on every path this processor can run, not only on its best."""
     before = native.isa()
-    torch.ops.compressed_linear.select_isa(isa)
+    torch.ops.compressed_linear.select_isa("floats", isa)
     try:
         check_backend(
             REGISTERED["cpu"], cases=conformance_cases()[1::3], compiled=False
         ).raise_if_failed()
     finally:
-        torch.ops.compressed_linear.select_isa(before)
+        torch.ops.compressed_linear.select_isa("floats", before)
 
 
 @pytest.mark.parametrize("threads", [2], indirect=True)

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Quantisation of a row of x and back, to the bit as vllm/compressed_linear/spec/activation.py defines
-// it: fp32, IEEE division, ties to even. Where a whole row shares a scale it is left out of the row
-// and given back, so that the row stays exact in bf16.
+// Quantization of a row of x and back, to the bit as vllm/compressed_linear/spec/activation.py
+// defines it: fp32, IEEE division, ties to even. Where a whole row shares a scale it is left out of
+// the row and given back, so that the row stays exact in bf16.
 #pragma once
 
 #include <cmath>
 
-#include "cpu/float/engine.h"
 #include "floats.h"
+#include "least.h"
+#include "problem.h"
 
 namespace compressed_linear::cpu {
 namespace {  // see layouts/planes.h
@@ -102,14 +103,14 @@ inline float dynamic_scale(const Activation& a, float largest) {
 
 // values[k], in the order of the weights, becomes q, or q times what differs within the row.
 // Returns the factor that is left out.
-inline float quantise_row(const Activation& a, float* values, int64_t k) {
+inline float quantize_in_place(const Activation& a, float* values, int64_t k) {
   const Rounding round(a);
   if (!a.symmetric) {
     const auto half = static_cast<float>(1 << (a.bits - 1));
     float factor = 1.0f;
     const int64_t group = a.group > 0 ? a.group : k;
     for (int64_t begin = 0; begin < k; begin += group) {
-      const int64_t count = k - begin < group ? k - begin : group;
+      const int64_t count = least(k - begin, group);
       float* part = values + begin;
       Affine by = {a.scale, a.zero};
       if (a.dynamic)
@@ -136,7 +137,7 @@ inline float quantise_row(const Activation& a, float* values, int64_t k) {
   }
   const bool second = a.scale_type == Scalar::e4m3;
   for (int64_t begin = 0; begin < k; begin += a.group) {
-    const int64_t count = k - begin < a.group ? k - begin : a.group;
+    const int64_t count = least(k - begin, a.group);
     float* part = values + begin;
     float scale = dynamic_scale(a, largest_magnitude(part, count)), inside = scale;
     if (second) {
@@ -149,8 +150,8 @@ inline float quantise_row(const Activation& a, float* values, int64_t k) {
   return second ? a.scale : 1.0f;
 }
 
-// The type that holds every number that quantise_row leaves.
-inline Scalar quantised_type(const Activation& a) {
+// The type that holds every number that quantize_in_place leaves.
+inline Scalar quantized_type(const Activation& a) {
   return a.group > 0 && a.scale_type == Scalar::float32 ? Scalar::float32 : Scalar::bfloat16;
 }
 

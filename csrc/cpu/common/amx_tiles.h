@@ -21,6 +21,7 @@
 #include <type_traits>
 
 #include "floats.h"
+#include "least.h"
 
 namespace compressed_linear::cpu {
 namespace {  // see layouts/planes.h
@@ -245,7 +246,7 @@ class TileGrid {
   // For that many rows of x, of which a tile takes x_bytes.
   void configure(int64_t rows, int64_t x_bytes) {
     if (rows == rows_) return;
-    const int64_t low = rows < kTileRows ? rows : kTileRows;
+    const int64_t low = least(rows, kTileRows);
     TileConfig config;
     for (const int tile : {0, 1}) config.set(tile, low, kTileRowBytes);
     for (const int tile : {2, 3}) config.set(tile, rows - low, kTileRowBytes);

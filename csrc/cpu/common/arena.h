@@ -4,6 +4,9 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
+
+#include "layouts/planes.h"
 
 namespace compressed_linear::cpu {
 
@@ -27,4 +30,29 @@ class Arena {
 Arena& call_arena();
 Arena& worker_arena();
 
+namespace {  // see layouts/planes.h
+
+// Hands out parts of one block of memory, each aligned to a cache line; without memory it only
+// counts.
+struct Carver {
+  uint8_t* memory;
+  int64_t used = 0;
+  template <class T>
+  T* take(int64_t count) {
+    T* part = memory == nullptr ? nullptr : reinterpret_cast<T*>(memory + used);
+    used += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return part;
+  }
+};
+
+// Calls carve(carver) twice: to count, and with memory of the arena.
+template <class Carve>
+void carve_from(Arena& arena, const Carve& carve) {
+  Carver counter{nullptr};
+  carve(counter);
+  Carver carver{static_cast<uint8_t*>(arena.reserve(static_cast<size_t>(counter.used)))};
+  carve(carver);
+}
+
+}  // namespace
 }  // namespace compressed_linear::cpu

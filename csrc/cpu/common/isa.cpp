@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "isa.h"
 
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
 #if defined(COMPRESSED_LINEAR_X86) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -12,13 +16,91 @@
 #endif
 
 namespace compressed_linear::cpu {
+
+// Each is defined in the file of its name: float/avx2.cpp has float_avx2, repack/avx2.cpp
+// repack_avx2.
+#if defined(COMPRESSED_LINEAR_X86)
+LinearFunction float_amx, float_avx512bf16, float_avx512, float_avx2;
+LinearFunction integer_avx512vnni, integer_amx, integer_avxvnni, integer_avx512, integer_avx2;
+RepackFunction repack_avx512, repack_avx2;
+#elif defined(COMPRESSED_LINEAR_ARM)
+LinearFunction float_neon, integer_i8mm, integer_dotprod, integer_neon;
+#endif
+LinearFunction float_generic, integer_generic;
+RepackFunction repack_plain;
+
 namespace {
 
-[[maybe_unused]] void require(std::string& missing, bool present, const char* feature) {
-  if (present) return;
-  if (!missing.empty()) missing += ", ";
-  missing += feature;
+// What a processor may lack, in the order in which it is told.
+enum Feature : uint32_t {
+#if defined(COMPRESSED_LINEAR_X86)
+  kAvx2,
+  kFma,
+  kF16c,
+  kAvxVnni,
+  kAvx512F,
+  kAvx512Bw,
+  kAvx512Vl,
+  kAvx512Dq,
+  kAvx512Bf16,
+  kAvx512Vnni,
+  kAmxBf16,
+  kAmxInt8,
+  kAmxTile,
+  kTilePermission,
+#elif defined(COMPRESSED_LINEAR_ARM)
+  kAsimd,
+  kAsimdDp,
+  kI8mm,
+#endif
+  kFeatures
+};
+
+constexpr const char* kFeatureNames[kFeatures + 1] = {
+#if defined(COMPRESSED_LINEAR_X86)
+    "avx2",       "fma",
+    "f16c",       "avxvnni",
+    "avx512f",    "avx512bw",
+    "avx512vl",   "avx512dq",
+    "avx512bf16", "avx512vnni",
+    "amx-bf16",   "amx-int8",
+    "amx-tile",   "the permission to use tiles",
+#elif defined(COMPRESSED_LINEAR_ARM)
+    "asimd", "asimddp", "i8mm",
+#endif
+    nullptr};
+
+template <class... Features>
+constexpr uint32_t bits_of(Features... features) {
+  return (uint32_t{0} | ... | (uint32_t{1} << features));
 }
+
+// Best first. "Best" is measured; a row that has never run on a processor that has it is not first,
+// whatever its rate.
+#if defined(COMPRESSED_LINEAR_X86)
+constexpr uint32_t kNeedsAvx2 = bits_of(kAvx2, kFma, kF16c);
+constexpr uint32_t kNeedsAvx512 = kNeedsAvx2 | bits_of(kAvx512F, kAvx512Bw, kAvx512Vl, kAvx512Dq);
+constexpr uint32_t kNeedsTiles = bits_of(kAmxBf16, kAmxInt8, kAmxTile, kTilePermission);
+#endif
+constexpr Isa kIsas[] = {
+#if defined(COMPRESSED_LINEAR_X86)
+    {"avx512bf16", "avx512bf16", kNeedsAvx512 | bits_of(kAvx512Bf16), float_avx512bf16, nullptr,
+     repack_avx512},
+    {"avx512vnni", "avx512bf16", kNeedsAvx512 | bits_of(kAvx512Vnni), nullptr, integer_avx512vnni,
+     nullptr},
+    {"amx", "amx", kNeedsAvx512 | bits_of(kAvx512Bf16, kAvx512Vnni) | kNeedsTiles, float_amx,
+     integer_amx, repack_avx512},
+    // Byte dot products of 256 bits are faster than 16-bit ones of 512.
+    {"avxvnni", "avx2", kNeedsAvx2 | bits_of(kAvxVnni), nullptr, integer_avxvnni, nullptr},
+    {"avx512", "avx512", kNeedsAvx512, float_avx512, integer_avx512, repack_avx512},
+    {"avx2", "avx2", kNeedsAvx2, float_avx2, integer_avx2, repack_avx2},
+#elif defined(COMPRESSED_LINEAR_ARM)
+    {"i8mm", "neon", bits_of(kAsimd, kI8mm), nullptr, integer_i8mm, nullptr},
+    {"dotprod", "neon", bits_of(kAsimd, kAsimdDp), nullptr, integer_dotprod, nullptr},
+    {"neon", "neon", bits_of(kAsimd), float_neon, integer_neon, repack_plain},
+#endif
+    {"generic", "generic", 0, float_generic, integer_generic, repack_plain},
+};
 
 #if defined(COMPRESSED_LINEAR_X86)
 
@@ -49,57 +131,113 @@ bool may_use_tiles() {
 #endif
 }
 
-MissingFeatures detect() {
+uint32_t detect() {
   __builtin_cpu_init();
-  MissingFeatures missing;
-  require(missing.avx2, __builtin_cpu_supports("avx2"), "avx2");
-  require(missing.avx2, __builtin_cpu_supports("fma"), "fma");
-  require(missing.avx2, __builtin_cpu_supports("f16c"), "f16c");
-  missing.avxvnni = missing.avx512 = missing.avx2;
-  require(missing.avxvnni, missing.avx2.empty() && bit(cpuid(7, 1).eax, 4), "avxvnni");
-  require(missing.avx512, __builtin_cpu_supports("avx512f"), "avx512f");
-  require(missing.avx512, __builtin_cpu_supports("avx512bw"), "avx512bw");
-  require(missing.avx512, __builtin_cpu_supports("avx512vl"), "avx512vl");
-  require(missing.avx512, __builtin_cpu_supports("avx512dq"), "avx512dq");
-  missing.avx512bf16 = missing.avx512vnni = missing.avx512;
-  require(missing.avx512bf16, __builtin_cpu_supports("avx512bf16"), "avx512bf16");
-  require(missing.avx512vnni, __builtin_cpu_supports("avx512vnni"), "avx512vnni");
-  missing.amx = missing.avx512bf16;
-  missing.amxint8 = missing.avx512vnni;
+  uint32_t found = 0;
+  const auto add = [&found](Feature feature, bool present) {
+    if (present) found |= bits_of(feature);
+  };
+  add(kAvx2, __builtin_cpu_supports("avx2"));
+  add(kFma, __builtin_cpu_supports("fma"));
+  add(kF16c, __builtin_cpu_supports("f16c"));
+  // Where the system does not save 256-bit registers, cpuid still tells of it.
+  add(kAvxVnni, __builtin_cpu_supports("avx2") && bit(cpuid(7, 1).eax, 4));
+  add(kAvx512F, __builtin_cpu_supports("avx512f"));
+  add(kAvx512Bw, __builtin_cpu_supports("avx512bw"));
+  add(kAvx512Vl, __builtin_cpu_supports("avx512vl"));
+  add(kAvx512Dq, __builtin_cpu_supports("avx512dq"));
+  add(kAvx512Bf16, __builtin_cpu_supports("avx512bf16"));
+  add(kAvx512Vnni, __builtin_cpu_supports("avx512vnni"));
   const unsigned leaf = cpuid(7, 0).edx;
-  require(missing.amx, bit(leaf, 22), "amx-bf16");
-  require(missing.amxint8, bit(leaf, 25), "amx-int8");
-  for (std::string* tiles : {&missing.amx, &missing.amxint8}) {
-    require(*tiles, bit(leaf, 24), "amx-tile");
-    if (tiles->empty()) require(*tiles, may_use_tiles(), "the permission to use tiles");
-  }
-  return missing;
+  add(kAmxBf16, bit(leaf, 22));
+  add(kAmxInt8, bit(leaf, 25));
+  add(kAmxTile, bit(leaf, 24));
+  add(kTilePermission, bit(leaf, 24) && may_use_tiles());
+  return found;
 }
 
 #elif defined(COMPRESSED_LINEAR_ARM)
 
-MissingFeatures detect() {
+uint32_t detect() {
   const unsigned long first = getauxval(AT_HWCAP), second = getauxval(AT_HWCAP2);
-  MissingFeatures missing;
-  require(missing.neon, (first & HWCAP_ASIMD) != 0, "asimd");
-  missing.dotprod = missing.neon;
-  require(missing.dotprod, (first & HWCAP_ASIMDDP) != 0, "asimddp");
-  missing.i8mm = missing.neon;
-  require(missing.i8mm, (second & HWCAP2_I8MM) != 0, "i8mm");
-  return missing;
+  return ((first & HWCAP_ASIMD) != 0 ? bits_of(kAsimd) : 0) |
+         ((first & HWCAP_ASIMDDP) != 0 ? bits_of(kAsimdDp) : 0) |
+         ((second & HWCAP2_I8MM) != 0 ? bits_of(kI8mm) : 0);
 }
 
 #else
 
-MissingFeatures detect() { return {}; }
+uint32_t detect() { return 0; }
 
 #endif
 
+uint32_t lacking(const Isa& row) {
+  static const uint32_t found = detect();
+  return row.needs & ~found;
+}
+
+std::string named(uint32_t features) {
+  std::string text;
+  for (uint32_t i = 0; i < kFeatures; ++i)
+    if (features >> i & 1u) text += (text.empty() ? "" : ", ") + std::string(kFeatureNames[i]);
+  return text;
+}
+
+// The row called `name`. `asked` begins the message where there is none or it cannot run.
+const Isa& find(Kernels kernels, const std::string& name, const std::string& asked) {
+  std::string runnable;
+  for (const Isa* row : supported_isas(kernels))
+    runnable += (runnable.empty() ? "" : ", ") + std::string(row->name);
+  for (const Isa& row : kIsas) {
+    if (name != row.name || row.linear(kernels) == nullptr) continue;
+    if (lacking(row) == 0) return row;
+    throw std::invalid_argument(asked + ", but this processor lacks " + named(lacking(row)) +
+                                "; it can run: " + runnable);
+  }
+  throw std::invalid_argument(asked + ", which this build does not know; it can run: " + runnable);
+}
+
+const Isa& default_isa(Kernels kernels) {
+  const char* asked = std::getenv(kIsaVariable);
+  const std::vector<const Isa*> rows = supported_isas(kernels);
+  if (asked == nullptr || *asked == '\0') return *rows.front();
+  for (const Isa* row : rows)
+    if (std::string(asked) == row->tier) return *row;
+  if (kernels == Kernels::integers) return *rows.front();
+  return find(kernels, asked,
+              std::string(kIsaVariable) + " asks for the CPU instruction set '" + asked + "'");
+}
+
+std::atomic<const Isa*>& current(Kernels kernels) {
+  static std::atomic<const Isa*> rows[2] = {nullptr, nullptr};
+  return rows[static_cast<int>(kernels)];
+}
+
 }  // namespace
 
-const MissingFeatures& missing_features() {
-  static const MissingFeatures missing = detect();
-  return missing;
+std::vector<const Isa*> supported_isas(Kernels kernels) {
+  std::vector<const Isa*> rows;
+  for (const Isa& row : kIsas)
+    if (row.linear(kernels) != nullptr && lacking(row) == 0) rows.push_back(&row);
+  return rows;
+}
+
+const Isa& isa(Kernels kernels) {
+  const Isa* chosen = current(kernels).load(std::memory_order_acquire);
+  if (chosen == nullptr) {
+    chosen = &default_isa(kernels);
+    current(kernels).store(chosen, std::memory_order_release);
+  }
+  return *chosen;
+}
+
+void select_isa(Kernels kernels, const std::string& name) {
+  const bool integers = kernels == Kernels::integers;
+  current(kernels).store(
+      &find(kernels, name,
+            integers ? "the integer kernels of '" + name + "' are asked for"
+                     : "select_isa asks for the CPU instruction set '" + name + "'"),
+      std::memory_order_release);
 }
 
 }  // namespace compressed_linear::cpu

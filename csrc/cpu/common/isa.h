@@ -1,57 +1,52 @@
 // SPDX-License-Identifier: Apache-2.0
-// Choosing among engines by what the processor can run, for whatever kind of engine has an `isa`.
+// The one table of instruction sets, and which of them is in use.
 #pragma once
 
-#include <stdexcept>
+#include <cstdint>
 #include <string>
 #include <vector>
 
+#include "problem.h"
+
 namespace compressed_linear::cpu {
+
+struct Repack;  // repack/repack.h
+
+using LinearFunction = void(const Problem&, const Parallel&);
+// Writes the tiles of strips [strip_begin, strip_end) that the source covers. Channels beyond n and
+// positions that no input channel has get the code of zero. Returns false where it met wrong codes.
+using RepackFunction = bool(const Repack&, int64_t strip_begin, int64_t strip_end);
+
+// The kinds of kernels, each with a choice of its own.
+enum class Kernels : uint8_t {
+  floats,    // multiply layouts/planes.h with x in its own dtype
+  integers,  // multiply layouts/quads.h with x quantized to bytes
+};
+
+struct Isa {
+  const char* name;
+  const char* tier;          // the row whose name asks for this one too
+  uint32_t needs;            // bits of features, see isa.cpp
+  LinearFunction* floats;    // null where it adds nothing to those of another row
+  LinearFunction* integers;  // the same
+  RepackFunction* repack;    // beside `floats`
+
+  LinearFunction* linear(Kernels kernels) const {
+    return kernels == Kernels::floats ? floats : integers;
+  }
+};
 
 inline constexpr const char* kIsaVariable = "VLLM_COMPRESSED_LINEAR_CPU_ISA";
 
-// For each tier of instruction sets what this processor lacks of it; empty where it has all.
-struct MissingFeatures {
-#ifdef COMPRESSED_LINEAR_X86
-  std::string avx2, avxvnni, avx512, avx512bf16, avx512vnni, amx, amxint8;
-#endif
-#ifdef COMPRESSED_LINEAR_ARM
-  std::string neon, dotprod, i8mm;
-#endif
-};
+// Rows that have such kernels and that this processor can run, best first.
+std::vector<const Isa*> supported_isas(Kernels kernels);
 
-const MissingFeatures& missing_features();
+// The row in use: the best, or the best of the tier that VLLM_COMPRESSED_LINEAR_CPU_ISA names.
+// Throws std::invalid_argument if there is no such tier or the processor cannot run it; only for
+// floats, since integers may not have that tier.
+const Isa& isa(Kernels kernels);
 
-template <class Engine>
-struct Candidate {
-  const Engine* engine;
-  std::string missing;  // what the processor lacks, empty when it can run
-};
-
-// Names of the candidates that can run, in their order.
-template <class Engine>
-std::vector<std::string> runnable_isas(const std::vector<Candidate<Engine>>& candidates) {
-  std::vector<std::string> names;
-  for (const Candidate<Engine>& candidate : candidates)
-    if (candidate.missing.empty()) names.emplace_back(candidate.engine->isa);
-  return names;
-}
-
-// The candidate called `isa`. Throws std::invalid_argument, which begins with `asked`, when there
-// is none or the processor cannot run it.
-template <class Engine>
-const Engine& find_engine(const std::vector<Candidate<Engine>>& candidates, const std::string& isa,
-                          const std::string& asked) {
-  std::string runnable;
-  for (const std::string& name : runnable_isas(candidates))
-    runnable += (runnable.empty() ? "" : ", ") + name;
-  for (const Candidate<Engine>& candidate : candidates) {
-    if (isa != candidate.engine->isa) continue;
-    if (candidate.missing.empty()) return *candidate.engine;
-    throw std::invalid_argument(asked + ", but this processor lacks " + candidate.missing +
-                                "; it can run: " + runnable);
-  }
-  throw std::invalid_argument(asked + ", which this build does not know; it can run: " + runnable);
-}
+// Replaces the row in use; throws std::invalid_argument if the processor cannot run it.
+void select_isa(Kernels kernels, const std::string& name);
 
 }  // namespace compressed_linear::cpu

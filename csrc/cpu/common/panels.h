@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "least.h"
+
 namespace compressed_linear::cpu {
 namespace {  // see layouts/planes.h
 
@@ -13,7 +15,7 @@ struct Panels {
       : count((rows + limit - 1) / limit),
         base(count > 0 ? rows / count : 0),
         longer(count > 0 ? rows % count : 0) {}
-  int64_t begin(int64_t panel) const { return panel * base + (panel < longer ? panel : longer); }
+  int64_t begin(int64_t panel) const { return panel * base + least(panel, longer); }
   int64_t rows(int64_t panel) const { return base + (panel < longer ? 1 : 0); }
 };
 

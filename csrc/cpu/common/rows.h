@@ -9,8 +9,9 @@
 #include <cstring>
 
 #include "activation.h"
-#include "cpu/float/engine.h"
 #include "floats.h"
+#include "least.h"
+#include "problem.h"
 
 namespace compressed_linear::cpu {
 namespace {  // see layouts/planes.h
@@ -34,11 +35,11 @@ inline int64_t make_segments(const Geometry& g, Segment* segments, int32_t* firs
   const int64_t used = g.used_k();
   for (int64_t start = 0; start < used; start += kChunk, ++chunk) {
     first[chunk] = static_cast<int32_t>(count);
-    const int64_t stop = start + kChunk < used ? start + kChunk : used;
+    const int64_t stop = least(start + kChunk, used);
     for (int64_t at = start; at < stop;) {
       const int64_t group = at / g.padded_group;
       const int64_t group_end = (group + 1) * g.padded_group;
-      const int64_t end = group_end < stop ? group_end : stop;
+      const int64_t end = least(group_end, stop);
       segments[count++] = {static_cast<int32_t>(at - start), static_cast<int32_t>(end - start),
                            static_cast<int32_t>(group)};
       at = end;
@@ -50,15 +51,16 @@ inline int64_t make_segments(const Geometry& g, Segment* segments, int32_t* firs
 
 // Whether a row of x lies in memory as the packed weights want it, but for padding at its end.
 inline bool in_order(const Problem& p) {
-  return p.geometry.identity() && p.perm == nullptr && p.x_column_stride == 1;
+  return p.weight.geometry.identity() && p.x.perm == nullptr && p.x.column_stride == 1;
 }
 
-// Row m of x in fp32 and in the order of the packed weights: row[padded_k].
+// Row m of x in fp32 and in the order of the packed weights: row[padded_k]. A perm that names other
+// columns than there are, though it is checked when it is prepared, reads none of them.
 inline void widen_row(const Problem& p, int64_t m, float* row) {
-  const Geometry& g = p.geometry;
-  const int64_t base = m * p.x_row_stride;
+  const Geometry& g = p.weight.geometry;
+  const int64_t base = m * p.x.row_stride;
   if (in_order(p)) {
-    load_scalars(p.x, p.x_type, base, g.k, row);
+    load_scalars(p.x.data, p.x.type, base, g.k, row);
     std::memset(row + g.k, 0, static_cast<size_t>(g.padded_k - g.k) * sizeof(float));
     return;
   }
@@ -67,55 +69,67 @@ inline void widen_row(const Problem& p, int64_t m, float* row) {
   for (int64_t group = 0; group < g.groups; ++group) {
     float* to = row + group * g.padded_group;
     for (int64_t i = 0; i < g.group; ++i, ++channel) {
-      const int64_t from = p.perm != nullptr ? p.perm[channel] : channel;
-      if (from >= 0) to[i] = load_scalar(p.x, p.x_type, base + from * p.x_column_stride);
+      const int64_t from = p.x.perm != nullptr ? p.x.perm[channel] : channel;
+      if (static_cast<uint64_t>(from) < static_cast<uint64_t>(p.x.columns))
+        to[i] = load_scalar(p.x.data, p.x.type, base + from * p.x.column_stride);
     }
   }
 }
 
 // True where x is more than gathered.
 inline bool transforms_input(const Problem& p) {
-  return p.prescale != nullptr || p.activation.present;
+  return p.x.prescale != nullptr || p.x.activation.present;
 }
 
 // The type that holds every number of the rows that prepare_row gives.
 inline Scalar prepared_type(const Problem& p) {
-  if (p.activation.present) return quantised_type(p.activation);
-  return p.prescale != nullptr ? Scalar::float32 : p.x_type;
+  if (p.x.activation.present) return quantized_type(p.x.activation);
+  return p.x.prescale != nullptr ? Scalar::float32 : p.x.type;
+}
+
+// Calls change(values) with row[padded_k], or where groups are padded with its channels [k] one
+// after another in scratch[k].
+template <class Change>
+void change_row(const Geometry& g, float* row, float* scratch, const Change& change) {
+  if (g.identity()) return change(row);
+  for (int64_t group = 0; group < g.groups; ++group)
+    std::memcpy(scratch + group * g.group, row + group * g.padded_group,
+                static_cast<size_t>(g.group) * sizeof(float));
+  change(scratch);
+  for (int64_t group = 0; group < g.groups; ++group)
+    std::memcpy(row + group * g.padded_group, scratch + group * g.group,
+                static_cast<size_t>(g.group) * sizeof(float));
+}
+
+// Row m of x before it is quantized: row[padded_k]. scratch[k] is used where x is transformed.
+inline void gather_row(const Problem& p, int64_t m, float* row, float* scratch) {
+  const Geometry& g = p.weight.geometry;
+  widen_row(p, m, row);
+  if (p.x.prescale == nullptr) return;
+  change_row(g, row, scratch, [&](float* values) {
+    for (int64_t i = 0; i < g.k; ++i) values[i] *= p.x.prescale[i];
+  });
 }
 
 // Row m of x as it is multiplied: row[padded_k]. scratch[k] is used where x is transformed.
 inline void prepare_row(const Problem& p, int64_t m, float* row, float* scratch) {
-  const Geometry& g = p.geometry;
-  widen_row(p, m, row);
-  if (!transforms_input(p)) return;
-  float* values = g.identity() ? row : scratch;
-  if (values != row)
-    for (int64_t group = 0; group < g.groups; ++group)
-      std::memcpy(values + group * g.group, row + group * g.padded_group,
-                  static_cast<size_t>(g.group) * sizeof(float));
-  if (p.prescale != nullptr)
-    for (int64_t i = 0; i < g.k; ++i) values[i] *= p.prescale[i];
-  if (p.activation.present) {
-    const float factor = quantise_row(p.activation, values, g.k);
-    if (p.input_factor != nullptr) p.input_factor[m] = factor;
-  }
-  if (values != row)
-    for (int64_t group = 0; group < g.groups; ++group)
-      std::memcpy(row + group * g.padded_group, values + group * g.group,
-                  static_cast<size_t>(g.group) * sizeof(float));
+  const Geometry& g = p.weight.geometry;
+  gather_row(p, m, row, scratch);
+  if (!p.x.activation.present) return;
+  change_row(g, row, scratch, [&](float* values) {
+    const float factor = quantize_in_place(p.x.activation, values, g.k);
+    if (p.x.factor != nullptr) p.x.factor[m] = factor;
+  });
 }
 
 // Finds what all rows of x share, where they share a dynamic scale. row[padded_k], scratch[k].
 inline void measure_tensor(Problem& p, float* row, float* scratch) {
-  Activation& a = p.activation;
+  Activation& a = p.x.activation;
   if (!a.present || !a.dynamic || !a.whole_tensor) return;
-  Problem plain = p;
-  plain.activation.present = false;
   float low = 0.0f, high = 0.0f;
-  for (int64_t m = 0; m < p.m; ++m) {
-    prepare_row(plain, m, row, scratch);
-    const Range range = range_of(row, p.geometry.padded_k);
+  for (int64_t m = 0; m < p.x.m; ++m) {
+    gather_row(p, m, row, scratch);
+    const Range range = range_of(row, p.weight.geometry.padded_k);
     if (std::isnan(range.low)) {
       low = high = range.low;
       break;
@@ -140,42 +154,46 @@ inline float segment_sum(const float* row, int64_t count) {
 }
 
 // True when a zero-point term remains after decoding about the middle of the code range.
-inline bool has_offset(const Problem& p) { return p.zero != nullptr || p.offset != 0.0f; }
+inline bool has_offset(const Problem& p) {
+  return p.weight.zero.data != nullptr || p.weight.offset != 0.0f;
+}
 
 // The sixteen scales of a tile and group, and the offsets subtracted from decoded weights.
 inline void load_scale(const Problem& p, int64_t tile, int64_t group, float* scale) {
-  if (p.scale == nullptr) {
+  if (p.weight.scale.data == nullptr) {
     for (int64_t i = 0; i < kTile; ++i) scale[i] = 1.0f;
   } else {
-    load_scalars(p.scale, p.scale_type, (tile * p.geometry.groups + group) * kTile, kTile, scale);
+    load_scalars(p.weight.scale.data, p.weight.scale.type, p.weight.scale.at(tile, group), kTile,
+                 scale);
   }
 }
 
 inline void load_negated_offset(const Problem& p, int64_t tile, int64_t group, float* offset) {
-  if (p.zero == nullptr) {
-    for (int64_t i = 0; i < kTile; ++i) offset[i] = -p.offset;
+  if (p.weight.zero.data == nullptr) {
+    for (int64_t i = 0; i < kTile; ++i) offset[i] = -p.weight.offset;
     return;
   }
-  load_scalars(p.zero, p.zero_type, (tile * p.geometry.groups + group) * kTile, kTile, offset);
-  for (int64_t i = 0; i < kTile; ++i) offset[i] = -(offset[i] + p.offset);
+  load_scalars(p.weight.zero.data, p.weight.zero.type, p.weight.zero.at(tile, group), kTile,
+               offset);
+  for (int64_t i = 0; i < kTile; ++i) offset[i] = -(offset[i] + p.weight.offset);
 }
 
 // Writes channels [first, first + count) of row m, scaled and with the bias. totals is clobbered.
 inline void store_row(const Problem& p, int64_t m, int64_t first, int64_t count, float* totals) {
-  if (first + count > p.geometry.n) count = p.geometry.n - first;
-  if (p.input_factor != nullptr)
-    for (int64_t i = 0; i < count; ++i) totals[i] *= p.input_factor[m];
-  if (p.row_scale != nullptr)
-    for (int64_t i = 0; i < count; ++i) totals[i] *= p.row_scale[first + i];
-  if (p.bias != nullptr) {
+  count = least(count, p.weight.geometry.n - first);
+  if (p.x.factor != nullptr)
+    for (int64_t i = 0; i < count; ++i) totals[i] *= p.x.factor[m];
+  if (p.weight.row_scale != nullptr)
+    for (int64_t i = 0; i < count; ++i) totals[i] *= p.weight.row_scale[first + i];
+  if (p.y.bias != nullptr) {
     float bias[kTile];
     for (int64_t i = 0; i < count; i += kTile) {
-      const int64_t width = count - i < kTile ? count - i : kTile;
-      load_scalars(p.bias, p.bias_type, first + i, width, bias);
+      const int64_t width = least(count - i, kTile);
+      load_scalars(p.y.bias, p.y.bias_type, first + i, width, bias);
       for (int64_t j = 0; j < width; ++j) totals[i + j] += bias[j];
     }
   }
-  store_scalars(p.out, p.out_type, m * p.geometry.n + first, count, totals);
+  store_scalars(p.y.data, p.y.type, m * p.weight.geometry.n + first, count, totals);
 }
 
 }  // namespace

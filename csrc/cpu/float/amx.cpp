@@ -4,6 +4,8 @@
 
 namespace compressed_linear::cpu {
 
-const Engine kEngineAmx = {"amx", &linear_in_tiles<HardwareTiles>, &repack_avx512};
+void float_amx(const Problem& p, const Parallel& parallel) {
+  linear_in_tiles<HardwareTiles>(p, parallel);
+}
 
 }  // namespace compressed_linear::cpu

@@ -8,10 +8,14 @@
 
 #include "bf16_parts.h"
 #include "cpu/common/amx_tiles.h"
+#include "cpu/common/isa.h"
 #include "decode_avx512bf16.h"
 #include "driver.h"
 
 namespace compressed_linear::cpu {
+
+LinearFunction float_avx512;
+
 namespace {  // see layouts/planes.h
 
 constexpr int64_t kBlockWords = kBlock / 2;  // of x, bf16 pairs
@@ -110,7 +114,7 @@ struct TileCore {
   }
   static void split(const Problem& p, const float* row, int64_t parts, uint32_t* out,
                     int64_t stride) {
-    for (int64_t k = 0; k < p.geometry.padded_k; k += kBlock, out += parts * stride)
+    for (int64_t k = 0; k < p.weight.geometry.padded_k; k += kBlock, out += parts * stride)
       for (int64_t word = 0; word < kBlockWords; ++word) {
         float even = row[k + 2 * word], odd = row[k + 2 * word + 1];
         for (int64_t q = 0; q < parts; ++q) out[q * stride + word] = take_pair(even, odd);
@@ -120,11 +124,11 @@ struct TileCore {
     decode_tile(p, tile, k0, width, out);
   }
   static bool copy_row(const Problem& p, int64_t m, uint32_t* words, int64_t rows) {
-    const Geometry& g = p.geometry;
-    if (p.x_type != Scalar::bfloat16 || !in_order(p)) return false;
-    const char* row = static_cast<const char*>(p.x) + 2 * m * p.x_row_stride;
+    const Geometry& g = p.weight.geometry;
+    if (p.x.type != Scalar::bfloat16 || !in_order(p)) return false;
+    const char* row = static_cast<const char*>(p.x.data) + 2 * m * p.x.row_stride;
     for (int64_t k = 0; k < g.padded_k; k += kBlock, words += rows * kBlockWords) {
-      const int64_t left = g.k - k, count = left < 0 ? 0 : left < kBlock ? left : kBlock;
+      const int64_t left = g.k - k, count = left < 0 ? 0 : least(left, kBlock);
       std::memset(words, 0, kTileRowBytes);
       std::memcpy(words, row + 2 * k, static_cast<size_t>(2 * count));
     }
@@ -135,9 +139,9 @@ struct TileCore {
 // Weights of fp16 and fp32, and tables of values that bf16 cannot hold, are multiplied in fp32.
 template <class Tiles>
 void linear_in_tiles(const Problem& p, const Parallel& parallel) {
-  const Kind kind = p.geometry.element.kind;
-  if (kind == Kind::float16 || kind == Kind::float32 || p.wide_table != nullptr) {
-    kEngineAvx512.linear(p, parallel);
+  const Kind kind = p.weight.geometry.element.kind;
+  if (kind == Kind::float16 || kind == Kind::float32 || p.weight.wide_table != nullptr) {
+    float_avx512(p, parallel);
   } else {
     run_linear<TileCore<Tiles>>(p, parallel);
   }

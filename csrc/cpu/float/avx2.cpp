@@ -5,6 +5,8 @@
 
 namespace compressed_linear::cpu {
 
-const Engine kEngineAvx2 = {"avx2", &run_linear<FmaCore<Avx2Lanes>>, &repack_avx2};
+void float_avx2(const Problem& p, const Parallel& parallel) {
+  run_linear<FmaCore<Avx2Lanes>>(p, parallel);
+}
 
 }  // namespace compressed_linear::cpu

@@ -50,7 +50,7 @@ struct WideCodes {
   static constexpr bool kSequential = false;
   __m512 low, high;
   const float* table;
-  explicit WideCodes(const Problem& p) : table(p.wide_table) {
+  explicit WideCodes(const Problem& p) : table(p.weight.wide_table) {
     alignas(64) float values[32];
     for (int i = 0; i < 32; ++i) values[i] = table[i & ((1 << Bits) - 1)];
     low = _mm512_load_ps(values);
@@ -77,7 +77,7 @@ struct OffsetCodes {
   static constexpr int kBits = Bits;
   static constexpr bool kSequential = false;
   __m512 middle;
-  explicit OffsetCodes(const Problem& p) : middle(_mm512_set1_ps(128.0f + p.middle)) {}
+  explicit OffsetCodes(const Problem& p) : middle(_mm512_set1_ps(128.0f + p.weight.middle)) {}
   template <int P>
   Pair pair(const uint8_t* block) const {
     // (codes & mask) | 0x4300
@@ -166,17 +166,17 @@ using Integers = std::conditional_t<(Bits > 5), OffsetCodes<Bits>, TableCodes<Bi
 template <int Bits = 1, class Function>
 inline auto with_codes(const Problem& p, const Function& function) {
   if constexpr (Bits < 7) {
-    if (p.geometry.element.bits > Bits) return with_codes<Bits + 1>(p, function);
+    if (p.weight.geometry.element.bits > Bits) return with_codes<Bits + 1>(p, function);
   }
-  if (p.wide_table != nullptr) return function(Type<WideCodes<Bits>>{});
-  if (p.table != nullptr) return function(Type<TableCodes<Bits>>{});
+  if (p.weight.wide_table != nullptr) return function(Type<WideCodes<Bits>>{});
+  if (p.weight.table != nullptr) return function(Type<TableCodes<Bits>>{});
   return function(Type<Integers<Bits>>{});
 }
 
 // Calls function(Type<Code>{}) with the decoder of a problem.
 template <class Function>
 inline auto with_decoder(const Problem& p, const Function& function) {
-  switch (p.geometry.element.kind) {
+  switch (p.weight.geometry.element.kind) {
     case Kind::bfloat16:
       return function(Type<BFloat16Codes>{});
     case Kind::float16:
@@ -188,7 +188,8 @@ inline auto with_decoder(const Problem& p, const Function& function) {
     case Kind::e5m2:
       return function(Type<Float8Codes<2>>{});
     default:
-      return p.geometry.element.bits == 8 ? function(Type<ByteCodes>{}) : with_codes(p, function);
+      return p.weight.geometry.element.bits == 8 ? function(Type<ByteCodes>{})
+                                                 : with_codes(p, function);
   }
 }
 
@@ -252,7 +253,7 @@ void few_rows_kernel(const FewRowsArgs& a) {
   const Problem& p = a.p;
   const Code code(p);
   constexpr int64_t kStripBlockBytes = kFewTiles * kRowBytes * Code::kBits;
-  const uint8_t* blocks = p.packed + p.geometry.block_at(a.tile, a.channel);
+  const uint8_t* blocks = block_of(p.weight, a.tile, a.channel);
   const float* x = reinterpret_cast<const float*>(a.x);  // [k][row]
   alignas(64) float totals[Rows][kFewTiles * kTile] = {};
   for (int64_t s = 0; s < a.segment_count; ++s) {
@@ -335,13 +336,13 @@ struct FmaCore : RegisterCore<FmaCore> {
 
   static int64_t parts(Scalar) { return 1; }
   static void split(const Problem& p, const float* row, int64_t, uint32_t* out, int64_t stride) {
-    for (int64_t i = 0; i < p.geometry.padded_k; ++i) out[i * stride] = bits_of(row[i]);
+    for (int64_t i = 0; i < p.weight.geometry.padded_k; ++i) out[i * stride] = bits_of(row[i]);
   }
   static bool copy_row(const Problem&, int64_t, uint32_t*, int64_t) { return false; }
 
   static void decode(const Problem& p, int64_t tile, int64_t k0, int64_t width, uint8_t* slab) {
-    const uint8_t* block = p.packed + p.geometry.block_at(tile, k0);
-    const int64_t stride = p.geometry.block_stride(tile);
+    const uint8_t* block = block_of(p.weight, tile, k0);
+    const int64_t stride = p.weight.geometry.block_stride(tile);
     with_decoder(p, [&](auto decoder) {
       using Code = typename decltype(decoder)::type;
       const Code code(p);
@@ -355,8 +356,9 @@ struct FmaCore : RegisterCore<FmaCore> {
   }
 
   static bool are_few(const Problem& p, int64_t rows) {
-    return rows <= few_panels(p.geometry.element) * kFewRows && with_decoder(p, [&p](auto decoder) {
-             return p.geometry.padded_group % kUnit<typename decltype(decoder)::type> == 0;
+    return rows <= few_panels(p.weight.geometry.element) * kFewRows &&
+           with_decoder(p, [&p](auto decoder) {
+             return p.weight.geometry.padded_group % kUnit<typename decltype(decoder)::type> == 0;
            });
   }
   struct FewRows {
@@ -371,10 +373,8 @@ struct FmaCore : RegisterCore<FmaCore> {
   static constexpr bool kCutStrips = false;
 };
 
-void linear(const Problem& p, const Parallel& parallel) { run_linear<FmaCore>(p, parallel); }
-
 }  // namespace
 
-const Engine kEngineAvx512 = {"avx512", &linear, &repack_avx512};
+void float_avx512(const Problem& p, const Parallel& parallel) { run_linear<FmaCore>(p, parallel); }
 
 }  // namespace compressed_linear::cpu

@@ -8,12 +8,16 @@
 #include <utility>
 
 #include "bf16_parts.h"
+#include "cpu/common/isa.h"
 #include "cpu/common/prefetch.h"
 #include "decode_avx512bf16.h"
 #include "driver.h"
 #include "few_rows_avx512.h"
 
 namespace compressed_linear::cpu {
+
+LinearFunction float_avx512;
+
 namespace {
 
 // 24 of the 32 registers hold sums.
@@ -99,7 +103,7 @@ struct FewRowsKernel {
     const Table table = given;
     constexpr int64_t kStripBytes = kTiles * kBlockBytes;
     constexpr int kHalfPairs = static_cast<int>(kPairs) / 2;
-    const uint8_t* blocks = p.packed + p.geometry.block_at(a.tile, a.channel);
+    const uint8_t* blocks = block_of(p.weight, a.tile, a.channel);
     const uint32_t* x = a.x;
     alignas(64) float totals[Rows][kTiles * kTile] = {};
     for (int64_t s = 0; s < a.segment_count; ++s) {
@@ -175,7 +179,7 @@ struct DotCore : RegisterCore<DotCore> {
   static int64_t parts(Scalar type) { return type == Scalar::float16 ? 2 : 1; }
   static void split(const Problem& p, const float* row, int64_t parts, uint32_t* out,
                     int64_t stride) {
-    const int64_t padded_k = p.geometry.padded_k;
+    const int64_t padded_k = p.weight.geometry.padded_k;
     if (parts == 1) {
       for (int64_t i = 0; i < padded_k / 2; ++i)
         out[i * stride] = (bits_of(row[2 * i]) >> 16) | (bits_of(row[2 * i + 1]) & 0xffff0000u);
@@ -192,9 +196,9 @@ struct DotCore : RegisterCore<DotCore> {
   }
 
   static bool copy_row(const Problem& p, int64_t m, uint32_t* words, int64_t stride) {
-    const Geometry& g = p.geometry;
-    if (p.x_type != Scalar::bfloat16 || !in_order(p) || g.k % 2 != 0) return false;
-    const char* row = static_cast<const char*>(p.x) + 2 * m * p.x_row_stride;
+    const Geometry& g = p.weight.geometry;
+    if (p.x.type != Scalar::bfloat16 || !in_order(p) || g.k % 2 != 0) return false;
+    const char* row = static_cast<const char*>(p.x.data) + 2 * m * p.x.row_stride;
     if (stride == 1) {
       std::memcpy(words, row, static_cast<size_t>(2 * g.k));
     } else {
@@ -206,7 +210,7 @@ struct DotCore : RegisterCore<DotCore> {
 
   // Segments must be whole blocks or halves.
   static bool are_few(const Problem& p, int64_t rows) {
-    const Geometry& g = p.geometry;
+    const Geometry& g = p.weight.geometry;
     const bool few = rows <= few_panels(g.element) * kRows;
     const int64_t unit = with_decoder(
         g.element, [](auto code) { return decltype(code)::kHalves ? kBlock / 2 : kBlock; });
@@ -216,7 +220,7 @@ struct DotCore : RegisterCore<DotCore> {
     const Table table;
     explicit FewRows(const Problem& p) : table(p) {}
     void run(const FewRowsArgs& a, int64_t rows, int64_t parts) const {
-      with_decoder(a.p.geometry.element, [&](auto code) {
+      with_decoder(a.p.weight.geometry.element, [&](auto code) {
         return few_rows_kernel_for<decltype(code)>(rows, parts);
       })(a, table);
     }
@@ -225,20 +229,18 @@ struct DotCore : RegisterCore<DotCore> {
   static constexpr bool kCutStrips = false;
 };
 
+}  // namespace
+
 // What bf16 cannot hold (weights, tables and activations of fp32, weights of fp16) is multiplied in
 // fp32.
-void linear(const Problem& p, const Parallel& parallel) {
-  const Kind kind = p.geometry.element.kind;
-  if (kind == Kind::float16 || kind == Kind::float32 || p.wide_table != nullptr ||
+void float_avx512bf16(const Problem& p, const Parallel& parallel) {
+  const Kind kind = p.weight.geometry.element.kind;
+  if (kind == Kind::float16 || kind == Kind::float32 || p.weight.wide_table != nullptr ||
       prepared_type(p) == Scalar::float32) {
-    kEngineAvx512.linear(p, parallel);
+    float_avx512(p, parallel);
   } else {
     run_linear<DotCore>(p, parallel);
   }
 }
-
-}  // namespace
-
-const Engine kEngineAvx512Bf16 = {"avx512bf16", &linear, &repack_avx512};
 
 }  // namespace compressed_linear::cpu

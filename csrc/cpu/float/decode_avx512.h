@@ -6,7 +6,7 @@
 #include <immintrin.h>
 
 #include "cpu/common/floats.h"
-#include "engine.h"
+#include "cpu/common/problem.h"
 
 namespace compressed_linear::cpu {
 namespace {  // see layouts/planes.h
@@ -17,14 +17,15 @@ struct Table {
   __m512i rows[4];
 
   explicit Table(const Problem& p) {
-    const Element element = p.geometry.element;
+    const Element element = p.weight.geometry.element;
     alignas(64) uint16_t values[128];
     const int64_t last = (int64_t{1} << element.bits) - 1;
     for (int64_t i = 0; i < 128; ++i)
       values[i] = element.kind == Kind::e4m3   ? to_bf16(from_e4m3(static_cast<uint8_t>(i & 7)))
                   : element.kind == Kind::e5m2 ? to_bf16(from_e5m2(static_cast<uint8_t>(i & 3)))
-                  : p.table != nullptr         ? p.table[i & last]
-                                               : to_bf16(static_cast<float>(i & last) - p.middle);
+                  : p.weight.table != nullptr
+                      ? p.weight.table[i & last]
+                      : to_bf16(static_cast<float>(i & last) - p.weight.middle);
     for (int i = 0; i < 4; ++i) rows[i] = _mm512_load_si512(values + 32 * i);
   }
 };
@@ -133,39 +134,39 @@ inline __m512 load_sixteen(const char* at) {
   }
 }
 
-// index: of the first tile's value, in a tensor with `stride` values for each tile.
 template <Scalar Type, int Tiles>
-[[gnu::always_inline]] inline void load_tiles_of(const void* data, int64_t index, int64_t stride,
+[[gnu::always_inline]] inline void load_tiles_of(const TileNumbers& numbers, int64_t tile,
                                                  int64_t group, __m512 (&out)[Tiles]) {
   constexpr int64_t kSize = size_of(Type), kShareBytes = Tiles * kTile * kSize;
-  const char* at = static_cast<const char*>(data) + index * kSize;
+  const int64_t stride = numbers.tile_stride * kSize;
+  const char* first = static_cast<const char*>(numbers.data) + numbers.at(tile, 0) * kSize;
+  const char* at = first + group * numbers.group_stride * kSize;
   // A strip's values are short runs, one for each tile, which end before the processor's own
   // prefetching has found them. So the next strip's are fetched meanwhile, a share in each group,
   // and from its beginning on: in the order of memory they cost half of what they do as needed.
-  const char* share = at - group * kTile * kSize + Tiles * stride * kSize + group * kShareBytes;
+  const char* share = first + Tiles * stride + group * kShareBytes;
   for (int64_t byte = 0; byte < kShareBytes; byte += kRowBytes)
     _mm_prefetch(share + byte, _MM_HINT_T0);
 #pragma GCC unroll 8
-  for (int t = 0; t < Tiles; ++t) out[t] = load_sixteen<Type>(at + t * stride * kSize);
+  for (int t = 0; t < Tiles; ++t) out[t] = load_sixteen<Type>(at + t * stride);
 }
 
-// What [tile][group][16] values of a type hold for one group of tiles that follow each other. The
-// type is asked for once for all of them: between the sums of the tiles every branch costs.
+// Numbers of one group, of tiles of a strip that follow each other. The type is asked for once for
+// all of them: between the sums of the tiles every branch costs.
 template <int Tiles>
-[[gnu::always_inline]] inline void load_tiles(const void* data, Scalar type, const Problem& p,
-                                              int64_t tile, int64_t group, __m512 (&out)[Tiles]) {
-  const int64_t stride = p.geometry.groups * kTile, index = tile * stride + group * kTile;
-  switch (type) {
+[[gnu::always_inline]] inline void load_tiles(const TileNumbers& numbers, int64_t tile,
+                                              int64_t group, __m512 (&out)[Tiles]) {
+  switch (numbers.type) {
     case Scalar::bfloat16:
-      return load_tiles_of<Scalar::bfloat16>(data, index, stride, group, out);
+      return load_tiles_of<Scalar::bfloat16>(numbers, tile, group, out);
     case Scalar::float16:
-      return load_tiles_of<Scalar::float16>(data, index, stride, group, out);
+      return load_tiles_of<Scalar::float16>(numbers, tile, group, out);
     case Scalar::e4m3:
-      return load_tiles_of<Scalar::e4m3>(data, index, stride, group, out);
+      return load_tiles_of<Scalar::e4m3>(numbers, tile, group, out);
     case Scalar::e8m0:
-      return load_tiles_of<Scalar::e8m0>(data, index, stride, group, out);
+      return load_tiles_of<Scalar::e8m0>(numbers, tile, group, out);
     default:
-      return load_tiles_of<Scalar::float32>(data, index, stride, group, out);
+      return load_tiles_of<Scalar::float32>(numbers, tile, group, out);
   }
 }
 
@@ -173,7 +174,7 @@ template <int Tiles>
 template <int Tiles>
 [[gnu::always_inline]] inline void load_scales(const Problem& p, int64_t tile, int64_t group,
                                                __m512 (&out)[Tiles]) {
-  if (p.scale != nullptr) return load_tiles(p.scale, p.scale_type, p, tile, group, out);
+  if (p.weight.scale.data != nullptr) return load_tiles(p.weight.scale, tile, group, out);
   for (__m512& one : out) one = _mm512_set1_ps(1.0f);
 }
 
@@ -181,12 +182,12 @@ template <int Tiles>
 template <int Tiles>
 [[gnu::always_inline]] inline void load_negated_offsets(const Problem& p, int64_t tile,
                                                         int64_t group, __m512 (&out)[Tiles]) {
-  const __m512 offset = _mm512_set1_ps(p.offset), sign = _mm512_set1_ps(-0.0f);
-  if (p.zero == nullptr) {
+  const __m512 offset = _mm512_set1_ps(p.weight.offset), sign = _mm512_set1_ps(-0.0f);
+  if (p.weight.zero.data == nullptr) {
     for (__m512& one : out) one = _mm512_xor_ps(sign, offset);
     return;
   }
-  load_tiles(p.zero, p.zero_type, p, tile, group, out);
+  load_tiles(p.weight.zero, tile, group, out);
   for (__m512& one : out) one = _mm512_xor_ps(sign, _mm512_add_ps(one, offset));
 }
 

@@ -106,8 +106,8 @@ void decode_chunk(const Problem& p, const uint8_t* packed, int64_t stride, int64
 
 // Stored channels [k0, k0 + width) of a tile: out[pair][channel][k, k + 1].
 inline void decode_tile(const Problem& p, int64_t tile, int64_t k0, int64_t width, uint8_t* out) {
-  const Geometry& g = p.geometry;
-  const uint8_t* packed = p.packed + g.block_at(tile, k0);
+  const Geometry& g = p.weight.geometry;
+  const uint8_t* packed = block_of(p.weight, tile, k0);
   const int64_t stride = g.block_stride(tile);
   with_decoder(g.element,
                [&](auto code) { decode_chunk<decltype(code)>(p, packed, stride, width, out); });

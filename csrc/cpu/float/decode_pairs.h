@@ -11,7 +11,7 @@
 #include <type_traits>
 
 #include "cpu/common/floats.h"
-#include "engine.h"
+#include "cpu/common/problem.h"
 
 namespace compressed_linear::cpu {
 namespace {  // see layouts/planes.h
@@ -115,7 +115,8 @@ class TableCodes : public PlaneCodes<Lanes, Bits> {
  private:
   static auto value(const Problem& p) {
     return [&p](int code) {
-      return p.table != nullptr ? p.table[code] : to_bf16(static_cast<float>(code) - p.middle);
+      return p.weight.table != nullptr ? p.weight.table[code]
+                                       : to_bf16(static_cast<float>(code) - p.weight.middle);
     };
   }
   ByteTable<Lanes, Bits> low_, high_;
@@ -139,7 +140,7 @@ class WideCodes : public PlaneCodes<Lanes, Bits> {
 
  private:
   static auto bits(const Problem& p) {
-    return [&p](int code) { return bits_of(p.wide_table[code]); };
+    return [&p](int code) { return bits_of(p.weight.wide_table[code]); };
   }
   ByteTable<Lanes, Bits> bytes_[4];
 };
@@ -150,7 +151,7 @@ template <class Lanes, int Bits>
 class OffsetCodes : public PlaneCodes<Lanes, Bits> {
  public:
   using Pair = typename Lanes::Pair;
-  explicit OffsetCodes(const Problem& p) : middle_(Lanes::set(128.0f + p.middle)) {}
+  explicit OffsetCodes(const Problem& p) : middle_(Lanes::set(128.0f + p.weight.middle)) {}
 
   template <int Group>
   void group(const uint8_t* block, int part, Pair& first, Pair& second) const {
@@ -248,17 +249,17 @@ using Integers = std::conditional_t<(Bits > 4), OffsetCodes<Lanes, Bits>, TableC
 template <class Lanes, int Bits = 1, class Function>
 inline auto with_codes(const Problem& p, const Function& function) {
   if constexpr (Bits < 7) {
-    if (p.geometry.element.bits > Bits) return with_codes<Lanes, Bits + 1>(p, function);
+    if (p.weight.geometry.element.bits > Bits) return with_codes<Lanes, Bits + 1>(p, function);
   }
-  if (p.wide_table != nullptr) return function(Type<WideCodes<Lanes, Bits>>{});
-  if (p.table != nullptr) return function(Type<TableCodes<Lanes, Bits>>{});
+  if (p.weight.wide_table != nullptr) return function(Type<WideCodes<Lanes, Bits>>{});
+  if (p.weight.table != nullptr) return function(Type<TableCodes<Lanes, Bits>>{});
   return function(Type<Integers<Lanes, Bits>>{});
 }
 
 // Calls function(Type<Code>{}) with the decoder of a problem.
 template <class Lanes, class Function>
 inline auto with_decoder(const Problem& p, const Function& function) {
-  switch (p.geometry.element.kind) {
+  switch (p.weight.geometry.element.kind) {
     case Kind::bfloat16:
       return function(Type<BFloat16Codes<Lanes>>{});
     case Kind::float16:
@@ -270,7 +271,8 @@ inline auto with_decoder(const Problem& p, const Function& function) {
     case Kind::e5m2:
       return function(Type<ByteCodes<Lanes, Kind::e5m2>>{});
     default:
-      if (p.geometry.element.bits == 8) return function(Type<ByteCodes<Lanes, Kind::integer>>{});
+      if (p.weight.geometry.element.bits == 8)
+        return function(Type<ByteCodes<Lanes, Kind::integer>>{});
       return with_codes<Lanes>(p, function);
   }
 }

@@ -32,6 +32,7 @@
 #include "cpu/common/arena.h"
 #include "cpu/common/panels.h"
 #include "cpu/common/rows.h"
+#include "micro_kernel.h"
 
 namespace compressed_linear::cpu {
 namespace {  // see layouts/planes.h
@@ -42,68 +43,6 @@ constexpr int64_t kActivationBytes = 16 << 20;  // rows of x prepared at once
 constexpr int64_t kStripLanes = kStrip * kTile;
 constexpr int64_t kLeastPartBytes = 16 << 10;  // packed weights of a strip worth a thread's while
 constexpr int64_t kSumBytes = 4 << 20;         // sums of segments kept at once
-
-struct MicroArgs {
-  const uint8_t* weights;  // tile t, step i: weights + t * tile_stride + i * kStepBytes
-  int64_t tile_stride;
-  const uint32_t* x;  // [step][part][row][word]
-  const Segment* segments;
-  int64_t segment_count;
-  const float* scale;           // [segment][tile][16]
-  const float* negated_offset;  // same shape, or null
-  const float* row_sums;        // [segment][row]
-  float* totals;                // [row][tile][16]
-};
-
-template <class Core, int Rows, int Tiles, int Parts>
-void micro_kernel(const MicroArgs& a) {
-  const float* scale = a.scale;
-  for (int64_t s = 0; s < a.segment_count; ++s, scale += Tiles * kTile) {
-    const Segment segment = a.segments[s];
-    // Unrolled here and below, or the accumulators would go through memory.
-    typename Core::Acc acc[Rows][Tiles];
-#pragma GCC unroll 16
-    for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 8
-      for (int t = 0; t < Tiles; ++t) acc[r][t] = Core::zero();
-    const int64_t first = segment.begin / Core::kStep;
-    const int64_t last = (segment.end + Core::kStep - 1) / Core::kStep;
-    constexpr int kStepWords = Parts * Rows * Core::kWords;
-    const uint8_t* w = a.weights + first * Core::kStepBytes;
-    const uint32_t* x = a.x + first * kStepWords;
-    for (int64_t i = first; i < last; ++i, w += Core::kStepBytes, x += kStepWords) {
-      typename Core::Weights weights[Tiles];
-      for (int t = 0; t < Tiles; ++t) weights[t] = Core::load(w + t * a.tile_stride);
-#pragma GCC unroll 4
-      for (int q = 0; q < Parts; ++q)
-#pragma GCC unroll 16
-        for (int r = 0; r < Rows; ++r) {
-          const typename Core::Activation activation =
-              Core::broadcast(x + (q * Rows + r) * Core::kWords);
-#pragma GCC unroll 8
-          for (int t = 0; t < Tiles; ++t) acc[r][t] = Core::mac(acc[r][t], weights[t], activation);
-        }
-    }
-    typename Core::Sum sums[Rows][Tiles];
-#pragma GCC unroll 16
-    for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 8
-      for (int t = 0; t < Tiles; ++t) sums[r][t] = Core::sum(acc[r][t]);
-    if (a.negated_offset != nullptr) {
-#pragma GCC unroll 16
-      for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 8
-        for (int t = 0; t < Tiles; ++t)
-          sums[r][t] = Core::add_offset(sums[r][t], a.row_sums[s * Rows + r],
-                                        a.negated_offset + (s * Tiles + t) * kTile);
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 8
-      for (int t = 0; t < Tiles; ++t)
-        Core::scale_into(a.totals + (r * Tiles + t) * kTile, sums[r][t], scale + t * kTile);
-  }
-}
 
 // Work of the path for few rows: one panel, one strip, some of its segments.
 struct FewRowsArgs {
@@ -116,43 +55,6 @@ struct FewRowsArgs {
   int64_t row, tile;      // first of each
   int64_t tiles;
   float* sums;  // [segment][row][kStripLanes] to leave sums in, or null to finish the rows
-};
-
-using MicroKernel = void (*)(const MicroArgs&);
-
-template <class Core, int Rows, int Tiles>
-MicroKernel micro_kernel_for(int64_t parts) {
-  if constexpr (Core::kMaxParts > 1) {
-    if (parts == 2) return &micro_kernel<Core, Rows, Tiles, 2>;
-  }
-  return &micro_kernel<Core, Rows, Tiles, 1>;
-}
-
-template <class Core, int Rows, int Tiles = Core::kTiles>
-MicroKernel micro_kernel_for(int64_t tiles, int64_t parts) {
-  if constexpr (Tiles > 1) {
-    if (tiles < Tiles) return micro_kernel_for<Core, Rows, Tiles - 1>(tiles, parts);
-  }
-  return micro_kernel_for<Core, Rows, Tiles>(parts);
-}
-
-template <class Core, int Rows = Core::kRows>
-MicroKernel micro_kernel_for(int64_t rows, int64_t tiles, int64_t parts) {
-  if constexpr (Rows > 1) {
-    if (rows < Rows) return micro_kernel_for<Core, Rows - 1>(rows, tiles, parts);
-  }
-  return micro_kernel_for<Core, Rows>(tiles, parts);
-}
-
-// Blocks and kHasFewRows of a core whose sums are in vector registers.
-template <class Core>
-struct RegisterCore {
-  struct Blocks {
-    void operator()(const MicroArgs& a, int64_t rows, int64_t tiles, int64_t parts) const {
-      micro_kernel_for<Core>(rows, tiles, parts)(a);
-    }
-  };
-  static constexpr bool kHasFewRows = true;
 };
 
 template <class Core>
@@ -198,18 +100,14 @@ struct Call {
 
   void multiply_unit(int64_t unit) const {
     const int64_t panel0 = unit % panel_units() * panels_per_unit;
-    const int64_t panel1 =
-        panel0 + panels_per_unit < panels.count ? panel0 + panels_per_unit : panels.count;
+    const int64_t panel1 = least(panel0 + panels_per_unit, panels.count);
     const int64_t tile0 = unit / panel_units() * tiles_per_unit;
-    const int64_t tile1 = tile0 + tiles_per_unit < g.tiles ? tile0 + tiles_per_unit : g.tiles;
+    const int64_t tile1 = least(tile0 + tiles_per_unit, g.tiles);
     multiply(panel0, panel1, tile0, tile1);
   }
 
   int64_t strips() const { return (g.tiles + kStrip - 1) / kStrip; }
-  int64_t strip_tiles(int64_t strip) const {
-    const int64_t left = g.tiles - strip * kStrip;
-    return left < kStrip ? left : kStrip;
-  }
+  int64_t strip_tiles(int64_t strip) const { return least(g.tiles - strip * kStrip, kStrip); }
   bool takes(int64_t strip) const { return Core::kCutStrips || strip_tiles(strip) == kStrip; }
 
   // [segment][row of the panel][kStripLanes]
@@ -274,20 +172,23 @@ struct Call {
     constexpr int64_t kSlabBytes = kChunk / Core::kStep * Core::kStepBytes * Core::kTiles;
     const int64_t scale_floats = kChunk * Core::kTiles * kTile;
     const int64_t total_floats = rows * (tile1 - tile0) * kTile;
-    uint8_t* slab = static_cast<uint8_t*>(worker_arena().reserve(
-        static_cast<size_t>(kSlabBytes + (2 * scale_floats + total_floats) * 4)));
-    float* scale = reinterpret_cast<float*>(slab + kSlabBytes);
-    float* negated_offset = scale + scale_floats;
-    float* totals = negated_offset + scale_floats;
+    uint8_t* slab = nullptr;
+    float *scale = nullptr, *negated_offset = nullptr, *totals = nullptr;
+    carve_from(worker_arena(), [&](Carver& carver) {
+      slab = carver.take<uint8_t>(kSlabBytes);
+      scale = carver.take<float>(scale_floats);
+      negated_offset = carver.take<float>(scale_floats);
+      totals = carver.take<float>(total_floats);
+    });
     std::memset(totals, 0, static_cast<size_t>(total_floats) * sizeof(float));
 
     typename Core::Blocks blocks;
     for (int64_t c = 0; c < chunk_count(g); ++c) {
       const int64_t k0 = c * kChunk;
-      const int64_t width = g.padded_k - k0 < kChunk ? g.padded_k - k0 : kChunk;
+      const int64_t width = least(g.padded_k - k0, kChunk);
       const int64_t first = chunk_first[c], count = chunk_first[c + 1] - first;
       for (int64_t tile = tile0; tile < tile1; tile += Core::kTiles) {
-        const int64_t tiles = tile1 - tile < Core::kTiles ? tile1 - tile : Core::kTiles;
+        const int64_t tiles = least(tile1 - tile, Core::kTiles);
         MicroArgs args;
         args.weights = slab;
         args.tile_stride = kSlabBytes / Core::kTiles;
@@ -315,7 +216,7 @@ struct Call {
       }
     }
     for (int64_t tile = tile0; tile < tile1; tile += Core::kTiles) {
-      const int64_t tiles = tile1 - tile < Core::kTiles ? tile1 - tile : Core::kTiles;
+      const int64_t tiles = least(tile1 - tile, Core::kTiles);
       float* block = totals + (tile - tile0) * kTile * rows;
       for (int64_t r = 0; r < rows; ++r)
         store_row(p, row0 + row_begin + r, tile * kTile, tiles * kTile, block + r * tiles * kTile);
@@ -331,8 +232,7 @@ inline int64_t count_k_parts(const Geometry& g, int64_t rows, int64_t segments, 
     return 1;
   int64_t parts = (4 * threads + strips - 1) / strips;
   const int64_t worthwhile = kStrip * g.tile_bytes() / kLeastPartBytes;
-  if (parts > worthwhile) parts = worthwhile;
-  if (parts > chunk_count(g)) parts = chunk_count(g);
+  parts = least(least(parts, worthwhile), chunk_count(g));
   return parts > 1 ? parts : 1;
 }
 
@@ -366,8 +266,8 @@ int64_t few_panel_rows(const Problem& p, int64_t rows) {
 template <class Core>
 void run_linear(const Problem& given, const Parallel& parallel) {
   Problem p = given;
-  const Geometry& g = p.geometry;
-  if (p.m == 0 || g.n == 0) return;
+  const Geometry& g = p.weight.geometry;
+  if (p.x.m == 0 || g.n == 0) return;
   const int64_t parts = Core::parts(prepared_type(p));
   const int64_t row_words = g.padded_k / Core::kStep * parts * Core::kWords;
   const bool offset = has_offset(p);
@@ -375,35 +275,35 @@ void run_linear(const Problem& given, const Parallel& parallel) {
   const int64_t row_bytes = (row_words + (offset ? bound : 0)) * 4;
   int64_t rows_at_once = kActivationBytes / row_bytes;
   if (rows_at_once < Core::kRows) rows_at_once = Core::kRows;
-  if (rows_at_once > p.m) rows_at_once = p.m;
+  rows_at_once = least(rows_at_once, p.x.m);
 
-  const int64_t x_bytes = round_up(rows_at_once * row_words * 4, 64);
-  const int64_t sum_bytes = round_up(offset ? rows_at_once * bound * 4 : 0, 64);
-  const int64_t segment_bytes = round_up(bound * static_cast<int64_t>(sizeof(Segment)), 64);
-  const int64_t factor_bytes = p.activation.present ? round_up(p.m * 4, 64) : 0;
   // One thread has all the strips to itself.
   const int64_t k_parts = Core::kHasFewRows && parallel.threads > 1
                               ? count_k_parts(g, rows_at_once, bound, parallel.threads)
                               : 1;
-  const int64_t kept_bytes =
-      k_parts > 1 ? round_up(g.tiles, kStrip) * kTile * rows_at_once * bound * 4 : 0;
-  uint8_t* memory = static_cast<uint8_t*>(call_arena().reserve(static_cast<size_t>(
-      factor_bytes + kept_bytes + x_bytes + sum_bytes + segment_bytes + (chunk_count(g) + 1) * 4)));
-  if (p.activation.present) {
-    p.input_factor = reinterpret_cast<float*>(memory);
-    memory += factor_bytes;
+  float *factor = nullptr, *sums = nullptr, *row_sums = nullptr;
+  uint32_t* x = nullptr;
+  Segment* segments = nullptr;
+  int32_t* chunk_first = nullptr;
+  carve_from(call_arena(), [&](Carver& carver) {
+    factor = carver.take<float>(p.x.activation.present ? p.x.m : 0);
+    if (k_parts > 1)
+      sums = carver.take<float>(round_up(g.tiles, kStrip) * kTile * rows_at_once * bound);
+    x = carver.take<uint32_t>(rows_at_once * row_words);
+    row_sums = carver.take<float>(offset ? rows_at_once * bound : 0);
+    segments = carver.take<Segment>(bound);
+    chunk_first = carver.take<int32_t>(chunk_count(g) + 1);
+  });
+  if (p.x.activation.present) {
+    p.x.factor = factor;
     float* row = static_cast<float*>(
         worker_arena().reserve(static_cast<size_t>(g.padded_k + g.k) * sizeof(float)));
     measure_tensor(p, row, row + g.padded_k);
   }
-  float* sums = k_parts > 1 ? reinterpret_cast<float*>(memory) : nullptr;
-  memory += kept_bytes;
-  Segment* segments = reinterpret_cast<Segment*>(memory + x_bytes + sum_bytes);
-  int32_t* chunk_first = reinterpret_cast<int32_t*>(memory + x_bytes + sum_bytes + segment_bytes);
   const int64_t segment_count = make_segments(g, segments, chunk_first);
 
-  for (int64_t row0 = 0; row0 < p.m; row0 += rows_at_once) {
-    const int64_t rows = p.m - row0 < rows_at_once ? p.m - row0 : rows_at_once;
+  for (int64_t row0 = 0; row0 < p.x.m; row0 += rows_at_once) {
+    const int64_t rows = least(p.x.m - row0, rows_at_once);
     const int64_t few_rows = few_panel_rows<Core>(p, rows);
     Call<Core> call{p,
                     g,
@@ -415,8 +315,8 @@ void run_linear(const Problem& given, const Parallel& parallel) {
                     offset,
                     row0,
                     Panels(rows, few_rows > 0 ? few_rows : Core::kRows),
-                    reinterpret_cast<uint32_t*>(memory),
-                    reinterpret_cast<float*>(memory + x_bytes),
+                    x,
+                    row_sums,
                     kRowsPerUnit / Core::kRows,
                     kTilesPerUnit,
                     k_parts,

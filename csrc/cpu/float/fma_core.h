@@ -20,26 +20,28 @@ constexpr int kGroups = static_cast<int>(kPairs) / 2;  // of two pairs, in a blo
 template <class Lanes>
 constexpr int kParts = static_cast<int>(kTile) / Lanes::kLanes;
 
-// ---- a part of a tile, counted in the whole matrix --------------------------------------------
+// ---- a part of the tiles from `tile` on, which is the first of a strip ------------------------
 
 template <class Lanes>
-inline int64_t scale_index(const Problem& p, int64_t part, int64_t group) {
-  return (part / kParts<Lanes> * p.geometry.groups + group) * kTile +
-         part % kParts<Lanes> * Lanes::kLanes;
+inline typename Lanes::Float load_part(const TileNumbers& numbers, int64_t tile, int64_t part,
+                                       int64_t group) {
+  const int64_t at = numbers.at(tile, group) + part / kParts<Lanes> * numbers.tile_stride +
+                     part % kParts<Lanes> * Lanes::kLanes;
+  return Lanes::load_scalars(numbers.data, numbers.type, at);
 }
 
 template <class Lanes>
-inline typename Lanes::Float scales(const Problem& p, int64_t part, int64_t group) {
-  if (p.scale == nullptr) return Lanes::set(1.0f);
-  return Lanes::load_scalars(p.scale, p.scale_type, scale_index<Lanes>(p, part, group));
+inline typename Lanes::Float scales(const Problem& p, int64_t tile, int64_t part, int64_t group) {
+  if (p.weight.scale.data == nullptr) return Lanes::set(1.0f);
+  return load_part<Lanes>(p.weight.scale, tile, part, group);
 }
 
 template <class Lanes>
-inline typename Lanes::Float negated_offsets(const Problem& p, int64_t part, int64_t group) {
-  auto offset = Lanes::set(p.offset);
-  if (p.zero != nullptr)
-    offset = Lanes::add(
-        Lanes::load_scalars(p.zero, p.zero_type, scale_index<Lanes>(p, part, group)), offset);
+inline typename Lanes::Float negated_offsets(const Problem& p, int64_t tile, int64_t part,
+                                             int64_t group) {
+  auto offset = Lanes::set(p.weight.offset);
+  if (p.weight.zero.data != nullptr)
+    offset = Lanes::add(load_part<Lanes>(p.weight.zero, tile, part, group), offset);
   return Lanes::negate(offset);
 }
 
@@ -140,10 +142,10 @@ StripKernel<Lanes, Code> few_rows_strip_for(int64_t tiles) {
 
 template <class Lanes, class Code, int Rows>
 void few_rows_kernel(const FewRowsArgs& a) {
-  const Geometry& g = a.p.geometry;
+  const Geometry& g = a.p.weight.geometry;
   const Code code(a.p);
   const int64_t stride = g.block_stride(a.tile), parts = kParts<Lanes> * a.tiles;
-  const uint8_t* blocks = a.p.packed + g.block_at(a.tile, a.channel);
+  const uint8_t* blocks = block_of(a.p.weight, a.tile, a.channel);
   const float* x = reinterpret_cast<const float*>(a.x);  // [slot][row][2]
   const StripKernel<Lanes, Code> strip = few_rows_strip_for<Lanes, Code, Rows>(a.tiles);
   typename Lanes::Sums sums[kParts<Lanes> * kStrip * Rows];
@@ -151,18 +153,17 @@ void few_rows_kernel(const FewRowsArgs& a) {
   for (int64_t s = 0; s < a.segment_count; ++s) {
     for (typename Lanes::Sums& sum : sums) sum = Lanes::no_sums();
     for (int64_t k = a.segments[s].begin; k < a.segments[s].end;) {
-      const int64_t left = a.segments[s].end - k,
-                    width = left < kBlock - k % kBlock ? left : kBlock - k % kBlock;
+      const int64_t left = a.segments[s].end - k, width = least(left, kBlock - k % kBlock);
       strip(code, blocks, parts, k, width, x, sums);
       k += width;
       if (k % kBlock == 0) blocks += stride;
       x += width * Rows;
     }
     for (int64_t part = 0; part < parts; ++part) {
-      const int64_t group = a.segments[s].group, at = kParts<Lanes> * a.tile + part;
-      const auto scale = scales<Lanes>(a.p, at, group);
+      const int64_t group = a.segments[s].group;
+      const auto scale = scales<Lanes>(a.p, a.tile, part, group);
       auto offset = Lanes::set(0.0f);
-      if (a.row_sums != nullptr) offset = negated_offsets<Lanes>(a.p, at, group);
+      if (a.row_sums != nullptr) offset = negated_offsets<Lanes>(a.p, a.tile, part, group);
       for (int r = 0; r < Rows; ++r) {
         auto sum = Lanes::template sum<Code::kQuads>(sums[part * Rows + r]);
         if (a.row_sums != nullptr)
@@ -203,7 +204,7 @@ template <class Lanes>
 inline bool in_slots(const Problem& p) {
   return with_decoder<Lanes>(p, [&p](auto decoder) {
     constexpr int64_t kUnit = decltype(decoder)::type::kHalfBlocks ? kBlock / 2 : kBlock;
-    return p.geometry.padded_group % kUnit == 0;
+    return p.weight.geometry.padded_group % kUnit == 0;
   });
 }
 
@@ -314,13 +315,13 @@ struct FmaCore : RegisterCore<FmaCore<Lanes>> {
       for (int i = 0; i < kPairs; ++i)
         pairs[i] = slots ? decltype(decoder)::type::pair_of_slot(i) : i;
     });
-    for (int64_t k = 0; k < p.geometry.padded_k; k += kBlock)
+    for (int64_t k = 0; k < p.weight.geometry.padded_k; k += kBlock)
       for (int i = 0; i < kPairs; ++i, out += stride)
         std::memcpy(out, row + k + 2 * pairs[i], 2 * sizeof(float));
   }
   static void decode(const Problem& p, int64_t tile, int64_t k0, int64_t width, uint8_t* slab) {
-    const uint8_t* block = p.packed + p.geometry.block_at(tile, k0);
-    const int64_t stride = p.geometry.block_stride(tile);
+    const uint8_t* block = block_of(p.weight, tile, k0);
+    const int64_t stride = p.weight.geometry.block_stride(tile);
     const bool slots = in_slots<Lanes>(p);
     with_decoder<Lanes>(p, [&](auto decoder) {
       using Code = typename decltype(decoder)::type;

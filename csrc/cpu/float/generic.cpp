@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The plain twin of the vector engines: the same equation and the same cutting of K, one row and
 // one tile at a time. It runs where nothing better does and is what the others are tested against.
+#include <initializer_list>
+
 #include "cpu/common/arena.h"
 #include "cpu/common/rows.h"
 
@@ -9,7 +11,7 @@ namespace {
 
 // weights[32][16] of one block. Loops over channels are innermost for the vectoriser.
 void decode_integers(const Problem& p, const uint8_t* block, float* weights) {
-  const int bits = p.geometry.element.bits;
+  const int bits = p.weight.geometry.element.bits;
   uint32_t codes[kBlock * kTile] = {};
   if (bits == 8) {
     for (int64_t i = 0; i < kBlock * kTile; ++i) {
@@ -32,21 +34,21 @@ void decode_integers(const Problem& p, const uint8_t* block, float* weights) {
       shift += width;
     }
   }
-  if (p.wide_table != nullptr) {
-    for (int64_t i = 0; i < kBlock * kTile; ++i) weights[i] = p.wide_table[codes[i]];
-  } else if (p.table != nullptr) {
-    for (int64_t i = 0; i < kBlock * kTile; ++i) weights[i] = from_bf16(p.table[codes[i]]);
+  if (p.weight.wide_table != nullptr) {
+    for (int64_t i = 0; i < kBlock * kTile; ++i) weights[i] = p.weight.wide_table[codes[i]];
+  } else if (p.weight.table != nullptr) {
+    for (int64_t i = 0; i < kBlock * kTile; ++i) weights[i] = from_bf16(p.weight.table[codes[i]]);
   } else {
     for (int64_t i = 0; i < kBlock * kTile; ++i)
-      weights[i] = static_cast<float>(static_cast<int32_t>(codes[i])) - p.middle;
+      weights[i] = static_cast<float>(static_cast<int32_t>(codes[i])) - p.weight.middle;
   }
 }
 
 // weights[width][16] of one chunk of one tile.
 void decode(const Problem& p, int64_t tile, int64_t k0, int64_t width, float* weights) {
-  const Geometry& g = p.geometry;
+  const Geometry& g = p.weight.geometry;
   for (int64_t k = 0; k < width; k += kBlock, weights += kBlock * kTile) {
-    const uint8_t* block = p.packed + g.block_at(tile, k0 + k);
+    const uint8_t* block = block_of(p.weight, tile, k0 + k);
     switch (g.element.kind) {
       case Kind::integer:
         decode_integers(p, block, weights);
@@ -84,14 +86,16 @@ struct Call {
   int64_t row0, rows;
 
   void multiply(int64_t tile) const {
-    const Geometry& g = p.geometry;
-    float* weights = static_cast<float*>(
-        worker_arena().reserve(static_cast<size_t>((kChunk + rows) * kTile) * sizeof(float)));
-    float* totals = weights + kChunk * kTile;
+    const Geometry& g = p.weight.geometry;
+    float *weights = nullptr, *totals = nullptr;
+    carve_from(worker_arena(), [&](Carver& carver) {
+      weights = carver.take<float>(kChunk * kTile);
+      totals = carver.take<float>(rows * kTile);
+    });
     std::memset(totals, 0, static_cast<size_t>(rows * kTile) * sizeof(float));
     for (int64_t c = 0; c < chunk_count(g); ++c) {
       const int64_t k0 = c * kChunk;
-      decode(p, tile, k0, g.padded_k - k0 < kChunk ? g.padded_k - k0 : kChunk, weights);
+      decode(p, tile, k0, least(g.padded_k - k0, kChunk), weights);
       for (int64_t s = chunk_first[c]; s < chunk_first[c + 1]; ++s) {
         const Segment segment = segments[s];
         float scale[kTile], negated_offset[kTile];
@@ -117,27 +121,30 @@ struct Call {
   }
 };
 
-void linear(const Problem& given, const Parallel& parallel) {
+}  // namespace
+
+void float_generic(const Problem& given, const Parallel& parallel) {
   Problem p = given;
-  const Geometry& g = p.geometry;
+  const Geometry& g = p.weight.geometry;
   constexpr int64_t kRowsAtOnce = 64;
-  const int64_t rows_at_once = p.m < kRowsAtOnce ? p.m : kRowsAtOnce;
-  const int64_t bound = segment_bound(g);
-  const int64_t x_bytes = (rows_at_once * g.padded_k + g.k) * 4;
-  const int64_t segment_bytes = bound * static_cast<int64_t>(sizeof(Segment));
-  uint8_t* memory = static_cast<uint8_t*>(call_arena().reserve(
-      static_cast<size_t>(x_bytes + segment_bytes + (chunk_count(g) + 1 + p.m) * 4)));
-  float* x = reinterpret_cast<float*>(memory);
-  Segment* segments = reinterpret_cast<Segment*>(memory + x_bytes);
-  int32_t* chunk_first = reinterpret_cast<int32_t*>(memory + x_bytes + segment_bytes);
+  const int64_t rows_at_once = least(p.x.m, kRowsAtOnce);
+  float *x = nullptr, *scratch = nullptr, *factor = nullptr;
+  Segment* segments = nullptr;
+  int32_t* chunk_first = nullptr;
+  carve_from(call_arena(), [&](Carver& carver) {
+    x = carver.take<float>(rows_at_once * g.padded_k);
+    scratch = carver.take<float>(g.k);
+    segments = carver.take<Segment>(segment_bound(g));
+    chunk_first = carver.take<int32_t>(chunk_count(g) + 1);
+    factor = carver.take<float>(p.x.activation.present ? p.x.m : 0);
+  });
   make_segments(g, segments, chunk_first);
-  float* scratch = x + rows_at_once * g.padded_k;
-  if (p.activation.present) {
-    p.input_factor = reinterpret_cast<float*>(chunk_first + chunk_count(g) + 1);
+  if (p.x.activation.present) {
+    p.x.factor = factor;
     measure_tensor(p, x, scratch);
   }
-  for (int64_t row0 = 0; row0 < p.m; row0 += rows_at_once) {
-    const int64_t rows = p.m - row0 < rows_at_once ? p.m - row0 : rows_at_once;
+  for (int64_t row0 = 0; row0 < p.x.m; row0 += rows_at_once) {
+    const int64_t rows = least(p.x.m - row0, rows_at_once);
     for (int64_t r = 0; r < rows; ++r) prepare_row(p, row0 + r, x + r * g.padded_k, scratch);
     const Call call{p, segments, chunk_first, x, row0, rows};
     parallel.run(
@@ -149,9 +156,5 @@ void linear(const Problem& given, const Parallel& parallel) {
         const_cast<Call*>(&call));
   }
 }
-
-}  // namespace
-
-const Engine kEngineGeneric = {"generic", &linear, &repack_plain};
 
 }  // namespace compressed_linear::cpu

@@ -7,7 +7,7 @@
 #include <arm_neon.h>
 
 #include "cpu/common/floats.h"
-#include "engine.h"
+#include "cpu/common/problem.h"
 
 namespace compressed_linear::cpu {
 namespace {  // see layouts/planes.h

@@ -39,7 +39,7 @@ void read_bytes(const uint8_t* block, int64_t channel, uint8_t* codes) {
 
 // values[32] of one output channel of a block of integers.
 void read_integers(const Lookup& l, const uint8_t* block, int64_t channel, float* values) {
-  const int bits = l.geometry.element.bits;
+  const int bits = l.weight.geometry.element.bits;
   uint8_t codes[kBlock] = {};
   if (bits == 8) {
     read_bytes(block, channel, codes);
@@ -58,18 +58,18 @@ void read_integers(const Lookup& l, const uint8_t* block, int64_t channel, float
     }
     if (bits & 1) add_plane<1>(block, channel, shift, codes);
   }
-  if (l.wide_table != nullptr) {
-    for (int64_t k = 0; k < kBlock; ++k) values[k] = l.wide_table[codes[k]];
-  } else if (l.table != nullptr) {
-    for (int64_t k = 0; k < kBlock; ++k) values[k] = from_bf16(l.table[codes[k]]);
+  if (l.weight.wide_table != nullptr) {
+    for (int64_t k = 0; k < kBlock; ++k) values[k] = l.weight.wide_table[codes[k]];
+  } else if (l.weight.table != nullptr) {
+    for (int64_t k = 0; k < kBlock; ++k) values[k] = from_bf16(l.weight.table[codes[k]]);
   } else {
-    for (int64_t k = 0; k < kBlock; ++k) values[k] = static_cast<float>(codes[k]) - l.bias;
+    for (int64_t k = 0; k < kBlock; ++k) values[k] = static_cast<float>(codes[k]) - l.weight.middle;
   }
 }
 
 // values[32] of one output channel of a block.
 void read_block(const Lookup& l, const uint8_t* block, int64_t channel, float* values) {
-  switch (l.geometry.element.kind) {
+  switch (l.weight.geometry.element.kind) {
     case Kind::integer:
       read_integers(l, block, channel, values);
       break;
@@ -85,14 +85,14 @@ void read_block(const Lookup& l, const uint8_t* block, int64_t channel, float* v
       uint8_t codes[kBlock];
       read_bytes(block, channel, codes);
       for (int64_t k = 0; k < kBlock; ++k)
-        values[k] =
-            l.geometry.element.kind == Kind::e4m3 ? from_e4m3(codes[k]) : from_e5m2(codes[k]);
+        values[k] = l.weight.geometry.element.kind == Kind::e4m3 ? from_e4m3(codes[k])
+                                                                 : from_e5m2(codes[k]);
       break;
     }
     case Kind::float16:
     case Kind::float32: {
       const Scalar type =
-          l.geometry.element.kind == Kind::float16 ? Scalar::float16 : Scalar::float32;
+          l.weight.geometry.element.kind == Kind::float16 ? Scalar::float16 : Scalar::float32;
       for (int64_t k = 0; k < kBlock; ++k)
         values[k] = load_scalar(block, type, k * kTile + channel);
       break;
@@ -102,27 +102,27 @@ void read_block(const Lookup& l, const uint8_t* block, int64_t channel, float* v
 
 // Turns the values of a row, in the order of the packed weight, into weights.
 void scale_row(const Lookup& l, int64_t row, float* values) {
-  const Geometry& g = l.geometry;
+  const Geometry& g = l.weight.geometry;
+  const TileNumbers &scale = l.weight.scale, &zero = l.weight.zero;
   const int64_t tile = row / kTile, channel = row % kTile;
   for (int64_t group = 0; group < g.groups; ++group) {
     float* weights = values + group * g.padded_group;
-    const int64_t at = (tile * g.groups + group) * kTile + channel;
-    if (l.zero != nullptr) {
-      const float zero = load_scalar(l.zero, l.zero_type, at);
-      for (int64_t i = 0; i < g.group; ++i) weights[i] -= zero;
+    if (zero.data != nullptr) {
+      const float offset = load_scalar(zero.data, zero.type, zero.at(tile, group) + channel);
+      for (int64_t i = 0; i < g.group; ++i) weights[i] -= offset;
     }
-    if (l.scale != nullptr) {
-      const float scale = load_scalar(l.scale, l.scale_type, at);
-      for (int64_t i = 0; i < g.group; ++i) weights[i] *= scale;
+    if (scale.data != nullptr) {
+      const float factor = load_scalar(scale.data, scale.type, scale.at(tile, group) + channel);
+      for (int64_t i = 0; i < g.group; ++i) weights[i] *= factor;
     }
-    if (l.row_scale != nullptr)
-      for (int64_t i = 0; i < g.group; ++i) weights[i] *= l.row_scale[row];
+    if (l.weight.row_scale != nullptr)
+      for (int64_t i = 0; i < g.group; ++i) weights[i] *= l.weight.row_scale[row];
   }
 }
 
 // Brings the weights of a row into the order of the input channels: row[channels].
 void reorder_row(const Lookup& l, const float* weights, float* row) {
-  const Geometry& g = l.geometry;
+  const Geometry& g = l.weight.geometry;
   if (l.perm == nullptr) {
     for (int64_t group = 0; group < g.groups; ++group)
       std::copy_n(weights + group * g.padded_group, g.group, row + group * g.group);
@@ -130,19 +130,21 @@ void reorder_row(const Lookup& l, const float* weights, float* row) {
   }
   std::fill_n(row, l.channels, 0.0f);
   for (int64_t k = 0; k < g.k; ++k)
-    if (l.perm[k] >= 0) row[l.perm[k]] += weights[g.position(k)];
+    if (l.perm[k] >= 0 && l.perm[k] < l.channels) row[l.perm[k]] += weights[g.position(k)];
 }
 
 }  // namespace
 
 void look_up(const Lookup& l, int64_t begin, int64_t end) {
-  const Geometry& g = l.geometry;
-  float* weights = static_cast<float*>(
-      worker_arena().reserve(static_cast<size_t>(g.padded_k + l.channels) * sizeof(float)));
-  float* row = weights + g.padded_k;
+  const Geometry& g = l.weight.geometry;
+  float *weights = nullptr, *row = nullptr;
+  carve_from(worker_arena(), [&](Carver& carver) {
+    weights = carver.take<float>(g.padded_k);
+    row = carver.take<float>(l.channels);
+  });
   for (int64_t i = begin; i < end; ++i) {
     const int64_t id = l.ids[i], tile = id / kTile;
-    const uint8_t* block = l.packed + g.block_at(tile, 0);
+    const uint8_t* block = block_of(l.weight, tile, 0);
     const int64_t stride = g.block_stride(tile);
     for (int64_t k = 0; k < g.padded_k; k += kBlock, block += stride)
       read_block(l, block, id % kTile, weights + k);

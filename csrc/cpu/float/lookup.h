@@ -5,28 +5,18 @@
 // for arithmetic.
 #pragma once
 
-#include "layouts/planes.h"
+#include "cpu/common/problem.h"
 
 namespace compressed_linear::cpu {
 
 // out[i, c] = sum of w[ids[i], k] over the k with perm[k] == c, or w[ids[i], c] without perm, where
-// w[n,k] = row_scale[n] scale[n,g] (value - zero[n,g]) in fp32, rounded once to out_type, and value
-// is (wide_)table[code], code - bias, or the float itself.
+// w[n,k] = row_scale[n] scale[n,g] (value - zero[n,g]) in fp32, rounded once to out_type.
 struct Lookup {
-  Geometry geometry;
-  const uint8_t* packed;  // tiles * tile_bytes, see layouts/planes.h
-  const void* scale;      // [tiles][groups][16] or null
-  Scalar scale_type;
-  const void* zero;  // [tiles][groups][16] or null
-  Scalar zero_type;
-  const float* row_scale;  // [n] or null
-  float bias;
-  const uint16_t* table;    // bf16 [2^bits] or null
-  const float* wide_table;  // fp32 [2^bits] or null
-  const int32_t* perm;      // [k], each below `channels`, or null; negative ones are left out
-  const int64_t* ids;       // each from 0 to n - 1
-  int64_t channels;         // of out: k without perm
-  void* out;                // [*, channels] contiguous
+  Weight weight;        // of layouts/planes.h; `middle` is all that codes count from
+  const int32_t* perm;  // [k] or null; channels that out does not have are left out
+  const int64_t* ids;   // each from 0 to n - 1
+  int64_t channels;     // of out: k without perm
+  void* out;            // [*, channels] contiguous
   Scalar out_type;
 };
 

@@ -5,6 +5,8 @@
 
 namespace compressed_linear::cpu {
 
-const Engine kEngineNeon = {"neon", &run_linear<FmaCore<NeonLanes>>, &repack_plain};
+void float_neon(const Problem& p, const Parallel& parallel) {
+  run_linear<FmaCore<NeonLanes>>(p, parallel);
+}
 
 }  // namespace compressed_linear::cpu

@@ -4,6 +4,8 @@
 
 namespace compressed_linear::cpu {
 
-const IntegerEngine kIntegerEngineAmx = {"amx", &integer_linear_in_tiles<HardwareTiles>};
+void integer_amx(const Problem& p, const Parallel& parallel) {
+  integer_linear_in_tiles<HardwareTiles>(p, parallel);
+}
 
 }  // namespace compressed_linear::cpu

@@ -8,8 +8,12 @@
 
 #include "avx512.h"
 #include "cpu/common/amx_tiles.h"
+#include "cpu/common/isa.h"
 
 namespace compressed_linear::cpu {
+
+LinearFunction integer_avx512vnni;
+
 namespace {  // see layouts/planes.h
 
 static_assert(kRowBytes == kTileRowBytes && kTile * 4 == kTileRowBytes,
@@ -17,10 +21,10 @@ static_assert(kRowBytes == kTileRowBytes && kTile * 4 == kTileRowBytes,
 
 // Quads that a tile register takes at once, so that every segment is a number of whole ones; 0
 // where segments are too ragged. Beyond the last segment x is 0.
-inline int64_t tile_quads(const IntegerProblem& p) {
-  const Geometry& g = p.linear.geometry;
+inline int64_t tile_quads(const Problem& p) {
+  const Geometry& g = p.weight.geometry;
   int64_t ends = g.padded_k;  // the lowest bit tells by what power of two all are divisible
-  for_each_segment(g, p.activation.group, [&](const IntegerSegment& s) { ends |= s.begin; });
+  for_each_segment(g, p.x.activation.group, [&](const IntegerSegment& s) { ends |= s.begin; });
   return ends % (kTileRows * kQuad) == 0 ? kTileRows : ends % kBlock == 0 ? kQuads : 0;
 }
 
@@ -35,7 +39,7 @@ class IntegerTileBlocks {
   static constexpr bool kDecodes = false;
   static constexpr int64_t tiles(int64_t) { return kStrip; }
 
-  explicit IntegerTileBlocks(const IntegerProblem& p) : quads_(tile_quads(p)) {}
+  explicit IntegerTileBlocks(const Problem& p) : quads_(tile_quads(p)) {}
 
   // x: [quads / quads_][row][quads_]
   void place_row(const int8_t* q, int64_t padded_k, int64_t r, int64_t rows, int32_t* x) const {
@@ -123,9 +127,9 @@ class IntegerTileBlocks {
 
 // Rows that registers hold at once read the weights once there too, and decode them on the way.
 template <class Tiles>
-void integer_linear_in_tiles(const IntegerProblem& p, const Parallel& parallel) {
-  if (p.linear.m <= Avx512Core::kRows || tile_quads(p) == 0) {
-    kIntegerEngineAvx512Vnni.linear(p, parallel);
+void integer_linear_in_tiles(const Problem& p, const Parallel& parallel) {
+  if (p.x.m <= Avx512Core::kRows || tile_quads(p) == 0) {
+    integer_avx512vnni(p, parallel);
   } else {
     run_integer_linear<Avx512Core, IntegerTileBlocks<Tiles>>(p, parallel);
   }

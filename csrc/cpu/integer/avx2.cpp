@@ -5,6 +5,8 @@
 
 namespace compressed_linear::cpu {
 
-const IntegerEngine kIntegerEngineAvx2 = {"avx2", &run_integer_linear<MaddCore<Avx2Core>>};
+void integer_avx2(const Problem& p, const Parallel& parallel) {
+  run_integer_linear<MaddCore<Avx2Core>>(p, parallel);
+}
 
 }  // namespace compressed_linear::cpu

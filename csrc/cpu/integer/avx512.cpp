@@ -5,7 +5,8 @@
 
 namespace compressed_linear::cpu {
 
-const IntegerEngine kIntegerEngineAvx512Bw = {"avx512bw",
-                                              &run_integer_linear<MaddCore<Avx512Core>>};
+void integer_avx512(const Problem& p, const Parallel& parallel) {
+  run_integer_linear<MaddCore<Avx512Core>>(p, parallel);
+}
 
 }  // namespace compressed_linear::cpu

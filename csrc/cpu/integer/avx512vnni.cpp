@@ -19,6 +19,8 @@ struct Avx512VnniCore : Avx512Core {
 
 }  // namespace
 
-const IntegerEngine kIntegerEngineAvx512Vnni = {"avx512vnni", &run_integer_linear<Avx512VnniCore>};
+void integer_avx512vnni(const Problem& p, const Parallel& parallel) {
+  run_integer_linear<Avx512VnniCore>(p, parallel);
+}
 
 }  // namespace compressed_linear::cpu

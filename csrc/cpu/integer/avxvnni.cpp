@@ -25,9 +25,11 @@ struct AvxVnniCore : Avx2Core {
 }  // namespace
 
 #if defined(__AVXVNNI__)
-const IntegerEngine kIntegerEngineAvxVnni = {"avxvnni", &run_integer_linear<AvxVnniCore>};
+void integer_avxvnni(const Problem& p, const Parallel& parallel) {
 #else
-const IntegerEngine kIntegerEngineAvxVnniEvex = {"avxvnni-evex", &run_integer_linear<AvxVnniCore>};
+void integer_avxvnni_evex(const Problem& p, const Parallel& parallel) {
 #endif
+  run_integer_linear<AvxVnniCore>(p, parallel);
+}
 
 }  // namespace compressed_linear::cpu

@@ -11,6 +11,8 @@ struct SignedDot {
 
 }  // namespace
 
-const IntegerEngine kIntegerEngineDotprod = {"dotprod", &run_integer_linear<SignedCore<SignedDot>>};
+void integer_dotprod(const Problem& p, const Parallel& parallel) {
+  run_integer_linear<SignedCore<SignedDot>>(p, parallel);
+}
 
 }  // namespace compressed_linear::cpu

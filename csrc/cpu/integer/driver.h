@@ -14,7 +14,7 @@
 //
 // Blocks, as VectorBlocks below, multiply blocks of outputs, with a Core's registers or otherwise.
 //
-// The work: rows of x are quantised into panels of at most kRows interleaved rows. A unit is a run
+// The work: rows of x are quantized into panels of at most kRows interleaved rows. A unit is a run
 // of panels times one strip of four tiles. It walks K in chunks; weights of a chunk are read by
 // panel after panel, either as they are packed or, for many panels, decoded to bytes once. What a
 // chunk's end cuts goes on as integers, so that neither chunks nor panels change a result: per
@@ -39,7 +39,7 @@
 namespace compressed_linear::cpu {
 namespace {  // see layouts/planes.h
 
-constexpr int64_t kIntegerActivationBytes = 16 << 20;  // quantised rows held at once
+constexpr int64_t kIntegerActivationBytes = 16 << 20;  // quantized rows held at once
 constexpr int64_t kIntegerChunk = 2048;  // input channels of a strip that panels read in turn
 // How far ahead a panel that is alone fetches codes of 8 bits. On huge pages processors do that by
 // themselves, and best so for narrower codes; on small pages this takes 0.70 ms instead of 0.94
@@ -65,16 +65,17 @@ struct KernelArgs {
   int64_t piece_count;
   const IntegerSegment* segments;
   int64_t segment_count;
-  const Problem* problem;    // whose scales and zero points are read
-  int64_t tile;              // the first one
-  const int32_t* code_sums;  // [tile][segment][16] from the first tile on, or null
-  const int32_t* start;      // [segment][row] -middle * sum(q - zero_x)
-  const float* group_sums;   // [group][row] what the offset is multiplied with, or null
-  const int32_t* zero_x;     // [x group][row]
-  const float* scale_x;      // [x group][row], or null to leave it to the end
-  int32_t* partial;          // [row][tile][16] of an unfinished segment
-  float* grouped;            // [row][tile][16] of an unfinished weight group
-  float* totals;             // [row][tile][16]
+  const Problem* problem;           // whose scales and zero points are read
+  int64_t tile;                     // the first one
+  int64_t scale_first, zero_first;  // where its numbers of group 0 are
+  const int32_t* code_sums;         // [tile][segment][16] from the first tile on, or null
+  const int32_t* start;             // [segment][row] -middle * sum(q - zero_x)
+  const float* group_sums;          // [group][row] what the offset is multiplied with, or null
+  const int32_t* zero_x;            // [x group][row]
+  const float* scale_x;             // [x group][row], or null to leave it to the end
+  int32_t* partial;                 // [row][tile][16] of an unfinished segment
+  float* grouped;                   // [row][tile][16] of an unfinished weight group
+  float* totals;                    // [row][tile][16]
   // What to fetch: a block's lines at `fetch` while block fetch_first is worked on, and on from
   // there with every fetch_every-th block, up to fetch_end.
   const uint8_t *fetch, *fetch_end;
@@ -208,11 +209,10 @@ struct Kernel {
         for (int v = 0; v < Tiles * kVectors; ++v) Core::store(a.grouped + lane(r, v), sums[r][v]);
       return;
     }
-    const Problem& p = *a.problem;
     if (a.group_sums != nullptr) {
 #pragma GCC unroll 8
       for (int v = 0; v < Tiles * kVectors; ++v) {
-        const Float offset = negated_offsets(p, scale_at(a, segment.group, v));
+        const Float offset = negated_offsets(a, segment.group, v);
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; ++r)
           sums[r][v] =
@@ -221,7 +221,7 @@ struct Kernel {
     }
 #pragma GCC unroll 8
     for (int v = 0; v < Tiles * kVectors; ++v) {
-      const Float scale = scales(p, scale_at(a, segment.group, v));
+      const Float scale = scales(a, segment.group, v);
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) {
         float* total = a.totals + lane(r, v);
@@ -233,28 +233,29 @@ struct Kernel {
   // Where the sums of a row and vector begin in partial, grouped and totals.
   static constexpr int64_t lane(int r, int v) { return (r * Tiles * kVectors + v) * Core::kLanes; }
 
-  // Where the numbers of a group and vector begin among scales and zero points.
-  [[gnu::always_inline]] static int64_t scale_at(const KernelArgs& a, int64_t group, int v) {
-    return ((a.tile + v / kVectors) * a.problem->geometry.groups + group) * kTile +
-           v % kVectors * Core::kLanes;
-  }
-
-  [[gnu::always_inline]] static Float numbers(const void* data, Scalar type, int64_t at) {
-    if (type == Scalar::float32) return Core::load(static_cast<const float*>(data) + at);
-    if (type == Scalar::bfloat16) return Core::load_bf16(static_cast<const uint16_t*>(data) + at);
+  // The numbers of a group that vector `v` of a row of sums meets.
+  [[gnu::always_inline]] static Float numbers(const TileNumbers& n, int64_t first, int64_t group,
+                                              int v) {
+    const int64_t at =
+        first + group * n.group_stride + v / kVectors * n.tile_stride + v % kVectors * Core::kLanes;
+    if (n.type == Scalar::float32) return Core::load(static_cast<const float*>(n.data) + at);
+    if (n.type == Scalar::bfloat16)
+      return Core::load_bf16(static_cast<const uint16_t*>(n.data) + at);
     alignas(64) float wide[Core::kLanes];
-    load_scalars(data, type, at, Core::kLanes, wide);
+    load_scalars(n.data, n.type, at, Core::kLanes, wide);
     return Core::load(wide);
   }
 
-  [[gnu::always_inline]] static Float scales(const Problem& p, int64_t at) {
-    return p.scale == nullptr ? Core::set(1.0f) : numbers(p.scale, p.scale_type, at);
+  [[gnu::always_inline]] static Float scales(const KernelArgs& a, int64_t group, int v) {
+    const TileNumbers& scale = a.problem->weight.scale;
+    return scale.data == nullptr ? Core::set(1.0f) : numbers(scale, a.scale_first, group, v);
   }
 
   // What load_negated_offset of rows.h gives.
-  [[gnu::always_inline]] static Float negated_offsets(const Problem& p, int64_t at) {
-    Float offset = Core::set(p.offset);
-    if (p.zero != nullptr) offset = Core::add(numbers(p.zero, p.zero_type, at), offset);
+  [[gnu::always_inline]] static Float negated_offsets(const KernelArgs& a, int64_t group, int v) {
+    const Weight& w = a.problem->weight;
+    Float offset = Core::set(w.offset);
+    if (w.zero.data != nullptr) offset = Core::add(numbers(w.zero, a.zero_first, group, v), offset);
     return Core::multiply(offset, Core::set(-1.0f));
   }
 
@@ -397,7 +398,7 @@ struct VectorBlocks {
   static constexpr bool kDecodes = true;  // takes narrow codes as they are packed
   static constexpr int64_t tiles(int64_t rows) { return Core::tiles(static_cast<int>(rows)); }
 
-  explicit VectorBlocks(const IntegerProblem&) {}
+  explicit VectorBlocks(const Problem&) {}
 
   // Puts q[padded_k] where row r of a panel of `rows` rows belongs in KernelArgs::x.
   void place_row(const int8_t* q, int64_t padded_k, int64_t r, int64_t rows, int32_t* x) const {
@@ -412,7 +413,7 @@ struct VectorBlocks {
 
 template <class Core, class Blocks>
 struct IntegerCall {
-  const IntegerProblem& p;
+  const Problem& p;
   const Geometry& g;
   const IntegerSegment* segments;
   int64_t segment_count;
@@ -435,26 +436,26 @@ struct IntegerCall {
   int32_t* kept;  // sums of pieces where K is cut among threads, else null: see kept_of
 
   int64_t strips() const { return (g.tiles + kStrip - 1) / kStrip; }
-  int64_t strip_tiles(int64_t tile0) const {
-    return tile0 + kStrip < g.tiles ? kStrip : g.tiles - tile0;
-  }
+  int64_t strip_tiles(int64_t tile0) const { return least(g.tiles - tile0, kStrip); }
   // Codes of a strip of so many tiles are decoded to bytes before they are multiplied.
   bool decodes(int64_t tiles) const { return g.element.bits < 8 && (!direct || tiles < kStrip); }
   int64_t panel_units() const { return (panels.count + panels_per_unit - 1) / panels_per_unit; }
 
   void prepare(int64_t panel_begin, int64_t panel_end) const {
-    const int64_t row_bytes = 2 * g.padded_k * 4;
-    uint8_t* memory = static_cast<uint8_t*>(worker_arena().reserve(static_cast<size_t>(
-        row_bytes + g.padded_k + x_group_count * static_cast<int64_t>(sizeof(QuantizedGroup)))));
-    float* row = reinterpret_cast<float*>(memory);
-    QuantizedGroup* by = reinterpret_cast<QuantizedGroup*>(memory + row_bytes);
-    int8_t* q = reinterpret_cast<int8_t*>(by + x_group_count);
-    const auto middle = static_cast<int32_t>(p.linear.middle);
+    float* row = nullptr;
+    QuantizedGroup* by = nullptr;
+    int8_t* q = nullptr;
+    carve_from(worker_arena(), [&](Carver& carver) {
+      row = carver.take<float>(2 * g.padded_k);
+      by = carver.take<QuantizedGroup>(x_group_count);
+      q = carver.take<int8_t>(g.padded_k);
+    });
+    const auto middle = static_cast<int32_t>(p.weight.middle);
     const Blocks blocks(p);
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
       const int64_t rows = panels.rows(panel), begin = panels.begin(panel);
       for (int64_t r = 0; r < rows; ++r) {
-        quantize_row(p, row0 + begin + r, row, row + g.padded_k, q, by, Core::quantize);
+        quantize_to_bytes(p, row0 + begin + r, row, row + g.padded_k, q, by, Core::quantize);
         blocks.place_row(q, g.padded_k, r, rows, x + begin * (g.padded_k / kQuad));
         for (int64_t i = 0; i < x_group_count; ++i) {
           zero_x[begin * x_group_count + i * rows + r] = by[i].zero;
@@ -480,8 +481,7 @@ struct IntegerCall {
 
   void multiply_unit(int64_t unit) const {
     const int64_t panel0 = unit % panel_units() * panels_per_unit;
-    const int64_t panel1 =
-        panel0 + panels_per_unit < panels.count ? panel0 + panels_per_unit : panels.count;
+    const int64_t panel1 = least(panel0 + panels_per_unit, panels.count);
     multiply(panel0, panel1, unit / panel_units() * kStrip);
   }
 
@@ -493,11 +493,15 @@ struct IntegerCall {
     const bool decode = decodes(tiles);
     const int64_t slab_bytes = decode ? round_up(chunk, kBlock) * kStrip * kTile : 0;
     const int64_t total_floats = rows * tiles * kTile;
-    uint8_t* slab = static_cast<uint8_t*>(
-        worker_arena().reserve(static_cast<size_t>(slab_bytes + 3 * total_floats * 4)));
-    float* totals = reinterpret_cast<float*>(slab + slab_bytes);
-    float* grouped = totals + total_floats;
-    int32_t* partial = reinterpret_cast<int32_t*>(grouped + total_floats);
+    uint8_t* slab = nullptr;
+    float *totals = nullptr, *grouped = nullptr;
+    int32_t* partial = nullptr;
+    carve_from(worker_arena(), [&](Carver& carver) {
+      slab = carver.take<uint8_t>(slab_bytes);
+      totals = carver.take<float>(total_floats);
+      grouped = carver.take<float>(total_floats);
+      partial = carver.take<int32_t>(total_floats);
+    });
     std::memset(totals, 0, static_cast<size_t>(total_floats) * sizeof(float));
 
     prefetch_scales(tile0 + kStrip);
@@ -509,7 +513,7 @@ struct IntegerCall {
       args.piece_count = chunk_pieces[c + 1] - chunk_pieces[c];
       if (args.piece_count == 0) continue;
       args.chunk_begin = k0;
-      const uint8_t* packed = p.linear.packed + quads_at(g, tile0, k0);
+      const uint8_t* packed = quads_of(p.weight, tile0, k0);
       if (decode) decode_strip<Core>(bits, packed, tiles, width / kBlock, slab);
       const uint8_t* weights = decode ? slab : packed;
       const int stored_bits = decode ? 8 : bits;
@@ -525,7 +529,7 @@ struct IntegerCall {
         set_panel(args, panel);
         const int64_t step = Blocks::tiles(height);
         for (int64_t t = 0; t < tiles; t += step) {
-          const int64_t wide = tiles - t < step ? tiles - t : step;
+          const int64_t wide = least(tiles - t, step);
           // Blocks of [row][tile] sums, one for each kernel.
           const int64_t at = ((begin - row_begin) * tiles + t * height) * kTile;
           set_tile(args, weights, tile0, t);
@@ -546,7 +550,7 @@ struct IntegerCall {
     KernelArgs args{};
     args.segments = segments;
     args.segment_count = segment_count;
-    args.problem = &p.linear;
+    args.problem = &p;
     return args;
   }
 
@@ -563,14 +567,14 @@ struct IntegerCall {
   void set_tile(KernelArgs& args, const uint8_t* weights, int64_t tile0, int64_t t) const {
     args.weights = weights + t * kRowBytes;
     args.tile = tile0 + t;
-    args.code_sums =
-        p.code_sums == nullptr ? nullptr : p.code_sums + (tile0 + t) * segment_count * kTile;
+    args.scale_first = p.weight.scale.at(tile0 + t, 0);
+    args.zero_first = p.weight.zero.at(tile0 + t, 0);
+    args.code_sums = p.weight.code_sums == nullptr
+                         ? nullptr
+                         : p.weight.code_sums + (tile0 + t) * segment_count * kTile;
   }
 
-  int64_t chunk_width(int64_t c) const {
-    const int64_t left = g.padded_k - c * chunk;
-    return left < chunk ? left : chunk;
-  }
+  int64_t chunk_width(int64_t c) const { return least(g.padded_k - c * chunk, chunk); }
 
   // Sums of a piece, blocks of [row][tile][16] as in partial; there is one panel.
   int32_t* kept_of(int64_t tile0, int64_t piece) const {
@@ -583,7 +587,7 @@ struct IntegerCall {
     const int64_t tile0 = unit / chunks * kStrip, tiles = strip_tiles(tile0), c = unit % chunks;
     const int64_t height = panels.rows(0), step = Blocks::tiles(height);
     const int bits = g.element.bits;
-    const uint8_t* weights = p.linear.packed + quads_at(g, tile0, c * chunk);
+    const uint8_t* weights = quads_of(p.weight, tile0, c * chunk);
     const bool decode = decodes(tiles);
     if (decode) {
       uint8_t* slab = static_cast<uint8_t*>(
@@ -609,7 +613,7 @@ struct IntegerCall {
       for (int64_t t = 0; t < tiles; t += step) {
         set_tile(args, weights, tile0, t);
         args.partial = sums + t * height * kTile;
-        blocks(args, stored_bits, bits < 8, height, tiles - t < step ? tiles - t : step);
+        blocks(args, stored_bits, bits < 8, height, least(tiles - t, step));
       }
     }
   }
@@ -644,11 +648,11 @@ struct IntegerCall {
       args.pieces = &end;
       args.chunk_begin = piece.end;
       for (int64_t t = 0; t < tiles; t += step) {
-        set_tile(args, p.linear.packed, tile0, t);
+        set_tile(args, p.weight.packed, tile0, t);
         args.partial = sums + t * height * kTile;
         args.totals = totals + t * height * kTile;
         args.grouped = totals + kept_lanes() + t * height * kTile;
-        blocks(args, stored_bits, g.element.bits < 8, height, tiles - t < step ? tiles - t : step);
+        blocks(args, stored_bits, g.element.bits < 8, height, least(tiles - t, step));
       }
     }
     store(0, 0, tile0, tiles, totals);
@@ -657,29 +661,29 @@ struct IntegerCall {
   // Scales of the next strip, while this one is read: their few lines would be waited for.
   void prefetch_scales(int64_t tile0) const {
     if (tile0 >= g.tiles) return;
-    const int64_t lanes = (tile0 + kStrip < g.tiles ? kStrip : g.tiles - tile0) * g.groups * kTile;
-    const auto fetch = [&](const void* data, Scalar type) {
-      if (data == nullptr) return;
-      const char* from = static_cast<const char*>(data) + tile0 * g.groups * kTile * size_of(type);
-      for (int64_t at = 0; at < lanes * size_of(type); at += kRowBytes)
-        __builtin_prefetch(from + at, 0, 2);
+    const int64_t lanes = strip_tiles(tile0) * g.groups * kTile;
+    const auto fetch = [&](const TileNumbers& numbers) {
+      if (numbers.data == nullptr) return;
+      const int64_t size = size_of(numbers.type);
+      const char* from = static_cast<const char*>(numbers.data) + numbers.at(tile0, 0) * size;
+      for (int64_t at = 0; at < lanes * size; at += kRowBytes) __builtin_prefetch(from + at, 0, 2);
     };
-    fetch(p.linear.scale, p.linear.scale_type);
-    fetch(p.linear.zero, p.linear.zero_type);
+    fetch(p.weight.scale);
+    fetch(p.weight.zero);
   }
 
   void store(int64_t panel, int64_t row_begin, int64_t tile0, int64_t tiles, float* totals) const {
     const int64_t begin = panels.begin(panel), height = panels.rows(panel);
     const int64_t step = Blocks::tiles(height);
     for (int64_t t = 0; t < tiles; t += step) {
-      const int64_t wide = (tiles - t < step ? tiles - t : step) * kTile;
+      const int64_t wide = (least(tiles - t, step)) * kTile;
       float* sums = totals + ((begin - row_begin) * tiles + t * height) * kTile;
       for (int64_t r = 0; r < height; ++r, sums += wide) {
         if (per_row) {
           const float by = scale_x[begin * x_group_count + r];
           for (int64_t i = 0; i < wide; ++i) sums[i] *= by;
         }
-        store_row(p.linear, row0 + begin + r, (tile0 + t) * kTile, wide, sums);
+        store_row(p, row0 + begin + r, (tile0 + t) * kTile, wide, sums);
       }
     }
   }
@@ -700,8 +704,7 @@ inline int64_t integer_k_parts(const Geometry& g, int64_t rows, int64_t segments
   if (strips == 0 || strips >= threads) return 1;
   int64_t parts = (2 * threads + strips - 1) / strips;
   const int64_t most = kStrip * g.tile_bytes() / kLeastIntegerPartBytes;
-  if (parts > most) parts = most;
-  if (parts > g.padded_k / kBlock) parts = g.padded_k / kBlock;
+  parts = least(least(parts, most), g.padded_k / kBlock);
   if (strips * rows * (segments + parts) * kStrip * kTile * 4 > kKeptBytes) return 1;
   return parts > 1 ? parts : 1;
 }
@@ -718,7 +721,7 @@ inline bool make_pieces(const IntegerSegment* segments, int64_t segment_count, i
     for (; s < segment_count && segments[s].begin < end; ++s) {
       const IntegerSegment& segment = segments[s];
       const int64_t from = segment.begin < begin ? begin : segment.begin;
-      const int64_t to = segment.end < end ? segment.end : end;
+      const int64_t to = least(segment.end, end);
       pieces[count++] = {static_cast<int32_t>(from), static_cast<int32_t>(to),
                          static_cast<int32_t>(s), from == segment.begin, to == segment.end};
       whole = whole && from % kBlock == 0 && to % kBlock == 0;
@@ -729,34 +732,20 @@ inline bool make_pieces(const IntegerSegment* segments, int64_t segment_count, i
   return whole;
 }
 
-// Hands out parts of one block of memory, each aligned to a cache line; without memory it only
-// counts.
-struct Carver {
-  uint8_t* memory;
-  int64_t used = 0;
-  template <class T>
-  T* take(int64_t count) {
-    T* part = memory == nullptr ? nullptr : reinterpret_cast<T*>(memory + used);
-    used += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
-    return part;
-  }
-};
-
 template <class Core, class Blocks = VectorBlocks<Core>>
-void run_integer_linear(const IntegerProblem& p, const Parallel& parallel) {
-  const Geometry& g = p.linear.geometry;
-  if (p.linear.m == 0 || g.n == 0) return;
-  const int64_t activation_group = p.activation.group;
+void run_integer_linear(const Problem& p, const Parallel& parallel) {
+  const Geometry& g = p.weight.geometry;
+  if (p.x.m == 0 || g.n == 0) return;
+  const int64_t activation_group = p.x.activation.group;
   const int64_t segment_count = count_segments(g, activation_group);
   const int64_t x_group_count = x_groups(g, activation_group);
   const int64_t row_bytes = g.padded_k + 4 * (segment_count + g.groups + 2 * x_group_count);
   int64_t rows_at_once = kIntegerActivationBytes / row_bytes;
   if (rows_at_once < Blocks::kRows) rows_at_once = Blocks::kRows;
-  if (rows_at_once > p.linear.m) rows_at_once = p.linear.m;
+  rows_at_once = least(rows_at_once, p.x.m);
 
-  for (int64_t row0 = 0; row0 < p.linear.m; row0 += rows_at_once) {
-    const int64_t left = p.linear.m - row0;
-    const int64_t rows = left < rows_at_once ? left : rows_at_once;
+  for (int64_t row0 = 0; row0 < p.x.m; row0 += rows_at_once) {
+    const int64_t rows = least(p.x.m - row0, rows_at_once);
     const Panels panels(rows, Blocks::kRows);
     const bool as_packed = Blocks::kDecodes || g.element.bits == 8;
     const int64_t parts = Blocks::kDecodes && panels.count == 1
@@ -771,23 +760,19 @@ void run_integer_linear(const IntegerProblem& p, const Parallel& parallel) {
     int32_t *chunk_pieces = nullptr, *x = nullptr, *start = nullptr, *zero_x = nullptr;
     int32_t* kept = nullptr;
     float *group_sums = nullptr, *scale_x = nullptr;
-    const auto carve = [&](uint8_t* memory) {
-      Carver carver{memory};
+    carve_from(call_arena(), [&](Carver& carver) {
       segments = carver.take<IntegerSegment>(segment_count);
       pieces = carver.take<Piece>(segment_count + chunks);
       chunk_pieces = carver.take<int32_t>(chunks + 1);
       x = carver.take<int32_t>(rows * (g.padded_k / kQuad));
       start = carver.take<int32_t>(rows * segment_count);
-      group_sums = carver.take<float>(has_offset(p.linear) ? rows * g.groups : 0);
+      group_sums = carver.take<float>(has_offset(p) ? rows * g.groups : 0);
       zero_x = carver.take<int32_t>(rows * x_group_count);
       scale_x = carver.take<float>(rows * x_group_count);
       if (parts > 1)
         kept = carver.take<int32_t>(round_up(g.tiles, kStrip) * kTile * rows *
                                     (segment_count + chunks));
-      return carver.used;
-    };
-    const auto bytes = static_cast<size_t>(carve(nullptr));
-    carve(static_cast<uint8_t*>(call_arena().reserve(bytes)));
+    });
     int64_t filled = 0;
     for_each_segment(g, activation_group,
                      [&](const IntegerSegment& segment) { segments[filled++] = segment; });
@@ -803,7 +788,7 @@ void run_integer_linear(const IntegerProblem& p, const Parallel& parallel) {
                                    chunks,
                                    x_group_count,
                                    Blocks::kDecodes && whole && panels.count <= kDirectPanels,
-                                   has_offset(p.linear),
+                                   has_offset(p),
                                    activation_group == 0,
                                    row0,
                                    panels,

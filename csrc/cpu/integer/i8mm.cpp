@@ -19,6 +19,8 @@ struct MixedCore : NeonIntegerCore {
 
 }  // namespace
 
-const IntegerEngine kIntegerEngineI8mm = {"i8mm", &run_integer_linear<MixedCore>};
+void integer_i8mm(const Problem& p, const Parallel& parallel) {
+  run_integer_linear<MixedCore>(p, parallel);
+}
 
 }  // namespace compressed_linear::cpu

@@ -15,6 +15,8 @@ struct WideningDot {
 
 }  // namespace
 
-const IntegerEngine kIntegerEngineNeon = {"neon", &run_integer_linear<SignedCore<WideningDot>>};
+void integer_neon(const Problem& p, const Parallel& parallel) {
+  run_integer_linear<SignedCore<WideningDot>>(p, parallel);
+}
 
 }  // namespace compressed_linear::cpu

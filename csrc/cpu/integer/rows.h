@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Cutting K into segments and quantising rows of x, the same for every engine and bit for bit.
+// Cutting K into segments and quantizing rows of x, the same for every engine and bit for bit.
 #pragma once
 
 #include "cpu/common/rows.h"
-#include "engine.h"
+#include "layouts/quads.h"
+#include "segments.h"
 
 namespace compressed_linear::cpu {
 namespace {  // see layouts/planes.h
@@ -31,6 +32,12 @@ inline float add_segment(const IntegerSegment& segment, float scale_x, float val
 constexpr int64_t kSegmentLimit = 32768;
 static_assert(255 * 255 * kSegmentLimit < (int64_t{1} << 31) && 255 * kSegmentLimit < (1 << 24),
               "int32 and fp32 hold the sums of a segment");
+
+// Row 0 of the block of a tile that holds stored channel `k`.
+[[gnu::always_inline]] inline const uint8_t* quads_of(const Weight& w, int64_t tile, int64_t k) {
+  return w.packed + tile / kStrip * w.strip_bytes + k / kBlock * w.geometry.block_stride(tile) +
+         tile % kStrip * kRowBytes;
+}
 
 inline int64_t x_groups(const Geometry& g, int64_t activation_group) {
   return activation_group == 0 ? 1 : (g.k + activation_group - 1) / activation_group;
@@ -69,11 +76,11 @@ struct QuantizedGroup {
 };
 
 // The scale is NaN where the result must be.
-inline QuantizedGroup quantize_rule(const ActivationRule& rule, const float* row, int64_t count) {
+inline QuantizedGroup quantize_group(const Activation& rule, const float* row, int64_t count) {
   const float largest = largest_magnitude(row, count);
   const QuantizedGroup bad = {float_of(0x7fc00000u), 0};
   if (std::isnan(largest)) return bad;
-  if (!rule.dynamic) return {rule.scale, rule.zero};
+  if (!rule.dynamic) return {rule.scale, static_cast<int32_t>(rule.zero)};
   if (std::isinf(largest)) return bad;
   if (rule.symmetric) {
     const float scale = largest / rule.maximum;
@@ -102,16 +109,16 @@ inline void quantize_values(const float* x, int64_t count, QuantizedGroup by, in
 // row[padded_k] and scratch[k] are scratch. quantize: quantize_values, or what gives the same
 // bytes.
 template <class Quantize>
-void quantize_row(const IntegerProblem& p, int64_t m, float* row, float* scratch, int8_t* q,
-                  QuantizedGroup* by, const Quantize& quantize) {
-  const Geometry& g = p.linear.geometry;
-  prepare_row(p.linear, m, row, scratch);
-  const ActivationRule& rule = p.activation;
+void quantize_to_bytes(const Problem& p, int64_t m, float* row, float* scratch, int8_t* q,
+                       QuantizedGroup* by, const Quantize& quantize) {
+  const Geometry& g = p.weight.geometry;
+  gather_row(p, m, row, scratch);
+  const Activation& rule = p.x.activation;
   const int64_t count = x_groups(g, rule.group);
   int64_t begin = 0;
   for (int64_t x_group = 0; x_group < count; ++x_group) {
     const int64_t end = x_group_end(g, rule.group, x_group);
-    by[x_group] = quantize_rule(rule, row + begin, end - begin);
+    by[x_group] = quantize_group(rule, row + begin, end - begin);
     quantize(row + begin, end - begin, by[x_group], q + begin);
     begin = end;
   }

@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "segments.h"
+
 #include "cpu/repack/quads.h"
 #include "rows.h"
 

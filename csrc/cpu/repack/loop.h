@@ -14,7 +14,9 @@
 #include <cstring>
 
 #include "cpu/common/arena.h"
+#include "lanes.h"
 #include "repack.h"
+#include "writer.h"
 
 namespace compressed_linear::cpu {
 namespace {  // see layouts/planes.h
@@ -32,6 +34,8 @@ template <class V>
 struct RepackLoop {
   static_assert(kRowChunk % kBlock == 0 && kUnitStrips * kStrip * kRowChunk >= kChunk, "");
   using Reg = typename V::Reg;
+  using Lanes = typename LaneFinder<V>::Lanes;
+  using StripWindow = typename LaneFinder<V>::StripWindow;
   static constexpr int64_t kLanes = V::kLanes, kParts = kTile / kLanes;
 
   const Repack& job;
@@ -39,6 +43,8 @@ struct RepackLoop {
   const CodeSource& s;
   uint32_t* quads;  // [kChunk / 4][kTile]; in k_major [kUnitStrips * kStrip][kRowChunk / 4][kTile]
   uint32_t* columns;  // [words][kTile]
+  const PackedWriter<V> writer = {job, g};
+  const LaneFinder<V> finder = {s};
   bool good = true;
 
   // Output channels of the tile that are stored.
@@ -183,63 +189,6 @@ struct RepackLoop {
     for (const uint32_t lane : lanes) good = good && lane == 0;
   }
 
-  // Where the codes of kLanes output channels lie in a stored row of k_major: words of a window of
-  // kLanes words, and the bits in them. `next` is where a code ends that begins in `index`.
-  struct Lanes {
-    Reg index, next, shift, up;
-  };
-  // What the lanes of a strip have in common for one plane.
-  struct StripWindow {
-    int64_t byte;  // where the window begins, if one holds the whole strip, else -1
-    int64_t bytes[kStrip * kParts];  // each part's own
-    bool straddle;
-  };
-
-  // False if the codes of kLanes channels do not lie within one window. Channels that are not
-  // stored take another's place.
-  bool find_lanes(int64_t channel, int plane, int64_t byte, Lanes& found, bool& straddle) const {
-    alignas(64) uint32_t index[kLanes], next[kLanes], shift[kLanes], up[kLanes];
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      const uint32_t from = static_cast<uint32_t>(bit_of(channel + lane, plane) - byte * 8);
-      index[lane] = from / 32;
-      next[lane] = (from + static_cast<uint32_t>(s.widths[plane]) - 1) / 32;
-      shift[lane] = from % 32;
-      up[lane] = 32 - shift[lane];  // a shift by 32 gives 0
-      if (next[lane] >= kLanes) return false;
-      straddle = straddle || next[lane] != index[lane];
-    }
-    found = {V::load(index), V::load(next), V::load(shift), V::load(up)};
-    return true;
-  }
-
-  int64_t bit_of(int64_t channel, int plane) const {
-    return s.n_at[plane * s.rows + std::min(channel, s.rows - 1)];
-  }
-
-  int64_t first_byte(int64_t channel, int64_t count, int plane) const {
-    int64_t bit = INT64_MAX;
-    for (int64_t i = 0; i < count; ++i) bit = std::min(bit, bit_of(channel + i, plane));
-    return bit / 8;
-  }
-
-  bool find_strip(int64_t channel, int plane, Lanes* lanes, StripWindow& window) const {
-    constexpr int64_t kStripParts = kStrip * kParts;
-    window.byte = first_byte(channel, kStrip * kTile, plane);
-    window.straddle = false;
-    bool shared = true;
-    for (int64_t part = 0; shared && part < kStripParts; ++part)
-      shared =
-          find_lanes(channel + part * kLanes, plane, window.byte, lanes[part], window.straddle);
-    if (shared) return true;
-    window.byte = -1;
-    for (int64_t part = 0; part < kStripParts; ++part) {
-      const int64_t first = channel + part * kLanes;
-      window.bytes[part] = first_byte(first, kLanes, plane);
-      if (!find_lanes(first, plane, window.bytes[part], lanes[part], window.straddle)) return false;
-    }
-    return true;
-  }
-
   // One plane of the quads of positions [begin, end) of strips: lanes [strips][kStrip * kParts].
   void read_rows(const Lanes* lanes, const StripWindow* windows, int64_t strips, int plane,
                  int below, int64_t begin, int64_t end) {
@@ -302,137 +251,6 @@ struct RepackLoop {
     return V::load(rest);
   }
 
-  template <int Width>
-  static void put_plane(const uint32_t* block_quads, int below, uint8_t* plane) {
-    constexpr int kQuads = 8 / Width, kFold = 16 - Width;
-    const Reg mask = V::set1(((1u << Width) - 1) * 0x00010001u), low = V::set1(0xffff);
-    for (int row = 0; row < Width; ++row)
-      for (int64_t part = 0; part < kParts; ++part) {
-        Reg even = V::set1(0), odd = even;
-        for (int i = 0; i < kQuads; ++i) {
-          const Reg quad = V::shift_right(
-              V::load(block_quads + (row * kQuads + i) * kTile + part * kLanes), V::count(below));
-          even = V::or_(even, V::shift_left(V::and_(quad, mask), V::count(2 * Width * i)));
-          odd = V::or_(odd, V::shift_left(V::and_(V::shift_right(quad, V::count(8)), mask),
-                                          V::count(2 * Width * i)));
-        }
-        even = V::and_(V::or_(even, V::shift_right(even, V::count(kFold))), low);
-        odd = V::shift_left(V::or_(odd, V::shift_right(odd, V::count(kFold))), V::count(16));
-        V::store(plane + row * kRowBytes + part * kLanes * 4, V::or_(even, odd));
-      }
-  }
-
-  // Rows of 16-bit values from the low and then the high halves of rows of words.
-  static void put_halves(const uint32_t* words, int64_t rows, uint32_t flip, uint8_t* out) {
-    const Reg flips = V::set1(flip);
-    for (int64_t row = 0; row < rows; ++row)
-      for (int64_t part = 0; part < kParts; ++part) {
-        const Reg word = V::xor_(V::load(words + row * kTile + part * kLanes), flips);
-        uint8_t* to = out + row * kRowBytes + part * kLanes * 2;
-        V::store_low_halves(to, word);
-        V::store_low_halves(to + kRowBytes / 2, V::shift_right(word, V::count(16)));
-      }
-  }
-
-  template <int Bits>
-  void put_block(const uint32_t* block_quads, uint8_t* block) const {
-    if constexpr (Bits == 8) {
-      put_halves(block_quads, 8, zero_code(g.element) * 0x01010101u, block);
-    } else {
-      using P = Planes<Bits>;
-      if constexpr (P::four) put_plane<4>(block_quads, 0, block + P::four_at);
-      if constexpr (P::two) put_plane<2>(block_quads, P::four ? 4 : 0, block + P::two_at);
-      if constexpr (P::one) put_plane<1>(block_quads, Bits - 1, block + P::one_at);
-    }
-  }
-
-  // One plane of a block in the layout of quads.
-  template <int Bits, int Width>
-  static void put_quad_plane(const uint32_t* block_quads, int below, uint8_t* block,
-                             int64_t stride) {
-    const Reg mask = V::set1(((1u << Width) - 1) * 0x01010101u);
-    for (int row = 0; row < Width; ++row)
-      for (int64_t part = 0; part < kParts; ++part) {
-        Reg lane = V::set1(0);
-        for (int quad = row; quad < kQuads; quad += Width) {
-          const Reg codes =
-              V::shift_right(V::load(block_quads + quad * kTile + part * kLanes), V::count(below));
-          lane =
-              V::or_(lane, V::shift_left(V::and_(codes, mask), V::count(plane_bit(Width, quad))));
-        }
-        V::store(block + plane_position(Bits, Width, row) * stride + part * kLanes * 4, lane);
-      }
-  }
-
-  template <int Bits>
-  static void put_quad_block(const uint32_t* block_quads, uint8_t* block, int64_t stride) {
-    if constexpr (Bits == 8) {
-      for (int64_t quad = 0; quad < kQuads; ++quad)
-        for (int64_t part = 0; part < kParts; ++part)
-          V::store(block + quad * stride + part * kLanes * 4,
-                   V::load(block_quads + quad * kTile + part * kLanes));
-    } else {
-      using P = Planes<Bits>;
-      if constexpr (P::four) put_quad_plane<Bits, 4>(block_quads, 0, block, stride);
-      if constexpr (P::two) put_quad_plane<Bits, 2>(block_quads, P::four ? 4 : 0, block, stride);
-      if constexpr (P::one) put_quad_plane<Bits, 1>(block_quads, Bits - 1, block, stride);
-    }
-  }
-
-  template <int Bits>
-  void put_chunk(const uint32_t* tile_quads, int64_t tile, int64_t begin, int64_t end) const {
-    const bool quad_rows = job.layout == PackedLayout::quads;
-    uint8_t* block = job.packed + (quad_rows ? quads_at(g, tile, begin) : g.block_at(tile, begin));
-    for (int64_t p = begin; p < end; p += kBlock, block += g.block_stride(tile)) {
-      const uint32_t* block_quads = tile_quads + (p - begin) / kQuad * kTile;
-      if (quad_rows) {
-        put_quad_block<Bits>(block_quads, block, row_stride(g, tile));
-      } else {
-        put_block<Bits>(block_quads, block);
-      }
-    }
-  }
-
-  // Of ab in the low two bytes, b goes to the upper half.
-  template <int Bits>
-  static Reg spread(Reg quad) {
-    constexpr uint32_t kOnes = (1u << Bits) - 1;
-    return V::or_(V::and_(quad, V::set1(kOnes)),
-                  V::shift_left(V::and_(quad, V::set1(kOnes << 8)), V::count(8)));
-  }
-
-  // A chunk in Marlin's order: lane 4 * (channel % 8) + pair has codes 2 * pair and the next of
-  // both halves of a strip's 16 input channels.
-  template <int Bits>
-  void put_marlin(const uint32_t* tile_quads, int64_t tile, int64_t begin, int64_t end) const {
-    constexpr int64_t kLaneWords = marlin::lane_words(Bits);
-    for (int64_t p = begin; p < std::min(end, g.k); p += marlin::kStripK) {
-      const uint32_t* strip = tile_quads + (p - begin) / 4 * kTile;
-      alignas(64) uint32_t pairs[4][kTile];
-      for (int64_t pair = 0; pair < 4; ++pair)
-        for (int64_t part = 0; part < kParts; ++part) {
-          const uint32_t* from = strip + pair / 2 * kTile + part * kLanes;
-          const auto shift = V::count(static_cast<int>(pair % 2 * 16));
-          const Reg lower = spread<Bits>(V::shift_right(V::load(from), shift));
-          const Reg upper = spread<Bits>(V::shift_right(V::load(from + 2 * kTile), shift));
-          V::store(pairs[pair] + part * kLanes,
-                   V::or_(lower, V::shift_left(upper, V::count(Bits))));
-        }
-      uint32_t* out = reinterpret_cast<uint32_t*>(job.packed) +
-                      marlin::code_field(Bits, g.n, p, tile * kTile).word;
-      for (int64_t column = 0; column < 8; ++column)
-        for (int64_t pair = 0; pair < 4; ++pair, out += kLaneWords) {
-          const uint32_t low = pairs[pair][column], high = pairs[pair][column + 8];
-          if constexpr (Bits == 4) {
-            *out = low | high << 8;
-          } else {
-            out[0] = low;
-            out[1] = high;
-          }
-        }
-    }
-  }
-
   // Writes positions [begin, end) of a tile.
   void finish(uint32_t* tile_quads, int64_t tile, int64_t begin, int64_t end) const {
     for (int64_t lane = channels(tile); lane < kTile; ++lane) {
@@ -441,27 +259,7 @@ struct RepackLoop {
       for (int64_t quad = 0; quad < (end - begin) / 4; ++quad)
         tile_quads[quad * kTile + lane] = four;
     }
-    if (job.layout == PackedLayout::marlin)
-      return g.element.bits == 4 ? put_marlin<4>(tile_quads, tile, begin, end)
-                                 : put_marlin<8>(tile_quads, tile, begin, end);
-    switch (g.element.bits) {
-      case 1:
-        return put_chunk<1>(tile_quads, tile, begin, end);
-      case 2:
-        return put_chunk<2>(tile_quads, tile, begin, end);
-      case 3:
-        return put_chunk<3>(tile_quads, tile, begin, end);
-      case 4:
-        return put_chunk<4>(tile_quads, tile, begin, end);
-      case 5:
-        return put_chunk<5>(tile_quads, tile, begin, end);
-      case 6:
-        return put_chunk<6>(tile_quads, tile, begin, end);
-      case 7:
-        return put_chunk<7>(tile_quads, tile, begin, end);
-      default:
-        return put_chunk<8>(tile_quads, tile, begin, end);
-    }
+    writer.put(tile_quads, tile, begin, end);
   }
 
   // Whether the tile's columns can be read where they are. Not if channels are out of order: each
@@ -516,8 +314,9 @@ struct RepackLoop {
     const bool stored = first_channel(tile_begin) < s.rows;
     for (int plane = 0; plane < (stored ? s.planes : 0); ++plane)
       for (int64_t strip = 0; strip < strips; ++strip)
-        if (!find_strip(first_channel(tile_begin) + strip * kStrip * kTile, plane,
-                        lanes + (plane * strips + strip) * kStripParts, windows[plane][strip])) {
+        if (!finder.find_strip(first_channel(tile_begin) + strip * kStrip * kTile, plane,
+                               lanes + (plane * strips + strip) * kStripParts,
+                               windows[plane][strip])) {
           // No known checkpoint lays codes that far apart.
           good = repack_plain(job, tile_begin / kStrip, (tile_end + kStrip - 1) / kStrip) && good;
           return;
@@ -546,7 +345,7 @@ struct RepackLoop {
         const uint32_t* from = columns + (w - begin) * kTile;
         uint8_t* block = job.packed + g.block_at(tile, w * 4 / unit);
         if (g.element.kind == Kind::float16) {
-          put_halves(from, block_words, 0, block);
+          writer.put_halves(from, block_words, 0, block);
         } else {
           std::memcpy(block, from, static_cast<size_t>(block_words * kRowBytes));
         }

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "layouts/marlin.h"
+#include "layouts/packed_layout.h"
 #include "layouts/quads.h"
 
 namespace compressed_linear::cpu {
@@ -51,11 +52,6 @@ struct Window {
   int64_t begin, end, word_begin, word_end;
 };
 
-enum class PackedLayout : uint8_t {
-  planes,  // of layouts/planes.h
-  quads,   // of layouts/quads.h, integers only; the geometry is make_quads_geometry's
-  marlin,  // of layouts/marlin.h, codes of 4 and 8 bits; n is whole strips, k a multiple of kStripK
-};
 static_assert(kTile * kStrip == marlin::kTileN && kBlock % marlin::kStripK == 0,
               "a strip of ours is a row of Marlin's tiles");
 
@@ -98,10 +94,6 @@ static_assert(is_wrong({Kind::e4m3, 8}, 0xff) && !is_wrong({Kind::e4m3, 8}, 0xfe
                   is_wrong({Kind::integer, 4}, 16) && !is_wrong({Kind::integer, 8}, 255),
               "");
 
-// Writes the tiles of strips [strip_begin, strip_end) that the source covers. Channels beyond n and
-// positions that no input channel has get the code of zero. Returns false where it met wrong codes.
-using RepackFunction = bool (*)(const Repack&, int64_t strip_begin, int64_t strip_end);
-
 // A job from `count` rows [k] of bytes or floats, the first of them output channel `row_begin`.
 Repack from_rows(const Geometry& geometry, PackedLayout layout, const void* rows, int64_t count,
                  int64_t row_begin, uint8_t* packed);
@@ -110,13 +102,8 @@ Repack from_rows(const Geometry& geometry, PackedLayout layout, const void* rows
 // its next use.
 void plan_fields(Repack& job);
 
-// The twin of every instruction set's loop.
+// The twin of every instruction set's loop (isa.h).
 bool repack_plain(const Repack& job, int64_t strip_begin, int64_t strip_end);
-
-#ifdef COMPRESSED_LINEAR_X86
-bool repack_avx2(const Repack& job, int64_t strip_begin, int64_t strip_end);
-bool repack_avx512(const Repack& job, int64_t strip_begin, int64_t strip_end);
-#endif
 
 // The inverse for layouts/planes.h: rows of tiles [tile_begin, tile_end) as codes or floats [n, k].
 // That for layouts/quads.h is in quads.h.

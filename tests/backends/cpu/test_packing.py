@@ -11,14 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support import op_calls
 from tests.support.cpu_library import ISAS
 from tests.support.messages import saying
 from tests.support.strategies import AWQ_ORDER, Weight, weights
 from vllm.compressed_linear.backends.cpu.int8 import CpuInt8Backend
 from vllm.compressed_linear.backends.cpu.packing import (
-    PLANES,
-    QUADS,
-    PackedLayout,
+    Layout,
+    new_packed,
     pack_codes,
 )
 from vllm.compressed_linear.backends.cpu.weight_only import CpuBackend
@@ -46,6 +46,7 @@ from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role, StandardW
 pytestmark = pytest.mark.skipif(native.available() is not None, reason=str(native.available()))
 
 CONTEXT = LayerContext("bfloat16", "bfloat16")
+LAYOUTS: tuple[Layout, ...] = ("planes", "quads")
 
 
 def plain_scheme(
@@ -142,8 +143,8 @@ def loaded(
     return LoadedShard(source, kept)
 
 
-def layouts(descriptor: CompressedLinearDescriptor) -> list[PackedLayout]:
-    return [PLANES, QUADS] if descriptor.weight.element.kind == "integer" else [PLANES]
+def layouts(descriptor: CompressedLinearDescriptor) -> tuple[Layout, ...]:
+    return LAYOUTS if descriptor.weight.element.kind == "integer" else LAYOUTS[:1]
 
 
 def pack_standard(
@@ -151,23 +152,21 @@ def pack_standard(
     held: CompressedWeights,
     d: CompressedLinearDescriptor,
     element: str,
-    layout: PackedLayout,
+    layout: Layout,
 ) -> None:
     """Fill ``packed`` through the standard layout."""
-    pack_rows = getattr(torch.ops.compressed_linear, layout.pack_rows)
+    pack_rows = torch.ops.compressed_linear.pack_rows
     for start, stop in held.chunks(native.TILE):
         codes = held.rows(start, stop).codes.contiguous()
-        pack_rows(packed, codes, start, d.n, d.group_size, element)
+        pack_rows(layout, packed, codes, start, d.n, d.group_size, element)
 
 
 def packed_both_ways(
-    held: CompressedWeights, d: CompressedLinearDescriptor, layout: PackedLayout
+    held: CompressedWeights, d: CompressedLinearDescriptor, layout: Layout
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The codes in a packed layout, as they are prepared, and through the standard layout."""
     element = CpuBackend(d).element
-    ops = torch.ops.compressed_linear
-    tile_bytes = ops.packed_tile_bytes if layout is PLANES else ops.packed_tile_bytes_int8
-    shape = (-(-d.n // native.TILE), tile_bytes(d.k, d.group_size, element))
+    shape = new_packed(d, element, layout).shape
     packed, standard = (torch.full(shape, fill, dtype=torch.uint8) for fill in (170, 255))
     pack_codes(packed, held, d, element, layout)
     pack_standard(standard, held, d, element, layout)
@@ -180,12 +179,11 @@ def check(shards: list[LoadedShard], *, direct: bool = True) -> None:
         for layout in layouts(d):
             native.reset_call_counts()
             packed, standard = packed_both_ways(held, d, layout)
-            repacked = torch.ops.compressed_linear.op_calls(f"{layout.repack_codes}/{native.isa()}")
+            repacked = op_calls.calls(f"repack_codes/{layout}/{native.isa()}")
             assert repacked == (len(held.shards) if direct else 0)
             assert torch.equal(packed, standard)
-            ops = torch.ops.compressed_linear
-            unpack_rows = ops.unpack_rows if layout is PLANES else ops.unpack_rows_int8
-            codes = unpack_rows(packed, d.n, d.k, d.group_size, CpuBackend(d).element)
+            unpack_rows = torch.ops.compressed_linear.unpack_rows
+            codes = unpack_rows(layout, packed, d.n, d.k, d.group_size, CpuBackend(d).element)
             assert torch.equal(codes, held.rows(0, d.n).codes)
 
 
@@ -243,13 +241,13 @@ def test_backends_read_codes_where_they_lie(isa: str, name: str) -> None:
     [part] = refine([shard], CONTEXT)
     activation = ActivationSpec(elements.INT8, True, "token")
     for backend, layout, d in (
-        (CpuBackend, PLANES, part.descriptor),
-        (CpuInt8Backend, QUADS, replace(part.descriptor, activation=activation)),
+        (CpuBackend, "planes", part.descriptor),
+        (CpuInt8Backend, "quads", replace(part.descriptor, activation=activation)),
     ):
         native.reset_call_counts()
         packed = backend(d).prep_weights_for_execution(part.weights)["packed"]
-        assert torch.ops.compressed_linear.op_calls(layout.repack_codes) == 1
-        assert torch.ops.compressed_linear.op_calls(layout.pack_rows) == 0
+        assert op_calls.calls(f"repack_codes/{layout}") == 1
+        assert op_calls.calls("pack_rows") == 0
         assert torch.equal(packed, packed_both_ways(part.weights, d, layout)[1])
 
 
@@ -281,13 +279,13 @@ def test_any_weight(isa_name: str, weight: Weight, data: st.DataObject) -> None:
     [refined] = refine([shard], CONTEXT)
     d = refined.descriptor
     before = native.isa()
-    torch.ops.compressed_linear.select_isa(isa_name)
+    torch.ops.compressed_linear.select_isa("floats", isa_name)
     try:
         for layout in layouts(d):
             packed, standard = packed_both_ways(refined.weights, d, layout)
             assert torch.equal(packed, standard)
     finally:
-        torch.ops.compressed_linear.select_isa(before)
+        torch.ops.compressed_linear.select_isa("floats", before)
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
@@ -368,29 +366,26 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-OPS = [layout.repack_codes for layout in (PLANES, QUADS)]
-
-
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", BAD_ARGUMENTS)
-def test_wrong_arguments_are_named(op: str, case: str) -> None:
+def test_wrong_arguments_are_named(layout: Layout, case: str) -> None:
     changes, message = BAD_ARGUMENTS[case]
-    with pytest.raises(ValueError, match=saying(f"compressed_linear::{op}", *message)):
-        getattr(torch.ops.compressed_linear, op)(**arguments(**changes))
+    with pytest.raises(ValueError, match=saying("compressed_linear::repack_codes", *message)):
+        torch.ops.compressed_linear.repack_codes(layout, **arguments(**changes))
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("changes", [{}, K_MAJOR, COLUMNS], ids=["n_major", "k_major", "k_words"])
-def test_right_arguments_are_taken(op: str, changes: dict[str, Any]) -> None:
-    repack = getattr(torch.ops.compressed_linear, op)
-    repack(**arguments(**changes))
-    torch.library.opcheck(repack.default, tuple(arguments(**changes).values()))
+def test_right_arguments_are_taken(layout: Layout, changes: dict[str, Any]) -> None:
+    repack = torch.ops.compressed_linear.repack_codes
+    repack(layout, **arguments(**changes))
+    torch.library.opcheck(repack.default, (layout, *arguments(**changes).values()))
 
 
 @pytest.mark.parametrize("element", ["bf16", "e4m3"])
 def test_integer_activations_meet_integers_only(element: str) -> None:
     with pytest.raises(ValueError, match=saying("element", f"'{element}'", "uint1", "uint8")):
-        torch.ops.compressed_linear.repack_codes_int8(**arguments(element=element, widths=[8]))
+        torch.ops.compressed_linear.repack_codes("quads", **arguments(element=element, widths=[8]))
 
 
 def test_locations_name_bits_and_rows() -> None:
@@ -407,8 +402,8 @@ def test_locations_name_bits_and_rows() -> None:
     assert gptq.k_at[0].tolist() == [3 * k for k in range(96)]
 
 
-@pytest.mark.parametrize("layout", [PLANES, QUADS], ids=["planes", "quads"])
-def test_threads_do_not_change_the_result(layout: PackedLayout) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_threads_do_not_change_the_result(layout: Layout) -> None:
     shard = random_shard(SCHEMES["gptq-4"], 640, 512)
     [part] = refine([shard], CONTEXT)
     d, threads = part.descriptor, torch.get_num_threads()
@@ -437,4 +432,4 @@ def test_nan_among_small_floats_is_an_error(isa: str, element: str) -> None:
         "element": element,
     }
     with pytest.raises(ValueError, match=saying("stored", "NaN", "finite")):
-        torch.ops.compressed_linear.repack_codes(**arguments(**changes))
+        torch.ops.compressed_linear.repack_codes("planes", **arguments(**changes))

@@ -85,9 +85,10 @@ def test_codes_of_the_standard_layout(isa: str, shape: tuple[int, int], element:
     codes = torch.randint(1 << bits, shape, generator=generator(n), dtype=torch.uint8)
     codes = finite(codes) if element == "e4m3" else codes
     packed = torch.full((k // 16, n * bits // 2), -1, dtype=torch.int32)
-    torch.ops.compressed_linear.marlin_pack_rows(packed, codes, 0, n, element)
+    torch.ops.compressed_linear.pack_rows("marlin", packed, codes, 0, n, k, element)
     assert torch.equal(packed, vllm_weight(codes, bits))
-    assert torch.equal(torch.ops.compressed_linear.marlin_unpack_rows(packed, n, k, element), codes)
+    unpacked = torch.ops.compressed_linear.unpack_rows("marlin", packed, n, k, k, element)
+    assert torch.equal(unpacked, codes)
 
 
 @given(
@@ -106,8 +107,9 @@ def test_repack_then_unpack_is_the_identity(
     packed = torch.full((k // 16, n * bits // 2), -1, dtype=torch.int32)
     cut = min(16 * cut, n)
     for start, stop in ((0, cut), (cut, n)):
-        torch.ops.compressed_linear.marlin_pack_rows(packed, codes[start:stop], start, n, element)
-    unpacked = torch.ops.compressed_linear.marlin_unpack_rows(packed, n, k, element)
+        rows = codes[start:stop]
+        torch.ops.compressed_linear.pack_rows("marlin", packed, rows, start, n, k, element)
+    unpacked = torch.ops.compressed_linear.unpack_rows("marlin", packed, n, k, k, element)
     assert torch.equal(unpacked, codes)
 
 
@@ -252,7 +254,7 @@ def test_every_layout(isa: str, name: str, shape: tuple[int, int]) -> None:
     native.reset_call_counts()
     check_integers(*refined(random_weight(SCHEMES[name], *shape)))
     [call] = native.call_counts()
-    assert call.startswith(f"marlin_repack_codes/{isa}/"), "took a detour"
+    assert call.startswith(f"repack_codes/marlin/{isa}/"), "took a detour"
 
 
 @pytest.mark.parametrize("name", ["gptq-4-g32", "ct-4-asym", "awq", "gptq-8-g128"])
@@ -273,7 +275,7 @@ def test_layouts_that_cannot_be_read_in_place_take_the_standard_layout() -> None
     shards = [random_weight(SCHEMES["gptq-4-g32"], 64, 64, {"n": n}, n) for n in (24, 40)]
     check_integers(*refined(*shards))
     [call] = native.call_counts()
-    assert call.startswith("marlin_pack_rows/")
+    assert call.startswith("pack_rows/marlin/")
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -395,7 +397,7 @@ def test_vllm_s_own_fp8_weights(group: int) -> None:
     scales = wide.abs().amax(-1) / 448
     codes = (wide / scales.unsqueeze(-1)).to(torch.float8_e4m3fn).view(torch.uint8).flatten(1)
     packed = torch.empty_like(weight)
-    torch.ops.compressed_linear.marlin_pack_rows(packed, codes, 0, 128, "e4m3")
+    torch.ops.compressed_linear.pack_rows("marlin", packed, codes, 0, 128, 256, "e4m3")
     assert torch.equal(packed, weight)
     columns = "channel" if group == -1 else "grouped"
     moved = torch.ops.compressed_linear.marlin_scales(scales, columns)
@@ -412,7 +414,7 @@ def test_vllm_s_own_fp4_weights(name: str, dtype: torch.dtype) -> None:
     dense = torch.randn(n, k, dtype=dtype)
     make = getattr(marlin_utils_fp4, f"rand_marlin_weight_{name}_like")
     expected, weight, scale, *rest = make(dense, group)
-    codes = torch.ops.compressed_linear.marlin_unpack_rows(weight, n, k, "uint4")
+    codes = torch.ops.compressed_linear.unpack_rows("marlin", weight, n, k, k, "uint4")
     # [G, N] with a scale for each channel, put back into the order of the channels.
     numbered = torch.arange(n, dtype=torch.uint8).unsqueeze(1)
     order = torch.ops.compressed_linear.marlin_scales(numbered, "byte")[0].long()
@@ -514,6 +516,7 @@ def test_a_codebook_and_float_zero_points() -> None:
 def arguments(**changes: Any) -> dict[str, Any]:
     """Of a call that repacks [64, 32] 4-bit codes from int32 [64, 4]."""
     return {
+        "layout": "marlin",
         "packed": torch.zeros(2, 128, dtype=torch.int32),
         "stored": torch.zeros(64, 4, dtype=torch.int32),
         "order": "n_major",
@@ -527,6 +530,7 @@ def arguments(**changes: Any) -> dict[str, Any]:
         "blank_code": 0,
         "row_start": 0,
         "n": 64,
+        "group_size": 32,
         "element": "uint4",
     } | changes
 
@@ -548,11 +552,9 @@ def arguments(**changes: Any) -> dict[str, Any]:
     ],
 )
 def test_what_the_repack_refuses(changes: dict[str, Any], message: tuple[object, ...]) -> None:
-    torch.ops.compressed_linear.marlin_repack_codes(**arguments())
-    with pytest.raises(
-        ValueError, match=saying("compressed_linear::marlin_repack_codes", *message)
-    ):
-        torch.ops.compressed_linear.marlin_repack_codes(**arguments(**changes))
+    torch.ops.compressed_linear.repack_codes(**arguments())
+    with pytest.raises(ValueError, match=saying("compressed_linear::repack_codes", *message)):
+        torch.ops.compressed_linear.repack_codes(**arguments(**changes))
 
 
 @pytest.mark.parametrize(
@@ -567,12 +569,14 @@ def test_what_the_repack_refuses(changes: dict[str, Any], message: tuple[object,
         ("marlin_zeros", (torch.zeros(64, 2), 4), ("zero", "float32", "uint8")),
         ("marlin_zeros", (torch.full((64, 2), 16, dtype=torch.uint8), 4), (4,)),
         (
-            "marlin_pack_rows",
+            "pack_rows",
             (
+                "marlin",
                 torch.zeros(1, 128, dtype=torch.int32),
                 torch.full((64, 16), 16, dtype=torch.uint8),
                 0,
                 64,
+                16,
                 "uint4",
             ),
             ("rows", 4),
@@ -591,9 +595,9 @@ def test_fake_kernels_have_the_shapes_of_the_ops() -> None:
     packed = torch.zeros(2, 128, dtype=torch.int32)
     rows = torch.zeros(64, 32, dtype=torch.uint8)
     for op, args in (
-        (ops.marlin_pack_rows, (packed, rows, 0, 64, "uint4")),
-        (ops.marlin_repack_codes, tuple(arguments().values())),
-        (ops.marlin_unpack_rows, (packed, 64, 32, "uint4")),
+        (ops.pack_rows, ("marlin", packed, rows, 0, 64, 32, "uint4")),
+        (ops.repack_codes, tuple(arguments().values())),
+        (ops.unpack_rows, ("marlin", packed, 64, 32, 32, "uint4")),
         (ops.marlin_scales, (torch.ones(64, 2), "grouped")),
         (ops.marlin_zeros, (torch.zeros(64, 2, dtype=torch.uint8), 4)),
     ):

@@ -51,14 +51,13 @@ LEAST_NORMAL = torch.finfo(torch.float32).smallest_normal
 
 needs_kernel = pytest.mark.skipif(
     tables.unavailable("mixed precision") is not None
-    or operators.missing_op(vllm_native.CPU_OP, HERE) is not None
-    or mixed_precision.quantises_activations(HERE, "bfloat16") is not None,
-    reason="vLLM's cpu_gemm_wna16 cannot run unquantised activations here",
+    or operators.missing_op(vllm_native.CPU_OP, HERE) is not None,
+    reason="vLLM's cpu_gemm_wna16 cannot run here",
 )
 
 
 @pytest.fixture(autouse=True)
-def fresh_answers() -> Iterator[None]:
+def fresh_answers(w4a16: None) -> Iterator[None]:
     """Tests change vLLM's classes; what was cached about them must not outlive a test."""
     yield
     tables.unavailable.cache_clear()

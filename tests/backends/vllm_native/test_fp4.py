@@ -115,7 +115,7 @@ def test_the_plan_names_the_class_or_says_what_is_missing(capability: int) -> No
     d, platform = W4A4.build().descriptor, Platform.parse(f"cuda:{capability}")
     if capability >= 100:
         assert VllmNativeBackend.variant(d, platform) == CUTLASS
-        large = replace(d, in_features=8192, out_features=8192, shards=(8192,))
+        large = replace(d, in_features=8192, out_features=8192)
         fast = VllmNativeBackend.seconds(large, platform, 4096)
         assert fast < VllmNativeBackend.seconds(replace(large, activation=None), platform, 4096)
     else:

@@ -350,7 +350,9 @@ def test_weights_that_are_fused_on_disk(tmp_path: Path) -> None:
     assert [source.n for source in first.layers[0].sources] == [128, 64, 64]
 
 
-def test_what_vllm_refuses_is_an_error_on_this_machine_only(tmp_path: Path) -> None:
+def test_what_vllm_refuses_is_an_error_on_this_machine_only(
+    tmp_path: Path, no_int4_experts: None
+) -> None:
     tensors: dict[str, Any] = {"lm_head.weight": ("F16", [512, 256])}
     for index in range(2):
         prefix = f"model.layers.{index}"

@@ -181,7 +181,7 @@ def test_the_same_bytes_in_another_packing_make_another_entry(tmp_path: Path) ->
     ("target", "name", "value"),
     [
         (cache_module, "installation", lambda: "0.0.1+0"),
-        (native, "layout_id", lambda: "tile17"),
+        (native, "layout_id", lambda layout: "tile17"),
         (CpuBackend, "variant", classmethod(lambda cls, d, platform: "other")),
     ],
     ids=["package", "layout", "instruction set"],
@@ -479,7 +479,7 @@ def test_a_server_that_is_killed_while_it_writes_leaves_no_entry(tmp_path: Path)
 
 
 def test_unquantized_weights_are_kept_too(tmp_path: Path) -> None:
-    from vllm.compressed_linear.integration.linear import dense_shard
+    from vllm.compressed_linear.checkpoint.shard import dense_shard
 
     weight = torch.randn(N, K, dtype=torch.bfloat16)
     context = LayerContext("bfloat16", "bfloat16")

@@ -16,6 +16,7 @@ from vllm.compressed_linear.spec.scheme import (
     CheckpointScheme,
     Role,
     StoredTensor,
+    dense_scheme,
     slice_axis,
 )
 
@@ -329,3 +330,10 @@ class LoadedShard:
         if spec.kind == "minimum":
             return (values * wide - subtract) * second
         return (values - subtract) * wide * second
+
+
+def dense_shard(name: str, weight: torch.Tensor) -> LoadedShard:
+    """``weight`` [N, K], this rank's part of an unquantized layer, as a shard."""
+    n, k = weight.shape
+    source = ShardSource(name, dense_scheme(weight.dtype), n, k, 0, n, 0, k)
+    return LoadedShard(source, {"weight": weight})

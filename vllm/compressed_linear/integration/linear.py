@@ -20,27 +20,18 @@ from vllm.compressed_linear.checkpoint.parameter import (
     collect_shards,
     create_parameters,
 )
-from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
+from vllm.compressed_linear.checkpoint.shard import ShardSource, dense_shard
 from vllm.compressed_linear.formats.resolution import LayerKind, Unquantized
 from vllm.compressed_linear.integration import compat
 from vllm.compressed_linear.integration.preparation import ModelPreparation, Prepared
 from vllm.compressed_linear.integration.sharding import shard_geometry
-from vllm.compressed_linear.spec.descriptor import WeightSpec
-from vllm.compressed_linear.spec.elements import dense, dtype_name
-from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role, StoredTensor
+from vllm.compressed_linear.spec.elements import dtype_name
+from vllm.compressed_linear.spec.scheme import CheckpointScheme, dense_scheme
 
 logger = compat.logger(__name__)
 
 DEVICE_ANCHOR = "weight_packed"
 """Attribute under which vLLM's LoRA code looks for a layer's device; kept as an empty tensor."""
-
-
-def dense_scheme(dtype: torch.dtype) -> CheckpointScheme:
-    """How an unquantized weight lies in the checkpoint: ``weight`` [N, K]."""
-    return CheckpointScheme(
-        WeightSpec(dense(dtype)),
-        (StoredTensor("weight", Role.CODES, dtype_name(dtype), ("N", "K")),),
-    )
 
 
 def layer_context(layer: Any, params_dtype: torch.dtype) -> LayerContext:
@@ -174,13 +165,6 @@ def no_rows(layer: Any, dtype: torch.dtype, device: torch.device) -> Parameter:
     """[0, K] in the place of the natural weight of a head or embedding table: vLLM's LoRA asks it
     for dtype and device, and whatever wants to read rows of it fails at once."""
     return Parameter(torch.empty(0, layer.embedding_dim, dtype=dtype, device=device), False)
-
-
-def dense_shard(name: str, weight: torch.Tensor) -> LoadedShard:
-    """``weight`` [N, K], this rank's part of an unquantized layer, as a shard."""
-    n, k = weight.shape
-    source = ShardSource(name, dense_scheme(weight.dtype), n, k, 0, n, 0, k)
-    return LoadedShard(source, {"weight": weight})
 
 
 def is_plain_matrix(layer: Any) -> bool:

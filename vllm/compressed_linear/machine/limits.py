@@ -51,29 +51,15 @@ class MachineLimits:
         return rate
 
 
-_CORES = {
-    "cpu:generic": MachineLimits(15e9, 20e9, 20e9, 20e9),
-    "cpu:avx2": MachineLimits(25e9, 90e9, 90e9, 150e9),
-    "cpu:avx512": MachineLimits(30e9, 115e9, 115e9, 230e9),
-    "cpu:avx512bf16": MachineLimits(30e9, 115e9, 230e9, 460e9),
-    "cpu:amx": MachineLimits(30e9, 150e9, 1500e9, 3000e9),
-    "cpu:aarch64": MachineLimits(25e9, 45e9, 45e9, 180e9),
-}
-"""Of one core near 3 GHz: instructions a cycle times the width of a register, less what the clock
-loses under them. Without units for bf16 its rate is that of fp32."""
-
 _SOCKET_READ = 250e9
 """More cores do not read faster than this."""
 
-_ACCELERATOR = MachineLimits(1e12, 50e12, 200e12, 400e12, launch=5e-6)
+ACCELERATOR = MachineLimits(1e12, 50e12, 200e12, 400e12, launch=5e-6)
 """Of one about which nothing is known here; those of NVIDIA are in ``gpus.py``."""
 
 
-def declared_limits(name: str, threads: int) -> MachineLimits:
-    """Limits of ``threads`` cores of a platform by its name (``Platform.name``)."""
-    if not name.startswith("cpu"):
-        return _ACCELERATOR
-    core = _CORES.get(name, _CORES["cpu:generic"])
+def limits_of_cores(core: MachineLimits, threads: int) -> MachineLimits:
+    """Limits of ``threads`` cores that each have those of ``core``."""
     return MachineLimits(
         min(core.read * threads, max(core.read, _SOCKET_READ)),
         core.fp32 * threads,

@@ -8,22 +8,56 @@ that are not there.
 from __future__ import annotations
 
 import platform as _host
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 
+from vllm.compressed_linear.machine import native
 from vllm.compressed_linear.machine.gpus import gpu_facts, gpu_limits
-from vllm.compressed_linear.machine.limits import MachineLimits, cpu_name, declared_limits
+from vllm.compressed_linear.machine.limits import (
+    ACCELERATOR,
+    MachineLimits,
+    cpu_name,
+    limits_of_cores,
+)
 from vllm.compressed_linear.machine.vllm_wheel import CUDA_OPS, CUDA_WHEEL
 
-X86_TIERS: dict[str, frozenset[str]] = {
-    "generic": frozenset(),
-    "avx2": frozenset({"avx2"}),
-    "avx512": frozenset({"avx2", "avx512"}),
-    "avx512bf16": frozenset({"avx2", "avx512", "avx512_bf16", "avx512_vnni"}),
-    "amx": frozenset({"avx2", "avx512", "avx512_bf16", "avx512_vnni", "amx"}),
+
+@dataclass(frozen=True)
+class CpuTier:
+    """An instruction set of our kernels, by its name in ``csrc/cpu/common/isa.cpp``.
+
+    ``features``: what processors have that run it, as in ``Platform.features``. ``core``: declared
+    limits of one core near 3 GHz, instructions a cycle times the width of a register, less what the
+    clock loses under them; without units for bf16 its rate is that of fp32. None for one that no
+    platform is named after. ``machine``: the processor's architecture.
+    """
+
+    name: str
+    features: frozenset[str]
+    core: MachineLimits | None
+    machine: str = "x86_64"
+
+
+_AVX512 = frozenset({"avx2", "avx512"})
+_AVX512_BF16 = _AVX512 | {"avx512_bf16", "avx512_vnni"}
+
+CPU_TIERS = (
+    CpuTier("generic", frozenset(), MachineLimits(15e9, 20e9, 20e9, 20e9)),
+    CpuTier("avx2", frozenset({"avx2"}), MachineLimits(25e9, 90e9, 90e9, 150e9)),
+    CpuTier("avx512", _AVX512, MachineLimits(30e9, 115e9, 115e9, 230e9)),
+    CpuTier("avx512vnni", _AVX512 | {"avx512_vnni"}, None),
+    CpuTier("avx512bf16", _AVX512_BF16, MachineLimits(30e9, 115e9, 230e9, 460e9)),
+    CpuTier("amx", _AVX512_BF16 | {"amx"}, MachineLimits(30e9, 150e9, 1500e9, 3000e9)),
+    CpuTier("neon", frozenset({"neon"}), MachineLimits(25e9, 45e9, 45e9, 180e9), "aarch64"),
+)
+"""Of each architecture from the least to the most. Names of those of x86 that have a ``core`` are
+accepted behind ``cpu:`` in ``Platform.parse``."""
+
+X86_TIERS = {
+    tier.name: tier for tier in CPU_TIERS if tier.machine == "x86_64" and tier.core is not None
 }
-"""Names accepted behind ``cpu:`` in ``Platform.parse``, with the features each stands for."""
 
 NATIVE_LIBRARY = "native:compressed_linear"
 """Member of ``Platform.ops`` when our compiled library is present."""
@@ -33,11 +67,13 @@ NATIVE_LIBRARY = "native:compressed_linear"
 class Platform:
     """device: "cpu", "cuda", "rocm" or "xpu". ``capability``: 10·major + minor of a CUDA device.
 
-    ``features``: CPU instruction sets. ``ops``: compiled operators that can be called, named
-    ``namespace::op``, and ``NATIVE_LIBRARY``. ``missing``: for an absent op or library, why.
-    ``cpu``: the processor's name, empty for a machine made by hand. ``measured``: its limits with
-    these threads, where somebody measured them. ``gpu``: the GPU's name, and ``multiprocessors``
-    and ``read`` (bytes a second) as its driver tells them; empty and 0 for one that is not there.
+    ``features``: CPU instruction sets. ``isa``: the one that our library's kernels run with, empty
+    for a machine made by hand and where there is no library. ``ops``: compiled operators that can
+    be called, named ``namespace::op``, and ``NATIVE_LIBRARY``. ``missing``: for an absent op or
+    library, why. ``cpu``: the processor's name, empty for a machine made by hand. ``measured``: its
+    limits with these threads, where somebody measured them. ``gpu``: the GPU's name, and
+    ``multiprocessors`` and ``read`` (bytes a second) as its driver tells them; empty and 0 for one
+    that is not there.
     """
 
     device: str = "cpu"
@@ -52,6 +88,7 @@ class Platform:
     gpu: str = ""
     multiprocessors: int = 0
     read: float = 0.0
+    isa: str = ""
 
     @property
     def limits(self) -> MachineLimits:
@@ -60,7 +97,11 @@ class Platform:
             return self.measured
         if self.device == "cuda":
             return gpu_limits(self.capability or 0, self.multiprocessors, self.read)
-        return declared_limits(self.name, self.threads)
+        if self.device != "cpu":
+            return ACCELERATOR
+        # What its instructions reach, whether or not our kernels use them.
+        assert self.tier.core is not None
+        return limits_of_cores(self.tier.core, self.threads)
 
     @property
     def compute_units(self) -> int:
@@ -71,13 +112,28 @@ class Platform:
 
     @property
     def name(self) -> str:
-        """Short name for people, e.g. ``cpu:avx512bf16`` or ``cuda:90``."""
+        """Short name for people, e.g. ``cpu:avx512bf16`` or ``cuda:90``. Of this machine's CPU it
+        names the instruction set that runs, which need not be the best that the CPU has."""
         if self.device == "cuda":
             return f"cuda:{self.capability}"
         if self.device == "cpu":
-            tier = [n for n, f in X86_TIERS.items() if f <= self.features][-1]
-            return f"cpu:{tier}" if self.machine == "x86_64" else f"cpu:{self.machine}"
+            x86 = self.machine == "x86_64"
+            return f"cpu:{(self.isa or self.tier.name) if x86 else self.machine}"
         return self.device
+
+    @property
+    def tier(self) -> CpuTier:
+        """The most that the processor has of what platforms are named after."""
+        return [tier for tier in self._tiers() if tier.core is not None][-1]
+
+    def best_isa(self, names: Collection[str]) -> str:
+        """The one of ``names``, "generic" among them, that the library would take there. AMX
+        is not: whether it is faster is not measured at start."""
+        return [t.name for t in self._tiers() if t.name in names and t.name != "amx"][-1]
+
+    def _tiers(self) -> list[CpuTier]:
+        machines = (CPU_TIERS[0].machine, self.machine)
+        return [t for t in CPU_TIERS if t.machine in machines and t.features <= self.features]
 
     @property
     def assumption(self) -> str:
@@ -115,7 +171,7 @@ class Platform:
         device, _, detail = text.partition(":")
         built = frozenset({NATIVE_LIBRARY})
         if device == "cpu" and detail in X86_TIERS:
-            return cls("cpu", "x86_64", X86_TIERS[detail], ops=built)
+            return cls("cpu", "x86_64", X86_TIERS[detail].features, ops=built)
         if device == "cpu" and detail == "aarch64":
             return cls("cpu", "aarch64", frozenset({"neon"}), ops=built)
         if device == "cuda" and detail.isdigit() and 50 <= int(detail) < 200:
@@ -131,8 +187,6 @@ class Platform:
     @classmethod
     def detect(cls, device: str = "cpu") -> Platform:
         """This machine as ``device``, with the operators that are loaded in this process."""
-        from vllm.compressed_linear.machine import native
-
         reason = native.available()
         missing = () if reason is None else ((NATIVE_LIBRARY, reason),)
         found = _gpu() if device == "cuda" else _Gpu()
@@ -148,6 +202,7 @@ class Platform:
             missing=missing,
             threads=torch.get_num_threads(),
             cpu=cpu_name(),
+            isa=_isa_in_use() if device == "cpu" and reason is None else "",
         )
 
 
@@ -173,8 +228,21 @@ def _gpu() -> _Gpu:
     )
 
 
+def _isa_in_use() -> str:
+    from vllm.compressed_linear.machine import native
+
+    try:
+        return native.isa()
+    except ValueError:  # one is asked for that is not here: the first op that needs it says so
+        return ""
+
+
 def cpu_features() -> frozenset[str]:
-    """Instruction sets of this CPU that matter to kernels, as PyTorch's own probe reports them."""
+    """Instruction sets of this CPU that matter to kernels, as our library finds them; where it was
+    not built, as PyTorch's own probes do."""
+    if native.available() is None:
+        runs = {*native.supported_isas("floats"), *native.supported_isas("integers")}
+        return frozenset().union(*(tier.features for tier in CPU_TIERS if tier.name in runs))
     capabilities = torch.backends.cpu.get_cpu_capability()
     found = set()
     probes = {

@@ -15,6 +15,7 @@ import torch
 
 from vllm.compressed_linear.spec import interleave
 from vllm.compressed_linear.spec.descriptor import ActivationSpec, TransformSpec, WeightSpec
+from vllm.compressed_linear.spec.elements import dense, dtype_name
 from vllm.compressed_linear.spec.packing import Packing
 
 Extents = Mapping[str, int]
@@ -151,3 +152,11 @@ class CheckpointScheme:
             group = f", block {scale.block_rows}x{scale.group_size}"
         activation = "" if self.activation is None else f", x as {self.activation}"
         return f"{self.weight.element}{group}{zero}{activation}"
+
+
+def dense_scheme(dtype: torch.dtype) -> CheckpointScheme:
+    """How the checkpoint stores an unquantized weight: ``weight`` [N, K]."""
+    return CheckpointScheme(
+        WeightSpec(dense(dtype)),
+        (StoredTensor("weight", Role.CODES, dtype_name(dtype), ("N", "K")),),
+    )

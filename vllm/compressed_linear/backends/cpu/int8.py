@@ -15,7 +15,8 @@ import torch
 
 from vllm.compressed_linear.backends.base import Capabilities, QuantLinearMethod
 from vllm.compressed_linear.backends.contract import Contract
-from vllm.compressed_linear.backends.cpu.packing import QUADS, pack_codes, pack_scales
+from vllm.compressed_linear.backends.cpu.packing import new_packed, pack_codes, pack_scales
+from vllm.compressed_linear.backends.cpu.product import make_problem, multiply
 from vllm.compressed_linear.backends.shared.side_tensors import (
     scale_bytes,
     scale_dtype,
@@ -50,7 +51,7 @@ _SPEEDS = {
     "avx512vnni": _Speed("int8", 0.95, 0.7, 60e9),
     "amx": _Speed("int8", 0.5, 0.2, 30e9),
     "avxvnni": _Speed("int8", 0.8, 0.5, 60e9),
-    "avx512bw": _Speed("int8", 0.4, 0.3, 60e9, narrow=2.0),
+    "avx512": _Speed("int8", 0.4, 0.3, 60e9, narrow=2.0),
     "avx2": _Speed("int8", 0.4, 0.3, 40e9, narrow=2.0),
     "i8mm": _Speed("int8", 0.8, 0.5, 15e9),
     "dotprod": _Speed("int8", 0.8, 0.5, 15e9),
@@ -69,7 +70,8 @@ class CpuInt8Backend(QuantLinearMethod):
     Prepared tensors (T = ceil(N / 16) tiles): ``packed`` uint8 [T, bytes]; ``scale`` and ``zero``
     [T, G, 16]; ``row_scale`` float32 [N]; ``prescale`` float32 [K]; ``perm`` int32 [K];
     ``input_scale`` float32 [1] and ``input_zero`` int32 [1] of static activations; ``code_sums``
-    int32 [T, segments, 16] for asymmetric ones. Only ``packed`` and ``scale`` are always there.
+    int32 [T, segments, 16] for asymmetric ones; ``problem`` int64, the constants of a call. Only
+    ``packed``, ``scale`` and ``problem`` are always there.
     """
 
     name = "cpu_int8"
@@ -128,12 +130,8 @@ class CpuInt8Backend(QuantLinearMethod):
     def variant(cls, descriptor: CompressedLinearDescriptor, platform: Platform) -> str:
         # On this machine what is taken in fact, also where an instruction set is forced.
         if platform.features == cpu_features() and native.available() is None:
-            return native.isa_int8()
-        if {"avx512", "avx512_vnni"} <= platform.features:
-            return "avx512vnni"
-        if "avx512" in platform.features:
-            return "avx512bw"
-        return next((isa for isa in ("avx2", "neon") if isa in platform.features), "generic")
+            return native.isa("integers")
+        return platform.best_isa(_SPEEDS)
 
     @classmethod
     def seconds(cls, descriptor: CompressedLinearDescriptor, platform: Platform, m: int) -> float:
@@ -141,7 +139,7 @@ class CpuInt8Backend(QuantLinearMethod):
         activation = cls._activation(d)
         assert activation is not None
         variant = cls.variant(d, platform)
-        speed = _SPEEDS[variant]
+        speed = _SPEEDS.get(variant, _SPEEDS["generic"])
         read = d.n * d.k * weight.element.bits / 8 + scale_bytes(d, d.n)
         narrow = weight.element.bits < 8
         return roofline(
@@ -168,30 +166,27 @@ class CpuInt8Backend(QuantLinearMethod):
         assert activation is not None
         if native.available() is not None or not activation.symmetric:
             return None  # how many sums of codes there are only the kernels know
-        per_tile = torch.ops.compressed_linear.packed_tile_bytes_int8(
-            d.k, d.group_size, f"uint{d.weight.element.bits}"
+        tiles, tile_bytes = torch.ops.compressed_linear.packed_shape(
+            "quads", d.n, d.k, d.group_size, f"uint{d.weight.element.bits}"
         )
-        per_tile += scale_bytes(d, native.TILE)
-        return -(-d.n // native.TILE) * per_tile + small_bytes(d, activation)
+        total = tiles * (tile_bytes + scale_bytes(d, native.TILE)) + native.PROBLEM_BYTES
+        return total + small_bytes(d, activation)
 
     @classmethod
     def layout_version(
         cls, descriptor: CompressedLinearDescriptor, platform: Platform
     ) -> str | None:
-        return native.layout_id_int8()
+        return native.layout_id("quads")
 
     def prep_weights_for_execution(self, weights: CompressedWeights) -> dict[str, torch.Tensor]:
         native.load()
-        ops = torch.ops.compressed_linear
         d = self.descriptor
         activation = self._activation(d)
         assert activation is not None
-        tiles = -(-d.n // native.TILE)
-        tile_bytes = ops.packed_tile_bytes_int8(d.k, d.group_size, self.element)
-        packed = torch.empty(tiles, tile_bytes, dtype=torch.uint8)
-        pack_codes(packed, weights, d, self.element, QUADS)
+        packed = new_packed(d, self.element, "quads")
+        pack_codes(packed, weights, d, self.element, "quads")
         tensors = {
-            name: torch.empty(tiles, d.groups, native.TILE, dtype=dtype)
+            name: torch.empty(len(packed), d.groups, native.TILE, dtype=dtype)
             for name, dtype in (("scale", scale_dtype(d)), ("zero", zero_dtype(d)))
             if dtype is not None
         }
@@ -199,9 +194,10 @@ class CpuInt8Backend(QuantLinearMethod):
         tensors["packed"] = packed
         tensors |= small_tensors(weights, activation)
         if not activation.symmetric:
-            tensors["code_sums"] = ops.code_sums_int8(
+            tensors["code_sums"] = torch.ops.compressed_linear.code_sums(
                 packed, d.n, d.k, d.group_size, self.element, _channels(activation)
             )
+        tensors["problem"] = make_problem("quads", d, self.element, activation, tensors)
         return tensors
 
     def apply(
@@ -210,32 +206,7 @@ class CpuInt8Backend(QuantLinearMethod):
         x: torch.Tensor,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        d = self.descriptor
-        activation = self._activation(d)
-        assert activation is not None
-        out = torch.ops.compressed_linear.linear_int8(
-            x.reshape(-1, x.shape[-1]),
-            tensors["packed"],
-            tensors.get("scale"),
-            tensors.get("zero"),
-            tensors.get("row_scale"),
-            bias,
-            tensors.get("perm"),
-            tensors.get("prescale"),
-            tensors.get("input_scale"),
-            tensors.get("input_zero"),
-            tensors.get("code_sums"),
-            d.n,
-            d.k,
-            d.group_size,
-            self.element,
-            d.weight.element.bias,
-            activation.symmetric,
-            _channels(activation),
-            activation.maximum,
-            self.output_dtype,
-        )
-        return out.reshape(*x.shape[:-1], d.out_features)
+        return multiply(tensors, x, bias, self.descriptor.n, self.output_dtype)
 
 
 def _channels(activation: ActivationSpec) -> int:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -17,20 +17,17 @@ from vllm.compressed_linear.checkpoint.weights import CompressedWeights
 from vllm.compressed_linear.machine import native
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
 
-
-@dataclass(frozen=True)
-class PackedLayout:
-    """Names of the ops that fill one of the kernels' layouts."""
-
-    repack_codes: str
-    pack_rows: str
+Layout = Literal["planes", "quads"]
+"""The header of ``csrc/layouts`` of that name."""
 
 
-PLANES = PackedLayout("repack_codes", "pack_rows")
-"""``csrc/layouts/planes.h``"""
-
-QUADS = PackedLayout("repack_codes_int8", "pack_rows_int8")
-"""``csrc/layouts/quads.h``"""
+def new_packed(
+    descriptor: CompressedLinearDescriptor, element: str, layout: Layout
+) -> torch.Tensor:
+    """Room for the packed codes, uint8 [tiles, bytes of a tile]."""
+    d = descriptor
+    shape = torch.ops.compressed_linear.packed_shape(layout, d.n, d.k, d.group_size, element)
+    return torch.empty(shape, dtype=torch.uint8)
 
 
 def pack_codes(
@@ -38,7 +35,7 @@ def pack_codes(
     weights: CompressedWeights,
     descriptor: CompressedLinearDescriptor,
     element: str,
-    layout: PackedLayout = PLANES,
+    layout: Layout,
 ) -> None:
     """Fill ``packed`` uint8 [tiles, bytes of a tile] with the codes of ``weights``."""
     torch.ops.compressed_linear.place(packed)
@@ -49,17 +46,16 @@ def _writer(
     packed: torch.Tensor,
     descriptor: CompressedLinearDescriptor,
     element: str,
-    layout: PackedLayout,
+    layout: Layout,
 ) -> CodeWriter:
     shape = (descriptor.n, descriptor.group_size, element)
-    repack_codes = getattr(torch.ops.compressed_linear, layout.repack_codes)
-    pack_rows = getattr(torch.ops.compressed_linear, layout.pack_rows)
+    ops = torch.ops.compressed_linear
 
     def located(at: CodeLocation, rows: int, blank: int, blank_code: int, row_start: int) -> None:
-        repack_codes(packed, *at.arguments, rows, blank, blank_code, row_start, *shape)
+        ops.repack_codes(layout, packed, *at.arguments, rows, blank, blank_code, row_start, *shape)
 
     def standard(codes: torch.Tensor, row_start: int) -> None:
-        pack_rows(packed, codes, row_start, *shape)
+        ops.pack_rows(layout, packed, codes, row_start, *shape)
 
     return CodeWriter(located, standard)
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 
 from vllm.compressed_linear.backends.base import Capabilities, QuantLinearMethod
-from vllm.compressed_linear.backends.cpu.packing import pack_codes, pack_scales
+from vllm.compressed_linear.backends.cpu.packing import new_packed, pack_codes, pack_scales
+from vllm.compressed_linear.backends.cpu.product import make_problem, multiply, operands
 from vllm.compressed_linear.backends.shared.side_tensors import (
     scale_bytes,
     scale_dtype,
@@ -65,7 +66,9 @@ class CpuBackend(QuantLinearMethod):
     [T, G, 16] with the output channels of a tile innermost, in the checkpoint's dtype (uint8 for
     e8m0); ``row_scale`` float32 [N]; ``prescale`` float32 [K]; ``input_scale`` float32 [1];
     ``input_zero`` int32 [1]; ``perm`` int32 [K]; ``table`` [2^bits] for floats below 8 bits
-    and codebooks, bfloat16 or, where that is not exact, float32. Only ``packed`` is always there.
+    and codebooks, bfloat16 or, where that is not exact, float32; ``problem`` int64, the constants
+    of a call (``make_problem`` of ``csrc/ops/ops.cpp``). Only ``packed`` and ``problem`` are always
+    there.
     """
 
     name = "cpu"
@@ -91,7 +94,6 @@ class CpuBackend(QuantLinearMethod):
         # Made here because the compiler may hold ``bits`` symbolic, and a string must not be.
         self.element = _kernel_element(descriptor.weight.element)
         self.output_dtype = torch_dtype(descriptor.output_dtype)
-        self.activation = None if descriptor.activation is None else descriptor.activation.kind
 
     @classmethod
     def further_reasons(
@@ -108,9 +110,7 @@ class CpuBackend(QuantLinearMethod):
         forced = os.environ.get(CPU_ISA)
         if forced:
             return forced
-        if "avx512" in platform.features:
-            return "avx512bf16" if "avx512_bf16" in platform.features else "avx512"
-        return next((isa for isa in ("avx2", "neon") if isa in platform.features), "generic")
+        return platform.isa or platform.best_isa(_SPEEDS)
 
     @classmethod
     def seconds(cls, descriptor: CompressedLinearDescriptor, platform: Platform, m: int) -> float:
@@ -153,12 +153,11 @@ class CpuBackend(QuantLinearMethod):
         if native.available() is not None:
             return None
         d, weight = descriptor, descriptor.weight
-        tiles = -(-d.n // native.TILE)
-        per_tile = torch.ops.compressed_linear.packed_tile_bytes(
-            d.k, d.group_size, _kernel_element(weight.element)
+        tiles, tile_bytes = torch.ops.compressed_linear.packed_shape(
+            "planes", d.n, d.k, d.group_size, _kernel_element(weight.element)
         )
-        per_tile += scale_bytes(d, native.TILE)
-        total = tiles * per_tile + small_bytes(d, d.activation)
+        total = tiles * (tile_bytes + scale_bytes(d, native.TILE)) + native.PROBLEM_BYTES
+        total += small_bytes(d, d.activation)
         table = _table(weight.element)
         if table is not None:
             total += table.nbytes
@@ -168,18 +167,15 @@ class CpuBackend(QuantLinearMethod):
     def layout_version(
         cls, descriptor: CompressedLinearDescriptor, platform: Platform
     ) -> str | None:
-        return native.layout_id()
+        return native.layout_id("planes")
 
     def prep_weights_for_execution(self, weights: CompressedWeights) -> dict[str, torch.Tensor]:
         native.load()
-        ops = torch.ops.compressed_linear
         d = self.descriptor
-        tiles = -(-d.n // native.TILE)
-        tile_bytes = ops.packed_tile_bytes(d.k, d.group_size, self.element)
-        packed = torch.empty(tiles, tile_bytes, dtype=torch.uint8)
-        pack_codes(packed, weights, d, self.element)
+        packed = new_packed(d, self.element, "planes")
+        pack_codes(packed, weights, d, self.element, "planes")
         tensors = {
-            name: torch.empty(tiles, d.groups, native.TILE, dtype=dtype)
+            name: torch.empty(len(packed), d.groups, native.TILE, dtype=dtype)
             for name, dtype in (("scale", scale_dtype(d)), ("zero", zero_dtype(d)))
             if dtype is not None
         }
@@ -189,6 +185,7 @@ class CpuBackend(QuantLinearMethod):
         table = _table(d.weight.element)
         if table is not None:
             tensors["table"] = table
+        tensors["problem"] = make_problem("planes", d, self.element, d.activation, tensors)
         return tensors
 
     def apply(
@@ -197,50 +194,16 @@ class CpuBackend(QuantLinearMethod):
         x: torch.Tensor,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        d = self.descriptor
-        # Each reshape costs a microsecond where nothing is compiled.
-        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        out = torch.ops.compressed_linear.linear(
-            rows,
-            tensors["packed"],
-            tensors.get("scale"),
-            tensors.get("zero"),
-            bias,
-            tensors.get("perm"),
-            tensors.get("table"),
-            d.n,
-            d.k,
-            d.group_size,
-            self.element,
-            d.weight.element.bias,
-            self.output_dtype,
-            tensors.get("row_scale"),
-            tensors.get("prescale"),
-            self.activation,
-            -1 if d.activation is None else d.activation.group_size,
-            0.0 if d.activation is None else d.activation.maximum,
-            tensors.get("input_scale"),
-            tensors.get("input_zero"),
-        )
-        return out if x.dim() == 2 else out.reshape(*x.shape[:-1], d.out_features)
+        return multiply(tensors, x, bias, self.descriptor.n, self.output_dtype)
 
     def embedding(self, tensors: Mapping[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
         d = self.descriptor
         out = torch.ops.compressed_linear.embedding(
             ids.reshape(-1).contiguous(),
-            tensors["packed"],
-            tensors.get("scale"),
-            tensors.get("zero"),
-            tensors.get("perm"),
-            tensors.get("table"),
-            d.n,
-            d.k,
-            d.group_size,
-            self.element,
-            d.weight.element.bias,
+            tensors["problem"],
+            operands(tensors),
             d.in_features,
             self.output_dtype,
-            tensors.get("row_scale"),
         )
         return out.reshape(*ids.shape, d.in_features)
 

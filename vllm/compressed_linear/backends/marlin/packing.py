@@ -76,16 +76,15 @@ def prepare(
 
 
 def _writer(words: torch.Tensor, descriptor: CompressedLinearDescriptor) -> CodeWriter:
-    ops, n = torch.ops.compressed_linear, descriptor.n
+    ops, n, k = torch.ops.compressed_linear, descriptor.n, descriptor.k
     element = kernel_element(descriptor.weight.element)
 
     def located(at: CodeLocation, rows: int, blank: int, blank_code: int, row_start: int) -> None:
-        ops.marlin_repack_codes(
-            words, *at.to(words.device).arguments, rows, blank, blank_code, row_start, n, element
-        )
+        where = at.to(words.device).arguments
+        ops.repack_codes("marlin", words, *where, rows, blank, blank_code, row_start, n, k, element)
 
     def standard(codes: torch.Tensor, row_start: int) -> None:
-        ops.marlin_pack_rows(words, codes.to(words.device), row_start, n, element)
+        ops.pack_rows("marlin", words, codes.to(words.device), row_start, n, k, element)
 
     return CodeWriter(located, standard)
 

@@ -12,11 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vllm.compressed_linear.checkpoint.describe import LayerContext
 from vllm.compressed_linear.checkpoint.headers import Headers, shard_names
-from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
+from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource, dense_shard
 from vllm.compressed_linear.commands.explain import meta_model
 from vllm.compressed_linear.commands.explain.tensors import Stacked
 from vllm.compressed_linear.formats.base import Format
@@ -220,7 +218,7 @@ def _add(
                 name,
                 method.kind,
                 method.context(module),
-                dense=linear.dense_shard(method.plan_name, module.weight.data),
+                dense=dense_shard(method.plan_name, module.weight.data),
                 reasons=_reasons(quant_config, method.plan_name, method.kind),
                 notes=(method.plan_note(lookup=False), method.plan_note(lookup=True)),
             )
@@ -245,10 +243,3 @@ def _reasons(config: CompressedLinearConfig, prefix: str, kind: LayerKind) -> tu
     if len(plain) == len(found):
         return tuple(dict.fromkeys(plain.values()))
     return tuple(f"{name}: {reason}" for name, reason in plain.items())
-
-
-def meta_dense_shard(name: str, shape: tuple[int, int], dtype: torch.dtype) -> LoadedShard:
-    """An unquantized weight [N, K] of which only shape and dtype are known."""
-    from vllm.compressed_linear.integration.linear import dense_shard
-
-    return dense_shard(name, torch.empty(shape, dtype=dtype, device="meta"))

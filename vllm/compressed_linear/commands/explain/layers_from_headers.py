@@ -13,12 +13,11 @@ import torch
 
 from vllm.compressed_linear.checkpoint.describe import LayerContext
 from vllm.compressed_linear.checkpoint.headers import Headers, TensorHeader, last_word
-from vllm.compressed_linear.checkpoint.shard import ShardSource
+from vllm.compressed_linear.checkpoint.shard import ShardSource, dense_shard
 from vllm.compressed_linear.commands.explain.layers import (
     LayerLayout,
     LeftToVllm,
     ModelLayout,
-    meta_dense_shard,
 )
 from vllm.compressed_linear.formats.base import Format
 from vllm.compressed_linear.formats.file_view import FileView
@@ -55,7 +54,7 @@ def layout_from_headers(
             layout.layers.append(LayerLayout(module, module, kind, context, (source,)))
         elif isinstance(found, Unquantized) and _is_linear(module, tensors):
             n, k = tensors["weight"].shape
-            shard = meta_dense_shard(module, (n, k), activations)
+            shard = dense_shard(module, torch.empty(n, k, dtype=activations, device="meta"))
             layout.layers.append(
                 LayerLayout(module, module, kind, context, dense=shard, reasons=(found.reason,))
             )
