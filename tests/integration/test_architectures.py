@@ -26,6 +26,7 @@ from tests.support.architectures import (
 )
 from tests.support.messages import saying
 from tests.support.model_loading import loaded, logits
+from tests.support.stock_vllm import fp32_options
 from tests.support.synthetic import Quant
 from vllm.compressed_linear.formats.resolution import ConfigError
 from vllm.compressed_linear.integration.config import NAME
@@ -48,12 +49,6 @@ ALL = FAMILIES | WITHOUT_LOGITS | SEEING
 
 def forms(name: str) -> list[str]:
     return list(QUANTS) if name in FUSED_ON_DISK else ["gptq", "awq", "compressed-tensors"]
-
-
-def stock_options(name: str) -> dict[str, Any]:
-    """vLLM's options for fp32. On a CPU with AMX it prefers a class for latent attention that knows
-    bfloat16 alone, and takes the other where it is named."""
-    return {"attention_backend": "CPU_MLA"} if name.endswith("-latent-attention") else {}
 
 
 def cases(families: dict[str, Family]) -> list[Any]:
@@ -120,7 +115,7 @@ def test_logits_equal_those_of_transformers(
 def test_layers_equal_those_of_vllm(
     name: str, form: str, checkpoint_of: Callable[[str, str], Checkpoint]
 ) -> None:
-    assert_same_layers(checkpoint_of(name, form), **stock_options(name))
+    assert_same_layers(checkpoint_of(name, form), **fp32_options(name))
 
 
 @pytest.mark.usefixtures("torchvision")
@@ -129,9 +124,9 @@ def test_unquantized_models_that_opt_in(
     name: str, checkpoint_of: Callable[[str, str], Checkpoint]
 ) -> None:
     ideal = checkpoint_of(name, "gptq").ideal
-    ours = layer_outputs(ideal, quantization=NAME, **stock_options(name))
+    ours = layer_outputs(ideal, quantization=NAME, **fp32_options(name))
     assert PROCESS_PLAN.prepared == PROCESS_PLAN.expected > 0
-    stock = layer_outputs(ideal, **stock_options(name))
+    stock = layer_outputs(ideal, **fp32_options(name))
     assert ours.keys() == stock.keys()
     for layer, expected in stock.items():
         torch.testing.assert_close(ours[layer], expected, rtol=1e-4, atol=1e-4, msg=layer)

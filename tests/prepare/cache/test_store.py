@@ -181,7 +181,7 @@ def test_the_same_bytes_in_another_packing_make_another_entry(tmp_path: Path) ->
     ("target", "name", "value"),
     [
         (cache_module, "installation", lambda: "0.0.1+0"),
-        (native, "layout_id", lambda layout: "tile17"),
+        (native, "layout_id", lambda layout="planes": "tile17"),
         (CpuBackend, "variant", classmethod(lambda cls, d, platform: "other")),
     ],
     ids=["package", "layout", "instruction set"],
