@@ -7,6 +7,7 @@ What the classes' own checks do not say, found by reading and by trying (vLLM 0.
   becomes constant zero points, which it does compute
 * activations and scales must have one 16-bit dtype; scales of another are cast, as vLLM does too
 * each dequantized weight is rounded to that dtype before it is multiplied
+* the last stride of x is taken to be 1, whatever it is
 * with AMX and bf16, ``VLLM_CPU_INT4_W4A8`` (on by default) quantizes the activations: declined.
   Switched off, the class takes the operator's AMX path, tried with emulated tile instructions only
 """
