@@ -268,7 +268,7 @@ WRONG: dict[str, tuple[type[QuantLinearMethod], str, str]] = {
             )
         ),
         "one id often",
-        "a row has other bits than beside all others",
+        "a row has other bits than among all rows",
     ),
     "looks up what it does not declare": (
         _wrong(
