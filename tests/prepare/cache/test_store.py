@@ -181,7 +181,7 @@ def test_the_same_bytes_in_another_packing_make_another_entry(tmp_path: Path) ->
     ("target", "name", "value"),
     [
         (cache_module, "installation", lambda: "0.0.1+0"),
-        (native, "layout_id", lambda layout: "tile17"),
+        (native, "layout_id", lambda layout="planes": "tile17"),
         (CpuBackend, "variant", classmethod(lambda cls, d, platform: "other")),
     ],
     ids=["package", "layout", "instruction set"],
@@ -428,6 +428,7 @@ def start(directory: Path, out: Path, seeds: list[int]) -> subprocess.Popen[str]
     )
 
 
+@pytest.mark.needs_vllm
 def test_servers_that_start_at_once_agree(tmp_path: Path) -> None:
     """They write the same entries in the same order, while half of them are damaged."""
     directory, seeds = tmp_path / "cache", list(range(6))
@@ -460,6 +461,7 @@ def test_servers_that_start_at_once_agree(tmp_path: Path) -> None:
         assert what_the_cache_did() == "hit"
 
 
+@pytest.mark.needs_vllm
 def test_a_server_that_is_killed_while_it_writes_leaves_no_entry(tmp_path: Path) -> None:
     program = (
         "import os, signal\n"
