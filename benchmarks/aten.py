@@ -13,7 +13,7 @@ from vllm.compressed_linear.testing import Problem
 
 
 def plain(problem: Problem) -> Contender:
-    """``F.linear`` on dequantised weights in the dtype of the activations."""
+    """``F.linear`` on dequantized weights in the dtype of the activations."""
     dtype = torch_dtype(problem.descriptor.input_dtype)
     return Contender.prepared(
         f"F.linear, {problem.descriptor.input_dtype}",

@@ -137,7 +137,7 @@ def _compressed_tensors(
 
 
 def _tokens(kind: str) -> dict[str, Any]:
-    """Activations that are quantised dynamically per token."""
+    """Activations that are quantized dynamically per token."""
     return {
         "num_bits": 8,
         "type": kind,

@@ -31,7 +31,7 @@ from benchmarks import machine
 from vllm.compressed_linear.backends.registry import REFERENCE, backends
 from vllm.compressed_linear.backends.vllm_native import VllmNativeBackend, backend, op, table
 from vllm.compressed_linear.checkpoint.weights import CompressedWeights
-from vllm.compressed_linear.commands.tune.random_weights import made_up_weights
+from vllm.compressed_linear.commands.tune.random_weights import random_weights
 from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.machine.timing import captured
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor, ScaleSpec, WeightSpec
@@ -127,7 +127,7 @@ def able(
         if name in (REFERENCE, VllmNativeBackend.name):
             continue
         verdict = registration.backend.can_implement(d, platform)
-        if verdict and registration.backend.own_activation(d) is None:
+        if verdict and registration.backend.contract(d).activation is None:
             can[name] = None
         else:
             cannot[name] = str(verdict)
@@ -231,7 +231,7 @@ def limits(rounds: int) -> dict[str, float]:
 def measure(layer: Layer, platform: Platform, rows: Sequence[int], rounds: int) -> dict[str, Any]:
     """The record of one layer."""
     d = layer.descriptor
-    weights = made_up_weights(d, "cuda")
+    weights = random_weights(d, "cuda")
     exact = torch.cat([weights.dequantize(a, b) for a, b in weights.chunks()])
     enough = 4 * torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     can, cannot = able(d, platform)

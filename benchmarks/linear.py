@@ -37,7 +37,7 @@ from vllm.compressed_linear.testing import Problem
 
 ROWS = (1, 4, 16, 64, 256)
 EXACT, LOOSE = 0.02, 0.06
-"""Allowed error relative to the largest output: with x as it is, and with x quantised."""
+"""Allowed error relative to the largest output: with x as it is, and with x quantized."""
 
 
 class Contestant(Timeable, Protocol):
@@ -72,7 +72,7 @@ def vllm_environments(zentorch: bool) -> dict[str, Environment]:
     if zentorch:
         python = environments.zentorch()
         found["zentorch"] = Environment("vLLM with zentorch", python)
-        # As it comes it quantises the activations of 4-bit layers to 8 bits.
+        # As it comes it quantizes the activations of 4-bit layers to 8 bits.
         exact = (("VLLM_CPU_INT4_W4A8", "0"),)
         found["zentorch-a16"] = Environment("vLLM with zentorch, W4A16", python, exact)
     return found

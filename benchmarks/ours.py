@@ -51,7 +51,7 @@ def contender(problem: Problem, name: str, variant: str) -> Contender:
         f"ours, {name}" + (f" ({variant})" if variant else ""),
         _applied(backend),
         lambda: backend.prep_weights_for_execution(problem.weights),
-        # Quantised activations are checked by the conformance kit; here only against a mix-up.
+        # Quantized activations are checked by the conformance kit; here only against a mix-up.
         tolerance=0.02 if problem.descriptor.activation is None else 0.06,
     )
 

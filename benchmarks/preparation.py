@@ -89,7 +89,7 @@ LAYOUTS: dict[str, CheckpointScheme] = {
         )
     },
 }
-"""What has quantised activations is prepared for the integer kernels, the rest for the others."""
+"""What has quantized activations is prepared for the integer kernels, the rest for the others."""
 
 
 def random_part(name: str, n: int, k: int) -> Part:

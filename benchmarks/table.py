@@ -32,7 +32,7 @@ def decode_limit(report: Report, result: dict[str, Any]) -> float:
 
 def share_of_limit(report: Report, result: dict[str, Any], m: int) -> float | None:
     """How much of what the machine allows one of our results reached: of reading or decoding for
-    M = 1, of multiplying for M ≥ 64 (int8 products for quantised activations)."""
+    M = 1, of multiplying for M ≥ 64 (int8 products for quantized activations)."""
     found = row(result, m)
     if found is None:
         return None

@@ -30,7 +30,7 @@ from vllm.compressed_linear.backends.triton import measured as triton_measured
 from vllm.compressed_linear.backends.triton.backend import TritonBackend
 from vllm.compressed_linear.backends.triton.measured import EVERY_M, TileClass, Tiles
 from vllm.compressed_linear.backends.triton.spec import KernelSpec
-from vllm.compressed_linear.commands.tune.random_weights import made_up_weights
+from vllm.compressed_linear.commands.tune.random_weights import random_weights
 from vllm.compressed_linear.machine import timing
 from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.machine.timing import Clock
@@ -117,7 +117,7 @@ def contender(
     d: CompressedLinearDescriptor, device: str, enough: int
 ) -> tuple[Contender, torch.Tensor]:
     """The layer with made-up weights, ``enough`` bytes of them, and the weight: fp32 [N, K]."""
-    weights, method = made_up_weights(d, device), TritonBackend(d)
+    weights, method = random_weights(d, device), TritonBackend(d)
     prepared = copies_of(method.prep_weights_for_execution(weights), enough)
     exact = torch.cat([weights.dequantize(a, b) for a, b in weights.chunks()])
     return Contender(str(d), lambda x, t: method.apply(t, x), prepared), exact

@@ -4,8 +4,8 @@
     python docs/generate.py
 
 Such a part is enclosed by ``<!-- generated: NAME ARGUMENT... -->`` and ``<!-- end -->`` in
-README.md or a page of ``docs/``; NAME is a key of ``PARTS``. ``tests/docs/test_documentation.py``
-fails when a page and the code disagree.
+README.md or a page of ``docs/``; NAME is a key of ``PARTS``. The files of ``IMAGES`` are written as
+a whole. ``tests/docs/test_documentation.py`` fails when a page and the code disagree.
 """
 
 from __future__ import annotations
@@ -129,10 +129,9 @@ def _code(text: str) -> str:
 
 
 def own_backends() -> dict[str, Any]:
-    """The backends of this package by name, in the order they are listed in."""
-    from vllm.compressed_linear.backends import register_all, registry
+    """The backends of this package by name, in the order of their entry points."""
+    from vllm.compressed_linear.backends import registry
 
-    register_all()
     package = "vllm.compressed_linear.backends."
     return {
         name: found
@@ -164,12 +163,12 @@ def capability_matrix() -> str:
     row("zero points", lambda b: names(b.capabilities.zero_kinds))
     row("dtypes of activations", lambda b: names(b.capabilities.input_dtypes))
     row("channel order", lambda b: yes(b.capabilities.channel_order))
-    row("channel order with filled groups", lambda b: yes(b.capabilities.padded_order))
+    row("channel order with padded groups", lambda b: yes(b.capabilities.padded_order))
     row("second-level scales", lambda b: yes(b.capabilities.row_scale))
     row("quantized activations", lambda b: yes(b.capabilities.activations))
     row("per-channel scale of activations", lambda b: yes(b.capabilities.prescale))
     row("transforms", lambda b: yes(b.capabilities.transforms))
-    row("rows of embedding tables", lambda b: yes(b.capabilities.lookup))
+    row("lookup of rows (embedding tables)", lambda b: yes(b.capabilities.lookup))
     row("needs", lambda b: names(b.capabilities.required_ops))
     row("weights rounded before multiplying", lambda b: _rounding(b))
     row("batch invariant", lambda b: yes(b.batch_invariant))
@@ -180,7 +179,7 @@ def _rounding(backend: Any) -> str:
     from vllm.compressed_linear.spec.elements import uint
     from vllm.compressed_linear.testing import Case
 
-    value = backend.weight_rounding(Case(uint(4, 8)).build().descriptor)
+    value = backend.contract(Case(uint(4, 8)).build().descriptor).weight_rounding
     return "–" if value == 0 else "to 16 bits"
 
 
@@ -309,17 +308,32 @@ def gpu_order() -> str:
         return table(["Weights", "Compute capability", "Order"], gpu_order.rows())
 
 
+def folders() -> str:
+    """The diagram of the folders, which is a file of ``IMAGES``."""
+    return "![Folders of the package and the imports between them](images/folders.svg)"
+
+
+def folders_image() -> str:
+    """The contents of ``images/folders.svg``."""
+    with importing_from(ROOT / "docs"):
+        import folders
+    return folders.svg(ROOT)
+
+
 PARTS: dict[str, Callable[..., str]] = {
     "benchmark": benchmark,
     "capabilities": capability_matrix,
     "command": command,
     "coverage": coverage,
+    "folders": folders,
     "gpu-order": gpu_order,
     "message": message,
     "plan-file": plan_file,
     "settings": settings_table,
     "source": source,
 }
+IMAGES: dict[str, Callable[[], str]] = {"docs/images/folders.svg": folders_image}
+"""Generated files by their path in the repository."""
 
 
 def main() -> None:
@@ -329,6 +343,10 @@ def main() -> None:
         if comparable(after) != comparable(before):
             page.write_text(after)
             print(f"rewritten: {page.relative_to(ROOT)}")
+    for name, image in IMAGES.items():
+        if (content := image()) != ((ROOT / name).read_text() if (ROOT / name).exists() else ""):
+            (ROOT / name).write_text(content)
+            print(f"rewritten: {name}")
 
 
 if __name__ == "__main__":

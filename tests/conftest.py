@@ -46,6 +46,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("unit")
 
 
+@pytest.fixture
+def w4a16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sets ``W4A16``: what is tested multiplies 4-bit weights with x as it is."""
+    from tests.support.stock_vllm import W4A16
+
+    for name, value in W4A16.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def no_int4_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM refuses experts of 4 bits on the CPU, as it does on one without AMX."""
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsInt4
+
+    monkeypatch.setattr(CPUExpertsInt4, "_supports_current_device", staticmethod(lambda: False))
+
+
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test with each instruction set."""

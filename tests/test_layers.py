@@ -34,7 +34,7 @@ def copy(tmp_path: Path) -> Path:
         ("formats/awq.py", "import vllm.compressed_linear.backends.registry", "backends.registry"),
         ("backends/cpu/int8.py", "import vllm.compressed_linear.formats.awq", "formats.awq"),
         ("spec/packing.py", "import vllm.compressed_linear.machine.cost", "machine.cost"),
-        ("prepare/plan.py", "import vllm.compressed_linear.testing.cases", "testing.cases"),
+        ("prepare/plan.py", "import vllm.compressed_linear.testing.oracle", "testing.oracle"),
         # Circles inside of a layer; an import in a function is one as well.
         (
             "formats/base.py",

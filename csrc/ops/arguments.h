@@ -188,9 +188,9 @@ inline void check_perm(const char* op, const int32_t* perm, int64_t k, int64_t c
 }
 
 // One number for each channel (or one number): the data of float32 [length], or null.
-inline const float* number_data(const char* op, const char* what,
-                                const std::optional<Tensor>& numbers, int64_t length) {
-  if (!numbers.has_value()) return nullptr;
+inline const float* number_data(const char* op, const char* what, const Tensor* numbers,
+                                int64_t length) {
+  if (numbers == nullptr) return nullptr;
   check_plain(op, what, *numbers);
   check_type(op, what, *numbers, ScalarType::Float);
   check_shape<1>(op, what, *numbers, {length});
@@ -198,8 +198,8 @@ inline const float* number_data(const char* op, const char* what,
 }
 
 // The one static zero point of x: the data of int32 [1], or null.
-inline const int32_t* input_zero_data(const char* op, const std::optional<Tensor>& input_zero) {
-  if (!input_zero.has_value()) return nullptr;
+inline const int32_t* input_zero_data(const char* op, const Tensor* input_zero) {
+  if (input_zero == nullptr) return nullptr;
   check_plain(op, "input_zero", *input_zero);
   check_type(op, "input_zero", *input_zero, ScalarType::Int);
   check_shape<1>(op, "input_zero", *input_zero, {1});
@@ -207,8 +207,8 @@ inline const int32_t* input_zero_data(const char* op, const std::optional<Tensor
 }
 
 // The order of input channels: the data of int32 [k], or null.
-inline const int32_t* perm_data(const char* op, const std::optional<Tensor>& perm, int64_t k) {
-  if (!perm.has_value()) return nullptr;
+inline const int32_t* perm_data(const char* op, const Tensor* perm, int64_t k) {
+  if (perm == nullptr) return nullptr;
   check_plain(op, "perm", *perm);
   check_type(op, "perm", *perm, ScalarType::Int);
   check_shape<1>(op, "perm", *perm, {k});

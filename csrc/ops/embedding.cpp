@@ -7,23 +7,20 @@
 
 namespace compressed_linear {
 
-Tensor embedding(Tensor ids, Tensor problem, Tensor packed, std::optional<Tensor> scale,
-                 std::optional<Tensor> zero, std::optional<Tensor> row_scale,
-                 std::optional<Tensor> table, std::optional<Tensor> perm, int64_t channels,
+Tensor embedding(Tensor ids, Tensor problem, std::vector<Tensor> tensors, int64_t channels,
                  ScalarType out_dtype) {
   constexpr const char* op = "embedding";
   const ProblemNumbers numbers = read_problem(op, problem);
+  const Operands operands(op, numbers, tensors);
   const Geometry& g = numbers.geometry;
   if (numbers.layout != PackedLayout::planes)
     fail(op, "problem has layout ", layout_name(numbers.layout), ", expected planes");
   if (channels != numbers.columns)
     fail(op, "channels is ", channels, ", expected ", numbers.columns, " as in problem");
   cpu::Lookup l{};
-  l.weight = weight_of(op, numbers, packed, scale, zero, row_scale, table);
+  l.weight = weight_of(op, numbers, operands);
   l.weight.middle = static_cast<float>(numbers.element_bias);
-  l.perm = perm_data(op, perm, g.k);
-  if (l.perm == nullptr && channels != g.k)
-    fail(op, "perm is missing, but problem has ", channels, " channels for k = ", g.k);
+  l.perm = perm_data(op, operands[Operand::perm], g.k);
   l.channels = channels;
 
   check_plain(op, "ids", ids);

@@ -27,8 +27,8 @@ std::atomic<int64_t>& linear_counter(const cpu::Isa& isa, PackedLayout layout, E
   return *entry.counter;
 }
 
-cpu::Input input_of(const char* op, const ProblemNumbers& numbers, const Tensor& x,
-                    const std::optional<Tensor>& perm, const std::optional<Tensor>& prescale) {
+cpu::Input input_of(const char* op, const ProblemNumbers& numbers, const Operands& operands,
+                    const Tensor& x) {
   if (!x.is_cpu()) fail(op, "x is not on the CPU");
   if (x.dim() != 2 || x.size(1) != numbers.columns)
     fail(op, "x has shape ", shape_text(x), ", expected [m, ", numbers.columns, "]");
@@ -39,25 +39,21 @@ cpu::Input input_of(const char* op, const ProblemNumbers& numbers, const Tensor&
   input.columns = numbers.columns;
   input.row_stride = x.stride(0);
   input.column_stride = x.stride(1);
-  input.perm = perm_data(op, perm, numbers.geometry.k);
-  if (input.perm == nullptr && input.columns != numbers.geometry.k)
-    fail(op, "perm is missing, but problem has ", input.columns,
-         " columns for k = ", numbers.geometry.k);
-  input.prescale = number_data(op, "prescale", prescale, numbers.geometry.k);
+  input.perm = perm_data(op, operands[Operand::perm], numbers.geometry.k);
+  input.prescale = number_data(op, "prescale", operands[Operand::prescale], numbers.geometry.k);
   input.activation = numbers.activation;
   return input;
 }
 
 // The scale and zero point of x that are not computed from it.
 void read_static(const char* op, cpu::Activation& a, PackedLayout layout,
-                 const std::optional<Tensor>& input_scale,
-                 const std::optional<Tensor>& input_zero) {
-  const float* scale = number_data(op, "input_scale", input_scale, 1);
+                 const Operands& operands) {
+  const float* scale = number_data(op, "input_scale", operands[Operand::input_scale], 1);
   const bool scaled = a.present && (!a.dynamic || a.scale_type == Scalar::e4m3);
   if ((scale != nullptr) != scaled)
     fail(op, "input_scale is ", scaled ? "missing" : "given", ", expected for static scales only");
   if (scaled) a.scale = *scale;
-  const int32_t* zero = input_zero_data(op, input_zero);
+  const int32_t* zero = input_zero_data(op, operands[Operand::input_zero]);
   const bool shifted = a.present && !a.dynamic && !a.symmetric;
   if ((zero != nullptr) != shifted)
     fail(op, "input_zero is ", shifted ? "missing" : "given",
@@ -70,21 +66,18 @@ void read_static(const char* op, cpu::Activation& a, PackedLayout layout,
 
 }  // namespace
 
-Tensor linear(Tensor x, Tensor problem, Tensor packed, std::optional<Tensor> scale,
-              std::optional<Tensor> zero, std::optional<Tensor> row_scale,
-              std::optional<Tensor> table, std::optional<Tensor> code_sums,
-              std::optional<Tensor> perm, std::optional<Tensor> prescale,
-              std::optional<Tensor> input_scale, std::optional<Tensor> input_zero,
-              std::optional<Tensor> bias, int64_t n, ScalarType out_dtype) {
+Tensor linear(Tensor x, Tensor problem, std::vector<Tensor> tensors, std::optional<Tensor> bias,
+              int64_t n, ScalarType out_dtype) {
   constexpr const char* op = "linear";
   const ProblemNumbers numbers = read_problem(op, problem);
+  const Operands operands(op, numbers, tensors);
   const Geometry& g = numbers.geometry;
   const PackedLayout layout = numbers.layout;
   if (n != g.n) fail(op, "n is ", n, ", expected ", g.n, " as in problem");
   cpu::Problem p{};
-  p.x = input_of(op, numbers, x, perm, prescale);
-  read_static(op, p.x.activation, layout, input_scale, input_zero);
-  p.weight = weight_of(op, numbers, packed, scale, zero, row_scale, table);
+  p.x = input_of(op, numbers, operands, x);
+  read_static(op, p.x.activation, layout, operands);
+  p.weight = weight_of(op, numbers, operands);
   cpu::Weight& w = p.weight;
   if (g.element.kind == Kind::integer) {
     // Beside zero points, codes count from the middle: what is added and taken away stays small.
@@ -93,13 +86,16 @@ Tensor linear(Tensor x, Tensor problem, Tensor packed, std::optional<Tensor> sca
     const bool centred = w.zero.data != nullptr || bytes;
     w.middle =
         static_cast<float>(centred ? int64_t{1} << (g.element.bits - 1) : numbers.element_bias);
-    w.offset = table.has_value() ? 0.0f : static_cast<float>(numbers.element_bias) - w.middle;
+    w.offset = operands[Operand::table] != nullptr
+                   ? 0.0f
+                   : static_cast<float>(numbers.element_bias) - w.middle;
   }
   if (layout == PackedLayout::quads) {
-    if (code_sums.has_value() == numbers.activation.symmetric)
-      fail(op, "code_sums are ", code_sums.has_value() ? "given" : "missing",
+    const Tensor* code_sums = operands[Operand::code_sums];
+    if ((code_sums != nullptr) == numbers.activation.symmetric)
+      fail(op, "code_sums are ", code_sums != nullptr ? "given" : "missing",
            ", expected for x with zero points and only there");
-    if (code_sums.has_value()) {
+    if (code_sums != nullptr) {
       check_plain(op, "code_sums", *code_sums);
       check_type(op, "code_sums", *code_sums, ScalarType::Int);
       check_shape<3>(op, "code_sums", *code_sums,

@@ -85,6 +85,8 @@ STABLE_TORCH_LIBRARY(compressed_linear, m) {
   // What `linear` and `embedding` of one layer share, parsed and checked: int64 numbers, to be kept
   // with the layer's tensors and given to each call.
   //   element_bias  what codes count from
+  //   operands      names of the tensors that each call is given, separated by blanks: packed and,
+  //                 of those that `linear` explains, what the layer has
   //   perm, columns  order of the input channels and width of x, see `linear`; perm is only checked
   //   activation    how x is quantized (spec/activation.py): element, `dynamic` or static scales,
   //                 granularity token, tensor or group, channels of a group or -1, `symmetric`,
@@ -92,36 +94,41 @@ STABLE_TORCH_LIBRARY(compressed_linear, m) {
   // Layout quads needs an activation int8, dynamic by token or group or static by tensor.
   m.def(
       "make_problem(str layout, int n, int k, int group_size, str element, int element_bias, "
-      "Tensor? perm=None, int? columns=None, str? activation=None, bool dynamic=True, "
+      "str operands, Tensor? perm=None, int? columns=None, str? activation=None, bool "
+      "dynamic=True, "
       "str granularity=\"token\", int activation_group=-1, bool symmetric=True, "
       "str scale_dtype=\"float32\", float maximum=1.0) -> Tensor");
 
   // y [m, n] = row_scale * (x^ w^T) + bias, where
   //   x^     = quantize(x[:, perm] * prescale), a negative entry of perm being a channel of zeros
   //   w[n,k] = scale[n,g] * (code - element_bias - zero[n,g]), or scale * (table[code] - zero)
-  // x: [m, columns] bfloat16, float16 or float32, any strides. problem: from make_problem. scale
-  // and zero: [tiles, groups, 16] of these dtypes; scale also float8_e4m3fn, or uint8 exponents of
-  // two (e8m0). row_scale: float32 [n]. table: [2^bits], bfloat16 or float32. code_sums: for layout
-  // quads and x that is not symmetric. perm: int32 [k]. prescale: float32 [k]. input_scale: float32
-  // [1], of static x and NVFP4; input_zero: int32 [1]. bias: [n].
+  // x: [m, columns] bfloat16, float16 or float32, any strides. problem: from make_problem. bias:
+  // [n]. tensors, in this order and without those that problem does not name (one list, since each
+  // argument costs a tenth of a microsecond even where it is None):
+  //   packed                   of the layout of problem
+  //   scale, zero              [tiles, groups, 16] of the dtypes of x; scale also float8_e4m3fn, or
+  //                            uint8 exponents of two (e8m0)
+  //   row_scale                float32 [n]
+  //   table                    [2^bits], bfloat16 or float32
+  //   code_sums                of layout quads, for x that is not symmetric
+  //   perm                     int32 [k]
+  //   prescale                 float32 [k]
+  //   input_scale, input_zero  float32 [1], of static x and NVFP4, and int32 [1]
   //
   // A row's bits depend on neither the other rows nor the number of threads. In layout planes, sums
   // are fp32; the AVX-512 path takes denormals of activations and partial products as zero. In
   // layout quads products are added up as integers, exactly, and scaled in fp32 once for each run
   // of channels with one scale of x and of w; every instruction set gives the same bits.
   m.def(
-      "linear(Tensor x, Tensor problem, Tensor packed, Tensor? scale, Tensor? zero, "
-      "Tensor? row_scale, Tensor? table, Tensor? code_sums, Tensor? perm, Tensor? prescale, "
-      "Tensor? input_scale, Tensor? input_zero, Tensor? bias, int n, ScalarType out_dtype) -> "
-      "Tensor");
+      "linear(Tensor x, Tensor problem, Tensor[] tensors, Tensor? bias, int n, "
+      "ScalarType out_dtype) -> Tensor");
 
   // Rows of row_scale * w by their numbers `ids` int64 [m], in fp32 and rounded once: [m,
   // channels]. Column c is the weight of channel c of x: with perm the sum over the k with perm[k]
   // = c. channels: `columns` of problem, whose layout is planes.
   m.def(
-      "embedding(Tensor ids, Tensor problem, Tensor packed, Tensor? scale, Tensor? zero, "
-      "Tensor? row_scale, Tensor? table, Tensor? perm, int channels, ScalarType out_dtype) -> "
-      "Tensor");
+      "embedding(Tensor ids, Tensor problem, Tensor[] tensors, int channels, "
+      "ScalarType out_dtype) -> Tensor");
 
   // ---- products on a GPU ------------------------------------------------------------------------
 

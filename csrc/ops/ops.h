@@ -16,23 +16,18 @@ using torch::stable::Tensor;
 
 // problem.cpp
 Tensor make_problem(std::string layout, int64_t n, int64_t k, int64_t group_size,
-                    std::string element, int64_t element_bias, std::optional<Tensor> perm,
-                    std::optional<int64_t> columns, std::optional<std::string> activation,
-                    bool dynamic, std::string granularity, int64_t activation_group, bool symmetric,
-                    std::string scale_dtype, double maximum);
+                    std::string element, int64_t element_bias, std::string operands,
+                    std::optional<Tensor> perm, std::optional<int64_t> columns,
+                    std::optional<std::string> activation, bool dynamic, std::string granularity,
+                    int64_t activation_group, bool symmetric, std::string scale_dtype,
+                    double maximum);
 
 // linear.cpp
-Tensor linear(Tensor x, Tensor problem, Tensor packed, std::optional<Tensor> scale,
-              std::optional<Tensor> zero, std::optional<Tensor> row_scale,
-              std::optional<Tensor> table, std::optional<Tensor> code_sums,
-              std::optional<Tensor> perm, std::optional<Tensor> prescale,
-              std::optional<Tensor> input_scale, std::optional<Tensor> input_zero,
-              std::optional<Tensor> bias, int64_t n, torch::headeronly::ScalarType out_dtype);
+Tensor linear(Tensor x, Tensor problem, std::vector<Tensor> tensors, std::optional<Tensor> bias,
+              int64_t n, torch::headeronly::ScalarType out_dtype);
 
 // embedding.cpp
-Tensor embedding(Tensor ids, Tensor problem, Tensor packed, std::optional<Tensor> scale,
-                 std::optional<Tensor> zero, std::optional<Tensor> row_scale,
-                 std::optional<Tensor> table, std::optional<Tensor> perm, int64_t channels,
+Tensor embedding(Tensor ids, Tensor problem, std::vector<Tensor> tensors, int64_t channels,
                  torch::headeronly::ScalarType out_dtype);
 
 // pack.cpp

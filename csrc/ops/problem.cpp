@@ -30,6 +30,7 @@ enum Place : int64_t {
   kScaleType,
   kLargest,
   kMaximum,
+  kOperands,
   kChecksum,
   kLength
 };
@@ -79,6 +80,7 @@ void write_numbers(const ProblemNumbers& p, int64_t* to) {
   to[kScaleType] = static_cast<int64_t>(a.scale_type);
   to[kLargest] = bits_of_float(a.largest);
   to[kMaximum] = bits_of_float(a.maximum);
+  to[kOperands] = p.operands;
   to[kChecksum] = checksum(to);
 }
 
@@ -113,6 +115,24 @@ Scalar activation_scale_type(const char* op, const std::string& name) {
   if (name == "e8m0") return Scalar::e8m0;
   if (name == "e4m3") return Scalar::e4m3;
   fail(op, "scale_dtype is '", name, "', expected float32, e8m0 or e4m3");
+}
+
+bool has(uint32_t operands, Operand operand) {
+  return (operands >> static_cast<int>(operand) & 1u) != 0;
+}
+
+// Names separated by blanks, in any order.
+uint32_t read_operands(const char* op, const std::string& names) {
+  uint32_t operands = 0;
+  std::istringstream rest(names);
+  for (std::string name; rest >> name;) {
+    size_t i = 0;
+    while (i < kOperandNames.size() && name != kOperandNames[i]) ++i;
+    if (i == kOperandNames.size()) fail(op, "operands holds '", name, "', which is unknown");
+    operands |= 1u << i;
+  }
+  if (!has(operands, Operand::packed)) fail(op, "operands are '", names, "', expected packed");
+  return operands;
 }
 
 // What the kernels of layouts/quads.h can do to x.
@@ -156,13 +176,25 @@ ProblemNumbers read_problem(const char* op, const Tensor& problem) {
   a.scale_type = static_cast<Scalar>(from[kScaleType]);
   a.largest = float_of_bits(from[kLargest]);
   a.maximum = float_of_bits(from[kMaximum]);
+  p.operands = static_cast<uint32_t>(from[kOperands]);
   return p;
 }
 
-cpu::Weight weight_of(const char* op, const ProblemNumbers& numbers, const Tensor& packed,
-                      const std::optional<Tensor>& scale, const std::optional<Tensor>& zero,
-                      const std::optional<Tensor>& row_scale, const std::optional<Tensor>& table) {
+Operands::Operands(const char* op, const ProblemNumbers& numbers,
+                   const std::vector<Tensor>& tensors) {
+  size_t count = 0;
+  for (size_t i = 0; i < at_.size(); ++i) {
+    if ((numbers.operands >> i & 1u) == 0) continue;
+    if (count < tensors.size()) at_[i] = &tensors[count];
+    ++count;
+  }
+  if (count != tensors.size())
+    fail(op, "there are ", tensors.size(), " tensors, expected ", count, " as in problem");
+}
+
+cpu::Weight weight_of(const char* op, const ProblemNumbers& numbers, const Operands& operands) {
   const Geometry& g = numbers.geometry;
+  const Tensor& packed = *operands[Operand::packed];
   check_packed(op, numbers.layout, packed, g);
   cpu::Weight w =
       cpu::packed_weight(numbers.layout, g, static_cast<const uint8_t*>(packed.const_data_ptr()));
@@ -171,12 +203,13 @@ cpu::Weight weight_of(const char* op, const ProblemNumbers& numbers, const Tenso
     check_shape<3>(op, what, tensor, {g.tiles, g.groups, cpu::kTile});
     return cpu::tile_numbers(tensor.const_data_ptr(), type, g);
   };
-  if (scale.has_value())
+  if (const Tensor* scale = operands[Operand::scale])
     w.scale = numbers_of("scale", *scale, scale_type(op, "scale", scale->scalar_type()));
-  if (zero.has_value())
+  if (const Tensor* zero = operands[Operand::zero])
     w.zero = numbers_of("zero", *zero, float_type(op, "zero", zero->scalar_type()));
-  w.row_scale = number_data(op, "row_scale", row_scale, g.n);
-  if (!table.has_value()) return w;
+  w.row_scale = number_data(op, "row_scale", operands[Operand::row_scale], g.n);
+  const Tensor* table = operands[Operand::table];
+  if (table == nullptr) return w;
   if (g.element.kind != Kind::integer || g.element.bits == 8 ||
       numbers.layout != PackedLayout::planes)
     fail(op, "table is given for ", element_name(g.element), " in layout ",
@@ -193,10 +226,11 @@ cpu::Weight weight_of(const char* op, const ProblemNumbers& numbers, const Tenso
 }
 
 Tensor make_problem(std::string layout, int64_t n, int64_t k, int64_t group_size,
-                    std::string element, int64_t element_bias, std::optional<Tensor> perm,
-                    std::optional<int64_t> columns, std::optional<std::string> activation,
-                    bool dynamic, std::string granularity, int64_t activation_group, bool symmetric,
-                    std::string scale_dtype, double maximum) {
+                    std::string element, int64_t element_bias, std::string operands,
+                    std::optional<Tensor> perm, std::optional<int64_t> columns,
+                    std::optional<std::string> activation, bool dynamic, std::string granularity,
+                    int64_t activation_group, bool symmetric, std::string scale_dtype,
+                    double maximum) {
   constexpr const char* op = "make_problem";
   ProblemNumbers p{};
   p.layout = parse_layout(op, layout);
@@ -206,11 +240,15 @@ Tensor make_problem(std::string layout, int64_t n, int64_t k, int64_t group_size
   const Geometry& g = p.geometry;
   check_element_bias(op, g.element, element_bias);
   p.element_bias = element_bias;
+  p.operands = read_operands(op, operands);
+  if (has(p.operands, Operand::perm) != perm.has_value())
+    fail(op, "perm is ", perm.has_value() ? "given" : "missing", ", but operands are '", operands,
+         "'");
   p.columns = columns.value_or(k);
   if (p.columns < 1 || p.columns >= int64_t{1} << 31)
     fail(op, "columns is ", p.columns, ", expected 1 to 2^31 - 1, what perm can name");
   if (perm.has_value()) {
-    check_perm(op, perm_data(op, perm, k), k, p.columns);
+    check_perm(op, perm_data(op, &*perm, k), k, p.columns);
   } else if (p.columns != k) {
     fail(op, "columns is ", p.columns, " without perm, expected k = ", k);
   }

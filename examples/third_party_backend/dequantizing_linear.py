@@ -4,6 +4,7 @@
 import torch
 
 from vllm.compressed_linear.backends.base import Capabilities, QuantLinearMethod
+from vllm.compressed_linear.backends.contract import Contract
 from vllm.compressed_linear.spec.elements import torch_dtype
 
 
@@ -25,8 +26,8 @@ class DequantizingBackend(QuantLinearMethod):
             yield "output or bias of another dtype than the input"
 
     @classmethod
-    def weight_rounding(cls, d):
-        return torch.finfo(torch_dtype(d.input_dtype)).eps / 2
+    def contract(cls, d):
+        return Contract(weight_rounding=torch.finfo(torch_dtype(d.input_dtype)).eps / 2)
 
     @classmethod
     def seconds(cls, d, platform, m):

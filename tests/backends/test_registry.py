@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import EntryPoint
 from typing import Any, ClassVar
@@ -322,8 +322,8 @@ def test_everything_undeclared_is_declined_each_with_both_sides() -> None:
         "a per-channel scale of the activations",
         "Hadamard or rotation transforms",
         "second-level scales",
-        "rows by their numbers (an embedding table) are not supported",
-        "rows by their numbers of a weight whose x is transformed",
+        "lookup of rows (an embedding table) is not supported",
+        "lookup of rows of a weight whose x is transformed",
     ]
     reasons = list(nothing.reasons(ALL, CPU))
     for text in expected:
@@ -376,6 +376,10 @@ class FromPackage(Toy):
     name = "from_package"
 
 
+class NamedAsOurs(Toy):
+    name = "cpu"
+
+
 def register_two() -> None:
     register_backend(toy("two_a"))
     register_backend(toy("two_b"))
@@ -397,6 +401,44 @@ def test_entry_points_name_classes_or_functions(monkeypatch: pytest.MonkeyPatch)
     assert found["from_package"].backend is FromPackage
     assert {"two_a", "two_b"} <= set(found)
     assert registry.backends() == found
+
+
+@pytest.fixture
+def metadata(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[EntryPoint]]:
+    """The entry points of installed packages, to be changed by a test."""
+    found = list(registry.entry_points(group=registry.ENTRY_POINT_GROUP))
+    monkeypatch.setattr(registry, "entry_points", lambda group: found)
+    registry._installed_entry_points.cache_clear()
+    registry._LOADED.clear()
+    registry._REGISTERED.clear()
+    yield found
+    registry._installed_entry_points.cache_clear()
+
+
+def test_our_own_are_named_by_entry_points_as_others_are(metadata: list[EntryPoint]) -> None:
+    ours = {p.name: p.load() for p in metadata if p.dist and p.dist.name == registry.DISTRIBUTION}
+    assert {name: cls.name for name, cls in ours.items()} == {name: name for name in ours}
+    assert "reference" in ours
+    assert set(ours.values()) <= {entry.backend for entry in registry.backends().values()}
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_a_tree_that_was_not_installed_says_so(metadata: list[EntryPoint], others: bool) -> None:
+    metadata.clear()
+    if others:
+        value = f"{__name__}:FromPackage"
+        metadata.append(EntryPoint("from_package", value, registry.ENTRY_POINT_GROUP))
+    for _ in range(2):
+        with pytest.raises(BackendPackageError, match=saying(registry.DISTRIBUTION, "pip install")):
+            registry.backends()
+
+
+def test_a_name_of_ours_is_the_other_package_s_error(metadata: list[EntryPoint]) -> None:
+    value = f"{__name__}:NamedAsOurs"
+    metadata.insert(0, EntryPoint("anything", value, registry.ENTRY_POINT_GROUP))
+    message = saying("anything", value, "ValueError", "cpu", "CpuBackend")
+    with pytest.raises(BackendPackageError, match=message):
+        registry.backends()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import itertools
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +34,7 @@ from benchmarks.serving import (
 from benchmarks.serving.workload import Stream
 from tests.support.model_loading import loaded
 from tests.support.model_loading import logits as model_logits
-from tests.support.stock_vllm import needs_vllms_4_bit_kernel
+from tests.support.stock_vllm import W4A16, needs_vllms_4_bit_kernel
 
 
 @pytest.fixture
@@ -108,7 +109,7 @@ def test_vllm_is_given_the_same_weights(name: str) -> None:
 @pytest.mark.usefixtures("tiny_cache")
 def test_vllm_runs_layers_in_a_process_of_its_own() -> None:
     needs_vllms_4_bit_kernel()
-    process = Vllm(STOCK)
+    process = Vllm(replace(STOCK, variables=tuple(W4A16.items())))
     try:
         problem = SCHEMES["w4"].problem(256, 512)
         contestant = RemoteContender(process, "wna16", problem, 0.02)

@@ -14,8 +14,8 @@ from benchmarks import gpu_linear
 from tests.support import cuda_doubles
 from tests.support.messages import saying, says
 from vllm.compressed_linear.backends.vllm_native import op
-from vllm.compressed_linear.backends.vllm_native.classes import accelerators
-from vllm.compressed_linear.commands.tune.random_weights import made_up_weights
+from vllm.compressed_linear.backends.vllm_native.classes import process, tables
+from vllm.compressed_linear.commands.tune.random_weights import random_weights
 from vllm.compressed_linear.machine.platform import Platform
 
 H100 = Platform.parse("cuda:90")
@@ -43,9 +43,7 @@ def test_every_layer_of_both_models_is_measured_with_every_kind() -> None:
         assert layer.descriptor.weight == gpu_linear.WEIGHTS[layer.weights]
 
 
-@pytest.mark.skipif(
-    accelerators.unavailable("mixed precision") is not None, reason="no kernel classes"
-)
+@pytest.mark.skipif(tables.unavailable("mixed precision") is not None, reason="no kernel classes")
 @pytest.mark.parametrize(
     ("weights", "kernels"),
     [
@@ -69,11 +67,11 @@ def test_contenders_compute_the_layer(weights: str) -> None:
     op.ready.cache_clear()
     a100 = Platform.parse("cuda:80")
     d = gpu_linear.Layer(weights, "8b", "o", 128, 256).descriptor
-    made = made_up_weights(d)
+    made = random_weights(d)
     exact = made.dequantize(0, d.n)
     can, _ = gpu_linear.able(d, a100)
     name, tag = next((name, tag) for name, tag in can.items() if "Marlin" in name)
-    with accelerators.pretending(a100):
+    with process.pretending(a100):
         found = gpu_linear.contender(name, tag, d, made, a100, enough=1 << 20)
         assert len(found.copies) * found.weight_bytes >= 1 << 20
         assert gpu_linear.check(found, exact) < gpu_linear.TOLERANCE

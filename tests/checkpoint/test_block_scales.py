@@ -19,7 +19,7 @@ from vllm.compressed_linear.checkpoint.describe import LayerContext
 from vllm.compressed_linear.checkpoint.parts import Part, refine
 from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
 from vllm.compressed_linear.checkpoint.write import from_standard_layout
-from vllm.compressed_linear.commands.tune.random_weights import made_up_weights
+from vllm.compressed_linear.commands.tune.random_weights import random_weights
 from vllm.compressed_linear.spec.descriptor import (
     CompressedLinearDescriptor,
     ScaleSpec,
@@ -28,7 +28,7 @@ from vllm.compressed_linear.spec.descriptor import (
 )
 from vllm.compressed_linear.spec.elements import E4M3, uint
 from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role, StandardWeights, StoredTensor
-from vllm.compressed_linear.testing.cases import load_shard
+from vllm.compressed_linear.testing.data import load_shard
 from vllm.compressed_linear.testing.suite import FP8_BLOCK
 
 CONTEXT = LayerContext("bfloat16", "bfloat16")
@@ -195,9 +195,9 @@ def test_the_descriptor_says_it_and_can_be_written() -> None:
     assert CompressedLinearDescriptor.from_json(d.to_json()) == d
 
 
-def test_made_up_weights_share_scales_as_the_descriptor_says() -> None:
+def test_random_weights_share_scales_as_the_descriptor_says() -> None:
     d = only(shard(16, 40)).descriptor
-    made = made_up_weights(d)
+    made = random_weights(d)
     part = Part(0, d, made)
     assert rows_share(part, 16)
     assert not rows_share(part, 32)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from vllm.compressed_linear.checkpoint.channels import (
     FILL_UNIT,
     SMALLEST_PLAIN_GROUP,
-    ChannelPlan,
-    plan_channels,
+    ChannelGather,
+    gather_channels,
 )
 
 
@@ -33,80 +33,80 @@ def group_indices(draw: st.DrawFn) -> torch.Tensor:
     return index
 
 
-def gathered(plan: ChannelPlan, k: int) -> torch.Tensor:
-    return torch.arange(k) if plan.order is None else plan.order.long()
+def gathered(gather: ChannelGather, k: int) -> torch.Tensor:
+    return torch.arange(k) if gather.order is None else gather.order.long()
 
 
 @given(group_indices())
 def test_every_channel_keeps_its_group(index: torch.Tensor) -> None:
-    plan = plan_channels(index)
-    order = gathered(plan, len(index))
-    assert len(order) == plan.k == len(plan.group_of) * plan.group_size
+    gather = gather_channels(index)
+    order = gathered(gather, len(index))
+    assert len(order) == gather.k == len(gather.group_of) * gather.group_size
     real = order >= 0
     assert sorted(order[real].tolist()) == list(range(len(index)))
-    kernel_group = torch.arange(plan.k) // plan.group_size
-    assert torch.equal(plan.group_of[kernel_group][real], index[order[real]])
-    assert plan.padded == bool((~real).any())
-    assert plan.order is None or plan.order.dtype == torch.int32
+    kernel_group = torch.arange(gather.k) // gather.group_size
+    assert torch.equal(gather.group_of[kernel_group][real], index[order[real]])
+    assert gather.padded == bool((~real).any())
+    assert gather.order is None or gather.order.dtype == torch.int32
 
 
 @given(group_indices())
 def test_products_are_what_they_were(index: torch.Tensor) -> None:
     """x̂ ŵ with equal groups of consecutive channels equals x w with any groups."""
-    plan = plan_channels(index)
+    gather = gather_channels(index)
     k = len(index)
     generator = torch.Generator().manual_seed(k)
     codes = torch.randint(-8, 8, (5, k), generator=generator).double()
     scale = torch.rand(5, int(index.max()) + 1, generator=generator, dtype=torch.float64)
     x = torch.randn(3, k, generator=generator, dtype=torch.float64)
-    order = gathered(plan, k)
+    order = gathered(gather, k)
     # What backends get for a channel of zeros must not matter, so it is made large.
     kernel_codes = torch.where(order < 0, 99.0, codes[:, order.clamp(min=0)])
     kernel_x = torch.where(order < 0, 0.0, x[:, order.clamp(min=0)])
-    grouped = kernel_codes.unflatten(1, (-1, plan.group_size)) * scale[:, plan.group_of, None]
+    grouped = kernel_codes.unflatten(1, (-1, gather.group_size)) * scale[:, gather.group_of, None]
     result = kernel_x @ grouped.flatten(1).t()
     torch.testing.assert_close(result, x @ (codes * scale[:, index]).t(), rtol=1e-12, atol=1e-12)
 
 
 @given(group_indices())
 def test_groups_are_not_needlessly_small_nor_fillings_large(index: torch.Tensor) -> None:
-    plan = plan_channels(index)
+    gather = gather_channels(index)
     counts = torch.unique_consecutive(torch.sort(index).values, return_counts=True)[1]
-    assert plan.group_size >= min(SMALLEST_PLAIN_GROUP, int(counts.max()))
-    assert plan.k < len(index) + len(counts) * FILL_UNIT
-    if not plan.padded:
-        assert plan.k == len(index)
+    assert gather.group_size >= min(SMALLEST_PLAIN_GROUP, int(counts.max()))
+    assert gather.k < len(index) + len(counts) * FILL_UNIT
+    if not gather.padded:
+        assert gather.k == len(index)
 
 
 @pytest.mark.parametrize("group", [16, 32, 128])
 def test_a_trivial_index_needs_no_gather(group: int) -> None:
-    plan = plan_channels(torch.arange(4 * group) // group)
-    assert plan.order is None
-    assert plan.group_size == group
-    assert plan.group_of.tolist() == [0, 1, 2, 3]
+    gather = gather_channels(torch.arange(4 * group) // group)
+    assert gather.order is None
+    assert gather.group_size == group
+    assert gather.group_of.tolist() == [0, 1, 2, 3]
 
 
 def test_one_group_is_one_group() -> None:
-    plan = plan_channels(torch.zeros(70, dtype=torch.int32))
-    assert (plan.order, plan.group_size, plan.group_of.tolist()) == (None, 70, [0])
+    gather = gather_channels(torch.zeros(70, dtype=torch.int32))
+    assert (gather.order, gather.group_size, gather.group_of.tolist()) == (None, 70, [0])
 
 
 def test_a_group_cut_by_a_shard_border_is_split_without_a_gather() -> None:
-    plan = plan_channels((torch.arange(96) + 32) // 64)
-    assert plan.order is None
-    assert plan.group_size == 32
-    assert plan.group_of.tolist() == [0, 1, 1]
+    gather = gather_channels((torch.arange(96) + 32) // 64)
+    assert gather.order is None
+    assert gather.group_size == 32
+    assert gather.group_of.tolist() == [0, 1, 1]
 
 
 def test_a_short_last_group_is_filled_up() -> None:
-    plan = plan_channels(torch.arange(100) // 32)
-    assert plan.order is not None
-    assert plan.group_size == 32
-    assert plan.order.tolist() == [*range(100), *[-1] * 28]
+    gather = gather_channels(torch.arange(100) // 32)
+    assert gather.order is not None
+    assert gather.group_size == 32
+    assert gather.order.tolist() == [*range(100), *[-1] * 28]
 
 
 def test_channels_of_a_group_stay_in_order() -> None:
     """So that neighbouring shards with the same groups get the same gather."""
-    plan = plan_channels(torch.tensor([1, 0] * 32))
-    assert plan.order is not None
-    assert plan.order.tolist() == [*range(1, 64, 2), *range(0, 64, 2)]
+    gather = gather_channels(torch.tensor([1, 0] * 32))
+    assert gather.order is not None
+    assert gather.order.tolist() == [*range(1, 64, 2), *range(0, 64, 2)]

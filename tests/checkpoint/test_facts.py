@@ -19,7 +19,7 @@ from vllm.compressed_linear.spec.descriptor import ScaleSpec, WeightSpec, ZeroSp
 from vllm.compressed_linear.spec.elements import BF16, FP16, dense, uint
 from vllm.compressed_linear.spec.packing import Packing
 from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role, StandardWeights, StoredTensor
-from vllm.compressed_linear.testing.cases import load_shard
+from vllm.compressed_linear.testing.data import load_shard
 
 CONTEXT = LayerContext("bfloat16", "bfloat16", "float32")
 K = 128

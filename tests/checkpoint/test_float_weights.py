@@ -26,7 +26,7 @@ from vllm.compressed_linear.spec.descriptor import (
 from vllm.compressed_linear.spec.elements import E2M1, E4M3, INT8, ElementType
 from vllm.compressed_linear.spec.packing import Packing
 from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role, StandardWeights, StoredTensor
-from vllm.compressed_linear.testing.cases import load_shard
+from vllm.compressed_linear.testing.data import load_shard
 
 CONTEXT = LayerContext("bfloat16", "bfloat16")
 N, K = 40, 96

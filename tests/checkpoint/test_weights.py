@@ -23,7 +23,7 @@ from vllm.compressed_linear.spec.descriptor import ScaleSpec, WeightSpec, ZeroSp
 from vllm.compressed_linear.spec.elements import BF16, uint
 from vllm.compressed_linear.spec.packing import Packing
 from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role, StandardWeights, StoredTensor
-from vllm.compressed_linear.testing.cases import load_shard
+from vllm.compressed_linear.testing.data import load_shard
 
 CONTEXT = LayerContext("bfloat16", "bfloat16")
 
@@ -79,7 +79,7 @@ def test_a_rank_s_part_means_what_it_meant_in_the_whole(
 
 @given(weights(), st.data())
 def test_rows_are_the_same_in_any_chunks(weight: Weight, data: st.DataObject) -> None:
-    """Standard rows, gathered back and dequantised, equal the stored meaning to the last bit."""
+    """Standard rows, gathered back and dequantized, equal the stored meaning to the last bit."""
     (part,) = refine([shard_of(weight)], CONTEXT)
     n, k = weight.standard.codes.shape
     cuts = sorted({0, n, *data.draw(st.lists(st.integers(0, n), max_size=3))})

@@ -132,7 +132,7 @@ def test_no_directory_is_one_line_and_status_1(command: tuple[str, ...], tmp_pat
     assert result.stderr == f"error: which directory? Give --dir, or set {settings.CACHE}\n"
     result = call(*command, "--dir", str(tmp_path / "none"))
     assert result.exit_code == 1
-    assert result.stderr == f"error: there is no directory {tmp_path / 'none'}\n"
+    assert result.stderr == f"error: directory {tmp_path / 'none'} does not exist\n"
 
 
 def test_an_empty_cache(tmp_path: Path) -> None:

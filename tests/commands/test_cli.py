@@ -17,11 +17,13 @@ from typer.testing import CliRunner, Result
 from tests.support.checkpoints import checkpoint
 from tests.support.messages import says
 from vllm.compressed_linear import settings
+from vllm.compressed_linear.commands.backends import declared
 from vllm.compressed_linear.commands.cli import app
 from vllm.compressed_linear.commands.explain.explain import explain
 from vllm.compressed_linear.commands.explain.text import in_words, print_explanation
 from vllm.compressed_linear.commands.text import compress_names, size
 from vllm.compressed_linear.integration.preparation import detect_platform
+from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
 
 PLAIN = "llmcompressor-w4a16-sym-g128"
@@ -148,7 +150,7 @@ def test_damage_is_one_line_and_status_1(tmp_path: Path) -> None:
     assert result.stderr.startswith(f"error: {file}: ")
     missing = call("explain", str(tmp_path / "nothing"))
     assert missing.exit_code == 1
-    assert "there is no directory" in missing.stderr
+    assert says(missing.stderr, "directory", tmp_path / "nothing", "not")
 
 
 def test_the_installed_command_writes_json_only_to_stdout() -> None:
@@ -168,7 +170,7 @@ def test_names_are_compressed() -> None:
     assert compress_names([f"m.{i}.mlp" for i in (0, 1, 2, 5)]) == "m.{0-2,5}.mlp"
     experts = [f"m.{i}.experts.{e}.w1" for i in (3, 4) for e in range(8)]
     assert compress_names(experts) == "m.{3-4}.experts.{0-7}.w1"
-    assert compress_names(experts[:-1]) == "m.3.experts.0.w1 and 14 like it"
+    assert compress_names(experts[:-1]) == "m.3.experts.0.w1 and 14 more"
 
 
 def test_sizes() -> None:
@@ -212,4 +214,20 @@ def test_backends_are_listed_with_what_they_declare() -> None:
     assert rows["cpu"]["reasons"] == []
     gpu = call("backends", "--platform", "cuda:90", columns=200)
     assert says(gpu.stdout, "device cuda", "cpu")
+    for name in ("marlin", "triton", "vllm_native"):
+        assert says(gpu.stdout, name, "runs on cuda:90, untested on hardware")
+
+
+def test_backends_that_have_not_run_on_hardware_say_so() -> None:
+    def tested(platform: str) -> dict[str, bool]:
+        rows = declared(Platform.parse(platform))
+        return {row["name"]: row["hardware_tested"] for row in rows if not row["reasons"]}
+
+    ours = {"cpu": True, "cpu_int8": True, "cpu_int8_fast": True, "reference": True}
+    assert tested("cpu:avx512bf16") == {**ours, "vllm_native": True}
+    assert tested("cpu:amx") == {**ours, "vllm_native": False}
+    arm = {**dict.fromkeys(ours, False), "reference": True, "vllm_native": False}
+    assert tested("cpu:aarch64") == arm
+    never = dict.fromkeys(("marlin", "triton", "vllm_native", "reference"), False)
+    assert tested("cuda:90") == never
     assert max(map(len, call("backends", columns=80).stdout.splitlines())) <= 80

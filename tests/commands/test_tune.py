@@ -30,7 +30,7 @@ from vllm.compressed_linear.checkpoint.parts import refine
 from vllm.compressed_linear.commands import cli
 from vllm.compressed_linear.commands.explain.explain import explain
 from vllm.compressed_linear.commands.tune import tune as tuning
-from vllm.compressed_linear.commands.tune.random_weights import made_up_weights
+from vllm.compressed_linear.commands.tune.random_weights import random_weights
 from vllm.compressed_linear.commands.tune.text import print_result
 from vllm.compressed_linear.commands.tune.tune import Measuring, TuneError, tune
 from vllm.compressed_linear.integration.preparation import PROCESS_PLAN, detect_platform
@@ -308,10 +308,10 @@ def test_what_cannot_be_measured_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", conformance_cases()[::5], ids=str)
-def test_made_up_weights_are_what_the_descriptor_says(case: Case) -> None:
+def test_random_weights_are_what_the_descriptor_says(case: Case) -> None:
     """Held against the checkpoint's rules, which know nothing of channel plans."""
     descriptor = case.build().descriptor
-    weights = made_up_weights(descriptor)
+    weights = random_weights(descriptor)
     assert (weights.n, weights.k) == (descriptor.n, descriptor.k)
     rows = weights.rows(0, weights.n)
     assert rows.codes.shape == (descriptor.n, descriptor.k)
@@ -329,16 +329,16 @@ def test_made_up_weights_are_what_the_descriptor_says(case: Case) -> None:
         assert bool((weights.permutation < 0).any()) == order.padded
     method = ReferenceBackend(descriptor)
     self_check("made up", method, method.prep_weights_for_execution(weights), weights)
-    again = made_up_weights(descriptor).rows(0, descriptor.n)
+    again = random_weights(descriptor).rows(0, descriptor.n)
     assert torch.equal(again.codes, rows.codes)
     if not (order is not None and order.padded) and descriptor.n > 2:
         assert described_anew(descriptor) == descriptor
 
 
 def described_anew(descriptor: CompressedLinearDescriptor) -> CompressedLinearDescriptor:
-    """What loading would say of weights made up for ``descriptor``."""
+    """What loading would say of random weights for ``descriptor``."""
     context = LayerContext(descriptor.input_dtype, descriptor.output_dtype, descriptor.bias_dtype)
-    (part,) = refine(made_up_weights(descriptor).shards, context)
+    (part,) = refine(random_weights(descriptor).shards, context)
     return part.descriptor
 
 
@@ -362,10 +362,10 @@ INT4 = WeightSpec(uint(4, 8), ScaleSpec("float16", "group", 32))
     ],
     ids=str,
 )
-def test_made_up_weights_of_quantised_inputs(weight: WeightSpec, input_side: Any) -> None:
+def test_random_weights_of_quantized_inputs(weight: WeightSpec, input_side: Any) -> None:
     descriptor = CompressedLinearDescriptor(128, 48, weight, "bfloat16", "bfloat16", **input_side)
     assert described_anew(descriptor) == descriptor
-    weights = made_up_weights(descriptor)
+    weights = random_weights(descriptor)
     assert (weights.row_scale is not None) == (weight.row_scale is not None)
     activation = descriptor.activation
     assert (weights.input_scale is not None) == bool(activation and activation.needs_scale)
@@ -407,7 +407,7 @@ def test_the_command_writes_where_serving_looks(
         "model.layers.{0-1}.mlp.gate_up_proj 1024 x 256, 4-bit symmetric, groups of 128 (float16)",
         "ms a call M=1 M=4 M=16 M=64 M=512 expected",
         "fast 1.02 4.10 16.4 65.5 524",
-        "the cost model would take slow",
+        "the cost model would choose slow",
     ):
         assert part in words, result.stdout
     lines = [line for line in result.stdout.splitlines() if str(tmp_path) not in line]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantized checkpoints of many model families: the numbers of their dequantised twins."""
+"""Quantized checkpoints of many model families: the numbers of their dequantized twins."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from tests.support.architectures import (
 )
 from tests.support.messages import saying
 from tests.support.model_loading import loaded, logits
+from tests.support.stock_vllm import fp32_options
 from tests.support.synthetic import Quant
 from vllm.compressed_linear.formats.resolution import ConfigError
 from vllm.compressed_linear.integration.config import NAME
@@ -88,7 +89,7 @@ def assert_same_logits(checkpoint: Checkpoint, **options: Any) -> None:
 
 
 def assert_same_layers(checkpoint: Checkpoint, **options: Any) -> None:
-    """Every linear of vLLM's model does what stock vLLM's does with the dequantised weights."""
+    """Every linear of vLLM's model does what stock vLLM's does with the dequantized weights."""
     ours = layer_outputs(checkpoint.quantized, **options)
     assert PROCESS_PLAN.prepared == PROCESS_PLAN.expected > 0
     stock = layer_outputs(checkpoint.ideal, **options)
@@ -114,7 +115,7 @@ def test_logits_equal_those_of_transformers(
 def test_layers_equal_those_of_vllm(
     name: str, form: str, checkpoint_of: Callable[[str, str], Checkpoint]
 ) -> None:
-    assert_same_layers(checkpoint_of(name, form))
+    assert_same_layers(checkpoint_of(name, form), **fp32_options(name))
 
 
 @pytest.mark.usefixtures("torchvision")
@@ -123,9 +124,9 @@ def test_unquantized_models_that_opt_in(
     name: str, checkpoint_of: Callable[[str, str], Checkpoint]
 ) -> None:
     ideal = checkpoint_of(name, "gptq").ideal
-    ours = layer_outputs(ideal, quantization=NAME)
+    ours = layer_outputs(ideal, quantization=NAME, **fp32_options(name))
     assert PROCESS_PLAN.prepared == PROCESS_PLAN.expected > 0
-    stock = layer_outputs(ideal)
+    stock = layer_outputs(ideal, **fp32_options(name))
     assert ours.keys() == stock.keys()
     for layer, expected in stock.items():
         torch.testing.assert_close(ours[layer], expected, rtol=1e-4, atol=1e-4, msg=layer)

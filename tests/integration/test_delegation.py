@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsInt4
 
 from tests.support.architectures import FAMILIES, MIXTURE, VOCABULARY, Checkpoint, Family, write
 from tests.support.model_loading import engine_args, loaded, logits
@@ -190,7 +191,7 @@ def test_an_unquantized_model_is_as_near_as_in_stock_vllm(
 @pytest.mark.parametrize("form", QUANTS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(form: str, dtype: str, llama: Callable[[str], Checkpoint]) -> None:
-    """As near to fp32 as stock vLLM is with the dequantised weights."""
+    """As near to fp32 as stock vLLM is with the dequantized weights."""
     checkpoint = llama(form)
     stock = log_probabilities(checkpoint.ideal, checkpoint.input_ids, dtype=dtype)
     ours = log_probabilities(checkpoint.quantized, checkpoint.input_ids, dtype=dtype)
@@ -271,22 +272,40 @@ def test_scales_of_the_kv_cache_go_to_vllm(tmp_path: Path) -> None:
     assert delegated == {f"model.layers.{layer}.self_attn.attn" for layer in range(2)}
 
 
+QUANTIZED_EXPERTS = Family(
+    "mixtral",
+    "MixtralForCausalLM",
+    MIXTURE,
+    quantized=r"layers\.\d+\.(self_attn|.*experts\.\d+)\..*\.weight$",
+)
+
+
 @pytest.mark.parametrize("form", QUANTS)
 def test_quantized_experts_are_left_to_vllm_which_says_where_it_cannot(
-    form: str, tmp_path: Path
+    form: str, tmp_path: Path, no_int4_experts: None
 ) -> None:
-    """vLLM has no kernel for them on a CPU; the error names the layer and its own reason."""
+    """Where vLLM's class for a CPU cannot run, the error names the layer and vLLM's own reason."""
     if torch.accelerator.is_available():
         pytest.skip("vLLM runs quantized experts on accelerators")
-    family = Family(
-        "mixtral",
-        "MixtralForCausalLM",
-        MIXTURE,
-        quantized=r"layers\.\d+\.(self_attn|.*experts\.\d+)\..*\.weight$",
-    )
-    checkpoint = write(family, QUANTS[form], tmp_path, reference=False)
+    checkpoint = write(QUANTIZED_EXPERTS, QUANTS[form], tmp_path, reference=False)
     with (
         pytest.raises(RefusedByVllmError, match=r"layers\.0\.\S+experts: RoutedExperts.*WNA16"),
         loaded(checkpoint.quantized, skip_tokenizer_init=True),
     ):
         pass
+
+
+@pytest.mark.skipif(
+    not CPUExpertsInt4._supports_current_device(),
+    reason="vLLM's class for quantized experts cannot run on this processor",
+)
+@pytest.mark.parametrize("form", ["gptq", "awq"])
+def test_quantized_experts_are_vllms_where_it_has_a_class_for_them(
+    form: str, tmp_path: Path
+) -> None:
+    checkpoint = write(QUANTIZED_EXPERTS, QUANTS[form], tmp_path, reference=False)
+    with loaded(checkpoint.quantized, "bfloat16", skip_tokenizer_init=True):
+        pass
+    delegated = {layer for layer, backend in backends().items() if backend == DELEGATED}
+    assert len(delegated) == 2
+    assert all("experts" in layer for layer in delegated)

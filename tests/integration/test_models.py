@@ -169,6 +169,7 @@ ONE_OF_EACH_FORMAT = [
 ]
 
 
+@pytest.mark.usefixtures("w4a16")
 @pytest.mark.parametrize("backend", ["cpu", "reference", "vllm_native"])
 @pytest.mark.parametrize("name", ONE_OF_EACH_FORMAT)
 def test_every_format_runs_on_every_backend_that_can(
@@ -186,6 +187,6 @@ def test_every_format_runs_on_every_backend_that_can(
     monkeypatch.setenv(settings.BACKEND, ",".join(f"{layer}={backend}" for layer in sorted(able)))
     ours, reference = log_probabilities(name, "bfloat16")
     assert {e.name for e in PROCESS_PLAN.entries.values() if e.backend == backend} >= able
-    # vLLM's kernel rounds every dequantised weight to bf16, so it may be further away than ours.
+    # vLLM's kernel rounds every dequantized weight to bf16, so it may be further away than ours.
     assert float((ours - reference).abs().max()) <= 0.2
     assert float((ours - reference).abs().mean()) <= 0.03

@@ -12,12 +12,12 @@ import torch
 from tests.support.checkpoints import checkpoint, checkpoint_reference, checkpoints, is_weight_only
 from tests.support.model_loading import loaded, logits
 from tests.support.repository import environment
-from tests.support.stock_vllm import needs_vllms_4_bit_kernel
+from tests.support.stock_vllm import W4A16, needs_vllms_4_bit_kernel
 from vllm.compressed_linear import settings
 
 MARGIN = 0.4
 """Log-probability by which the fp32 reference must prefer a token for bf16 runs to agree on it:
-stock rounds every dequantised weight to bf16, so both sides may be 0.2 away."""
+stock rounds every dequantized weight to bf16, so both sides may be 0.2 away."""
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor | 
             "bfloat16",
             *(str(checkpoint(name)) for name in checkpoints(is_weight_only)),
         ],
-        env=environment(**{settings.ENABLE: "0"}),
+        env=environment(**{settings.ENABLE: "0"}, **W4A16),
         capture_output=True,
         text=True,
         timeout=300,

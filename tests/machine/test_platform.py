@@ -4,12 +4,17 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 from tests.support.messages import saying, says
+from vllm.compressed_linear.backends.cpu.weight_only import CpuBackend
+from vllm.compressed_linear.machine import native
 from vllm.compressed_linear.machine.platform import NATIVE_LIBRARY, X86_TIERS, Platform
+from vllm.compressed_linear.spec.elements import uint
+from vllm.compressed_linear.testing.oracle import Case
 
 
 @pytest.mark.parametrize(
@@ -30,6 +35,22 @@ def test_tiers_grow() -> None:
 
 def test_features_between_tiers_have_the_name_of_the_lower_one() -> None:
     assert Platform(features=frozenset({"avx2", "avx512", "amx"})).name == "cpu:avx512"
+
+
+def test_the_name_is_the_instruction_set_that_runs_not_the_best_there_is() -> None:
+    best = Platform.parse("cpu:amx")
+    here = replace(best, isa="avx512bf16")
+    assert here.name == "cpu:avx512bf16"
+    assert CpuBackend.variant(Case(uint(4)).build().descriptor, here) == "avx512bf16"
+    assert here.limits == best.limits, "they are the machine's, whatever runs"
+
+
+@pytest.mark.skipif(native.available() is not None, reason="the native library is not built")
+def test_this_machine_is_called_by_what_the_native_library_picks() -> None:
+    here = Platform.detect()
+    assert here.isa == native.isa()
+    assert here.name == f"cpu:{native.isa() if here.machine == 'x86_64' else here.machine}"
+    assert Platform.parse("cpu:generic").isa == ""
 
 
 @pytest.mark.parametrize("text", ["tpu", "cpu:z80", "cuda:", "cuda:7", "cuda:x", "cuda:900"])

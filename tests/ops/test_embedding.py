@@ -213,12 +213,10 @@ def test_opcheck() -> None:
     layer = make_layer((40, 64, 32), "uint4", "integer")
     arguments = (
         torch.tensor([1, 39, 7]),
-        torch.ops.compressed_linear.make_problem("planes", 40, 64, 32, "uint4", 0),
-        layer.packed,
-        layer.scale,
-        layer.zero,
-        *(None, None),
-        torch.randperm(64).int(),
+        torch.ops.compressed_linear.make_problem(
+            "planes", 40, 64, 32, "uint4", 0, "packed scale zero"
+        ),
+        [layer.packed, layer.scale, layer.zero],
         *(64, torch.bfloat16),
     )
     torch.library.opcheck(torch.ops.compressed_linear.embedding.default, arguments)

@@ -246,12 +246,13 @@ def test_a_stale_problem_or_order_is_refused_or_reads_nothing_outside() -> None:
     ops = torch.ops.compressed_linear
     layer = make_layer((40, 64, 32), "uint4")
     order = torch.randperm(64).int()
-    problem = ops.make_problem("planes", 40, 64, 32, "uint4", layer.element_bias, order)
+    problem = ops.make_problem(
+        "planes", 40, 64, 32, "uint4", layer.element_bias, "packed scale perm", order
+    )
     x = torch.randn(2, 64)
 
-    def call(problem: torch.Tensor, perm: torch.Tensor | None) -> torch.Tensor:
-        scale, rest = layer.scale, (None, None, None, None)
-        return ops.linear(*(x, problem, layer.packed, scale, *rest, perm, *rest, 40, torch.float32))
+    def call(problem: torch.Tensor, *perm: torch.Tensor) -> torch.Tensor:
+        return ops.linear(x, problem, [layer.packed, layer.scale, *perm], None, 40, torch.float32)
 
     layer.check(x[:, order.long()], call(problem, order))
     for at, number in ((0, 0), (4, 48), (5, 1 << 40), (len(problem) - 1, 0)):
@@ -262,6 +263,8 @@ def test_a_stale_problem_or_order_is_refused_or_reads_nothing_outside() -> None:
     for wrong in (problem[:-1], problem.int(), torch.zeros(0).long()):
         with pytest.raises(ValueError, match=saying("linear", "problem", "expected")):
             call(wrong, order)
+    with pytest.raises(ValueError, match=saying("linear", "2 tensors", "expected", 3)):
+        call(problem)
     far = order.clone()
     far[::2] = 1 << 30
     kept = x[:, order.long()]
@@ -296,15 +299,11 @@ def test_calls_are_counted_by_path(isa: str) -> None:
 def test_opcheck() -> None:
     layer = make_layer((40, 64, 32), "uint4", "integer")
     ops = torch.ops.compressed_linear
+    perm = torch.randperm(64).int()
     arguments = (
         torch.randn(3, 64).bfloat16(),
-        ops.make_problem("planes", 40, 64, 32, "uint4", 0),
-        layer.packed,
-        layer.scale,
-        layer.zero,
-        *(None, None, None),
-        torch.randperm(64).int(),
-        *(None, None, None),
+        ops.make_problem("planes", 40, 64, 32, "uint4", 0, "packed scale zero perm", perm),
+        [layer.packed, layer.scale, layer.zero, perm],
         torch.randn(40),
         40,
         torch.bfloat16,

@@ -50,7 +50,7 @@ def test_unpacking_gives_back_what_was_packed(bits: int, shape: tuple[int, int, 
 
 @pytest.mark.parametrize("spec", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("bits", [1, 3, 4, 6, 8])
-def test_results_are_those_of_the_quantised_x(
+def test_results_are_those_of_the_quantized_x(
     isa_int8: str, bits: int, spec: ActivationSpec
 ) -> None:
     """x̂ equals ``spec/activation.py`` bit for bit: one code off would be far outside the bound."""
@@ -345,13 +345,13 @@ def test_the_fast_contract_is_only_taken_where_it_is_named() -> None:
     note = contract_note(CpuInt8FastBackend(descriptor))
     assert "int8 dynamic per group of 32" in note
     assert "254" in note
-    quantised = INT4.build().descriptor
-    assert contract_note(CpuInt8Backend(quantised)) == ""
+    quantized = INT4.build().descriptor
+    assert contract_note(CpuInt8Backend(quantized)) == ""
     with pytest.raises(NoBackendError, match=saying("int8")):
-        select(quantised, platform, override="cpu_int8_fast")
+        select(quantized, platform, override="cpu_int8_fast")
 
 
-def test_quantised_activations_are_chosen_before_reference() -> None:
+def test_quantized_activations_are_chosen_before_reference() -> None:
     descriptor = INT4.build().descriptor
     chosen = select(descriptor, Platform.parse("cpu:avx512bf16"))
     assert (chosen.chosen.name, chosen.variant) == ("cpu_int8", "avx512vnni")

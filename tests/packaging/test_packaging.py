@@ -265,6 +265,18 @@ def test_entry_points() -> None:
     points = {(point.group, point.name): point.value for point in distribution.entry_points}
     assert points == {
         ("vllm.general_plugins", "compressed_linear"): "vllm.compressed_linear.plugin:register",
+        **{
+            ("vllm.compressed_linear_backends", name): f"vllm.compressed_linear.backends.{value}"
+            for name, value in (
+                ("cpu", "cpu.weight_only:CpuBackend"),
+                ("cpu_int8", "cpu.int8:CpuInt8Backend"),
+                ("cpu_int8_fast", "cpu.int8:CpuInt8FastBackend"),
+                ("marlin", "marlin.backend:MarlinBackend"),
+                ("reference", "reference:ReferenceBackend"),
+                ("triton", "triton.backend:TritonBackend"),
+                ("vllm_native", "vllm_native.backend:VllmNativeBackend"),
+            )
+        },
         ("console_scripts", "vllm-compressed-linear"): "vllm.compressed_linear.commands.cli:main",
     }
 

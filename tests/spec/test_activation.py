@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantised activations against torch's casts, compressed-tensors, vLLM's reference code and
+"""Quantized activations against torch's casts, compressed-tensors, vLLM's reference code and
 the definition worked out by hand."""
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def test_integers_round_to_even_and_saturate(bits: int) -> None:
 
 
 def compressed_tensors(x: torch.Tensor, **arguments: Any) -> torch.Tensor:
-    """x̂ as compressed-tensors' own dynamic quantisation has it."""
+    """x̂ as compressed-tensors' own dynamic quantization has it."""
     args = QuantizationArgs(dynamic=True, **arguments)
     # Tokens are the second of three dimensions there.
     x = x.unsqueeze(0) if args.strategy == "token" else x
@@ -331,7 +331,7 @@ def test_finite_numbers_stay_finite_and_zero_stays_zero(spec: ActivationSpec, si
 
 
 @pytest.mark.parametrize("spec", [s for s in SPECS if not s.dynamic], ids=str)
-def test_static_quantising_again_changes_nothing(spec: ActivationSpec) -> None:
+def test_static_quantizing_again_changes_nothing(spec: ActivationSpec) -> None:
     once = applied(spec, tokens())
     assert torch.equal(applied(spec, once), once)
 
@@ -399,7 +399,7 @@ def test_hadamard_is_the_product_with_sylvester_s_matrix(block: int) -> None:
 
 
 def test_the_steps_come_in_order() -> None:
-    """Transform, gather, prescale, quantise."""
+    """Transform, gather, prescale, quantize."""
     x = torch.tensor([[3.0, 1.0, 5.0, 4.0]])
     order = torch.tensor([3, -1, 0, 1])
     prescale = torch.tensor([2.0, 7.0, 0.5, 1.0])

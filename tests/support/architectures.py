@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small random quantized models of many families, as their makers' tools would write them.
 
-Each checkpoint has a twin of the same, dequantised weights. What the twin computes in the
+Each checkpoint has a twin of the same, dequantized weights. What the twin computes in the
 transformers library, or in vLLM as it is, the quantized one has to compute too.
 """
 
@@ -114,7 +114,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Directories of a quantized checkpoint and of its dequantised twin, and what was quantized."""
+    """Directories of a quantized checkpoint and of its dequantized twin, and what was quantized."""
 
     quantized: Path
     ideal: Path

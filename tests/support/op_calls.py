@@ -8,27 +8,15 @@ from typing import Any
 
 import torch
 
-from vllm.compressed_linear.backends.cpu.product import activation_arguments
+from vllm.compressed_linear.backends.cpu.product import OPERANDS, activation_arguments
 from vllm.compressed_linear.spec.descriptor import ActivationSpec
 
-PARSED = (
+_PARSED = (
     *("layout", "n", "k", "group_size", "element", "element_bias", "perm", "columns"),
     *("activation", "dynamic", "granularity", "activation_group", "symmetric", "scale_dtype"),
     "maximum",
 )
-"""Arguments of ``make_problem``."""
-
-_LINEAR = (
-    *("scale", "zero", "row_scale", "table", "code_sums", "perm", "prescale", "input_scale"),
-    *("input_zero", "bias"),
-)
-_EMBEDDING = ("scale", "zero", "row_scale", "table", "perm")
-
-
-def parse(**given: Any) -> torch.Tensor:
-    """The problem of a call with these arguments, those of the call itself left out."""
-    ops = torch.ops.compressed_linear
-    return ops.make_problem(**{name: given[name] for name in PARSED if name in given})
+"""Arguments of ``make_problem``, but ``operands``."""
 
 
 def activation(spec: ActivationSpec | None) -> dict[str, Any]:
@@ -36,24 +24,31 @@ def activation(spec: ActivationSpec | None) -> dict[str, Any]:
     return activation_arguments(spec)
 
 
+def parse(**given: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The problem of a call with these arguments, those of the call itself left out, and the
+    tensors beside it."""
+    names = [name for name in OPERANDS if given.get(name) is not None]
+    problem = torch.ops.compressed_linear.make_problem(
+        operands=" ".join(names), **{name: given[name] for name in _PARSED if name in given}
+    )
+    return problem, [given[name] for name in names]
+
+
 def linear(*, layout: str = "planes", **given: Any) -> torch.Tensor:
-    """``make_problem`` and ``linear``. Tensors that are not ``given`` are None; with ``perm``, x
-    has all of its columns."""
-    call = {name: given.get(name) for name in _LINEAR}
-    for name in ("x", "packed", "n", "out_dtype"):
-        call[name] = given[name]
+    """``make_problem`` and ``linear``. With ``perm``, x has all of its columns."""
     columns = given["x"].shape[-1] if given.get("perm") is not None else None
-    problem = parse(**{"layout": layout, "columns": columns} | given)
-    return torch.ops.compressed_linear.linear(problem=problem, **call)
+    problem, tensors = parse(**{"layout": layout, "columns": columns} | given)
+    return torch.ops.compressed_linear.linear(
+        given["x"], problem, tensors, given.get("bias"), given["n"], given["out_dtype"]
+    )
 
 
 def embedding(*, channels: int, **given: Any) -> torch.Tensor:
     """``make_problem`` and ``embedding`` likewise."""
-    call = {name: given.get(name) for name in _EMBEDDING}
-    for name in ("ids", "packed", "out_dtype"):
-        call[name] = given[name]
-    problem = parse(layout="planes", columns=channels, **given)
-    return torch.ops.compressed_linear.embedding(problem=problem, channels=channels, **call)
+    problem, tensors = parse(layout="planes", columns=channels, **given)
+    return torch.ops.compressed_linear.embedding(
+        given["ids"], problem, tensors, channels, given["out_dtype"]
+    )
 
 
 def calls(prefix: str) -> int:

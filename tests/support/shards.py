@@ -26,7 +26,7 @@ def read_config(name: str) -> Described:
 
 
 def linears(name: str) -> list[str]:
-    """Names of the linear layers whose dequantised weights are known."""
+    """Names of the linear layers whose dequantized weights are known."""
     return sorted(
         key.removesuffix(".corner") for key in checkpoint_reference(name) if key.endswith(".corner")
     )

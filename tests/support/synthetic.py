@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small random quantized models of any shape, written as checkpoints, with the fp32 logits that
-the transformers library computes from their dequantised weights.
+the transformers library computes from their dequantized weights.
 
 For shapes the zoo does not have: groups cut by a shard border, one kv head, odd vocabularies,
 layers fused on disk.

@@ -14,11 +14,11 @@ from vllm.compressed_linear.backends.vllm_native import (
     backend,
     op,
 )
-from vllm.compressed_linear.backends.vllm_native.classes import accelerators
+from vllm.compressed_linear.backends.vllm_native.classes import process
 from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.spec.descriptor import ActivationSpec, CompressedLinearDescriptor
 from vllm.compressed_linear.spec.elements import E4M3
-from vllm.compressed_linear.testing.cases import Case, Problem
+from vllm.compressed_linear.testing.oracle import Case, Problem
 from vllm.compressed_linear.testing.suite import FP8_BLOCK
 
 
@@ -34,7 +34,7 @@ def assert_in_contract(case: Case, platform: Platform, rows: tuple[int, ...] = (
     d = problem.descriptor
     verdict = VllmNativeBackend.can_implement(d, platform)
     assert verdict, str(verdict)
-    with accelerators.pretending(platform):
+    with process.pretending(platform):
         tensors = backend.prepare(d, problem.weights, platform)
         assert all(type(tensor) is torch.Tensor for tensor in tensors.values())
         for count in rows:

@@ -16,6 +16,7 @@ from tests.support.cpu_library import ISAS
 from tests.support.messages import saying
 from vllm.compressed_linear.backends import registry
 from vllm.compressed_linear.backends.base import QuantLinearMethod, Verdict
+from vllm.compressed_linear.backends.contract import Contract
 from vllm.compressed_linear.backends.marlin.backend import MarlinBackend
 from vllm.compressed_linear.backends.reference import ReferenceBackend
 from vllm.compressed_linear.checkpoint.weights import CompressedWeights
@@ -103,7 +104,7 @@ def test_a_case_is_the_same_every_time() -> None:
 
 @pytest.mark.parametrize("case", conformance_cases(), ids=str)
 def test_exact_weights_agree_with_the_checkpoint(case: Case) -> None:
-    """The kit's float64 weights, made without refine, against the loader's own dequantisation."""
+    """The kit's float64 weights, made without refine, against the loader's own dequantization."""
     problem = case.build()
     stored = problem.weights.dequantize(0, problem.descriptor.n)
     # Subtraction and product of fp32 each round once.
@@ -186,7 +187,7 @@ def _spoil_x(right: Any, tensors: Any, x: torch.Tensor, bias: Any) -> Any:
 
 
 def _one_row_for_all(right: Any, tensors: Any, x: torch.Tensor, bias: Any) -> Any:
-    """Quantises x with one scale for the whole batch, as a dynamic per-tensor scheme would."""
+    """Quantizes x with one scale for the whole batch, as a dynamic per-tensor scheme would."""
     step = x.abs().max().clamp(min=1e-9) / 127 if x.numel() else 1.0
     return right(tensors, (x / step).round() * step, bias)
 
@@ -386,7 +387,7 @@ def test_the_backend_they_derive_from_passes() -> None:
 
 
 def test_rounding_weights_to_bf16_is_outside_the_contract() -> None:
-    """A dequantised weight rounded to bf16 looks right to any loose tolerance."""
+    """A dequantized weight rounded to bf16 looks right to any loose tolerance."""
 
     class Rounds(ReferenceBackend):
         name = "rounds"
@@ -406,8 +407,8 @@ def test_rounding_weights_to_bf16_is_outside_the_contract() -> None:
 
     class SaysSo(Rounds):
         @classmethod
-        def weight_rounding(cls, descriptor: CompressedLinearDescriptor) -> float:
-            return 2.0**-8
+        def contract(cls, descriptor: CompressedLinearDescriptor) -> Contract:
+            return Contract(weight_rounding=2.0**-8)
 
     case = Case(uint(7, 64), 64, 256, input_dtype="float32")
     assert check_case(Rounds, case).outcome == "failed"

@@ -13,7 +13,8 @@ from vllm.compressed_linear.backends.reference import ReferenceBackend
 from vllm.compressed_linear.machine import timing
 from vllm.compressed_linear.spec.elements import uint
 from vllm.compressed_linear.testing import Case
-from vllm.compressed_linear.testing.check import _Run
+from vllm.compressed_linear.testing.graphs import check_cuda_graph
+from vllm.compressed_linear.testing.run import Run
 
 CASE = Case(uint(4, 8), n=24, k=64, group=32)
 MEMORY: dict[int, torch.Tensor] = {}
@@ -59,10 +60,10 @@ class LeavesItsSumsBehind(ReferenceBackend):
 def failures(backend: type[QuantLinearMethod], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(timing, "captured", Graph)
     MEMORY.clear()
-    run = _Run(backend, CASE.build())
+    run = Run(backend, CASE.build())
     tensors = run.prepare()
     assert tensors is not None
-    run.captured(tensors)
+    check_cuda_graph(run, tensors)
     return [f"{f.check}: {f.message}" for f in run.failures]
 
 
@@ -90,10 +91,10 @@ def test_a_backend_that_cannot_be_captured_fails(monkeypatch: pytest.MonkeyPatch
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(timing, "captured", refuse)
-    run = _Run(ReferenceBackend, CASE.build())
+    run = Run(ReferenceBackend, CASE.build())
     tensors = run.prepare()
     assert tensors is not None
-    run.captured(tensors)
+    check_cuda_graph(run, tensors)
     [failure] = run.failures
     assert failure.check == "CUDA graph, M=1"
     assert "not permitted when stream is capturing" in failure.message

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the user asked for, by environment variable or by vLLM's ``--additional-config``.
+"""Settings of the user: environment variables and vLLM's ``--additional-config``.
 
 | environment variable | additional_config["compressed_linear"] | meaning |
 |---|---|---|
@@ -10,7 +10,7 @@
 | VLLM_COMPRESSED_LINEAR_TUNE_FILE | "tune_file" | choose by these measurements; ``off``: by none |
 | VLLM_COMPRESSED_LINEAR_CACHE | "cache" | directory that keeps prepared weights, for fast starts |
 
-Where both are given, the environment variable wins.
+If both are given, the environment variable has precedence.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class BackendRules:
         return cls(tuple(rules))
 
     def backend_for(self, layer: str, *, quantized: bool) -> str | None:
-        """The backend the user wants for ``layer``, or None."""
+        """The backend that the user requested for ``layer``, or None."""
         for pattern, name in self.rules:
             if pattern == UNQUANTIZED_PATTERN:
                 if not quantized:
@@ -73,14 +73,14 @@ class BackendRules:
 
 
 def default_tune_file() -> Path:
-    """Where ``vllm-compressed-linear tune`` writes, and serving looks, unless told otherwise."""
+    """Default path of the tune file, for ``vllm-compressed-linear tune`` and for serving."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "vllm-compressed-linear" / "tune.json"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All of it, read once for each model. ``tune_file``: empty for none."""
+    """All settings, read once for each model. ``tune_file``: empty for none."""
 
     backend: BackendRules = BackendRules()
     strict: bool = False
@@ -90,7 +90,7 @@ class Settings:
 
     @classmethod
     def read(cls, additional_config: Mapping[str, Any] | None = None) -> Settings:
-        """From the environment and ``additional_config``. ``ValueError`` for unknown keys."""
+        """Read environment and ``additional_config``. Raises ``ValueError`` for unknown keys."""
         given = dict((additional_config or {}).get(ADDITIONAL_CONFIG_KEY) or {})
         unknown = set(given) - {"backend", "cache", "strict", "plan_file", "tune_file"}
         if unknown:

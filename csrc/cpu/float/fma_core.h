@@ -20,26 +20,14 @@ constexpr int kGroups = static_cast<int>(kPairs) / 2;  // of two pairs, in a blo
 template <class Lanes>
 constexpr int kParts = static_cast<int>(kTile) / Lanes::kLanes;
 
-// ---- a part of a tile, counted in the whole matrix --------------------------------------------
+// ---- a part of the tiles of a strip -----------------------------------------------------------
 
+// first: where the numbers of the strip's first tile begin for a group
 template <class Lanes>
-inline typename Lanes::Float load_part(const TileNumbers& numbers, int64_t part, int64_t group) {
-  const int64_t at = numbers.at(part / kParts<Lanes>, group) + part % kParts<Lanes> * Lanes::kLanes;
+inline typename Lanes::Float load_part(const TileNumbers& numbers, int64_t first, int64_t part) {
+  const int64_t at =
+      first + part / kParts<Lanes> * numbers.tile_stride + part % kParts<Lanes> * Lanes::kLanes;
   return Lanes::load_scalars(numbers.data, numbers.type, at);
-}
-
-template <class Lanes>
-inline typename Lanes::Float scales(const Problem& p, int64_t part, int64_t group) {
-  if (p.weight.scale.data == nullptr) return Lanes::set(1.0f);
-  return load_part<Lanes>(p.weight.scale, part, group);
-}
-
-template <class Lanes>
-inline typename Lanes::Float negated_offsets(const Problem& p, int64_t part, int64_t group) {
-  auto offset = Lanes::set(p.weight.offset);
-  if (p.weight.zero.data != nullptr)
-    offset = Lanes::add(load_part<Lanes>(p.weight.zero, part, group), offset);
-  return Lanes::negate(offset);
 }
 
 template <class Lanes>
@@ -141,6 +129,8 @@ template <class Lanes, class Code, int Rows>
 void few_rows_kernel(const FewRowsArgs& a) {
   const Geometry& g = a.p.weight.geometry;
   const Code code(a.p);
+  // Copies: what is behind a reference is read again after every store of a vector.
+  const TileNumbers scales = a.p.weight.scale, zeros = a.p.weight.zero;
   const int64_t stride = g.block_stride(a.tile), parts = kParts<Lanes> * a.tiles;
   const uint8_t* blocks = block_of(a.p.weight, a.tile, a.channel);
   const float* x = reinterpret_cast<const float*>(a.x);  // [slot][row][2]
@@ -156,11 +146,17 @@ void few_rows_kernel(const FewRowsArgs& a) {
       if (k % kBlock == 0) blocks += stride;
       x += width * Rows;
     }
+    const int64_t scale_first = scales.at(a.tile, a.segments[s].group);
+    const int64_t zero_first = zeros.at(a.tile, a.segments[s].group);
     for (int64_t part = 0; part < parts; ++part) {
-      const int64_t group = a.segments[s].group, at = kParts<Lanes> * a.tile + part;
-      const auto scale = scales<Lanes>(a.p, at, group);
-      auto offset = Lanes::set(0.0f);
-      if (a.row_sums != nullptr) offset = negated_offsets<Lanes>(a.p, at, group);
+      auto scale = Lanes::set(1.0f), offset = Lanes::set(0.0f);
+      if (scales.data != nullptr) scale = load_part<Lanes>(scales, scale_first, part);
+      if (a.row_sums != nullptr) {
+        offset = Lanes::set(a.p.weight.offset);
+        if (zeros.data != nullptr)
+          offset = Lanes::add(load_part<Lanes>(zeros, zero_first, part), offset);
+        offset = Lanes::negate(offset);
+      }
       for (int r = 0; r < Rows; ++r) {
         auto sum = Lanes::template sum<Code::kQuads>(sums[part * Rows + r]);
         if (a.row_sums != nullptr)

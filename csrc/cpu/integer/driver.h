@@ -65,16 +65,17 @@ struct KernelArgs {
   int64_t piece_count;
   const IntegerSegment* segments;
   int64_t segment_count;
-  const Problem* problem;    // whose scales and zero points are read
-  int64_t tile;              // the first one
-  const int32_t* code_sums;  // [tile][segment][16] from the first tile on, or null
-  const int32_t* start;      // [segment][row] -middle * sum(q - zero_x)
-  const float* group_sums;   // [group][row] what the offset is multiplied with, or null
-  const int32_t* zero_x;     // [x group][row]
-  const float* scale_x;      // [x group][row], or null to leave it to the end
-  int32_t* partial;          // [row][tile][16] of an unfinished segment
-  float* grouped;            // [row][tile][16] of an unfinished weight group
-  float* totals;             // [row][tile][16]
+  const Problem* problem;           // whose scales and zero points are read
+  int64_t tile;                     // the first one
+  int64_t scale_first, zero_first;  // where its numbers of group 0 are
+  const int32_t* code_sums;         // [tile][segment][16] from the first tile on, or null
+  const int32_t* start;             // [segment][row] -middle * sum(q - zero_x)
+  const float* group_sums;          // [group][row] what the offset is multiplied with, or null
+  const int32_t* zero_x;            // [x group][row]
+  const float* scale_x;             // [x group][row], or null to leave it to the end
+  int32_t* partial;                 // [row][tile][16] of an unfinished segment
+  float* grouped;                   // [row][tile][16] of an unfinished weight group
+  float* totals;                    // [row][tile][16]
   // What to fetch: a block's lines at `fetch` while block fetch_first is worked on, and on from
   // there with every fetch_every-th block, up to fetch_end.
   const uint8_t *fetch, *fetch_end;
@@ -233,9 +234,10 @@ struct Kernel {
   static constexpr int64_t lane(int r, int v) { return (r * Tiles * kVectors + v) * Core::kLanes; }
 
   // The numbers of a group that vector `v` of a row of sums meets.
-  [[gnu::always_inline]] static Float numbers(const TileNumbers& n, const KernelArgs& a,
-                                              int64_t group, int v) {
-    const int64_t at = n.at(a.tile + v / kVectors, group) + v % kVectors * Core::kLanes;
+  [[gnu::always_inline]] static Float numbers(const TileNumbers& n, int64_t first, int64_t group,
+                                              int v) {
+    const int64_t at =
+        first + group * n.group_stride + v / kVectors * n.tile_stride + v % kVectors * Core::kLanes;
     if (n.type == Scalar::float32) return Core::load(static_cast<const float*>(n.data) + at);
     if (n.type == Scalar::bfloat16)
       return Core::load_bf16(static_cast<const uint16_t*>(n.data) + at);
@@ -246,14 +248,14 @@ struct Kernel {
 
   [[gnu::always_inline]] static Float scales(const KernelArgs& a, int64_t group, int v) {
     const TileNumbers& scale = a.problem->weight.scale;
-    return scale.data == nullptr ? Core::set(1.0f) : numbers(scale, a, group, v);
+    return scale.data == nullptr ? Core::set(1.0f) : numbers(scale, a.scale_first, group, v);
   }
 
   // What load_negated_offset of rows.h gives.
   [[gnu::always_inline]] static Float negated_offsets(const KernelArgs& a, int64_t group, int v) {
     const Weight& w = a.problem->weight;
     Float offset = Core::set(w.offset);
-    if (w.zero.data != nullptr) offset = Core::add(numbers(w.zero, a, group, v), offset);
+    if (w.zero.data != nullptr) offset = Core::add(numbers(w.zero, a.zero_first, group, v), offset);
     return Core::multiply(offset, Core::set(-1.0f));
   }
 
@@ -565,6 +567,8 @@ struct IntegerCall {
   void set_tile(KernelArgs& args, const uint8_t* weights, int64_t tile0, int64_t t) const {
     args.weights = weights + t * kRowBytes;
     args.tile = tile0 + t;
+    args.scale_first = p.weight.scale.at(tile0 + t, 0);
+    args.zero_first = p.weight.zero.at(tile0 + t, 0);
     args.code_sums = p.weight.code_sums == nullptr
                          ? nullptr
                          : p.weight.code_sums + (tile0 + t) * segment_count * kTile;

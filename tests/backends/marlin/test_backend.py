@@ -115,7 +115,7 @@ def test_needs_a_gpu_of_ampere_or_later() -> None:
     ids=str,
 )
 def test_only_codebooks_are_rounded(case: Case, rounding: float) -> None:
-    stated = MarlinBackend.weight_rounding(case.build().descriptor)
+    stated = MarlinBackend.contract(case.build().descriptor).weight_rounding
     assert stated <= rounding
     assert (stated > 0) == (rounding > 0)
 

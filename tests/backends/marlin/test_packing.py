@@ -39,7 +39,7 @@ from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor, S
 from vllm.compressed_linear.spec.elements import E2M1, E4M3, ElementType, torch_dtype, uint
 from vllm.compressed_linear.spec.packing import Packing
 from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role, StandardWeights, StoredTensor
-from vllm.compressed_linear.testing.cases import load_shard
+from vllm.compressed_linear.testing.data import load_shard
 
 pytestmark = pytest.mark.skipif(native.available() is not None, reason=str(native.available()))
 
@@ -392,7 +392,7 @@ def test_small_floats(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) ->
 def test_vllm_s_own_fp8_weights(group: int) -> None:
     dense = torch.randn(128, 256, generator=generator(group)).half()
     _, weight, scale = marlin_utils_fp8.marlin_quant_fp8_torch(dense, group)
-    # The same quantisation, from its definition.
+    # The same quantization, from its definition.
     wide = dense.unflatten(1, (-1, 256 if group == -1 else group))
     scales = wide.abs().amax(-1) / 448
     codes = (wide / scales.unsqueeze(-1)).to(torch.float8_e4m3fn).view(torch.uint8).flatten(1)

@@ -183,7 +183,7 @@ def compile_linear(d: CompressedLinearDescriptor, m: int, architecture: int) -> 
     spec = KernelSpec.of(d)
     cut = triton_tiles.cut(spec, d.n, m, 132, architecture)
     output = torch.float32 if cut.splits > 1 else torch_dtype(d.output_dtype)
-    # What is quantised was made fp32 before.
+    # What is quantized was made fp32 before.
     taken = torch.float32 if d.activation is not None else torch_dtype(d.input_dtype)
     pointers = _weight_pointers(d, spec)
     pointers |= {"x": _pointer(taken), "bias": "constexpr", "out": _pointer(output)}

@@ -29,10 +29,10 @@ from vllm.compressed_linear.backends.vllm_native import (
     scaled_mm,
     table,
 )
-from vllm.compressed_linear.backends.vllm_native.classes import accelerators
+from vllm.compressed_linear.backends.vllm_native.classes import process, tables
 from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
-from vllm.compressed_linear.testing.cases import Case
+from vllm.compressed_linear.testing.oracle import Case
 
 A100, L40S, H100 = (Platform.parse(f"cuda:{capability}") for capability in (80, 89, 90))
 on_both = pytest.mark.parametrize("platform", [L40S, H100], ids=["cuda:89", "cuda:90"])
@@ -42,7 +42,7 @@ CUTLASS, TRITON = "CutlassFp8BlockScaledMMKernel", "TritonFp8BlockScaledMMKernel
 MARLIN = "MarlinFP8ScaledMMLinearKernel"
 
 pytestmark = pytest.mark.skipif(
-    accelerators.unavailable("fp8 blocks") is not None,
+    tables.unavailable("fp8 blocks") is not None,
     reason="this vLLM has no kernel classes that are known here",
 )
 
@@ -131,7 +131,7 @@ def test_every_class_says_why_it_does_not_run() -> None:
     assert "within FlashInfer up to 31 tokens" in found.pop(
         "FlashInferFp8DeepGEMMDynamicBlockScaledKernel"
     )
-    assert "quantises the weights anew" in found.pop("DeepGemmFp8BlockScaledMMKernel")
+    assert "quantizes the weights anew" in found.pop("DeepGemmFp8BlockScaledMMKernel")
     assert "capability" in found.pop(CUTLASS)
     assert "takes x as it is" in found.pop(MARLIN)
     assert found.pop(TRITON) == ""
@@ -169,7 +169,7 @@ def test_a_wrong_scale_of_a_block_breaks_the_bound() -> None:
     """The tests above can fail: one scale of six is seen."""
     problem = BLOCKS.build()
     d = problem.descriptor
-    with accelerators.pretending(H100):
+    with process.pretending(H100):
         tensors = backend.prepare(d, problem.weights, H100)
         tensors["cutlassfp8block_weight_scale"][1, 0] *= 1.01
         x = problem.activations(3)
@@ -261,9 +261,9 @@ def test_vllms_own_method_builds_the_same(
     d = problem.descriptor
     stored = [shard.tensors for shard in problem.own.shards]
     with (
-        accelerators.pretending(platform),
-        accelerators.configured(),
-        accelerators.default_dtype(torch.bfloat16),
+        process.pretending(platform),
+        process.configured(),
+        process.default_dtype(torch.bfloat16),
     ):
         method, scale_name = _BY_VLLM[name]()
         theirs = torch.nn.Module()
@@ -306,7 +306,7 @@ def test_apply_on_fake_cuda_tensors(platform: Platform, m: int) -> None:
     """Every tensor that reaches an operator is on the GPU and has the shape it asks for."""
     problem = replace(BLOCKS, n=160, shards=(), bias_dtype="bfloat16").build()
     d = problem.descriptor
-    with accelerators.pretending(platform):
+    with process.pretending(platform):
         tensors = backend.prepare(d, problem.weights, platform)
         adapter = table.preferred(table.answers(d, platform))
         assert adapter is not None

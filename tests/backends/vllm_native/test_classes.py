@@ -25,18 +25,19 @@ from vllm.compressed_linear.backends.vllm_native import (
     op,
     table,
 )
-from vllm.compressed_linear.backends.vllm_native.classes import accelerators as compat_accelerators
+from vllm.compressed_linear.backends.vllm_native.classes import process, tables
+from vllm.compressed_linear.backends.vllm_native.classes import scaled_mm as class_configs
 from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.spec.descriptor import ActivationSpec
 from vllm.compressed_linear.spec.elements import E2M3, E4M3, uint
 from vllm.compressed_linear.spec.packing import Packing, unpack
-from vllm.compressed_linear.testing.cases import Case
+from vllm.compressed_linear.testing.oracle import Case
 
 A100, L40S, H100 = (Platform.parse(f"cuda:{capability}") for capability in (80, 89, 90))
 ROCM, XPU = Platform.parse("rocm"), Platform.parse("xpu")
 
 pytestmark = pytest.mark.skipif(
-    compat_accelerators.unavailable("mixed precision") is not None,
+    tables.unavailable("mixed precision") is not None,
     reason="this vLLM has no kernel classes that are known here",
 )
 
@@ -55,8 +56,8 @@ def listed(device: str) -> set[str]:
     """Every class that vLLM has for ``device``, in a table that is read here."""
     return {
         kernel.__name__
-        for family in compat_accelerators.TABLES
-        for kernel in compat_accelerators.kernel_classes(family, device)
+        for family in tables.TABLES
+        for kernel in tables.kernel_classes(family, device)
     }
 
 
@@ -80,7 +81,7 @@ def test_every_reason_is_of_a_class_that_vllm_has() -> None:
 
 def test_a_class_that_vllm_adds_is_named_and_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
     added = type("NextYearsLinearKernel", (), {})
-    monkeypatch.setattr(compat_accelerators, "kernel_classes", lambda family, device: [added])
+    monkeypatch.setattr(tables, "kernel_classes", lambda family, device: [added])
     text = reasons(Case(uint(4, 8), 128, 256, 128).build().descriptor, A100)
     assert text == f"NextYearsLinearKernel: {declined.UNKNOWN}"
 
@@ -149,14 +150,14 @@ def test_each_of_torch_s_classes_has_activations_of_its_own() -> None:
 def test_vllm_s_class_for_channels_fails_with_one_scale_of_x() -> None:
     """The reason why it is declined there."""
     x = torch.randn(5, 256).bfloat16()
-    with compat_accelerators.pretending(L40S), compat_accelerators.configured():
-        config = compat_accelerators.fp8_config(
+    with process.pretending(L40S), process.configured():
+        config = class_configs.fp8_config(
             128, 256, torch.bfloat16, weight="channel", activation="dynamic tensor"
         )
-        kernel = compat_accelerators.kernel_class("fp8", "cuda", CHANNEL)(
-            config, layer_param_names=compat_accelerators.FP8_NAMES
+        kernel = tables.kernel_class("fp8", "cuda", CHANNEL)(
+            config, layer_param_names=class_configs.FP8_NAMES
         )
-        compat_accelerators.quantize_without_compiler(kernel)
+        class_configs.quantize_without_compiler(kernel)
         layer = SimpleNamespace(
             weight=torch.zeros(128, 256, dtype=torch.float8_e4m3fn).t(),
             weight_scale=torch.ones(128, 1),
@@ -194,9 +195,9 @@ def test_torch_gets_what_vllm_s_own_method_builds(
         num_bits=8, type="float", strategy="tensor" if per_tensor else "channel", symmetric=True
     )
     with (
-        compat_accelerators.pretending(L40S),
-        compat_accelerators.configured(),
-        compat_accelerators.default_dtype(torch.bfloat16),
+        process.pretending(L40S),
+        process.configured(),
+        process.default_dtype(torch.bfloat16),
     ):
         method = schemes.CompressedTensorsW8A8Fp8(arguments, per_tensor)
         theirs = vllms_layer(method, tensors, d.n, d.k)
@@ -224,7 +225,7 @@ def test_torch_s_classes_apply_on_fake_cuda_tensors(m: int, activation: Activati
     case = replace(_FP8, activation=activation, bias_dtype="bfloat16")
     problem = case.build()
     d = problem.descriptor
-    with compat_accelerators.pretending(L40S):
+    with process.pretending(L40S):
         tensors = backend.prepare(d, problem.weights, L40S)
         out = on_fake_gpu(d, tensors, m)
     assert (out.device.type, out.shape, out.dtype) == ("cuda", (m, d.n), torch.bfloat16)
@@ -361,7 +362,7 @@ def test_conch_gets_what_vllm_s_own_method_builds(monkeypatch: pytest.MonkeyPatc
         "weight_scale": stored["scale"],
         "weight_zero_point": stored["zero"],
     }
-    with compat_accelerators.pretending(A100), compat_accelerators.configured():
+    with process.pretending(A100), process.configured():
         method = CompressedTensorsWNA16(
             strategy="group", num_bits=4, group_size=128, symmetric=False
         )

@@ -24,8 +24,8 @@ from tests.support.messages import saying, says
 from vllm.compressed_linear.backends import vllm_native
 from vllm.compressed_linear.backends.contract import contract_bound
 from vllm.compressed_linear.backends.reference import ReferenceBackend
-from vllm.compressed_linear.backends.vllm_native import VllmNativeBackend
-from vllm.compressed_linear.backends.vllm_native.classes import mixed_precision
+from vllm.compressed_linear.backends.vllm_native import VllmNativeBackend, op
+from vllm.compressed_linear.backends.vllm_native.classes import mixed_precision, operators, tables
 from vllm.compressed_linear.checkpoint.describe import LayerContext
 from vllm.compressed_linear.checkpoint.parts import Part, refine
 from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
@@ -50,19 +50,19 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 LEAST_NORMAL = torch.finfo(torch.float32).smallest_normal
 
 needs_kernel = pytest.mark.skipif(
-    mixed_precision.unavailable() is not None
-    or mixed_precision.missing_cpu_op(vllm_native.CPU_OP, HERE) is not None
-    or mixed_precision.quantises_activations(HERE, "bfloat16") is not None,
-    reason="vLLM's cpu_gemm_wna16 cannot run unquantised activations here",
+    tables.unavailable("mixed precision") is not None
+    or operators.missing_op(vllm_native.CPU_OP, HERE) is not None,
+    reason="vLLM's cpu_gemm_wna16 cannot run here",
 )
 
 
 @pytest.fixture(autouse=True)
-def fresh_answers() -> Iterator[None]:
+def fresh_answers(w4a16: None) -> Iterator[None]:
     """Tests change vLLM's classes; what was cached about them must not outlive a test."""
     yield
-    mixed_precision.unavailable.cache_clear()
-    mixed_precision.ready.cache_clear()
+    tables.unavailable.cache_clear()
+    op.ready.cache_clear()
+    mixed_precision.repacked_attributes.cache_clear()
 
 
 @dataclass(frozen=True)
@@ -200,11 +200,10 @@ def assert_within_contract(
         plain.abs(),
         expected,
         d.output_dtype,
-        VllmNativeBackend.contract_constant,
-        VllmNativeBackend.weight_rounding(d),
+        VllmNativeBackend.contract(d),
     )
     reference = reference_output(part, x, bias).double()
-    slack = contract_bound(x, plain.abs(), expected, "float32", ReferenceBackend.contract_constant)
+    slack = contract_bound(x, plain.abs(), expected, "float32", ReferenceBackend.contract(d))
     assert bool(((got.double() - expected).abs() <= allowed).all())
     assert bool(((got.double() - reference).abs() <= allowed + slack).all())
 
@@ -299,18 +298,17 @@ def test_the_standard_contract_would_be_a_lie() -> None:
     expected = x.double() @ plain.double().t()
     error = (backend.apply(tensors, x).double() - expected).abs()
     assert bool((error > contract_bound(x, plain.abs(), expected, "bfloat16")).any())
-    assert VllmNativeBackend.weight_rounding(part.descriptor) == 2.0**-8
+    assert VllmNativeBackend.contract(part.descriptor).weight_rounding == 2.0**-8
     half = replace(part.descriptor, input_dtype="float16")
-    assert VllmNativeBackend.weight_rounding(half) == pytest.approx(2.0**-10, rel=1e-3)
+    assert VllmNativeBackend.contract(half).weight_rounding == pytest.approx(2.0**-10, rel=1e-3)
 
 
 @needs_kernel
 @pytest.mark.parametrize("zero", [False, True], ids=["symmetric", "asymmetric"])
 def test_every_format_is_prepared_to_the_same_tensors(zero: bool) -> None:
     first, *others = (prepared(part_of(fmt, values(64, 256, 64, zero=zero)))[1] for fmt in FORMATS)
-    assert set(first) == {"weight_packed", "weight_scale"} | (
-        {"weight_zero_point"} if zero else set()
-    )
+    names = ["weight_packed", "weight_scale", *(["weight_zero_point"] if zero else [])]
+    assert set(first) == {f"cpuwna16_{name}" for name in names}
     for other in others:
         assert first.keys() == other.keys()
         for name, tensor in first.items():
@@ -324,7 +322,7 @@ def test_other_biases_become_constant_zero_points(bias: int) -> None:
     """vLLM's class accepts ``uint4`` without zero points; its operator then takes code 8 as 0."""
     part = part_of("compressed-tensors", replace(values(), element=uint(4, bias)))
     backend, tensors = prepared(part)
-    assert "weight_zero_point" in tensors
+    assert "cpuwna16_weight_zero_point" in tensors
     x = torch.randn(3, 128).bfloat16()
     assert_within_contract(part, backend.apply(tensors, x), x)
 
@@ -335,7 +333,7 @@ def test_zero_points_all_in_the_middle_need_no_zero_points() -> None:
     part = part_of("awq", replace(plain, zero=torch.full_like(plain.scale, 8, dtype=torch.uint8)))
     backend, tensors = prepared(part)
     assert part.descriptor.weight.element == uint(4, 8)
-    assert "weight_zero_point" not in tensors
+    assert "cpuwna16_weight_zero_point" not in tensors
     x = torch.randn(3, 128).bfloat16()
     assert_within_contract(part, backend.apply(tensors, x), x)
 
@@ -432,7 +430,8 @@ def test_a_new_instance_needs_only_the_tensors() -> None:
     backend, tensors = prepared(part)
     x = torch.randn(2, 128).bfloat16()
     want = backend.apply(tensors, x)
-    mixed_precision.ready.cache_clear()
+    op.ready.cache_clear()
+    mixed_precision.repacked_attributes.cache_clear()
     copied = {name: tensor.clone() for name, tensor in tensors.items()}
     assert torch.equal(VllmNativeBackend(part.descriptor).apply(copied, x), want)
 
@@ -461,13 +460,18 @@ def test_compiled_without_a_graph_break_and_still_counted(ordered: bool) -> None
 @needs_kernel
 @pytest.mark.parametrize("zero", [False, True], ids=["symmetric", "asymmetric"])
 def test_the_op_is_a_well_behaved_custom_op(zero: bool) -> None:
-    _, t = prepared(part_of("gptq", values(zero=zero)))
+    part = part_of("gptq", values(zero=zero))
+    backend, prefixed = prepared(part)
+    t = {name.removeprefix("cpuwna16_"): tensor for name, tensor in prefixed.items()}
     order = torch.arange(127, -1, -1, dtype=torch.int32)
     x = torch.randn(4, 128).bfloat16()
     for gather in (None, order):
         torch.library.opcheck(
-            torch.ops.compressed_linear.vllm_native_cpu_gemm_wna16.default,
-            (x, t["weight_packed"], t["weight_scale"], t.get("weight_zero_point"), gather, None),
+            torch.ops.compressed_linear.vllm_native_linear.default,
+            (
+                *(x, list(t.values()), gather, None, None, ",".join(t)),
+                *("cpuwna16", backend.text, "cpu", 64, torch.bfloat16),
+            ),
         )
 
 
@@ -590,10 +594,11 @@ def test_every_reason_is_given(declined: CompressedLinearDescriptor, expected: l
 def test_a_declined_descriptor_is_not_prepared_either() -> None:
     """vLLM's constructor asserts a tuple, which is always true; ours asks."""
     request = mixed_precision.KernelRequest(100, 64, 4, 8, False, -1, "bfloat16")
+    kernel = tables.kernel_class("mixed precision", "cpu", vllm_native.CPU_KERNEL)
     with pytest.raises(ValueError, match=r"Input size \(100\)"):
-        mixed_precision.build(vllm_native.CPU_KERNEL, "cpu", request)
+        mixed_precision.build(kernel, request)
     with pytest.raises(ValueError, match=saying("Nothing")):
-        mixed_precision.build("Nothing", "cpu", request)
+        tables.kernel_class("mixed precision", "cpu", "Nothing")
 
 
 @needs_kernel
@@ -649,7 +654,7 @@ def test_another_architecture_is_declined() -> None:
     )
 
 
-def test_silent_activation_quantisation_is_declined(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silent_activation_quantization_is_declined(monkeypatch: pytest.MonkeyPatch) -> None:
     if host.machine() != "x86_64":
         pytest.skip("AMX is x86")
     amx = Platform.parse("cpu:amx")
@@ -709,7 +714,7 @@ def test_a_vllm_with_another_interface_is_a_reason_and_no_exception(
         quant_key: Mapping[str, str]
 
     monkeypatch.setattr(home, "MPLinearLayerConfig", Newer)
-    mixed_precision.unavailable.cache_clear()
+    tables.unavailable.cache_clear()
     assert says(reasons(descriptor()), "'quant_key'")
 
 
@@ -719,7 +724,7 @@ def test_a_class_without_our_keywords_is_a_reason(monkeypatch: pytest.MonkeyPatc
     def init(self: Any, config: Any) -> None: ...
 
     monkeypatch.setattr(home.MPLinearKernel, "__init__", init)
-    mixed_precision.unavailable.cache_clear()
+    tables.unavailable.cache_clear()
     assert says(reasons(descriptor()), "'c'")
 
 
@@ -782,7 +787,7 @@ def test_real_checkpoints(name: str, dtype: str) -> None:
         backend, ready = prepared(part)
         # Through the identity the kernel shows each weight as it multiplies it.
         seen = backend.apply(ready, torch.eye(plain.shape[1]).to(torch_dtype(dtype))).t()
-        rounding = VllmNativeBackend.weight_rounding(part.descriptor)
+        rounding = VllmNativeBackend.contract(part.descriptor).weight_rounding
         assert bool(
             ((seen.double() - plain.double()).abs() <= rounding * plain.abs() + 2.0**-25).all()
         )

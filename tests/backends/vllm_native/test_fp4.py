@@ -22,14 +22,14 @@ from vllm.compressed_linear.backends.vllm_native import (
     op,
     table,
 )
-from vllm.compressed_linear.backends.vllm_native.classes import accelerators
+from vllm.compressed_linear.backends.vllm_native.classes import process, tables
 from vllm.compressed_linear.backends.vllm_native.nvfp4 import ACTIVATION
 from vllm.compressed_linear.checkpoint.describe import LayerContext
 from vllm.compressed_linear.checkpoint.parts import refine
 from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.spec.activation import quantize_dequantize
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
-from vllm.compressed_linear.testing.cases import Case
+from vllm.compressed_linear.testing.oracle import Case
 from vllm.compressed_linear.testing.suite import NVFP4, conformance_cases
 
 CUTLASS, TORCH = "CutlassNvFp4LinearKernel", "TorchNvFp4LinearKernel"
@@ -37,7 +37,7 @@ B200, RTX5090 = Platform.parse("cuda:100"), Platform.parse("cuda:120")
 W4A4 = replace(NVFP4, n=128, k=256, shards=(), activation=ACTIVATION)
 
 pytestmark = pytest.mark.skipif(
-    accelerators.unavailable("nvfp4") is not None,
+    tables.unavailable("nvfp4") is not None,
     reason="this vLLM has no kernel classes that are known here",
 )
 
@@ -101,7 +101,7 @@ def test_a_wrong_code_and_a_wrong_scale_break_the_bound() -> None:
     problem = W4A4.build()
     d = problem.descriptor
     x = torch.eye(256).bfloat16()
-    with accelerators.pretending(B200):
+    with process.pretending(B200):
         for name in ("cutlassnvfp4_weight", "cutlassnvfp4_weight_scale"):
             tensors = backend.prepare(d, problem.weights, B200)
             tensors[name].view(torch.uint8)[3, 5] ^= 1 << 2
@@ -129,7 +129,7 @@ def test_what_the_class_computes_otherwise_is_declined() -> None:
         asked = table.answers(case.build().descriptor, B200)
         return "\n".join({a.kernel: a for a in asked}[CUTLASS].reasons)
 
-    assert found(replace(W4A4, activation=None)) == "it quantises x, which the descriptor does not"
+    assert found(replace(W4A4, activation=None)) == "it quantizes x, which the descriptor does not"
     assert found(W4A4) == ""
     other = replace(ACTIVATION, maximum=4.0)
     assert says(found(replace(W4A4, activation=other)), other, ACTIVATION)
@@ -141,7 +141,7 @@ def test_a_static_scale_that_is_no_positive_number_stops_the_load() -> None:
     problem = W4A4.build()
     problem.weights.input_scale = torch.tensor([-0.5])
     with (
-        accelerators.pretending(B200),
+        process.pretending(B200),
         pytest.raises(ValueError, match=saying("scale", "x", "-0.5", "positive")),
     ):
         backend.prepare(problem.descriptor, problem.weights, B200)
@@ -152,16 +152,16 @@ def test_layers_with_unlike_input_scales_are_parts_of_their_own() -> None:
     shards[1].tensors["input_scale"] = shards[1].tensors["input_scale"] * 2
     parts = refine(shards, LayerContext("bfloat16", "bfloat16"))
     assert [part.descriptor.n for part in parts] == [64, 64]
-    with accelerators.pretending(B200):
+    with process.pretending(B200):
         made = [backend.prepare(part.descriptor, part.weights, B200) for part in parts]
     one, two = (float(tensors["cutlassnvfp4_input_global_scale_inv"]) for tensors in made)
     assert two == one / 2
 
 
-# --- quantising x --------------------------------------------------------------------------------
+# --- quantizing x --------------------------------------------------------------------------------
 
 
-def test_the_double_quantises_as_vllm_s_reference_does() -> None:
+def test_the_double_quantizes_as_vllm_s_reference_does() -> None:
     from vllm.model_executor.layers.quantization.utils.nvfp4_emulation_utils import ref_nvfp4_quant
 
     from vllm import _custom_ops
@@ -245,7 +245,7 @@ def test_vllm_s_own_method_builds_the_same(
         monkeypatch.setenv("VLLM_DISABLED_KERNELS", ",".join(disabled))
     problem = case.build()
     d, x = problem.descriptor, problem.activations(5)
-    with accelerators.pretending(B200), accelerators.configured():
+    with process.pretending(B200), process.configured():
         method, apply, checkpoint = make(problem.own.shards[0].tensors)
         theirs = vllms_layer(method, checkpoint, d.n, d.k)
         expected = apply(theirs, x)
@@ -274,7 +274,7 @@ def test_vllm_s_own_method_builds_the_same(
 def test_scales_lie_where_the_tensor_cores_read_them() -> None:
     """By the formula of NVIDIA's documentation, not by vLLM's reordering."""
     problem = replace(W4A4, n=200, k=336, shards=()).build()
-    with accelerators.pretending(B200):
+    with process.pretending(B200):
         tensors = backend.prepare(problem.descriptor, problem.weights, B200)
     tiles = tensors["cutlassnvfp4_weight_scale"]
     assert tiles.shape == (256, 24)
@@ -295,7 +295,7 @@ def test_apply_on_fake_cuda_tensors(kernel: str, m: int, monkeypatch: pytest.Mon
     case = replace(W4A4, n=96, k=80, shards=(64, 32), order="act", bias_dtype="bfloat16")
     problem = case.build()
     d = problem.descriptor
-    with accelerators.pretending(B200):
+    with process.pretending(B200):
         tensors = backend.prepare(d, problem.weights, B200)
         tag = table.preferred(table.answers(d, B200)).tag  # type: ignore[union-attr]
         with FakeTensorMode():
@@ -315,7 +315,7 @@ def test_apply_on_fake_cuda_tensors(kernel: str, m: int, monkeypatch: pytest.Mon
 def test_the_operator_is_well_behaved() -> None:
     problem = W4A4.build()
     d: CompressedLinearDescriptor = problem.descriptor
-    with accelerators.pretending(B200):
+    with process.pretending(B200):
         tensors = backend.prepare(d, problem.weights, B200)
         own = {name.removeprefix("cutlassnvfp4_"): t for name, t in tensors.items()}
         names, text = ",".join(own), op.text_of(d)
@@ -330,7 +330,7 @@ def test_the_operator_is_well_behaved() -> None:
 
 def test_prepared_bytes_are_those_of_whole_tiles() -> None:
     problem = W4A4.build()
-    with accelerators.pretending(B200):
+    with process.pretending(B200):
         tensors = backend.prepare(problem.descriptor, problem.weights, B200)
     stated = VllmNativeBackend.prepared_bytes(problem.descriptor)
     large = [t for t in tensors.values() if t.dim()]

@@ -27,7 +27,7 @@ from vllm.compressed_linear.checkpoint.shard import CheckpointError
 from vllm.compressed_linear.commands.explain import meta_model
 from vllm.compressed_linear.commands.explain.checkpoint import ExplainError
 from vllm.compressed_linear.commands.explain.explain import explain
-from vllm.compressed_linear.commands.explain.layers import TensorParallelError, model_layouts
+from vllm.compressed_linear.commands.explain.layers import TensorParallelError, model_layers
 from vllm.compressed_linear.formats.resolution import ConfigError
 from vllm.compressed_linear.integration import compat
 from vllm.compressed_linear.integration.preparation import PROCESS_PLAN, detect_platform
@@ -346,11 +346,13 @@ def test_weights_that_are_fused_on_disk(tmp_path: Path) -> None:
     descriptor = found.layers[0].likely.parts[0].descriptor
     assert (descriptor.n, descriptor.k) == (256, 256)
     architectures = config["architectures"]
-    first, _ = model_layouts(tmp_path, architectures, tp_size=2, dtype="auto", quantized=True)
+    first, _ = model_layers(tmp_path, architectures, tp_size=2, dtype="auto", quantized=True)
     assert [source.n for source in first.layers[0].sources] == [128, 64, 64]
 
 
-def test_what_vllm_refuses_is_an_error_on_this_machine_only(tmp_path: Path) -> None:
+def test_what_vllm_refuses_is_an_error_on_this_machine_only(
+    tmp_path: Path, no_int4_experts: None
+) -> None:
     tensors: dict[str, Any] = {"lm_head.weight": ("F16", [512, 256])}
     for index in range(2):
         prefix = f"model.layers.{index}"

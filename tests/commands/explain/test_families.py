@@ -11,6 +11,7 @@ import pytest
 from tests.support.architectures import FAMILIES, SEEING, WITHOUT_LOGITS, write
 from tests.support.explained import explained, loaded_parts, planned_parts
 from tests.support.model_loading import loaded
+from tests.support.stock_vllm import fp32_options
 from tests.support.synthetic import Quant
 
 ALL = FAMILIES | WITHOUT_LOGITS | SEEING
@@ -22,7 +23,7 @@ def test_the_loaded_model_is_one_that_was_named(family: str, tmp_path: Path) -> 
     path = write(ALL[family], Quant("gptq"), tmp_path, reference=False).quantized
     named = explained(path, dtype="float32")
     read = explained(path, dtype="float32", read_weights=True)
-    options: dict[str, Any] = {"skip_tokenizer_init": True}
+    options: dict[str, Any] = {"skip_tokenizer_init": True} | fp32_options(family)
     with loaded(path, **options):
         actual = loaded_parts()
     assert not named.notes

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -10,19 +11,21 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from tests.support import table_models
 from tests.support.checkpoints import checkpoint, checkpoints, is_ours
 from tests.support.messages import says
-from vllm.compressed_linear.backends.vllm_native.classes import accelerators
+from vllm.compressed_linear.backends.vllm_native.classes import tables
 from vllm.compressed_linear.commands.explain.explain import explain
 from vllm.compressed_linear.commands.explain.explanation import Explanation, PartPlan
+from vllm.compressed_linear.commands.explain.text import group_layers, print_explanation
 from vllm.compressed_linear.machine.gpus import GPUS
 from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
 
 pytestmark = pytest.mark.skipif(
-    accelerators.unavailable("mixed precision") is not None,
+    tables.unavailable("mixed precision") is not None,
     reason="this vLLM has no kernel classes that are known here",
 )
 
@@ -94,13 +97,35 @@ def test_a_quantized_table_is_looked_up_on_the_gpu(
     assert part.backend == "triton"
     reasons = {r.backend: r.reasons for r in part.rejected}
     for name in ("marlin", "vllm_native"):
-        assert reasons[name] == ("rows by their numbers (an embedding table) are not supported",)
+        assert reasons[name] == ("lookup of rows (an embedding table) is not supported",)
 
 
 def test_other_backends_say_that_they_are_not_for_gpus() -> None:
     found = planned("gptqmodel-gptq-w4-g128-sym", 80)
     reasons = {r.backend: r.reasons for r in parts(found)[0].rejected}
     assert says(reasons["cpu"][0], "device cuda", "cpu")
+
+
+def test_backends_that_have_not_run_on_a_gpu_are_marked() -> None:
+    found = planned("gptqmodel-gptq-w4-g128-sym", 90)
+    for part in parts(found):
+        able = [r.backend for r in part.rejected if not r.reasons]
+        assert set(part.untested_on_hardware) == {part.backend, *able}
+    (layer, *_) = found.to_json()["layers"]
+    assert "vllm_native" in layer["cases"][0]["parts"][0]["untested_on_hardware"]
+    for width in (80, 160):
+        console = Console(width=width, record=True, file=io.StringIO())
+        print_explanation(found, console)
+        text = " ".join(console.export_text().split())
+        assert says(text, "MacheteLinearKernel")
+        assert says(text, "marlin (untested on hardware) could run #1")
+        assert text.count("untested on hardware") > len(group_layers(found.layers))
+
+
+def test_backends_that_have_run_on_cpus_are_not_marked() -> None:
+    path = str(checkpoint("gptqmodel-gptq-w4-g128-sym"))
+    found = explain(path, platform=Platform.parse("cpu:avx2"), dtype="bfloat16")
+    assert {part.untested_on_hardware for part in parts(found)} == {()}
 
 
 @pytest.mark.slow

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The protocol a kernel implements, and the numerical contract it is held to."""
+"""Protocol of a backend: capabilities, estimated time, preparation, execution."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import ClassVar
 
 import torch
 
-from vllm.compressed_linear.backends.contract import STANDARD_CONSTANT
+from vllm.compressed_linear.backends.contract import STANDARD, Contract
 from vllm.compressed_linear.checkpoint.weights import CompressedWeights
 from vllm.compressed_linear.machine.platform import Platform
-from vllm.compressed_linear.spec.descriptor import ActivationSpec, CompressedLinearDescriptor
+from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a backend can do, one declaration per axis of the descriptor.
+    """Capabilities of a backend, one declaration per axis of the descriptor.
 
-    Anything not declared is declined, so a feature that descriptors learn later is refused by every
-    backend that was written before it.
+    Anything undeclared is declined, so features that are added to descriptors later are declined
+    by every older backend.
     """
 
     devices: frozenset[str]
@@ -44,13 +44,13 @@ class Capabilities:
     input_dtypes: frozenset[str] = frozenset({"bfloat16", "float16", "float32"})
     scale_dtypes: frozenset[str] = frozenset({"bfloat16", "float16", "float32"})
     granularities: frozenset[str] = frozenset({"tensor", "channel", "group", "block"})
-    """A backend that reads scales row by row can do "block" whenever it can do "group"."""
+    """A backend that reads scales row by row and declares "group" can declare "block", too."""
     zero_kinds: frozenset[str] = frozenset()
     channel_order: bool = False
     padded_order: bool = False
     row_scale: bool = False
     activations: frozenset[str] = frozenset()
-    """Kinds of quantised activations, as ``ActivationSpec.kind`` names them."""
+    """Kinds of quantized activations: values of ``ActivationSpec.kind``."""
     prescale: bool = False
     transforms: bool = False
     lookup: bool = False
@@ -60,7 +60,7 @@ class Capabilities:
     max_capability: int | None = None
 
     def reasons(self, d: CompressedLinearDescriptor, platform: Platform) -> Iterable[str]:
-        """Every declared limit that ``d`` on ``platform`` exceeds, both sides named."""
+        """Every declared limit that ``d`` on ``platform`` exceeds, with both values."""
         yield from self.platform_reasons(platform)
         yield from self._weight_reasons(d)
         if d.input_dtype not in self.input_dtypes:
@@ -68,7 +68,7 @@ class Capabilities:
         if d.channel_order is not None and not self.channel_order:
             yield "reordered input channels (activation order) are not supported"
         elif d.channel_order is not None and d.channel_order.padded and not self.padded_order:
-            yield "input channels filled up to equal groups are not supported"
+            yield "input channels padded to equal groups are not supported"
         if d.activation is not None and d.activation.kind not in self.activations:
             supported = _names(self.activations)
             yield f"activations as {d.activation.kind} (supported: {supported})"
@@ -80,12 +80,12 @@ class Capabilities:
             if present is not None and not able:
                 yield f"{what} ({present}) not supported"
         if d.lookup and not self.lookup:
-            yield "rows by their numbers (an embedding table) are not supported"
+            yield "lookup of rows (an embedding table) is not supported"
         if d.lookup and (d.transform or d.prescale):
-            yield "rows by their numbers of a weight whose x is transformed or scaled first"
+            yield "lookup of rows of a weight whose x is transformed or scaled first"
 
     def platform_reasons(self, platform: Platform) -> Iterable[str]:
-        """Why nothing at all can run on ``platform``, as far as it is declared."""
+        """Declared reasons why no descriptor can run on ``platform``."""
         if platform.device not in self.devices:
             yield f"device {platform.device} (supported: {_names(self.devices)})"
             return
@@ -133,54 +133,24 @@ def _names(values: Iterable[object]) -> str:
 
 
 class QuantLinearMethod(ABC):
-    """One kernel family. One instance serves one layer and holds no state but the descriptor.
+    """One kernel family. An instance serves one layer and its only state is the descriptor.
 
     Subclasses set ``name`` and ``capabilities``, and implement ``prep_weights_for_execution``,
-    ``apply`` and ``seconds``; limits that one declaration cannot say go into ``further_reasons``.
+    ``apply`` and ``seconds``; limits that involve several axes go into ``further_reasons``.
     """
 
     name: ClassVar[str]
     capabilities: ClassVar[Capabilities]
-    contract_constant: ClassVar[float] = STANDARD_CONSTANT
-    """c of ``contract_bound``."""
     batch_invariant: ClassVar[bool] = False
-    """Whether a row's result has the same bits whatever other rows are in the batch."""
+    """Whether the bits of a row's result are independent of the other rows of the batch."""
 
     def __init__(self, descriptor: CompressedLinearDescriptor) -> None:
         self.descriptor = descriptor
 
     @classmethod
-    def weight_rounding(cls, descriptor: CompressedLinearDescriptor) -> float:
-        """Largest relative error of each ŵ before it is multiplied, for ``contract_bound``.
-
-        0 is the standard contract. A kernel that rounds dequantised weights says so here.
-        """
-        return 0.0
-
-    @classmethod
-    def own_activation(cls, descriptor: CompressedLinearDescriptor) -> ActivationSpec | None:
-        """How x is quantised although ``descriptor`` does not ask for it, None if it is not.
-
-        A backend that does so states another contract, ``activation_error`` on top of the standard
-        one, and is only ever taken where the user names it.
-        """
-        return None
-
-    @classmethod
-    def input_slack(
-        cls,
-        descriptor: CompressedLinearDescriptor,
-        x: torch.Tensor,
-        input_scale: torch.Tensor | None,
-        input_zero: torch.Tensor | None,
-    ) -> torch.Tensor | None:
-        """Largest deviation of each x̂ from ``spec/activation.py``: fp32 [M, k]; None for 0, as the
-        standard contract has it. x: fp32 [M, k] before it is quantised.
-
-        For a kernel of somebody else's that multiplies with the reciprocal of a scale, so that x
-        half way between two codes may become the other one.
-        """
-        return None
+    def contract(cls, descriptor: CompressedLinearDescriptor) -> Contract:
+        """The error that a result for ``descriptor`` may have; kit and self-check hold it to it."""
+        return STANDARD
 
     @classmethod
     def can_implement(cls, descriptor: CompressedLinearDescriptor, platform: Platform) -> Verdict:
@@ -211,6 +181,12 @@ class QuantLinearMethod(ABC):
         return ""
 
     @classmethod
+    def hardware_tested(cls, platform: Platform, variant: str = "") -> bool:
+        """Whether code path ``variant`` has run on hardware such as ``platform``; where it is
+        empty, whether any has. ``explain`` and ``backends`` mark what has not."""
+        return True
+
+    @classmethod
     def prepared_bytes(cls, descriptor: CompressedLinearDescriptor) -> int | None:
         """Bytes of all tensors that ``prep_weights_for_execution`` would return, for ``explain``;
         None when that is not known beforehand."""
@@ -220,17 +196,16 @@ class QuantLinearMethod(ABC):
     def layout_version(
         cls, descriptor: CompressedLinearDescriptor, platform: Platform
     ) -> str | None:
-        """Names what ``prep_weights_for_execution`` returns, for the prepared-weights cache.
+        """Name and version of the prepared layout, for the prepared-weights cache.
 
         It must change whenever another release of the backend's code (or of a library that it
-        repacks with) would return other tensors, or read them in another way. None: they are never
-        kept.
+        repacks with) returns other tensors, or reads them in another way. None: never cached.
         """
         return None
 
     @abstractmethod
     def prep_weights_for_execution(self, weights: CompressedWeights) -> dict[str, torch.Tensor]:
-        """Repack once. Returns plain named tensors; nothing else is kept."""
+        """Repack once. Returns plain named tensors, which are the only state."""
 
     @abstractmethod
     def apply(

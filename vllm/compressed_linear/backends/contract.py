@@ -3,13 +3,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 
 from vllm.compressed_linear.spec.descriptor import ActivationSpec, CompressedLinearDescriptor
 from vllm.compressed_linear.spec.elements import torch_dtype, widen_scale
 
-STANDARD_CONSTANT = 4.0
-"""c of ``contract_bound`` unless a backend states another."""
+InputSlack = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor | None], torch.Tensor]
+"""(x fp32 [M, K] before it is quantized, its static scale fp32 [1], its static zero point int32
+[1]) → fp32 [M, K]: the largest deviation of each x̂ from ``spec/activation.py``."""
+
+
+@dataclass(frozen=True)
+class Contract:
+    """The error that a backend may make; ``Contract()`` is the standard contract.
+
+    ``constant``: c of ``contract_bound``. ``weight_rounding``: largest relative error of each ŵ
+    before it is multiplied, for kernels that round dequantized weights. ``activation``: how x is
+    quantized although the descriptor does not ask for it, ``activation_error`` on top; such a
+    backend is only taken where the user names it. ``input_slack``: for external kernels that
+    multiply by 1/scale, so that ties may round to the neighbouring code.
+    """
+
+    constant: float = 4.0
+    weight_rounding: float = 0.0
+    activation: ActivationSpec | None = None
+    input_slack: InputSlack | None = None
+
+    def input_error(
+        self,
+        x: torch.Tensor,
+        magnitude: torch.Tensor,
+        input_scale: torch.Tensor | None = None,
+        input_zero: torch.Tensor | None = None,
+    ) -> torch.Tensor | float:
+        """Largest error that comes from x̂: float64 [M, N], or 0.
+
+        x: [M, K] before it is quantized, in the order of the groups, as ``magnitude`` [N, K] is,
+        which is that of ``contract_bound``.
+        """
+        if self.activation is not None:
+            return activation_error(x, magnitude, self.activation)
+        if self.input_slack is None:
+            return 0.0
+        slack = self.input_slack(x, input_scale, input_zero)
+        return slack.to(torch.float64) @ magnitude.to(torch.float64).t()
+
+
+STANDARD = Contract()
 
 
 def contract_bound(
@@ -17,35 +60,33 @@ def contract_bound(
     magnitude: torch.Tensor,
     expected: torch.Tensor,
     output_dtype: str,
-    constant: float = STANDARD_CONSTANT,
-    weight_rounding: float = 0.0,
-    input_rounding: torch.Tensor | float = 0.0,
+    contract: Contract = STANDARD,
+    input_error: torch.Tensor | float = 0.0,
 ) -> torch.Tensor:
     """Largest error the contract allows, float64 [M, N].
 
-    (c · sqrt(K) · 2⁻²⁴ + ``weight_rounding``) · Σ_k |x| · magnitude + ``input_rounding``, plus one
-    rounding of the output to ``output_dtype``. ``input_rounding``: ``activation_error`` of a
-    backend with an ``own_activation``, ``slack_error`` of one with an ``input_slack``.
-    x: [M, K], quantised where the descriptor says so; ``magnitude``: [N, K], bound of what a kernel
+    (c · sqrt(K) · 2⁻²⁴ + ``weight_rounding``) · Σ_k |x| · magnitude + ``input_error``, plus one
+    rounding of the output to ``output_dtype``. ``input_error``: of ``Contract.input_error``.
+    x: [M, K], quantized where the descriptor says so; ``magnitude``: [N, K], bound of what a kernel
     adds up for each weight (``|ŵ|``, or |s|·(|decode(q)| + |z|) where zero points are subtracted
     apart, see ``weight_magnitude``); ``expected``: [M, N], the exact result.
     """
     total = x.abs().to(torch.float64) @ magnitude.to(torch.float64).t()
-    accumulate = (constant * max(x.shape[-1], 1) ** 0.5 * 2.0**-24 + weight_rounding) * total
-    return _rounded_once(accumulate + input_rounding, expected, output_dtype)
+    terms = contract.constant * max(x.shape[-1], 1) ** 0.5 * 2.0**-24
+    accumulate = (terms + contract.weight_rounding) * total
+    return _rounded_once(accumulate + input_error, expected, output_dtype)
 
 
 def lookup_bound(
     magnitude: torch.Tensor,
     expected: torch.Tensor,
     output_dtype: str,
-    constant: float = STANDARD_CONSTANT,
-    weight_rounding: float = 0.0,
+    contract: Contract = STANDARD,
 ) -> torch.Tensor:
     """Largest error the contract allows rows that are looked up, float64 [M, K]: ``contract_bound``
     for sums of one term. ``magnitude`` and ``expected``: of those rows, [M, K]."""
-    accumulate = (constant * 2.0**-24 + weight_rounding) * magnitude.to(torch.float64)
-    return _rounded_once(accumulate, expected, output_dtype)
+    terms = contract.constant * 2.0**-24 + contract.weight_rounding
+    return _rounded_once(terms * magnitude.to(torch.float64), expected, output_dtype)
 
 
 def _rounded_once(
@@ -56,12 +97,6 @@ def _rounded_once(
     rounding = expected.to(torch.float64).abs() * info.eps / 2 + info.smallest_normal
     # The result before rounding already lies ``accumulate`` away, which may cross a binade.
     return accumulate * (1 + info.eps) + rounding
-
-
-def slack_error(slack: torch.Tensor | None, magnitude: torch.Tensor) -> torch.Tensor | float:
-    """What ``QuantLinearMethod.input_slack`` [M, K] adds to the error allowed: float64 [M, N], for
-    ``magnitude`` [N, K] as ``contract_bound`` takes it."""
-    return 0.0 if slack is None else slack.to(torch.float64) @ magnitude.to(torch.float64).t()
 
 
 def activation_error(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The file in which ``vllm-compressed-linear tune`` keeps what it measured; read while serving.
+"""The tune file: measurements of ``vllm-compressed-linear tune``, read while serving.
 
-JSON, made to be read by people too::
+JSON::
 
     {"format": "vllm-compressed-linear tune file", "version": 2,
      "machines": [
@@ -12,8 +12,8 @@ JSON, made to be read by people too::
            "backends": {NAME: {"variant": …, "seconds": {M: median of one call},
                                "spread": {M: half of its 95 % interval, as a part of it}}}}]}]}
 
-Measurements of several machines, thread counts and versions may stand side by side. While serving,
-those whose whole key is that of this process count; the others are as if they were not there.
+It may have measurements of several machines, thread counts and versions. Serving uses only those
+whose whole key equals that of the process.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ VERSION = 2
 
 
 class TuneFileError(ValueError):
-    """A file that was not written by ``tune``, is damaged, or is of another version."""
+    """Not a tune file, a damaged one, or one of another version."""
 
 
 @dataclass(frozen=True)
 class MachineKey:
-    """What measurements depend on besides the descriptor. ``isa`` and ``layout`` are those of our
-    compiled library, empty where it is absent."""
+    """Conditions of measurements other than the descriptor. ``isa`` and ``layout``: of our compiled
+    library, empty without it."""
 
     cpu: str
     isa: str
@@ -78,13 +78,13 @@ class MachineKey:
             threads=platform.threads if on_cpu else 0,
             package=version("vllm-compressed-linear"),
             torch=str(torch.__version__),
-            # The parent package, which is there already; to ask for it by import takes seconds.
+            # The parent package is loaded already; importing its version takes seconds.
             vllm=str(getattr(sys.modules.get("vllm"), "__version__", "")),
             layout=native.layout_id() if built else "",
         )
 
     def differences(self, other: MachineKey) -> list[str]:
-        """What is not as in ``other``, in words."""
+        """Fields that differ from ``other``, as text."""
         mine, its = asdict(self), asdict(other)
         return [
             f"{name} {mine[name]!r} (here {its[name]!r})"
@@ -110,25 +110,25 @@ class Measured:
 
 @dataclass
 class Measurements:
-    """What was measured under one key. ``layers``: descriptor → backend."""
+    """Measurements under one key. ``layers``: descriptor → backend."""
 
     limits: MachineLimits | None = None
     layers: dict[CompressedLinearDescriptor, dict[str, Measured]] = field(default_factory=dict)
 
     def of(self, descriptor: CompressedLinearDescriptor) -> Mapping[str, Measured]:
-        """Backend → measurement, empty where nothing was measured."""
+        """Backend → measurement; empty without measurements."""
         return self.layers.get(descriptor, {})
 
 
 def read(path: Path) -> dict[MachineKey, Measurements]:
-    """Everything in the file. ``TuneFileError`` if it is no tune file or damaged, ``OSError`` if it
-    cannot be read."""
+    """Read the whole file. Raises ``TuneFileError`` if it is not a valid tune file, ``OSError`` if
+    it cannot be read."""
     try:
         data = json.loads(path.read_text())
     except ValueError as error:
-        raise TuneFileError(f"tune file {path} is no JSON: {error}") from None
+        raise TuneFileError(f"tune file {path} is invalid JSON: {error}") from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise TuneFileError(f"{path} is no tune file: it has no format {FORMAT!r}")
+        raise TuneFileError(f"{path} is not a tune file: it has no format {FORMAT!r}")
     if data.get("version") != VERSION:
         raise TuneFileError(
             f"tune file {path} has version {data.get('version')!r}, expected {VERSION}"
@@ -166,12 +166,12 @@ def _numbers(data: Mapping[str, Any]) -> dict[int, float]:
     numbers = {m: float(data[str(m)]) for m in mix_of([int(m) for m in data])}
     wrong = [value for value in numbers.values() if not (math.isfinite(value) and value >= 0)]
     if wrong:
-        raise ValueError(f"{wrong[0]} is no time")
+        raise ValueError(f"{wrong[0]} is not a valid time in seconds")
     return numbers
 
 
 def write(path: Path, machines: Mapping[MachineKey, Measurements]) -> None:
-    """Replace the file in one step: whoever reads it sees the old or the new one."""
+    """Replace the file atomically: readers see the old or the new one."""
     data = {
         "format": FORMAT,
         "version": VERSION,
@@ -206,9 +206,9 @@ def write(path: Path, machines: Mapping[MachineKey, Measurements]) -> None:
 
 
 def merge(path: Path, key: MachineKey, new: Measurements) -> None:
-    """Add ``new`` to what the file holds, or make the file. Of the same backend on the same
-    descriptor under the same key the new measurement stays. ``TuneFileError`` when something else
-    is there, which is not overwritten."""
+    """Merge ``new`` into the file, or create it. New measurements replace those of the same
+    backend, descriptor and key. Raises ``TuneFileError`` for another kind of file, which is not
+    overwritten."""
     machines = read(path) if path.exists() else {}
     known = machines.setdefault(key, Measurements())
     known.limits = new.limits or known.limits
@@ -219,15 +219,15 @@ def merge(path: Path, key: MachineKey, new: Measurements) -> None:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What counts for one process. ``note``: why a file that is there is not used; may be empty."""
+    """Measurements for one process. ``note``: why an existing file is not used, or empty."""
 
     measurements: Measurements = field(default_factory=Measurements)
     note: str = ""
 
 
 def load(file: str, platform: Platform) -> Tuned:
-    """The measurements of ``file`` (see ``Settings.tune_file``) that were made on ``platform`` as
-    it is now. Read once for each process, so that all layers are chosen from one state of it."""
+    """The measurements of ``file`` (see ``Settings.tune_file``) that apply to ``platform``. Read
+    once for each process, so that all layers are chosen from the same state of the file."""
     key = MachineKey.of(platform)
     return Tuned() if key is None or not file else _load(file, key)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dequantise in chunks of rows, then multiply in fp32: slow, exact, able to do everything."""
+"""Reference backend: dequantize chunks of rows and multiply in fp32. Slow, for all descriptors."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def reference_linear(
 ) -> torch.Tensor:
     """x [M, K] → [M, N]. ``table``: fp32 value of each code, empty for dense weights.
     ``activation``: an ActivationSpec as JSON, or "". ``hadamard_block``: 0 for no transform.
-    Quantising is part of the op because compilers may not divide as IEEE does."""
+    Quantization is part of the op because compilers may not use IEEE division."""
     CALLS.add()
     taken = prepare_input(
         x,
@@ -184,7 +184,7 @@ class ReferenceBackend(QuantLinearMethod):
     @classmethod
     def seconds(cls, descriptor: CompressedLinearDescriptor, platform: Platform, m: int) -> float:
         weights = descriptor.n * descriptor.k
-        # One byte of codes in; fp32 out, in, out and in again while it is dequantised and used.
+        # Read one byte of codes; write and read fp32 twice while dequantizing and multiplying.
         return roofline(
             platform,
             read_bytes=0.0,
@@ -192,6 +192,10 @@ class ReferenceBackend(QuantLinearMethod):
             arithmetic="fp32",
             decode_seconds=17.0 * weights / platform.limits.read,
         )
+
+    @classmethod
+    def hardware_tested(cls, platform: Platform, variant: str = "") -> bool:
+        return platform.device == "cpu"
 
     @classmethod
     def prepared_bytes(cls, descriptor: CompressedLinearDescriptor) -> int | None:

@@ -11,11 +11,12 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, TypeVar, overload
 
 from vllm.compressed_linear.backends.base import QuantLinearMethod, Verdict
-from vllm.compressed_linear.backends.measurements import Measurements
+from vllm.compressed_linear.backends.measurements import Measured, Measurements
 from vllm.compressed_linear.machine.cost import expected_seconds, mix
 from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
 
+DISTRIBUTION = "vllm-compressed-linear"
 ENTRY_POINT_GROUP = "vllm.compressed_linear_backends"
 REFERENCE = "reference"
 
@@ -39,15 +40,29 @@ class BackendPackageError(RuntimeError):
 
 
 _REGISTERED: dict[str, Registration] = {}
-_OWN = "own"
 _LOADED: set[str] = set()
-"""Values of the entry points that were loaded, and ``_OWN``."""
+"""Values of the entry points that were loaded."""
 
 
 @cache
 def _installed_entry_points() -> tuple[EntryPoint, ...]:
-    """Looking through all installed packages takes tens of milliseconds."""
-    return tuple(entry_points(group=ENTRY_POINT_GROUP))
+    """Those of this package first, so that a name taken twice is the other package's error.
+
+    Looking through all installed packages takes tens of milliseconds. ``BackendPackageError`` where
+    this package has none.
+    """
+    found = sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: not _is_own(point))
+    if not found or not _is_own(found[0]):
+        raise BackendPackageError(
+            f"{DISTRIBUTION} has no entry points in the group {ENTRY_POINT_GROUP}, which name its "
+            "own backends: it was not installed, or by an older version of its source tree. "
+            "Install it again: pip install --no-build-isolation --editable . (or make setup)"
+        )
+    return tuple(found)
+
+
+def _is_own(point: EntryPoint) -> bool:
+    return point.dist is not None and point.dist.name == DISTRIBUTION
 
 
 @overload
@@ -100,19 +115,15 @@ def _validate(cls: type[QuantLinearMethod]) -> None:
 
 
 def backends() -> dict[str, Registration]:
-    """Every registered backend, our own and those of installed packages.
+    """Every registered backend: those that entry points of installed packages name, ours among
+    them, and those that were registered in code.
 
-    Raises ``BackendPackageError`` if one of those cannot be loaded.
+    Raises ``BackendPackageError`` if an entry point cannot be loaded.
     """
-    from vllm.compressed_linear import backends as own
-
-    # Once each, so that what was unregistered stays away.
-    if _OWN not in _LOADED:
-        own.register_all()
-        _LOADED.add(_OWN)
     for point in _installed_entry_points():
         if point.value not in _LOADED:
             _load(point)
+            # Once each, so that what was unregistered stays away.
             _LOADED.add(point.value)
     return dict(_REGISTERED)
 
@@ -125,12 +136,12 @@ def _load(point: EntryPoint) -> None:
             register_backend(loaded)
         elif callable(loaded):
             loaded()
-    # Whatever a package of somebody else raises, the user must see which one it is.
+    # Whatever a package raises, the user must see which one it is.
     except Exception as error:
         package = "" if point.dist is None else f" of {point.dist.name} {point.dist.version}"
         raise BackendPackageError(
-            f"entry point {point.name} = {point.value}{package} gives no backend: "
-            f"{type(error).__name__}: {error}; mend or uninstall it"
+            f"failed to load backend {point.name} = {point.value}{package}: "
+            f"{type(error).__name__}: {error}; fix or uninstall the package"
         ) from error
 
 
@@ -138,7 +149,8 @@ def _load(point: EntryPoint) -> None:
 class Candidate:
     """One backend's standing for one descriptor. ``seconds``: expected time of a call, None when it
     was declined; ``measured``: it comes from the tune file and not from the backend's estimate;
-    ``asked_only``: it quantises x on its own account, so it is only taken where it is named."""
+    ``only_if_named``: it changes the result by quantizing x, so it must be requested by name;
+    ``hardware_tested``: see ``QuantLinearMethod``, for able ones."""
 
     name: str
     verdict: Verdict
@@ -146,7 +158,8 @@ class Candidate:
     seconds: float | None = None
     variant: str = ""
     measured: bool = False
-    asked_only: bool = False
+    only_if_named: bool = False
+    hardware_tested: bool = True
 
 
 ChosenBy = Literal["asked for", "tuned", "cost model"]
@@ -154,7 +167,7 @@ ChosenBy = Literal["asked for", "tuned", "cost model"]
 
 @dataclass(frozen=True)
 class Selection:
-    """Who runs a descriptor and the full record of the others, best first."""
+    """Chosen backend plus every other candidate, with reasons, best first."""
 
     chosen: type[QuantLinearMethod]
     variant: str
@@ -166,12 +179,17 @@ class Selection:
         return tuple(c for c in self.candidates if not c.verdict)
 
     @property
+    def untested(self) -> tuple[str, ...]:
+        """Names of the backends that could run it and have never run on such hardware."""
+        return tuple(c.name for c in self.candidates if c.verdict and not c.hardware_tested)
+
+    @property
     def also_able(self) -> tuple[Candidate, ...]:
         """Backends that could run it within the standard contract and rank lower."""
         return tuple(
             c
             for c in self.candidates
-            if c.verdict and c.name != self.chosen.name and not c.asked_only
+            if c.verdict and c.name != self.chosen.name and not c.only_if_named
         )
 
 
@@ -183,42 +201,58 @@ def rank(
     """All backends: able ones best first, ``reference`` last of them, those that have to be named,
     then the declined ones.
 
-    Best is the least expected time over the device's ``cost.mix``. Backends that ``measurements``
-    has for this descriptor go before those of which there is only an estimate.
+    Best is the least expected time over the device's ``cost.mix``, and ``measurements``, those of
+    the tune file, go before estimates: see ``_policy``.
     """
     measurements = measurements or Measurements()
     platform = replace(platform, measured=platform.measured or measurements.limits)
     measured = measurements.of(descriptor)
-    found = []
-    for name, registration in backends().items():
-        backend, priority = registration.backend, registration.priority
-        verdict = backend.can_implement(descriptor, platform)
-        if not verdict:
-            found.append(Candidate(name, verdict, priority))
-            continue
-        variant = backend.variant(descriptor, platform)
-        asked_only = backend.own_activation(descriptor) is not None
-        known = measured.get(name)
-        if known is not None and known.variant == variant:
-            seconds, is_measured = known.expected, True
-        else:
-            estimate = partial(backend.seconds, descriptor, platform)
-            seconds = expected_seconds(estimate, mix(platform.device))
-            is_measured = False
-        found.append(Candidate(name, verdict, priority, seconds, variant, is_measured, asked_only))
+    found = [
+        _candidate(registration, descriptor, platform, measured.get(name))
+        for name, registration in backends().items()
+    ]
+    able = [c for c in found if c.verdict]
+    allowed = [c for c in able if not c.only_if_named]
+    to_be_named = [c for c in able if c.only_if_named]
+    declined = [c for c in found if not c.verdict]
+    return tuple(
+        c for group in (allowed, to_be_named, declined) for c in sorted(group, key=_policy)
+    )
 
-    def key(c: Candidate) -> tuple[bool, bool, bool, int, bool, float, str]:
-        return (
-            not c.verdict,
-            c.asked_only,
-            c.name == REFERENCE,
-            -c.priority,
-            not c.measured,
-            c.seconds or 0.0,
-            c.name,
-        )
 
-    return tuple(sorted(found, key=key))
+def _candidate(
+    registration: Registration,
+    descriptor: CompressedLinearDescriptor,
+    platform: Platform,
+    measured: Measured | None,
+) -> Candidate:
+    backend, priority = registration.backend, registration.priority
+    verdict = backend.can_implement(descriptor, platform)
+    if not verdict:
+        return Candidate(backend.name, verdict, priority)
+    variant = backend.variant(descriptor, platform)
+    if measured is not None and measured.variant == variant:
+        seconds, is_measured = measured.expected, True
+    else:
+        estimate = partial(backend.seconds, descriptor, platform)
+        seconds, is_measured = expected_seconds(estimate, mix(platform.device)), False
+    only_if_named = backend.contract(descriptor).activation is not None
+    return Candidate(
+        backend.name,
+        verdict,
+        priority,
+        seconds,
+        variant,
+        is_measured,
+        only_if_named,
+        backend.hardware_tested(platform, variant),
+    )
+
+
+def _policy(c: Candidate) -> tuple[bool, int, bool, float, str]:
+    """The order of candidates: ``reference`` last, then the higher priority, then what was measured
+    before what is only estimated, whatever the times, then the least time, then the name."""
+    return (c.name == REFERENCE, -c.priority, not c.measured, c.seconds or 0.0, c.name)
 
 
 def select(
@@ -233,8 +267,8 @@ def select(
     """The backend for ``descriptor``.
 
     ``override`` names the only one allowed; ``strict`` refuses ``reference`` unless it was named;
-    ``measurements`` are those of the tune file. A backend that quantises x on its own account has
-    to be named.
+    ``measurements`` are those of the tune file. A backend that changes the
+    result by quantizing x must be named.
     Raises ``NoBackendError`` with every reason.
     """
     candidates = rank(descriptor, platform, measurements)
@@ -251,7 +285,7 @@ def select(
             )
             raise NoBackendError(f"backend {override!r} was asked for but cannot run {where}:{why}")
     else:
-        able = [c for c in able if not c.asked_only]
+        able = [c for c in able if not c.only_if_named]
         if strict:
             able = [c for c in able if c.name != REFERENCE]
     if not able:

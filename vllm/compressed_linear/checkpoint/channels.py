@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From any assignment of input channels to groups, to equal groups of consecutive channels.
+"""Reorder input channels so that every scale group is contiguous and equally long.
 
 Activation order, a group that a tensor-parallel shard border cuts, and a short last group are the
-same problem: channel k uses the scale of group ``group_of[k]``, and kernels want group
+same problem: channel k uses the scale of group ``group_of[k]``, and kernels need group
 ``k // group_size``. A gather of channels and a map of groups solve it without loss; no kernel ever
 sees a ``g_idx``.
 """
@@ -15,18 +15,18 @@ from dataclasses import dataclass
 import torch
 
 SMALLEST_PLAIN_GROUP = 16
-"""Below this, filling groups up with zero channels is cheaper than splitting them further."""
+"""Below this size, padding groups with zero channels is cheaper than splitting them further."""
 
 FILL_UNIT = 32
 
 
 @dataclass(frozen=True)
-class ChannelPlan:
-    """How local channels become equal groups.
+class ChannelGather:
+    """Gather of this rank's channels into equal groups.
 
-    order: int32 [k], position in x of each channel the kernel sees, −1 for a channel of zeros; None
-    when channels stay as they are. group_of: int64 [k // group_size], which of the checkpoint's
-    groups each of the kernel's groups takes its scale and zero point from.
+    order: int32 [k], position in x of each channel of the kernel, −1 for a channel of zeros; None
+    if channels keep their order. group_of: int64 [k // group_size], the checkpoint's group from
+    which each group of the kernel takes its scale and zero point.
     """
 
     order: torch.Tensor | None
@@ -42,8 +42,8 @@ class ChannelPlan:
         return self.order is not None and bool((self.order < 0).any())
 
 
-def plan_channels(group_index: torch.Tensor) -> ChannelPlan:
-    """Plan for channels whose groups are ``group_index`` (int64 [K], K ≥ 1)."""
+def gather_channels(group_index: torch.Tensor) -> ChannelGather:
+    """The gather of channels whose groups are ``group_index`` (int64 [K], K ≥ 1)."""
     index = group_index.to(torch.int64).cpu()
     ordered = bool((index[1:] >= index[:-1]).all())
     order = None if ordered else torch.argsort(index, stable=True)
@@ -54,7 +54,7 @@ def plan_channels(group_index: torch.Tensor) -> ChannelPlan:
     size = math.gcd(*sizes)
     if size >= min(SMALLEST_PLAIN_GROUP, max(sizes)):
         group_of = torch.repeat_interleave(groups, counts // size)
-        return ChannelPlan(None if order is None else order.to(torch.int32), group_of, size)
+        return ChannelGather(None if order is None else order.to(torch.int32), group_of, size)
 
     unit = min(FILL_UNIT, max(sizes))
     blocks = (counts + unit - 1) // unit
@@ -64,4 +64,4 @@ def plan_channels(group_index: torch.Tensor) -> ChannelPlan:
     begin_out = (torch.cumsum(blocks, 0) - blocks) * unit
     position = torch.arange(len(index)) + torch.repeat_interleave(begin_out - begin_in, counts)
     filled[position] = source.to(torch.int32)
-    return ChannelPlan(filled, torch.repeat_interleave(groups, blocks), unit)
+    return ChannelGather(filled, torch.repeat_interleave(groups, blocks), unit)

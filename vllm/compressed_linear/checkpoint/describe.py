@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From facts to descriptors, without a tensor.
+"""From facts to descriptors, without tensors.
 
-A trivial ``g_idx`` vanishes, zero points that all equal the middle code become a symmetric element
-type, the dtype scales really have is stated, and neighbouring shards with equal facts become one
-descriptor. What remains different becomes several parts. All of it is exact.
+A trivial ``g_idx`` is dropped, zero points that all equal the middle code become a symmetric
+element type, scales get the dtype they were stored in, and consecutive shards with equal facts
+become one descriptor. Shards that differ become several parts. All of these are exact.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from vllm.compressed_linear.spec.elements import uint
 
 @dataclass(frozen=True)
 class LayerContext:
-    """What a layer is apart from its weights: dtypes, and whether it is an embedding table, whose
-    rows are looked up."""
+    """Properties of a layer other than its weights: dtypes, and whether its rows are looked up, as
+    in an embedding table."""
 
     input_dtype: str
     output_dtype: str
@@ -46,7 +46,7 @@ class DescribedPart:
 def describe(
     facts: Sequence[ShardFacts], sources: Sequence[ShardSource], context: LayerContext
 ) -> list[DescribedPart]:
-    """The parts of a layer whose shards have ``facts``, in the order of the shards."""
+    """Parts of a layer whose shards have ``facts``, in the order of the shards."""
     specs = [_refined(source.scheme.weight, f) for source, f in zip(sources, facts, strict=True)]
 
     def same(a: int, b: int) -> bool:
@@ -91,7 +91,7 @@ def describe(
 
 
 def _refined(stated: WeightSpec, facts: ShardFacts) -> WeightSpec:
-    """What the scheme states of a weight, made exact by the facts."""
+    """The weight of the scheme, made exact by the facts."""
     spec = replace(stated, row_scale="float32" if facts.row_scale else None)
     if facts.scale_dtype is None or spec.scale is None:
         return spec
@@ -109,7 +109,7 @@ def _refined(stated: WeightSpec, facts: ShardFacts) -> WeightSpec:
 def _with_blocks(
     spec: WeightSpec, sources: Sequence[ShardSource], channels: GroupOrder | None
 ) -> WeightSpec:
-    """``spec`` of a part of ``sources``, with the blocks of rows that share scales, if they do."""
+    """``spec`` of a part of ``sources``, with blocks of rows if they share scales."""
     rows = _block_rows(sources)
     if rows == 1 or channels is None or spec.scale is None or spec.zero is not None:
         return spec
@@ -117,11 +117,11 @@ def _with_blocks(
 
 
 def _block_rows(sources: Sequence[ShardSource]) -> int:
-    """How many rows share scales, counted from the first row of all ``sources`` together; 1 where
-    one of them begins in the middle of a block, or its slice cuts one, or padding fills one up.
+    """Number of rows that share scales, counted from the first row of all ``sources`` together; 1
+    if one of them begins in the middle of a block, or its slice cuts one, or padding completes one.
 
-    Only whole members may end with a short block: a slice that does begins with one on another
-    rank, and what is said should not depend on the rank.
+    Only whole members may end with a short block: a slice that ends with one begins with one on
+    another rank, and the result must not depend on the rank.
     """
     rows = sources[0].block_rows
     offset = 0

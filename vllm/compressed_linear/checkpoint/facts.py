@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Facts that only the data tells: what is decided about a weight needs these and no tensors.
+"""Facts of the values of a shard, from which descriptors are decided without tensors.
 
 ``read_facts`` touches the tensors of a shard once and validates them; ``describe`` decides from
-facts alone, so ``explain`` decides from facts that it supposes.
+facts alone, so ``explain`` can decide from assumed facts.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm.compressed_linear.checkpoint.channels import ChannelPlan, plan_channels
+from vllm.compressed_linear.checkpoint.channels import ChannelGather, gather_channels
 from vllm.compressed_linear.checkpoint.shard import LoadedShard
 from vllm.compressed_linear.checkpoint.validation import check_values
 from vllm.compressed_linear.spec.descriptor import ZeroSpec
@@ -22,10 +22,9 @@ from vllm.compressed_linear.spec.scheme import Role
 
 @dataclass(frozen=True)
 class GroupOrder:
-    """How the channels of a shard belong to groups. ``identity``: equal for equal assignments.
+    """Assignment of a shard's channels to groups. ``identity``: equal for equal assignments.
 
-    ``k``: channels after the order, with those that fill groups up; ``groups`` of ``group_size``
-    of them each.
+    ``k``: channels after the gather, padding included, in groups of ``group_size`` each.
     """
 
     identity: str
@@ -35,10 +34,10 @@ class GroupOrder:
     padded: bool
 
     @classmethod
-    def of(cls, plan: ChannelPlan) -> GroupOrder:
-        """The order of a channel plan."""
-        identity = f"{_digest(plan.group_of)} {_digest(plan.order)}"
-        return cls(identity, plan.k, plan.group_size, plan.order is not None, plan.padded)
+    def of(cls, gather: ChannelGather) -> GroupOrder:
+        """The order of a channel gather."""
+        identity = f"{_digest(gather.group_of)} {_digest(gather.order)}"
+        return cls(identity, gather.k, gather.group_size, gather.order is not None, gather.padded)
 
     @property
     def groups(self) -> int:
@@ -47,7 +46,7 @@ class GroupOrder:
 
 @dataclass(frozen=True)
 class ShardFacts:
-    """Everything that ``describe`` asks of the tensors of one shard.
+    """Everything that ``describe`` needs to know about the tensors of one shard.
 
     ``channels``: None without scales or channels. ``scale_dtype``: as ``ScaleSpec`` names it, None
     without scales. ``zero``: zero points as they are stored, None without any;
@@ -69,20 +68,20 @@ class ShardFacts:
 
 @dataclass(frozen=True)
 class ShardNumbers:
-    """What was unpacked for the facts and is needed again for preparation.
+    """Tensors that were unpacked for the facts and are needed again for preparation.
 
     ``scale``: [n, groups kept] in the checkpoint's dtype (uint8 for E8M0). ``zero``: [n, groups
-    kept] in units of codes. ``plan``: the gather of channels.
+    kept] in units of codes. ``gather``: the gather of channels.
     """
 
     scale: torch.Tensor | None
     zero: torch.Tensor | None
-    plan: ChannelPlan | None
+    gather: ChannelGather | None
 
 
 def read_facts(shard: LoadedShard) -> tuple[ShardFacts, ShardNumbers]:
     """The facts of a loaded shard. Raises ``CheckpointError`` on damaged data."""
-    plan = channel_plan(shard)
+    gather = channel_gather(shard)
     scale, stored_zero = shard.scale(), shard.zero()
     zero = shard.in_codes(stored_zero, scale)
     check_values(shard, scale, stored_zero, zero)
@@ -94,7 +93,7 @@ def read_facts(shard: LoadedShard) -> tuple[ShardFacts, ShardNumbers]:
         and bool((zero == 1 << (element.bits - 1)).all())
     )
     facts = ShardFacts(
-        None if plan is None else GroupOrder.of(plan),
+        None if gather is None else GroupOrder.of(gather),
         None if scale is None else scale_dtype_name(scale.dtype),
         _zero_spec(shard, zero),
         middle,
@@ -105,14 +104,14 @@ def read_facts(shard: LoadedShard) -> tuple[ShardFacts, ShardNumbers]:
             _digest(shard.prescale()),
         ),
     )
-    return facts, ShardNumbers(scale, zero, plan)
+    return facts, ShardNumbers(scale, zero, gather)
 
 
 def stated_facts(shard: LoadedShard, channels: GroupOrder | None, middle: bool) -> ShardFacts:
-    """What dtypes and shapes of a shard state, for a shard of meta tensors; the rest is given.
+    """Facts of a shard of meta tensors, by its dtypes and shapes; all others are arguments.
 
-    Static numbers of x are taken to be equal in all shards: members of a fused layer that differ
-    in them become parts once they are loaded.
+    Static numbers of x are assumed to be equal in all shards: members of a fused layer that differ
+    in them become separate parts once they are loaded.
     """
     scale, zero = shard.scale(), shard.zero()
     roles = (Role.INPUT_SCALE, Role.INPUT_ZERO, Role.PRESCALE)
@@ -126,14 +125,14 @@ def stated_facts(shard: LoadedShard, channels: GroupOrder | None, middle: bool) 
     )
 
 
-def channel_plan(shard: LoadedShard) -> ChannelPlan | None:
-    """The channel plan of one shard, None for weights without scales or channels.
+def channel_gather(shard: LoadedShard) -> ChannelGather | None:
+    """The channel gather of one shard, None for weights without scales or channels.
 
     Raises ``CheckpointError`` for a group index that is out of range.
     """
     if shard.source.scheme.weight.scale is None or shard.source.k == 0:
         return None
-    return plan_channels(shard.group_index())
+    return gather_channels(shard.group_index())
 
 
 def _zero_spec(shard: LoadedShard, zero: torch.Tensor | None) -> ZeroSpec | None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint's safetensors headers say: names, dtypes and shapes, no weights read.
+"""Safetensors headers of a checkpoint: names, dtypes and shapes, without reading weights.
 
 Format: 8 bytes little-endian header length, that many bytes of JSON, then the data
 (safetensors documentation).
@@ -81,10 +81,10 @@ class Headers(Mapping[str, TensorHeader]):
 
 
 def read_headers(directory: str | Path) -> Headers | None:
-    """Headers of a local directory's safetensors files; None where there is none.
+    """Headers of a local directory's safetensors files; None if it has none.
 
-    An index names the files that count, as it does for vLLM. Raises ``CheckpointError`` naming the
-    file, and the tensor where one is at fault, when a file is missing, truncated or damaged.
+    If there is an index, only the files it names are read, as in vLLM. Raises ``CheckpointError``
+    with the file, and the tensor if possible, when a file is missing, truncated or damaged.
     """
     path = Path(directory)
     if not path.is_dir():
@@ -97,7 +97,7 @@ def read_headers(directory: str | Path) -> Headers | None:
 
 
 def headers_of(entries: Mapping[str, Mapping[str, Any]], origin: str) -> Headers:
-    """Headers from entries as they stand in safetensors files; ``origin`` is for messages."""
+    """Parse header entries of safetensors files; ``origin`` is for messages."""
     return Headers({name: _read_entry(origin, name, entry) for name, entry in entries.items()})
 
 
@@ -108,7 +108,7 @@ def _files(directory: Path) -> list[Path]:
     try:
         weight_map = dict(json.loads(index.read_text())["weight_map"])
     except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{index}: no index of tensors: {error!r}") from None
+        raise CheckpointError(f"{index}: not an index of tensors: {error!r}") from None
     first_tensor = {file: name for name, file in reversed(weight_map.items())}
     for file, name in first_tensor.items():
         if not (directory / file).is_file():
@@ -127,13 +127,13 @@ def _read_file(file: Path) -> dict[str, TensorHeader]:
         (length,) = struct.unpack("<Q", prefix)
         if length > size - 8:
             raise CheckpointError(
-                f"{file}: header of {length} bytes in a file of {size} bytes (truncated or no "
+                f"{file}: header of {length} bytes in a file of {size} bytes (truncated, or not a "
                 "safetensors file)"
             )
         try:
             header = json.loads(stream.read(length))
         except ValueError as error:
-            raise CheckpointError(f"{file}: header is no JSON: {error}") from None
+            raise CheckpointError(f"{file}: header is invalid JSON: {error}") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: header is a {type(header).__name__}, expected a map")
     header.pop("__metadata__", None)
@@ -179,5 +179,5 @@ def shard_names(prefix: str, packed_modules: Mapping[str, Sequence[str]]) -> lis
 
 
 def last_word(module: str) -> str:
-    """The last part of a module's name that is no number."""
+    """Last non-numeric component of a dotted module name."""
     return next((part for part in reversed(module.split(".")) if not part.isdigit()), "")

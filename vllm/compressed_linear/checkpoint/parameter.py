@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How checkpoint tensors arrive: one parameter class for every tensor of every format.
+"""Parameters for the tensors of a checkpoint: one class for every tensor of every format.
 
 A ``CheckpointParameter`` is one flat buffer for all shards of a fused layer that have a tensor of
-that name, with a static table shard → region. Its loader only ever copies: it may be called again,
-on a meta copy of the parameter, or with a tensor that is fused on disk.
+that name, with a static table shard → region. Its loader only copies: it may be called again, on a
+meta copy of the parameter, or with a tensor that is fused on disk.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ALIGNMENT = 16
 
 @dataclass(frozen=True)
 class Region:
-    """Where one shard's tensor lies in the flat buffer, counted in bytes."""
+    """Region of one shard's tensor in the flat buffer, in bytes."""
 
     shard: int
     source: ShardSource
@@ -40,7 +40,7 @@ class Region:
 
 @dataclass
 class Arrival:
-    """What one load call left in a region: which packing the file has, and from where it came."""
+    """Record of one load call: the packing of the file, and the source of the tensor."""
 
     source: ShardSource
     packing: Packing | None
@@ -49,13 +49,13 @@ class Arrival:
 
 @dataclass
 class LoadRecord:
-    """Arrivals by shard. Shared by a parameter and its meta copies, emptied when consumed."""
+    """Load records by shard. Shared by a parameter and its meta copies, emptied when consumed."""
 
     arrivals: dict[int, Arrival] = field(default_factory=dict)
 
 
 class CheckpointParameter(Parameter):
-    """See the module's docstring. ``regions``: the table, ordered by shard."""
+    """Flat buffer with the table ``regions``, ordered by shard; see the module's docstring."""
 
     regions: tuple[Region, ...]
     record: LoadRecord
@@ -76,7 +76,7 @@ class CheckpointParameter(Parameter):
         if "N" in axes:
             # Models that reorder a fused tensor's rows before they load it (Falcon) ask for this.
             self.output_dim = axes.index("N")
-        # Kept in the instance: vLLM's reload wraps and restores this very attribute, and copies
+        # An instance attribute: vLLM's reload wraps and restores it, and copies
         # the instance dictionary to meta tensors. A plain function holds no reference to a layer.
         self.weight_loader = load_checkpoint_tensor
 
@@ -84,7 +84,7 @@ class CheckpointParameter(Parameter):
 def create_parameters(
     sources: Sequence[ShardSource], layer_name: str
 ) -> dict[str, CheckpointParameter]:
-    """One parameter for each tensor name that any of the shards has, on the default device.
+    """Create one parameter for each tensor name of the shards, on the default device.
 
     Raises ``CheckpointError`` for a weight that its layout cannot hold.
     """
@@ -118,16 +118,16 @@ def create_parameters(
 
 
 def _fused(sources: Sequence[ShardSource], shard: int) -> ShardSource:
-    """The shard as a part of one tensor on disk that holds all shards one after another."""
+    """The shard as a part of one tensor on disk in which all shards are concatenated."""
     before = sum(s.full_n for s in sources[:shard])
     source = sources[shard]
     return replace(source, full_n=sum(s.full_n for s in sources), n_start=source.n_start + before)
 
 
 def _capacity(sources: Sequence[ShardSource], shard: int, stored: StoredTensor) -> int:
-    """Elements that any way of storing this tensor can need; ``ValueError`` if there is none.
+    """Largest number of elements over all variants of this tensor; ``ValueError`` if none fits.
 
-    A layout in tiles may hold a fused tensor, but not each of its shards alone.
+    A tiled layout may hold a fused tensor, but not each of its shards separately.
     """
     alone = [sources[shard]]
     fused = [_fused(sources, shard)] if len(sources) > 1 else []
@@ -161,7 +161,7 @@ def load_checkpoint_tensor(
     whole = [region.source for region in regions]
     for position, region in enumerate(regions):
         source = region.source if len(regions) == 1 else _fused(whole, position)
-        # A file that fuses shards may still hold one number for each of them.
+        # A file that fuses shards may still have one scalar for each of them.
         each = _is_number(region.stored) and loaded_weight.numel() == len(regions)
         loaded = loaded_weight.flatten()[position] if each else loaded_weight
         _copy(param, region, source, loaded)
@@ -216,7 +216,7 @@ def _copy(
 def _dtype_fits(stored: StoredTensor, container: torch.dtype, found: torch.dtype) -> bool:
     if stored.role is Role.CODES and not found.is_floating_point:
         return found == container
-    # Into eight bits no other dtype goes without loss.
+    # No other dtype converts to eight bits without loss.
     if stored.packing is not None or container in (torch.float8_e4m3fn, torch.float8_e5m2):
         return found == container
     return found.is_floating_point == container.is_floating_point
@@ -228,9 +228,9 @@ def collect_shards(
     *,
     loaded: bool = True,
 ) -> list[LoadedShard]:
-    """The shards as loaded, as views of the parameters' buffers; consumes the load records.
+    """The loaded shards, as views of the parameters' buffers; consumes the load records.
 
-    Raises ``CheckpointError`` when a tensor of a shard never arrived. ``loaded=False`` (dummy
+    Raises ``CheckpointError`` if a tensor of a shard was not loaded. ``loaded=False`` (dummy
     weights) takes the buffers as they are.
     """
     shards = []
@@ -266,9 +266,9 @@ def collect_shards(
 
 
 def _settle_packings(source: ShardSource, packings: dict[str, Packing | None]) -> None:
-    """Where a tensor's shape fits a dense packing and one that is not, go by its neighbours.
+    """If a tensor's shape fits both a dense and a non-straddling packing, decide by other tensors.
 
-    They come from one packer, which has one way; only short axes are ambiguous.
+    They come from the same packer, which uses one packing; only short axes are ambiguous.
     """
     fitting = {
         stored: [
@@ -296,7 +296,7 @@ def _view(param: CheckpointParameter, region: Region, arrival: Arrival) -> torch
     unit = 1 if raw.dtype == torch.uint8 else region.dtype.itemsize
     flat = raw.narrow(0, region.offset // unit, prod(shape) * region.dtype.itemsize // unit)
     view = flat.view(region.dtype).view(shape)
-    # Scales travel in the widest dtype and get the file's own back, which loses nothing.
+    # Scales are loaded in the widest dtype and converted back to the file's own, without loss.
     widened = region.stored.role in (Role.SCALE, Role.ZERO) and region.stored.packing is None
     return view.to(arrival.dtype) if widened and arrival.dtype.is_floating_point else view
 

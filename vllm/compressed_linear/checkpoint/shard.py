@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One logical weight of a checkpoint: the part of this rank, as stored, and its meaning."""
+"""One logical weight of a checkpoint: this rank's part, as stored, and its decoding."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vllm.compressed_linear.spec.scheme import (
 )
 
 CHUNK_BYTES = 4 << 20
-"""Bytes in standard layout that one chunk of rows may take."""
+"""Size limit of one chunk of rows in standard layout, in bytes."""
 
 
 class CheckpointError(ValueError):
@@ -30,11 +30,11 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class ShardSource:
-    """Where this rank's part of one logical weight lies in the checkpoint.
+    """Position of this rank's part of one logical weight in the checkpoint.
 
     ``name``: the layer's name in the checkpoint, for messages. ``full_n``, ``full_k``: shape of the
-    whole weight on disk. This rank holds rows [n_start, n_start + n) and channels
-    [k_start, k_start + k), and after its rows ``padding`` rows of zeros (padded vocabularies).
+    whole weight on disk. This rank has rows [n_start, n_start + n) and channels
+    [k_start, k_start + k), followed by ``padding`` rows of zeros (padded vocabularies).
     """
 
     name: str
@@ -70,9 +70,8 @@ class ShardSource:
     def span(self, axis: str) -> tuple[int, int]:
         """(start, length) of this rank's part of a logical axis.
 
-        Scales stay whole along G where a group index may point anywhere; otherwise every group
-        that this rank's channels touch is kept, also one that a shard border cuts. So are blocks
-        of rows.
+        With a group index all groups are kept; otherwise every group that this rank's channels
+        touch, including groups that a shard border cuts. The same holds for blocks of rows.
         """
         if axis == "N":
             return self.n_start, self.n
@@ -90,7 +89,7 @@ class ShardSource:
     def slices(self, stored: StoredTensor, packing: Packing | None) -> list[AxisSlice | None]:
         """The part of each stored dimension that this rank keeps (None: all of a fixed length).
 
-        A matrix-wide interleave has no contiguous parts, so such tensors are kept whole.
+        Tensors with an interleave of the whole matrix have no contiguous parts and are kept whole.
         """
         whole = bool(stored.interleave)
         out: list[AxisSlice | None] = []
@@ -106,13 +105,13 @@ class ShardSource:
         return out
 
     def packing_is_open(self, stored: StoredTensor) -> bool:
-        """Whether the tensor's shape fits several of its packings; it is kept whole then, since the
-        other tensors tell when they are there. Only short axes are like that."""
+        """Whether the tensor's shape fits several of its packings; it is kept whole then, until the
+        other tensors are loaded and decide. Only possible for short axes."""
         shapes = {stored.shape(self.extents, packing) for packing in stored.packings}
         return bool(stored.variants) and len(shapes) < len(stored.packings)
 
     def kept_shape(self, stored: StoredTensor, packing: Packing | None) -> tuple[int, ...]:
-        """Shape of what this rank keeps of ``stored``."""
+        """Shape of this rank's part of ``stored``."""
         if stored.interleave:
             return stored.shape(self.extents)
         return tuple(
@@ -123,9 +122,9 @@ class ShardSource:
 
 @dataclass(frozen=True)
 class StoredCodes:
-    """The codes of a shard as stored, for a backend that reads them without a detour.
+    """The codes of a shard as stored, for backends that repack them in a single pass.
 
-    ``skips``: along each logical axis, how many elements come before this rank's first one.
+    ``skips``: for each logical axis, the number of elements before this rank's first one.
     """
 
     stored: StoredTensor
@@ -136,8 +135,8 @@ class StoredCodes:
 
 @dataclass
 class LoadedShard:
-    """This rank's part of one logical weight, as stored. ``packings``: which of a tensor's
-    packings the file turned out to have."""
+    """This rank's part of one logical weight, as stored. ``packings``: the packing of each tensor
+    in this file."""
 
     source: ShardSource
     tensors: Mapping[str, torch.Tensor]
@@ -173,7 +172,7 @@ class LoadedShard:
         axes = [axis for axis in stored.axes if isinstance(axis, str)]
         if not axes:
             return tensor.reshape(1, 1).expand(stop - start, self.source.span(second)[1])
-        # Fixed lengths beside an axis are all 1: [N, 1], [N / 128, 1, K / 128, 1].
+        # Dimensions without a logical axis have length 1: [N, 1], [N / 128, 1, K / 128, 1].
         tensor = tensor.reshape(
             [n for n, axis in zip(tensor.shape, stored.axes, strict=True) if axis in axes]
         )
@@ -186,7 +185,7 @@ class LoadedShard:
             if len(axes) == 1:
                 return tensor.reshape(-1, 1)
             return tensor if dims["B"] == 0 else tensor.t()
-        # Skips of the slice that was loaded, so that rows count from this rank's first one.
+        # Drop the elements before this rank's first row, so that rows are counted from it.
         loaded = dict(zip(stored.axes, self.source.slices(stored, packing), strict=True))
         n_part = loaded["N"]
         assert n_part is not None
@@ -211,7 +210,7 @@ class LoadedShard:
         return codes
 
     def stored_codes(self) -> StoredCodes:
-        """The codes as the checkpoint has them."""
+        """The codes as stored."""
         stored = self.stored(Role.CODES)
         assert stored is not None
         packing = self.packing(stored)
@@ -243,16 +242,16 @@ class LoadedShard:
         return self._numbers(Role.INPUT_SCALE, 1)
 
     def prescale(self) -> torch.Tensor | None:
-        """What x is multiplied with, fp32 [K] in the checkpoint's channel order, or None."""
+        """Prescale of x, fp32 [K] in the checkpoint's channel order, or None."""
         return self._numbers(Role.PRESCALE, self.source.k)
 
     def input_zero(self) -> torch.Tensor | None:
-        """Static zero point of x, int32 [1], 0 for the middle of the range; or None."""
+        """Static zero point of x, int32 [1], 0 is the middle of the range; or None."""
         stored = self.stored(Role.INPUT_ZERO)
         return None if stored is None else self.tensors[stored.name].reshape(1).to(torch.int32)
 
     def _numbers(self, role: Role, length: int) -> torch.Tensor | None:
-        """A tensor of one number or of one for each channel, as fp32 [length]."""
+        """A scalar or per-channel tensor, as fp32 [length]."""
         stored = self.stored(role)
         if stored is None:
             return None
@@ -297,14 +296,14 @@ class LoadedShard:
         return index - source.span("G")[0]
 
     def dequantize(self, start: int, stop: int) -> torch.Tensor:
-        """fp32 [stop − start, K]: the meaning of the stored tensors, see ``dequantize_runs``."""
+        """Decode rows [start, stop) to fp32 [stop − start, K], see ``dequantize_runs``."""
         return self.dequantize_runs([(start, stop)])
 
     def dequantize_runs(self, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
-        """fp32 [rows of all ``runs`` [start, stop), K]: the meaning of the stored tensors.
+        """Decode the rows of all ``runs`` [start, stop) to fp32 [rows, K].
 
-        This is what self-checks compare against, so it follows the checkpoint's own indices and
-        shares no code with the channel plan.
+        Self-checks compare with this, so it follows the checkpoint's own indices and shares no
+        code with the gather of channels.
         """
         second = self.row_scale()
         group = None if self.source.scheme.weight.scale is None else self.group_index()
@@ -315,7 +314,7 @@ class LoadedShard:
     ) -> torch.Tensor:
         weight = self.source.scheme.weight
         values = weight.element.decode(self.codes(start, stop))
-        # Only these rows of them: self-checks ask for single rows.
+        # Only the scales of these rows: self-checks ask for single rows.
         scale = self._scale_rows(start, stop)
         zero = self._matrix(Role.ZERO, "G", start, stop)
         second = 1 if rows is None else rows[start:stop].unsqueeze(1)
@@ -333,7 +332,7 @@ class LoadedShard:
 
 
 def dense_shard(name: str, weight: torch.Tensor) -> LoadedShard:
-    """``weight`` [N, K], this rank's part of an unquantized layer, as a shard."""
+    """This rank's part ``weight`` [N, K] of an unquantized layer, as a shard."""
     n, k = weight.shape
     source = ShardSource(name, dense_scheme(weight.dtype), n, k, 0, n, 0, k)
     return LoadedShard(source, {"weight": weight})

@@ -16,7 +16,7 @@ def check_values(
     stored_zero: torch.Tensor | None,
     zero: torch.Tensor | None,
 ) -> None:
-    """Raise ``CheckpointError`` unless scales are finite, and zero only where nothing is lost.
+    """Raise ``CheckpointError`` unless scales are finite, and 0 only over codes that mean 0.
 
     ``scale``, ``stored_zero``: [n, groups kept], as ``shard`` has them; ``zero``: zero points in
     units of codes.
@@ -26,7 +26,7 @@ def check_values(
     if scale is None or stored is None:
         return
     name = f"{shard.source.name}.{stored.name}"
-    # E4M3 scales may underflow: what that loses, the quantizer chose to lose.
+    # E4M3 scales may underflow, which is the quantizer's choice.
     underflows = scale.dtype == torch.float8_e4m3fn
     scale = widen_scale(scale)
     _check_finite(shard, name, "scales", scale)
@@ -38,7 +38,7 @@ def check_values(
 
 
 def _check_numbers(shard: LoadedShard) -> None:
-    """What the activation needs is there, and every number of few can be computed with."""
+    """Validate scalars and per-channel numbers: present, finite, input scales not 0."""
     activation = shard.source.scheme.activation
     for role, needed, numbers in (
         (Role.ROW_SCALE, False, shard.row_scale()),
@@ -61,7 +61,10 @@ def _check_numbers(shard: LoadedShard) -> None:
         elif role is Role.INPUT_ZERO and activation is not None:
             bad |= numbers.abs() > 1 << (activation.element.bits - 1)
         if bool(bad.any()):
-            expected = "a finite number other than 0" if role is Role.INPUT_SCALE else "others"
+            expected = {
+                Role.INPUT_SCALE: "a finite number other than 0",
+                Role.INPUT_ZERO: f"a zero point of {activation and activation.element}",
+            }.get(role, "finite numbers")
             raise CheckpointError(
                 f"{name}: {int(bad.sum())} of {numbers.numel()} values cannot be used, the first "
                 f"is {float(numbers[bad][0])}; expected {expected}"
@@ -71,10 +74,10 @@ def _check_numbers(shard: LoadedShard) -> None:
 def _check_dead_groups(
     shard: LoadedShard, name: str, scale: torch.Tensor, zero: torch.Tensor | None
 ) -> None:
-    """A zero scale over codes that all mean zero is a dead group; over others it lost weights."""
+    """Accept a scale of 0 over codes that all mean 0 (a dead group); over others it is an error."""
     index = shard.group_index().to(scale.device)
     element = shard.source.scheme.weight.element
-    # Values, zero points and scales are spread over all channels, as fp32.
+    # Values, zero points and scales are expanded to all channels, as fp32.
     step = max(CHUNK_BYTES // (16 * shard.source.k), 1)
     for start in range(0, shard.source.n, step):
         rows = slice(start, min(start + step, shard.source.n))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weights of a layer between the checkpoint and a backend.
+"""Weights of a layer in standard layout, from which a backend prepares its own.
 
-``LoadedShard`` holds this rank's part of one logical weight exactly as the checkpoint has it.
-``CompressedWeights`` presents one or more of them, concatenated along N, in standard layout, a
-chunk of rows at a time, so that preparation needs little memory beyond its result.
+``LoadedShard`` has this rank's part of one logical weight as stored. ``CompressedWeights`` yields
+one or more of them, concatenated along N, in standard layout, a chunk of rows at a time, so that
+preparation needs little memory beyond its result.
 """
 
 from __future__ import annotations
@@ -24,30 +24,29 @@ from vllm.compressed_linear.spec.scheme import (
 
 
 class CompressedWeights:
-    """What ``prep_weights_for_execution`` receives.
+    """Argument of ``prep_weights_for_execution``: the weights of one part.
 
     ``n``, ``k``: shape in standard layout (``k`` after the channel order). ``permutation``: int32
-    [k], x̂ = x[:, permutation] with −1 meaning zero, or None. Rows come in chunks through ``rows``.
+    [k], x̂ = x[:, permutation] with −1 for a zero, or None. ``rows`` yields chunks of rows.
 
-    ``row_scale``: fp32 [n], the second-level scale, or None. For the input, in this order, where
-    the descriptor has them: ``prescale`` fp32 [k], ``input_scale`` fp32 [1], ``input_zero`` int32
-    [1].
+    ``row_scale``: fp32 [n], the second-level scale, or None. For the input, in this order, if the
+    descriptor has them: ``prescale`` fp32 [k], ``input_scale`` fp32 [1], ``input_zero`` int32 [1].
     """
 
     def __init__(
         self, shards: Sequence[LoadedShard], numbers: Sequence[ShardNumbers], *, zero_points: bool
     ) -> None:
-        """``numbers`` of each shard, all with the same channel plan. ``zero_points``: whether there
-        are any besides the element's own."""
+        """``numbers`` of each shard, all with the same channel gather. ``zero_points``: whether
+        there are any except the element's own."""
         self.shards = tuple(shards)
         self._numbers = dict(enumerate(numbers))
-        self._plan = plan = numbers[0].plan
+        self._gather = gather = numbers[0].gather
         self._zero_points = zero_points
         self.n = sum(s.source.n + s.source.padding for s in shards)
-        self.k = shards[0].source.k if plan is None else plan.k
+        self.k = shards[0].source.k if gather is None else gather.k
         self.device = shards[0].device
         self.permutation = (
-            None if plan is None or plan.order is None else plan.order.to(self.device)
+            None if gather is None or gather.order is None else gather.order.to(self.device)
         )
         self.row_scale = _row_scale(shards)
         self.prescale = self._ordered(shards[0].prescale())
@@ -71,7 +70,7 @@ class CompressedWeights:
     def prepare_input(
         self, descriptor: CompressedLinearDescriptor, x: torch.Tensor
     ) -> torch.Tensor:
-        """x̂, fp32 [M, k], for x [M, K of x]: what is multiplied with the rows as they come."""
+        """x̂, fp32 [M, k], for x [M, K of x], in the channel order of ``rows``."""
         transform = descriptor.transform
         return prepare_input(
             x,
@@ -86,11 +85,11 @@ class CompressedWeights:
     def prepare_unquantized(
         self, descriptor: CompressedLinearDescriptor, x: torch.Tensor
     ) -> torch.Tensor:
-        """The same before it is quantised."""
+        """``prepare_input`` without quantization."""
         return self.prepare_input(replace(descriptor, activation=None), x)
 
     def in_stored_order(self, channels: torch.Tensor) -> torch.Tensor:
-        """[M, k] → [M, K of x], every channel where the checkpoint has it."""
+        """[M, k] → [M, K of x]: undo the gather of channels."""
         if self.permutation is None:
             return channels
         order = self.permutation.to(torch.int64)
@@ -112,14 +111,14 @@ class CompressedWeights:
         )
 
     def scales(self, start: int, stop: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Scale and zero [n, G] of rows [start, stop), as in ``rows``, without their codes."""
+        """Scale and zero [n, G] of rows [start, stop), as in ``rows``, without codes."""
         parts = [self._shard_row_scales(*run) for run in self._runs(start, stop)]
         if len(parts) == 1:
             return parts[0]
         return _cat([scale for scale, _ in parts]), _cat([zero for _, zero in parts])
 
     def _runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """(shard, begin, end): the shards that rows [start, stop) come from, with their rows."""
+        """(shard, begin, end) for each shard that has some of the rows [start, stop)."""
         offset = 0
         for index, shard in enumerate(self.shards):
             total = shard.source.n + shard.source.padding
@@ -132,10 +131,10 @@ class CompressedWeights:
         shard = self.shards[index]
         real = min(stop, shard.source.n)
         codes = shard.codes(start, real) if start < real else shard.codes(0, 0)
-        if self._plan is not None and self._plan.order is not None:
-            order = self._plan.order.to(codes.device, torch.int64)
+        if self._gather is not None and self._gather.order is not None:
+            order = self._gather.order.to(codes.device, torch.int64)
             codes = codes.index_select(1, order.clamp(min=0))
-            if self._plan.padded:
+            if self._gather.padded:
                 codes = codes.masked_fill(order < 0, 0)
         pad = (stop - start) - codes.shape[0]
         return StandardWeights(
@@ -144,9 +143,9 @@ class CompressedWeights:
         )
 
     def blank_code(self, index: int) -> int:
-        """The code of a shard's rows of padding, whose scales are 0."""
+        """Code of the padding rows of a shard, whose scales are 0."""
         scale, zero = self._shard_scales(index)
-        # A scale of 0 makes any code mean zero, but e8m0 has no 0.
+        # With a scale of 0 any code means 0, but E8M0 has no 0.
         powers = scale is not None and scale.dtype == torch.uint8
         element = self.shards[index].source.scheme.weight.element
         return _zero_code(element) if powers and zero is None else 0
@@ -167,18 +166,18 @@ class CompressedWeights:
         if index not in self._scales:
             numbers = self._numbers.pop(index)
             scale, zero = numbers.scale, numbers.zero if self._zero_points else None
-            if self._plan is not None:
-                group_of = self._plan.group_of.to(self.device)
+            if self._gather is not None:
+                group_of = self._gather.group_of.to(self.device)
                 scale, zero = _columns(scale, group_of), _columns(zero, group_of)
             self._scales[index] = scale, zero
         return self._scales[index]
 
     def dequantize(self, start: int, stop: int) -> torch.Tensor:
-        """fp32 [stop − start, K of x]: rows as stored, see ``dequantize_runs``."""
+        """Decode rows [start, stop) to fp32 [stop − start, K of x], see ``dequantize_runs``."""
         return self.dequantize_runs([(start, stop)])
 
     def dequantize_runs(self, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
-        """fp32 [rows of all ``runs`` [start, stop), K of x]: rows as stored (for self-checks).
+        """Decode the rows of all ``runs`` [start, stop) to fp32 [rows, K of x], for self-checks.
 
         ``runs`` are ascending and do not overlap.
         """
@@ -196,7 +195,7 @@ class CompressedWeights:
 
 
 def _columns(values: torch.Tensor | None, index: torch.Tensor) -> torch.Tensor | None:
-    """``values[:, index]``, without a copy where that changes nothing."""
+    """``values[:, index]``, without a copy if ``index`` is the identity."""
     if values is None or torch.equal(index, torch.arange(values.shape[1], device=index.device)):
         return values
     return values.index_select(1, index)
@@ -207,7 +206,7 @@ def _pad_rows(tensor: torch.Tensor, rows: int, value: int = 0) -> torch.Tensor:
 
 
 def _zero_code(element: ElementType) -> int:
-    """The code that means 0; 0 where none does."""
+    """The code that means 0; 0 if there is none."""
     if element.kind == "dense":
         return 0
     zeros = (element.table() == 0).nonzero()
@@ -220,7 +219,7 @@ def _row_scale(shards: Sequence[LoadedShard]) -> torch.Tensor | None:
         scale = shard.row_scale()
         if scale is None:
             return None
-        # Rows of padding are zero whatever this is.
+        # Any code will do: padding rows have a scale of 0.
         scales.append(torch.nn.functional.pad(scale, (0, shard.source.padding), value=1))
     return torch.cat(scales)
 
@@ -233,9 +232,9 @@ def _cat(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
 def to_standard_layout(
     descriptor: CompressedLinearDescriptor, weights: CompressedWeights
 ) -> StandardWeights:
-    """The whole weight in standard layout: the bridge for backends without a layout of their own.
+    """The whole weight in standard layout, for backends without a packed layout.
 
-    Takes 1 byte per weight (more for dense types); backends that can should ask for chunks.
+    Takes 1 byte per weight (more for dense types); prefer chunks of rows (``weights.rows``).
     """
     if weights.n != descriptor.n or weights.k != descriptor.k:
         raise ValueError(

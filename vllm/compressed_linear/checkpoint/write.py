@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Standard layout to the tensors of a checkpoint: the inverse of ``to_standard_layout``."""
+"""Pack a weight from standard layout into a checkpoint's tensors, as tests and tools need it."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def from_standard_layout(
     ``group_index``: int [K], the group of each channel; None is ``k // group_size``.
     ``row_scale`` [N], ``input_scale`` [1], ``input_zero`` [1], ``prescale`` [K]: as ``LoadedShard``
     gives them. Returns the tensors by name, each in the first of its packings. Raises
-    ``ValueError`` where the scheme cannot say what ``standard`` holds (an interleave, a shared
-    scale that is not the same everywhere, a group index without a tensor for it).
+    ``ValueError`` if the scheme cannot represent ``standard`` (an interleave, a shared scale with
+    different values, a group index without a tensor for it).
     """
     n, k = standard.codes.shape
     extents = ShardSource("", scheme, n, k, 0, n, 0, k).extents

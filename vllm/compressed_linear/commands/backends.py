@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What backends declare to run, as a table: the capability matrix is the documentation.
+"""Table of the declared capabilities of all backends.
 
 Rules across several axes, and shapes, are not declared; ``explain`` shows them for real layers.
 """
@@ -15,12 +15,14 @@ from rich.text import Text
 
 from vllm.compressed_linear.backends.base import Capabilities
 from vllm.compressed_linear.backends.registry import backends
+from vllm.compressed_linear.commands.text import UNTESTED
 from vllm.compressed_linear.machine.platform import Platform
 
 
 def declared(platform: Platform) -> list[dict[str, Any]]:
     """One dictionary of plain values for each registered backend, in the order of their names.
-    ``reasons``: why it runs nothing on ``platform``."""
+    ``reasons``: why it cannot run on ``platform``; ``hardware_tested``: whether it has run on
+    such hardware."""
     rows = []
     for name, registration in sorted(backends().items()):
         capabilities = registration.backend.capabilities
@@ -31,6 +33,7 @@ def declared(platform: Platform) -> list[dict[str, Any]]:
                 "priority": registration.priority,
                 "batch_invariant": registration.backend.batch_invariant,
                 "platform": platform.name,
+                "hardware_tested": registration.backend.hardware_tested(platform),
                 "reasons": list(capabilities.platform_reasons(platform)),
                 "devices": sorted(capabilities.devices),
                 "weights": _weights(capabilities),
@@ -60,9 +63,9 @@ def _ranges(numbers: Sequence[int]) -> str:
 def _further(capabilities: Capabilities) -> list[str]:
     named = {
         "reordered channels": capabilities.channel_order,
-        "groups filled up": capabilities.padded_order,
+        "padded groups": capabilities.padded_order,
         "second-level scales": capabilities.row_scale,
-        "quantised activations": capabilities.activations,
+        "quantized activations": capabilities.activations,
         "scaled activations": capabilities.prescale,
         "transforms": capabilities.transforms,
         "rows of embedding tables": capabilities.lookup,
@@ -71,7 +74,7 @@ def _further(capabilities: Capabilities) -> list[str]:
 
 
 def print_declared(rows: Sequence[dict[str, Any]], console: Console) -> None:
-    """The table for people: one block of lines for each backend."""
+    """Format the table: one block of lines for each backend."""
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -80,6 +83,8 @@ def print_declared(rows: Sequence[dict[str, Any]], console: Console) -> None:
         here = Text(f"not on {row['platform']}: {reasons}", style="red")
         if not reasons:
             here = Text(f"runs on {row['platform']}", style="green")
+            if not row["hardware_tested"]:
+                here.append(f", {UNTESTED}", style="yellow")
         table.add_row(Text(row["name"], style="bold"), here)
         for title, key in (
             ("weights", "weights"),

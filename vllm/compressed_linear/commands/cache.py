@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The entries of the prepared-weights cache as a table for people."""
+"""Table of the entries of the prepared-weights cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 @dataclass(frozen=True)
 class _Row:
-    """Entries whose layers differ by number only."""
+    """Entries whose layers differ only by index."""
 
     model: str
     layers: str
@@ -30,7 +30,7 @@ class _Row:
 
 
 def age(seconds: float) -> str:
-    """In the largest unit that gives a whole number: 7300 → ``2 h``."""
+    """Format a duration in the largest unit that gives a whole number: 7300 → ``2 h``."""
     for length, unit in _UNITS:
         if seconds >= length:
             return f"{int(seconds // length)} {unit}"
@@ -38,7 +38,7 @@ def age(seconds: float) -> str:
 
 
 def print_cache(entries: Sequence[FoundEntry], console: Console) -> None:
-    """A table for each model with one line for each group of like layers, and the sum."""
+    """A table for each model with one line for each group of layers, and the sum."""
     rows = _rows(entries)
     for model in dict.fromkeys(row.model for row in rows):
         console.print(Text(model, style="bold"))

@@ -81,7 +81,7 @@ PlatformOption = Annotated[
         "--platform", metavar="NAME", help="Another machine, such as cpu:avx2 or cuda:90."
     ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Everything, as JSON.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
 
 
 @app.command()
@@ -95,13 +95,13 @@ def explain(
     as_json: JsonOption = False,
     read_weights: Annotated[
         bool,
-        typer.Option("--read-weights", help="Read group indices, zero points and scales too."),
+        typer.Option("--read-weights", help="Also read group indices, zero points and scales."),
     ] = False,
 ) -> None:
-    """Say what would run each layer of MODEL and why, without loading it.
+    """Show which backend would run each layer of MODEL and why, without loading it.
 
-    The status is 1 when loading would fail: damaged files, a contradictory configuration, or layers
-    that nothing can or may run.
+    The status is 1 if loading would fail: damaged files, a contradictory configuration, or layers
+    that no backend can or may run.
     """
     from rich.console import Console
 
@@ -150,23 +150,23 @@ def tune(
     tp: Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel ranks.")] = 1,
     threads: Annotated[
         int | None,
-        typer.Option(min=1, help="Threads of one rank; by default those vLLM would give it."),
+        typer.Option(min=1, help="Threads of one rank; by default as many as vLLM uses."),
     ] = None,
     only: Annotated[
-        str, typer.Option("--backends", metavar="NAME,…", help="Measure only these.")
+        str, typer.Option("--backends", metavar="NAME,…", help="Measure only these backends.")
     ] = "",
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the activations.")] = Dtype.AUTO,
     output: Annotated[
         Path | None,
-        typer.Option(help="File to add the results to; by default where serving looks."),
+        typer.Option(help="Tune file to add results to; by default the one that serving reads."),
     ] = None,
     budget: Annotated[
         float, typer.Option(min=0.0, help="Seconds for each distinct layer and M, at most.")
     ] = 1.0,
 ) -> None:
-    """Measure what can run the layers of MODEL on this machine, and keep it for serving.
+    """Measure the backends that can run the layers of MODEL on this machine, for serving.
 
-    The machine should be idle. A file that is there is added to.
+    The machine should be idle. Results are added to an existing file.
     """
     from rich.console import Console
 
@@ -211,7 +211,7 @@ def tune(
 
 @app.command()
 def backends(platform: PlatformOption = "", as_json: JsonOption = False) -> None:
-    """List every registered backend with what it declares to run, and whether it can here."""
+    """List every registered backend, its declared capabilities, and whether it can run here."""
     from rich.console import Console
 
     from vllm.compressed_linear.commands.backends import declared, print_declared
@@ -224,7 +224,7 @@ def backends(platform: PlatformOption = "", as_json: JsonOption = False) -> None
 
 
 cache_app = typer.Typer(
-    help="Prepared weights that are kept for the next start.",
+    help="List, verify and prune the cache of prepared weights.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -247,7 +247,7 @@ def _cache_directory(given: str) -> Path:
 
 @cache_app.command("ls")
 def cache_ls(directory: DirectoryOption = "", as_json: JsonOption = False) -> None:
-    """List what is kept: model and layers, backend, bytes, age and last use."""
+    """List the entries: model and layers, backend, bytes, age and last use."""
     from rich.console import Console
 
     from vllm.compressed_linear.commands.cache import print_cache
@@ -265,7 +265,7 @@ def cache_ls(directory: DirectoryOption = "", as_json: JsonOption = False) -> No
 
 @cache_app.command("verify")
 def cache_verify(directory: DirectoryOption = "") -> None:
-    """Read every entry and compare its digest. The status is 1 when one is damaged."""
+    """Read every entry and compare its digest. The status is 1 if one is damaged."""
     from vllm.compressed_linear.prepare.cache.inventory import fault, read_cache
 
     try:
@@ -284,22 +284,24 @@ def cache_verify(directory: DirectoryOption = "") -> None:
 def cache_prune(
     directory: DirectoryOption = "",
     older_than: Annotated[
-        str, typer.Option("--older-than", metavar="AGE", help="Not used for so long: 12h, 30d.")
+        str,
+        typer.Option("--older-than", metavar="AGE", help="Entries unused for this long: 12h, 30d."),
     ] = "",
     max_bytes: Annotated[
         str,
         typer.Option(
-            "--max-bytes", metavar="SIZE", help="Least recently used beyond so much: 20G."
+            "--max-bytes", metavar="SIZE", help="Least recently used entries beyond this size: 20G."
         ),
     ] = "",
     foreign: Annotated[
-        bool, typer.Option("--foreign", help="Of other versions of this package, or no entries.")
+        bool,
+        typer.Option("--foreign", help="Entries of other versions, corrupt entries."),
     ] = False,
     everything: Annotated[bool, typer.Option("--all", help="Everything.")] = False,
 ) -> None:
-    """Remove entries that any of the options names, and what killed servers left unfinished.
+    """Remove the entries that any of the options selects, and unfinished files of killed servers.
 
-    Servers that run keep what they have mapped; a file that is being written stays.
+    Running servers keep entries that they have mapped; files that are being written stay.
     """
     from vllm.compressed_linear.commands.text import size
     from vllm.compressed_linear.prepare.cache.inventory import (
@@ -327,8 +329,8 @@ def cache_prune(
 def main() -> None:
     """Entry point of the console script.
 
-    vLLM's log lines stay out of the answer: errors only unless the user chose a level, and not on
-    stdout. vLLM reads both variables again whenever it makes a config.
+    vLLM's log goes to stderr and has errors only, unless the user chose a level. vLLM reads both
+    variables again whenever it makes a config.
     """
     level = os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")

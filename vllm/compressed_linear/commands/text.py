@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names and sizes as people read them."""
+"""Formatting of names and sizes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ import re
 from collections.abc import Sequence
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
-"""The part of a layer's name that tells it from its like."""
+"""Matches the layer index in a module name."""
+
+
+UNTESTED = "untested on hardware"
+"""The mark of backends that have never run on hardware such as the platform's."""
 
 
 def compress_names(names: Sequence[str]) -> str:
@@ -20,7 +24,7 @@ def compress_names(names: Sequence[str]) -> str:
     for column in values:
         total *= len(column)
     if total != len(names):
-        return f"{names[0]} and {len(names) - 1} like it"
+        return f"{names[0]} and {len(names) - 1} more"
     pieces = iter(values)
 
     def piece(match: re.Match[str]) -> str:
@@ -41,7 +45,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def size(nbytes: int | None) -> str:
-    """Three digits: 1536 → ``1.50 KiB``."""
+    """Format a size with three digits: 1536 → ``1.50 KiB``."""
     if nbytes is None:
         return "?"
     value = float(nbytes)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoint formats, one file each. They know configurations and layouts, no kernels, no vLLM."""
+"""Checkpoint formats, one file each. They depend on neither kernels nor vLLM."""

@@ -28,16 +28,16 @@ GPTQ_VERSIONS = {
     "auto": "gptq",
     "auto_gptq": "gptq",
 }
-"""packing_format → GPTQ version: who stores zero points less one."""
+"""packing_format → GPTQ version, which says whether zero points are stored minus 1."""
 AWQ_PACKINGS = ("auto_round:auto_awq", "auto_awq", "auto_round:awq")
 DEFAULT_PACKING = "auto_round:auto_gptq"
-"""What a configuration without packing_format means."""
+"""Default of packing_format."""
 
 
 class ExtraConfig(Entries):
     """``extra_config``: module names, ends of them, or expressions that are searched in them.
 
-    Renaming may break an expression, so entries are compared as they were written too.
+    Renaming may break an expression, so entries are also compared as they were written.
     """
 
     def keeps(self, spelling: str) -> bool:
@@ -47,9 +47,9 @@ class ExtraConfig(Entries):
         return any(spelling in _ends(name) for name in names) or _searched(spelling, names)
 
     def deciding(self, names: Sequence[str], modules: Iterable[str]) -> str | None:
-        """The entry, as written, that decides on a module: exact names go first, then ends, then
-        expressions in their order. An entry that names one of the file's ``modules`` is not an
-        expression."""
+        """The entry, as written, that applies to a module: exact names have precedence over ends,
+        and these over expressions, in their order. An entry that names one of the file's
+        ``modules`` is not an expression."""
         ends = [_ends(name) for name in names]
         for spelling in (*(e[0] for e in ends), *(end for e in ends for end in e[1:])):
             if spelling in self.spellings:
@@ -75,7 +75,7 @@ class Blocks(Entries):
 class AutoRound(Format):
     """``quant_method: auto-round`` with an integer packing.
 
-    ``extra`` says which entry of ``extra_config`` overrides what a module has; 16 bits means
+    ``extra``: the entries of ``extra_config`` that override settings of modules; 16 bits means
     unquantized. Modules outside of ``blocks`` are unquantized, unless the file says otherwise
     (auto_round ``inference/convert_model.py``, ``inference/utils.py``).
     """
@@ -121,7 +121,7 @@ class AutoRound(Format):
 
     def resolve(self, module: str, kind: LayerKind, file: FileView) -> Resolution:
         if kind is LayerKind.EMBEDDING:
-            return Unquantized("AutoRound leaves embeddings alone")
+            return Unquantized("AutoRound does not quantize embeddings")
         names = file.names_of(module)
         entry = self.extra.deciding(names, file.modules)
         bits = self._number(entry, "bits", self.bits)
@@ -146,7 +146,7 @@ class AutoRound(Format):
         return awq_gemm_scheme(group_size, zero_point=True)
 
     def _number(self, entry: str | None, key: str, default: int) -> int:
-        """What ``entry`` of extra_config says of ``key``, or ``default``."""
+        """Value of ``key`` in ``entry`` of extra_config, or ``default``."""
         value = None if entry is None else self.config["extra_config"][entry].get(key)
         if value is None:
             return default
@@ -163,7 +163,7 @@ def _ends(name: str) -> list[str]:
 
 
 def _searched(expression: str, names: Sequence[str]) -> bool:
-    """Whether a regular expression is found in a name; the tool skips what does not compile."""
+    """Whether a regular expression is found in a name; invalid ones are skipped, as in the tool."""
     try:
         return any(pattern(expression).search(name) for name in names)
     except re.error:
@@ -171,7 +171,7 @@ def _searched(expression: str, names: Sequence[str]) -> bool:
 
 
 def _block_names(blocks: Any) -> list[str]:
-    """A comma-separated text, a list, or a list of lists of names → list of names."""
+    """Flatten a comma-separated text, a list, or a list of lists of names."""
     if blocks is None:
         return []
     if isinstance(blocks, str):

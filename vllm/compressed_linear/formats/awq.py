@@ -10,7 +10,7 @@ from vllm.compressed_linear.formats.base import Format, Hints, register_format, 
 from vllm.compressed_linear.formats.entries import PartsOfNames
 from vllm.compressed_linear.formats.file_view import FileView
 from vllm.compressed_linear.formats.gptq import marlin_scheme
-from vllm.compressed_linear.formats.gptqmodel_dynamic import DynamicRules
+from vllm.compressed_linear.formats.gptqmodel_dynamic import GptqModelDynamic
 from vllm.compressed_linear.formats.resolution import (
     ConfigError,
     LayerKind,
@@ -24,7 +24,8 @@ from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role, StoredTen
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 GEMV_WORD_MULTIPLE = {64: 2, 32: 4}
-"""AWQ gemv rounds the words of zero points up to this many, by group size; 1 from 128 on."""
+"""AWQ gemv rounds the number of zero-point words up to a multiple of this, by group size; 1 from
+128 on."""
 
 VERSIONS = ("gemm", "gemv", "gemv_fast", "marlin")
 
@@ -37,7 +38,7 @@ def _weight(group_size: int, *, zero: ZeroSpec | None) -> WeightSpec:
 def awq_gemm_scheme(group_size: int, *, zero_point: bool) -> CheckpointScheme:
     """The usual AWQ layout: qweight int32 [K, N/8], qzeros int32 [G, N/8], scales [G, N].
 
-    Without ``zero_point`` codes mean q − 8; zero points that such a file may hold are all 8.
+    Without ``zero_point`` codes mean q − 8; if such a file has zero points, all of them are 8.
     """
     packing = Packing(4, "N", order=AWQ_ORDER)
     zero = ZeroSpec("integer", "uint8")
@@ -54,7 +55,7 @@ def awq_gemm_scheme(group_size: int, *, zero_point: bool) -> CheckpointScheme:
 
 
 def awq_gemv_scheme(group_size: int) -> CheckpointScheme:
-    """AWQ gemv: everything packed along K or G in natural order, G rounded up."""
+    """AWQ gemv: codes packed along K, zero points along G, in natural order, G rounded up."""
     multiple = 8 * GEMV_WORD_MULTIPLE.get(group_size, 1)
     return CheckpointScheme(
         _weight(group_size, zero=ZeroSpec("integer", "uint8")),
@@ -87,10 +88,10 @@ def awq_gemv_fast_scheme(group_size: int, *, zeros: str = "qzeros") -> Checkpoin
 class Awq(Format):
     """``quantization_config`` with ``quant_method: awq``.
 
-    AutoAWQ leaves a module alone when an entry of ``modules_to_not_convert`` is any part of its
-    name within its block (``exclude_layers_to_not_quantize``), so ``layers.1.mlp`` excludes nothing
-    there, although it would in other readers. Where the file is known, it decides. GPTQModel says
-    it in ``dynamic``.
+    AutoAWQ excludes a module if an entry of ``modules_to_not_convert`` is a substring of its name
+    within its block (``exclude_layers_to_not_quantize``), so ``layers.1.mlp`` excludes nothing
+    there, although it does in other readers. If the file is known, it decides. GPTQModel writes
+    exclusions to ``dynamic``.
     """
 
     aliases = ("awq", "auto_awq", "awq_marlin")
@@ -101,7 +102,7 @@ class Awq(Format):
     zero_point: bool
     version: str
     excluded: PartsOfNames
-    dynamic: DynamicRules
+    dynamic: GptqModelDynamic
     lm_head: bool
 
     @classmethod
@@ -124,7 +125,7 @@ class Awq(Format):
             zero_point=bool(config.get("zero_point", not config.get("sym", False))),
             version=version,
             excluded=PartsOfNames.of(field, config.get(field) or ()),
-            dynamic=DynamicRules.parse(config.get("dynamic")),
+            dynamic=GptqModelDynamic.parse(config.get("dynamic")),
             lm_head=bool(config.get("lm_head", False)),
         )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint format: from a ``quantization_config`` to what each module holds."""
+"""Protocol of a checkpoint format: from a ``quantization_config`` to the scheme of each module."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from vllm.compressed_linear.formats.resolution import ConfigError, LayerKind, Re
 
 @dataclass(frozen=True)
 class Hints:
-    """What a configuration claims of values that only the data decides. No format trusts it, so it
-    says no more than what is likely. ``reordered``: a group index reorders channels.
+    """Claims of a configuration about values that only the data decides. No format trusts them;
+    they only say what is likely. ``reordered``: a group index reorders channels.
     ``symmetric``: all zero points are the middle code."""
 
     reordered: bool = False
@@ -25,18 +25,18 @@ class Hints:
 
 @dataclass(frozen=True)
 class Format(ABC):
-    """One checkpoint's ``quantization_config``, parsed. A value: nothing changes it.
+    """One checkpoint's parsed ``quantization_config``; immutable.
 
     A format is a frozen dataclass that implements ``parse`` and ``resolve``. Its fields of type
     ``Entries`` are renamed, and asked what they matched, by this class.
     """
 
     aliases: ClassVar[tuple[str, ...]] = ()
-    """Values of ``--quantization`` that mean this format."""
+    """Values of ``--quantization`` for this format."""
     vllm_name: ClassVar[str | None] = None
     """vLLM's own name for it, for layers that are delegated."""
     marker_tensors: ClassVar[tuple[str, ...]] = ()
-    """Last parts of the names of tensors that only a quantized module has."""
+    """Last components of tensor names that only quantized modules have."""
 
     config: dict[str, Any]
     """The ``quantization_config`` as it was written."""
@@ -48,14 +48,14 @@ class Format(ABC):
 
     @classmethod
     def unsupported(cls, config: dict[str, Any]) -> str | None:
-        """Why none of this checkpoint is for us (then vLLM's own code gets it), or None."""
+        """Why the whole checkpoint is left to vLLM's own code, or None."""
         return None
 
     @abstractmethod
     def resolve(self, module: str, kind: LayerKind, file: FileView) -> Resolution:
-        """What the checkpoint holds for ``module``, vLLM's name of it without fused layers.
+        """Describe what the checkpoint holds for ``module`` (vLLM's name, of a member if fused).
 
-        Raises ``ConfigError`` where the configuration says something impossible of it.
+        Raises ``ConfigError`` if the configuration is invalid for it.
         """
 
     def has_attention_scales(self) -> bool:
@@ -63,7 +63,7 @@ class Format(ABC):
         return False
 
     def hints(self) -> Hints:
-        """What the configuration claims of the data."""
+        """Claims of the configuration about the data."""
         return Hints()
 
     def renamed(self, rename: Rename) -> Self:
@@ -78,8 +78,8 @@ class Format(ABC):
     ) -> list[tuple[str, str]]:
         """(field, entry as written) of every entry that selects no module at all.
 
-        ``asked``: vLLM's names of the modules that a model has, with their kinds where known.
-        Modules of ``file`` count too: a model may leave a part of the checkpoint aside.
+        ``asked``: vLLM's names of the model's modules, with their kinds if known. Modules of
+        ``file`` count too: a model may ignore a part of the checkpoint.
         """
         modules = [(file.names_of(module), kind) for module, kind in asked.items()]
         modules += [(file.names_of(module), None) for module in file.modules if module not in asked]
@@ -114,12 +114,12 @@ def register_format(*quant_methods: str) -> Callable[[F], F]:
 
 
 def quant_method_of(config: dict[str, Any]) -> str:
-    """``quant_method`` in lower case, as some tools wrote it in upper case."""
+    """``quant_method`` in lower case; some tools wrote upper case."""
     return str(config.get("quant_method") or "").lower()
 
 
 def require(config: dict[str, Any], key: str, kind: type, *aliases: str) -> Any:
-    """``config[key]`` (or an alias) as ``kind``. ``ConfigError`` when absent or of another kind."""
+    """``config[key]`` (or an alias) as ``kind``. ``ConfigError`` if absent or of another type."""
     for name in (key, *aliases):
         if name in config and config[name] is not None:
             try:

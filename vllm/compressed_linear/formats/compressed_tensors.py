@@ -2,7 +2,7 @@
 """compressed-tensors: integer weights in ``pack-quantized`` form.
 
 Layout: compressed_tensors ``compressors/pack_quantized``; releases before 0.18 pack 3, 5, 6 and 7
-bits without straddling words, later ones densely, under the same names: the width tells.
+bits without straddling words, later ones densely, under the same names; the stored width decides.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MODULE_CLASS = {
     LayerKind.HEAD: "Linear",
     LayerKind.EMBEDDING: "Embedding",
 }
-"""Class that the module had when it was quantized, for targets that name classes."""
+"""Class of the module during quantization, for targets that name classes."""
 
 DENSE_SINCE = (0, 18)
 
@@ -75,7 +75,7 @@ def pack_quantized_scheme(
 class Targets(Entries):
     """Names of modules, ``re:`` and an expression that matches from their beginning, or classes.
 
-    Renaming may break an expression, so expressions are compared as they were written too.
+    Renaming may break an expression, so expressions are also compared as they were written.
     """
 
     def keeps(self, spelling: str) -> bool:
@@ -89,8 +89,8 @@ class Targets(Entries):
         return spelling in names
 
     def deciding(self, names: Sequence[str], kind: LayerKind) -> str | None:
-        """The target, as written, that the library's ``match_targets`` would choose: names go
-        before expressions, these in the order of their text, and both before classes."""
+        """The target, as written, that the library's ``match_targets`` would choose: names have
+        precedence over expressions (in the order of their text), and these over classes."""
         for spelling in sorted(self.spellings, key=lambda s: (s.startswith("re:"), s)):
             if self.selects(spelling, names, None):
                 return self.spellings[spelling]
@@ -103,7 +103,7 @@ class CompressedTensors(Format):
     """``config_groups`` with targets and an ignore list
     (compressed_tensors ``utils/match.py``, ``quantization/lifecycle/apply.py``).
 
-    ``groups``: target → what its group says; of groups with the same target the last one.
+    ``groups``: target → resolution; the last of the groups with the same target.
     """
 
     aliases = ("compressed-tensors",)
@@ -143,7 +143,7 @@ class CompressedTensors(Format):
         return bool(self.config.get("kv_cache_scheme"))
 
     def hints(self) -> Hints:
-        # A file of this format has a group index on purpose only; one of GPTQ in any case.
+        # Here a group index means activation order; GPTQ files always have one.
         return Hints(reordered=True)
 
     def resolve(self, module: str, kind: LayerKind, file: FileView) -> Resolution:
@@ -159,7 +159,7 @@ class CompressedTensors(Format):
 
 
 def _group_resolution(name: str, group: dict[str, Any], config: dict[str, Any]) -> Resolution:
-    """Our scheme for one config group, or why vLLM's own code has to run it."""
+    """The scheme of one config group, or why it is left to vLLM's own code."""
     weights = group.get("weights") or {}
     form = group.get("format") or config.get("format") or "pack-quantized"
     if not weights:
@@ -199,6 +199,6 @@ def _group_resolution(name: str, group: dict[str, Any], config: dict[str, Any]) 
 
 
 def _version(text: Any) -> tuple[int, ...]:
-    """Leading numbers of a version; an unknown one counts as current."""
+    """Leading numbers of a version; an unknown one is taken for the current one."""
     found = re.match(r"(\d+)\.(\d+)", str(text or ""))
     return (int(found[1]), int(found[2])) if found else DENSE_SINCE

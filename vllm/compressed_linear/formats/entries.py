@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Entries of a configuration that select modules: exclusions, targets, overrides.
 
-Models rename their weights while they load, so one entry may be compared under several spellings.
-It stays one entry: whichever spelling selects a module, the entry as written did.
+Models rename their weights while they load, so one entry may be compared under several spellings. A
+match is always reported as the entry that was written.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import Self
 from vllm.compressed_linear.formats.resolution import LayerKind
 
 Rename = Callable[[str], str | None]
-"""A name in the checkpoint → vLLM's name of it; None where vLLM drops it."""
+"""Map a name in the checkpoint to vLLM's; None if vLLM drops it."""
 
 
 @dataclass(frozen=True)
 class Entries(ABC):
-    """All entries of one field. Subclasses say when an entry selects a module.
+    """All entries of one field. Subclasses define when an entry selects a module.
 
-    ``field``: the field's name in the configuration. ``spellings``: what is compared with names of
-    modules → the entry as written.
+    ``field``: the field's name in the configuration. ``spellings``: text that is compared with
+    module names → the entry as written.
     """
 
     field: str
@@ -33,7 +33,7 @@ class Entries(ABC):
 
     @classmethod
     def of(cls, field: str, entries: Iterable[str]) -> Self:
-        """``entries`` as a configuration has them."""
+        """Parse ``entries`` of a configuration."""
         return cls(field, {entry: entry for entry in entries})
 
     @abstractmethod

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the files of a checkpoint really hold, which goes before what the configuration claims."""
+"""Contents of a checkpoint's files, which have precedence over its configuration."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from vllm.compressed_linear.spec.scheme import CheckpointScheme
 
 @dataclass(frozen=True)
 class FileView:
-    """Headers of the files under vLLM's names; ``FileView()`` where no file is known.
+    """Headers of the files under vLLM's names; ``FileView()`` if no file is known.
 
     ``disk_names``: vLLM's name of a module → the checkpoint's, where they differ.
-    ``marker_tensors``: last parts of the names of tensors that only a quantized module has.
+    ``marker_tensors``: last components of tensor names that only quantized modules have.
     """
 
     headers: Headers | None = None
@@ -26,7 +26,7 @@ class FileView:
     disk_names: Mapping[str, str] = field(default_factory=dict)
 
     def renamed(self, rename: Rename) -> FileView:
-        """The same file under the names that ``rename`` gives; tensors without one keep theirs."""
+        """The same file with names mapped by ``rename``; unmapped tensors keep theirs."""
         if self.headers is None:
             return self
         names = {name: new for name in self.headers if (new := rename(name))}
@@ -42,7 +42,7 @@ class FileView:
 
     @property
     def modules(self) -> Mapping[str, set[str]]:
-        """Module → last parts of the names of its tensors; empty where no file is known."""
+        """Module → last components of its tensors' names; empty if no file is known."""
         return {} if self.headers is None else self.headers.modules
 
     def names_of(self, module: str) -> tuple[str, ...]:
@@ -54,7 +54,7 @@ class FileView:
         return (module,) if other == module else (module, other)
 
     def tensors_on_disk(self, module: str) -> set[str] | None:
-        """Last parts of the names of the module's tensors; None when the file does not say."""
+        """Last components of the names of the module's tensors; None if the file does not say."""
         return self.modules.get(module)
 
     def quantized_on_disk(self, module: str) -> bool:
@@ -62,8 +62,8 @@ class FileView:
         return bool((self.tensors_on_disk(module) or set()) & set(self.marker_tensors))
 
     def unquantized_on_disk(self, module: str) -> Unquantized | None:
-        """``Unquantized`` when the file has a float ``weight`` for ``module`` and no codes, or has
-        its name under other parents only (models rename while they load), never with codes."""
+        """``Unquantized`` if the file has a float ``weight`` for ``module`` and no codes, or has
+        its name only under other parents (models rename while they load) and never with codes."""
         if self.headers is None:
             return None
         found = self.tensors_on_disk(module)
@@ -80,7 +80,7 @@ class FileView:
         return Unquantized(f"the checkpoint holds a plain {module}.weight")
 
     def check_against_file(self, layer: str, module: str, resolution: Resolution) -> None:
-        """``ConfigError`` where the configuration and the tensors the file has contradict."""
+        """Raise ``ConfigError`` if the configuration contradicts the tensors of the file."""
         found = self.tensors_on_disk(module)
         if found is None or self.headers is None:
             return
@@ -103,22 +103,22 @@ class FileView:
                 )
 
     def only_table(self) -> str:
-        """The file's name of its embedding table, for models that give theirs no name; empty when
+        """The file's name of its embedding table, for models that do not name theirs; empty if
         there are several or the file is not known."""
         tables = [m for m in self.modules if re.search(r"emb|wte", last_word(m))]
         found = [m for m in tables if self.quantized_on_disk(m)] or tables
         return found[0] if len(found) == 1 else ""
 
     def may_have(self, module: str) -> bool:
-        """Whether the file has a module of this last name, under any parent, or is not known."""
+        """Whether the file has a module with this last component, or is not known."""
         last = module.rpartition(".")[2]
         return not self.modules or any(m.rpartition(".")[2] == last for m in self.modules)
 
     def experts_quantized(self, layer: str) -> bool | None:
         """Whether the file holds codes for an expert of ``layer``; None when it does not say.
 
-        Some models keep the experts fused next to the layer, so that only a parent without any
-        codes is an answer.
+        Some models store the experts fused, as siblings of the layer, so only a parent without
+        any codes means "no".
         """
         for parent in (layer, layer.rpartition(".")[0]):
             inside = [m for m in self.modules if f"{m}.".startswith(f"{parent}.")]

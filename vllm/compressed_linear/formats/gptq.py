@@ -19,7 +19,7 @@ from vllm.compressed_linear.formats.base import (
 )
 from vllm.compressed_linear.formats.entries import PartsOfNames
 from vllm.compressed_linear.formats.file_view import FileView
-from vllm.compressed_linear.formats.gptqmodel_dynamic import DynamicRules
+from vllm.compressed_linear.formats.gptqmodel_dynamic import GptqModelDynamic
 from vllm.compressed_linear.formats.resolution import (
     ConfigError,
     LayerKind,
@@ -41,10 +41,10 @@ CONTAINERS = ("int8", "int16", "int32", "int64")
 def gptq_scheme(
     bits: int, group_size: int, *, version: str, container: str = "int32"
 ) -> CheckpointScheme:
-    """Layout of one GPTQ weight. ``version``: "gptq" (zero points less one), "gptq_v2", "gptq_p" or
-    "marlin".
+    """Layout of one GPTQ weight. ``version``: "gptq" (zero points stored minus 1), "gptq_v2",
+    "gptq_p" or "marlin".
 
-    Raises ``ConfigError`` for widths the version does not have.
+    Raises ``ConfigError`` for widths that the version does not support.
     """
     if bits not in range(2, 9):
         raise ConfigError(f"GPTQ with {bits} bits (supported: 2 to 8)")
@@ -100,7 +100,7 @@ def marlin_scheme(bits: int, group_size: int, *, codes: str, scale: str) -> Chec
 
 
 def gptq_version(config: dict[str, Any]) -> str:
-    """Which of ``VERSIONS`` (or some unknown one) a GPTQ configuration says; v1 by default."""
+    """The version in a GPTQ configuration, perhaps not one of ``VERSIONS``; v1 by default."""
     if config.get("is_marlin_format") or quant_method_of(config) == "marlin":
         return "marlin"
     return str(config.get("checkpoint_format") or config.get("format") or "gptq").lower()
@@ -111,8 +111,8 @@ def gptq_version(config: dict[str, Any]) -> str:
 class Gptq(Format):
     """``quantization_config`` with ``quant_method: gptq``, or ``marlin`` of early AutoGPTQ.
 
-    ``dynamic``: see ``DynamicRules``. ``desc_act`` and ``sym`` are not trusted: the data tells.
-    ``inside``, ``modules_in_block_to_quantize``, counts only where the file does not tell.
+    ``dynamic``: see ``GptqModelDynamic``. ``desc_act`` and ``sym`` are not trusted: the data
+    decides. ``inside`` (``modules_in_block_to_quantize``) is used only if the file does not decide.
     """
 
     aliases = ("gptq", "auto_gptq", "gptq_marlin", "marlin")
@@ -124,7 +124,7 @@ class Gptq(Format):
     version: str
     container: str
     lm_head: bool
-    dynamic: DynamicRules
+    dynamic: GptqModelDynamic
     inside: PartsOfNames
 
     @classmethod
@@ -145,7 +145,7 @@ class Gptq(Format):
             version,
             container,
             lm_head=bool(config.get("lm_head", False)),
-            dynamic=DynamicRules.parse(config.get("dynamic")),
+            dynamic=GptqModelDynamic.parse(config.get("dynamic")),
             inside=PartsOfNames.of(field, _flat(config.get(field))),
         )
 
@@ -156,7 +156,7 @@ class Gptq(Format):
 
     def resolve(self, module: str, kind: LayerKind, file: FileView) -> Resolution:
         if kind is LayerKind.EMBEDDING:
-            return Unquantized("GPTQ leaves embeddings alone")
+            return Unquantized("GPTQ does not quantize embeddings")
         names = file.names_of(module)
         pattern, override = self.dynamic.find(names)
         if override is None:
@@ -180,7 +180,7 @@ class Gptq(Format):
 
 
 def _flat(names: Any) -> list[str]:
-    """A list of names or of lists of them (None: none) → list of names."""
+    """Flatten a list of names or of lists of names (None: empty)."""
     if isinstance(names, str):
         return [names]
     return [flat for name in names or () for flat in _flat(name)]

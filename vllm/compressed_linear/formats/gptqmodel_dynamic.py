@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GPTQModel's ``dynamic``: overrides by module (gptqmodel ``quantization/config.py``)."""
+"""GPTQModel's ``dynamic``: overrides for modules (gptqmodel ``quantization/config.py``)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from vllm.compressed_linear.formats.resolution import ConfigError, LayerKind
 
 
 @dataclass(frozen=True)
-class DynamicRules(Entries):
+class GptqModelDynamic(Entries):
     """An ordered map from regular expressions over full module names to overrides.
 
     The first pattern that matches from the name's beginning decides. ``-:`` before a pattern
     leaves the module unquantized; ``+:`` may be left out. ``overrides`` has None for the former.
-    Patterns are matched with the checkpoint's names too, so they are never renamed.
+    Patterns are also matched with the checkpoint's names, so they are never renamed.
     """
 
     overrides: dict[str, dict[str, Any] | None]
@@ -49,7 +49,7 @@ class DynamicRules(Entries):
     def find(self, names: Sequence[str]) -> tuple[str, dict[str, Any] | None]:
         """(pattern, overrides) of the first rule that matches one of a module's ``names``.
 
-        Overrides are None when it excludes the module; ("", {}) when no rule matches.
+        Overrides are None if the rule excludes the module; ("", {}) if no rule matches.
         """
         entry = self.first(names)
         return ("", {}) if entry is None else (entry, self.overrides[entry])

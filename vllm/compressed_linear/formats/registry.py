@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which format reads a checkpoint. The formats of this package are registered by importing this."""
+"""Choice of the format for a checkpoint. Importing this registers the formats of this package."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def parse(config: dict[str, Any]) -> Format:
 
 
 def parse_in(directory: str | Path, config: dict[str, Any]) -> Format:
-    """The format of the checkpoint in ``directory``, whose config.json says ``config``: without a
-    ``quant_method`` there, what a configuration file of early AutoGPTQ or AutoAWQ says."""
+    """The format of the checkpoint in ``directory`` with the quantization ``config`` of its
+    config.json; without a ``quant_method``, by the configuration file of early AutoGPTQ or
+    AutoAWQ."""
     own = None if quant_method_of(config) else read_config_file(directory)
     return parse(config if own is None else own)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a format says of one module of the checkpoint."""
+"""Answers of a format about one module of the checkpoint."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class LayerKind(StrEnum):
 
 @dataclass(frozen=True)
 class Unquantized:
-    """The checkpoint holds the module's weight as it is; ``reason`` says which rule said so."""
+    """The checkpoint holds the module's weight unquantized; ``reason``: by which rule."""
 
     reason: str = ""
 
 
 @dataclass(frozen=True)
 class Delegated:
-    """Quantized in a way that is left to vLLM's own implementation, and why."""
+    """The module is left to vLLM's own implementation, and why."""
 
     reason: str
 

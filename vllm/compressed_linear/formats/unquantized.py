@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``--quantization compressed_linear`` on a model whose config.json says nothing of quantization.
+"""``--quantization compressed_linear`` on a model whose config.json has no quantization.
 
-It is a bf16 or fp16 model, or one of early AutoGPTQ or AutoAWQ, which wrote a file of their own.
+Either a bf16 or fp16 model, or one of early AutoGPTQ or AutoAWQ, which wrote a separate file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vllm.compressed_linear.formats.resolution import (
 )
 
 CONFIG_FILES = ("quantize_config.json", "quant_config.json")
-"""What AutoGPTQ and AutoAWQ called their files, in the order AutoGPTQ looks for them."""
+"""Names of the files of AutoGPTQ and AutoAWQ, in the order in which AutoGPTQ looks for them."""
 
 
 @register_format("")
@@ -43,7 +43,7 @@ class UnquantizedModel(Format):
 
 def read_config_file(directory: str | Path) -> dict[str, Any] | None:
     """The quantization configuration of early AutoGPTQ or AutoAWQ in a local directory, with its
-    ``quant_method``; None where there is none. Raises ``ConfigError`` naming the file."""
+    ``quant_method``; None if there is none. Raises ``ConfigError`` with the name of the file."""
     for name in CONFIG_FILES:
         path = Path(directory) / name
         if not path.is_file():

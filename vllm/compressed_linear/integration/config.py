@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quantization config that vLLM asks for a method for each layer.
+"""The quantization config of vLLM, which creates the method of each layer.
 
-vLLM knows one quantization name, ``compressed_linear``. The config has a format, which says what
-each module is, and a view of the checkpoint's files, which goes before what the format says.
+vLLM knows one quantization name, ``compressed_linear``. The config has a format, which describes
+each module, and a view of the checkpoint's files, which has precedence over the format.
 """
 
 from __future__ import annotations
@@ -55,21 +55,21 @@ from vllm.compressed_linear.spec.scheme import CheckpointScheme
 NAME = "compressed_linear"
 
 EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
-"""What a format is asked about where no file tells whether a layer's experts are quantized."""
+"""Members by which a format is asked about experts if the file does not tell."""
 
 
 class CompressedLinearConfig(QuantizationConfig):
     """One checkpoint for vLLM: its ``format``, its ``file`` and the methods of its layers.
 
-    vLLM calls it without a format for a model without ``quantization_config``, and pickles it for
-    the engine's process.
+    vLLM constructs it without a format for a model without ``quantization_config``, and pickles it
+    for the engine's process.
     """
 
     def __init__(self, found: Format | None = None) -> None:
         super().__init__()
         self.plan: Plan | None = None
-        """Where the choices for the layers are recorded; None for the plan of the process, which
-        is not pickled with a config."""
+        """Plan in which choices are recorded; None for the plan of the process, which is not
+        pickled with a config."""
         self._settings: Settings | None = None
         self._reorders_rows: compat.RowReordering | None = None
         self._asked: dict[str, LayerKind | None] = {}
@@ -82,14 +82,14 @@ class CompressedLinearConfig(QuantizationConfig):
 
     @property
     def settings(self) -> Settings:
-        """Read when the first layer is built, where vLLM's config can be asked."""
+        """Settings, read when the first layer is built, since vLLM's config is available then."""
         if self._settings is None:
             self._settings = Settings.read(compat.additional_config())
         return self._settings
 
     @property
     def model(self) -> ModelPreparation:
-        """What the methods of all layers share."""
+        """State that the methods of all layers share."""
         return ModelPreparation(self.settings, self._plan)
 
     @property
@@ -98,18 +98,18 @@ class CompressedLinearConfig(QuantizationConfig):
 
     @property
     def kv_cache_scheme(self) -> dict[str, Any] | None:
-        """vLLM's attention layers ask for it, to quantize the cache as the checkpoint says."""
+        """Read by vLLM's attention layers, to quantize the cache as the checkpoint says."""
         scheme: dict[str, Any] | None = self.format.config.get("kv_cache_scheme")
         return scheme if self.format.has_attention_scales() else None
 
     def resolve(self, module: str, kind: LayerKind) -> Resolution:
-        """What the checkpoint holds for ``module``, a name without fused layers."""
+        """Describe what the checkpoint holds for ``module`` (a member, if the layer is fused)."""
         self._asked[module] = kind
         return self.format.resolve(module, kind, self.file)
 
     def unmatched_entries(self) -> list[tuple[str, str]]:
-        """(field, entry) of the configuration's entries that select neither a module of the files
-        nor one that vLLM has asked about so far."""
+        """(field, entry) of the configuration's entries that have selected neither a module of the
+        files nor one of vLLM's so far."""
         return self.format.unmatched_entries(self.file, self._asked)
 
     # vLLM's interface.
@@ -137,10 +137,10 @@ class CompressedLinearConfig(QuantizationConfig):
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """Claim what our formats support, whichever of its names the user passed.
+        """Claim checkpoints that our formats support, under any of their names.
 
-        On anything but a CPU the user has to ask for it by ``--quantization compressed_linear``:
-        what runs there has never run on hardware (docs/gpu.md).
+        Except on CPUs, only if the user passes ``--quantization compressed_linear``: GPU support is
+        untested on hardware (docs/gpu.md).
         """
         found = format_of(hf_quant_cfg)
         if found is None:
@@ -154,8 +154,8 @@ class CompressedLinearConfig(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
-        """Read the headers of a local checkpoint, or of one on the hub, and the configuration file
-        of a tool that wrote its own."""
+        """Read the headers of a checkpoint, local or on the hub, and the separate configuration
+        file of tools that write one."""
         headers = read_headers(model_name)
         if headers is None and (listed := compat.hub_tensors(model_name, revision)):
             headers = headers_of(listed, model_name)
@@ -168,7 +168,7 @@ class CompressedLinearConfig(QuantizationConfig):
         self.file = self.file.renamed(hf_to_vllm_mapper.map_name)
 
     def get_checkpoint_weight_mapper(self) -> Any:
-        """vLLM's base class drops ``g_idx``; only layers that are delegated must not get one."""
+        """Keep ``g_idx``, which vLLM's base class drops, except for delegated layers."""
         import regex
         from vllm.model_executor.models.utils import WeightsMapper
 
@@ -201,7 +201,7 @@ class CompressedLinearConfig(QuantizationConfig):
         if not compat.knows_how_to_load(layer):
             if all(isinstance(r, Unquantized) for _, r in resolved):
                 return self._vllm_unquantized(kind)
-            reason = f"{type(layer).__name__} loads its weights in its own way"
+            reason = f"{type(layer).__name__} has its own weight loader"
             return self._delegate(layer, prefix, reason)
         schemes = [(n, r) for n, r in resolved if not isinstance(r, Delegated)]
         if any(isinstance(r, CheckpointScheme) for _, r in schemes):
@@ -222,7 +222,7 @@ class CompressedLinearConfig(QuantizationConfig):
         )
 
     def _check_row_order(self, layer: str, module: str, resolution: Resolution) -> None:
-        """``ConfigError`` where vLLM's model reorders some tensors of a weight and not others."""
+        """Raise ``ConfigError`` if vLLM's model reorders some, but not all tensors of a weight."""
         reorders = self._reorders_rows
         if (
             reorders is None

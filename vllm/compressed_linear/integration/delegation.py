@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers that are handed to vLLM's own config of the format: its method, its refusals, the plan."""
+"""Delegation of layers to vLLM's own config of the format, recorded in the plan."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from vllm.compressed_linear.prepare.plan import DELEGATED, Plan, PlanEntry
 
 
 class RefusedByVllmError(RuntimeError):
-    """A layer that is left to vLLM's own code, which does not run it here."""
+    """vLLM's own code cannot run a layer that is left to it."""
 
 
 class Delegation:
-    """vLLM's own config for one checkpoint, made when the first layer is handed over."""
+    """vLLM's own config for one checkpoint, created for the first delegated layer."""
 
     def __init__(self, found: Format) -> None:
         self.vllm_name = found.vllm_name
@@ -31,7 +31,7 @@ class Delegation:
         self._mappers: list[Any] = []
 
     def add_mapper(self, mapper: Any) -> None:
-        """Rename modules with one more WeightsMapper. To be called before any layer is built."""
+        """Add a WeightsMapper that renames modules. Call it before any layer is built."""
         self._mappers.append(mapper)
 
     def create_quant_method(
@@ -42,16 +42,16 @@ class Delegation:
         packed_modules: dict[str, list[str]],
         plan: Plan,
     ) -> QuantizeMethodBase | None:
-        """vLLM's method for ``layer``, which enters ``plan`` with ``reason``; None where vLLM has
-        none, or no config of this format.
+        """vLLM's method for ``layer``, recorded in ``plan`` with ``reason``; None if vLLM has none,
+        or no config of this format.
 
-        ``packed_modules`` is the model's ``packed_modules_mapping``. Raises ``ConfigError`` when
-        vLLM refuses the checkpoint and ``RefusedByVllmError`` when it refuses the layer.
+        ``packed_modules`` is the model's ``packed_modules_mapping``. Raises ``ConfigError`` if
+        vLLM refuses the checkpoint and ``RefusedByVllmError`` if it refuses the layer.
         """
         if self.vllm_name is None:
             return None
         config = self._own_config(prefix, reason)
-        # By reference: some models update the mapping while they are built.
+        # By reference, because some models update the mapping while they are built.
         config.packed_modules_mapping = packed_modules
         try:
             method = config.get_quant_method(layer, prefix)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The methods that vLLM's embedding tables and unquantized output heads call.
+"""Quantization methods for vLLM's embedding tables and unquantized output heads.
 
-A table and the heads that are tied to it have one prepared copy, on the table's layer: rows are
-looked up in it and the heads multiply with it. The natural weight of an unquantized one is freed
-unless something of vLLM reads it (``compat.reader_of_tables``).
+A table and the heads that are tied to it share one prepared copy, on the table's layer, for lookups
+and for products. The natural weight of an unquantized table is freed unless vLLM reads it
+(``compat.reader_of_tables``).
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class TiedHeads:
 
     @property
     def plan_name(self) -> str:
-        """What the plan calls the one prepared copy: as the head, which is what costs time."""
+        """Name of the shared copy in the plan: that of the head, which dominates the time."""
         return self.names[0] if self.names else self.table
 
     def context(self, table: Any, dtype: torch.dtype) -> LayerContext:
-        """That of the table's layer, with the bias of a head."""
+        """Context of the table's layer, with the bias of a head."""
         return layer_context(self.layers[0] if self.layers else table, dtype)
 
 
@@ -83,7 +83,7 @@ class CompressedEmbeddingMethod(CompressedLinearMethod):
 class TiedHeadMethod(QuantizeMethodBase):
     """Output head that is tied to a quantized embedding table and multiplies with its copy.
 
-    No subclass of vLLM's unquantized method, so that vLLM does not look for a natural weight.
+    Not a subclass of vLLM's unquantized method, so that vLLM does not look for a natural weight.
     """
 
     def __init__(self, table: Any) -> None:
@@ -104,8 +104,8 @@ class TiedHeadMethod(QuantizeMethodBase):
 class CompressedUnquantizedEmbeddingMethod(DenseMethod, UnquantizedEmbeddingMethod):
     """Embedding table or output head that the checkpoint leaves unquantized.
 
-    A table to which no head is tied is only looked up and stays vLLM's. A head that is tied to a
-    table of ours leaves everything to that table's method.
+    A table without a tied head needs lookups only and is left to vLLM. A head that is tied to a
+    table of ours delegates to that table's method.
     """
 
     kind = LayerKind.HEAD
@@ -121,11 +121,11 @@ class CompressedUnquantizedEmbeddingMethod(DenseMethod, UnquantizedEmbeddingMeth
         super().create_weights(layer, *args, **kwargs)
         self.reader = compat.reader_of_tables()
         self.announced = isinstance(layer, ParallelLMHead)
-        if not self.announced:  # the plan expects the head, tied or not
+        if not self.announced:  # counted by the head, tied or not
             self.model.plan.withdraw(layer.weight.nbytes)
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
-        """``layer``: the head. Returns what the model is to use as its head."""
+        """Tie the head ``layer`` to the table. Returns the layer to be used as the head."""
         method = embed_tokens.quant_method
         if isinstance(method, CompressedEmbeddingMethod):
             self.model.plan.withdraw(layer.weight.nbytes)
@@ -139,12 +139,12 @@ class CompressedUnquantizedEmbeddingMethod(DenseMethod, UnquantizedEmbeddingMeth
                 f"whose {type(method).__name__} has no natural weight to share"
             )
         layer.weight = embed_tokens.weight
-        if type(method) is UnquantizedEmbeddingMethod:  # the model builds its table without us
+        if type(method) is UnquantizedEmbeddingMethod:  # the model's table has no quant_method
             method = type(self)(embed_tokens.prefix, self.model)
             method.reader, method.dummy = self.reader, self.dummy
             embed_tokens.quant_method = method
         if isinstance(method, CompressedUnquantizedEmbeddingMethod):
-            if method.heads.layers:  # one of them is enough for the one table
+            if method.heads.layers:  # one head is enough for the table
                 self.model.plan.withdraw(layer.weight.nbytes)
             method.heads.add(layer, self.prefix)
             self.table = embed_tokens
@@ -165,7 +165,7 @@ class CompressedUnquantizedEmbeddingMethod(DenseMethod, UnquantizedEmbeddingMeth
         return self.is_ours(layer) and super().could_take(layer)
 
     def is_ours(self, layer: Any) -> bool:
-        """Whether ``layer`` holds the weight of a head, and is not only looked up or tied."""
+        """Whether ``layer`` has the weight of a head: neither only looked up nor tied."""
         if self.table is not None:
             return False
         return bool(self.heads.layers) or isinstance(layer, ParallelLMHead)
@@ -177,7 +177,7 @@ class CompressedUnquantizedEmbeddingMethod(DenseMethod, UnquantizedEmbeddingMeth
             super().process_weights_after_loading(layer)
             return
         UnquantizedEmbeddingMethod.process_weights_after_loading(self, layer)
-        if self.announced:  # a model that only embeds hides its head in a layer of another type
+        if self.announced:  # embedding models wrap their head in a layer of another type
             self.model.layer_finished()
 
     def context(self, layer: Any) -> LayerContext:

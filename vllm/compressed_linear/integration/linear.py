@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The methods that vLLM's linear layers and output heads call."""
+"""Quantization methods for vLLM's linear layers and output heads."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from vllm.compressed_linear.spec.scheme import CheckpointScheme, dense_scheme
 logger = compat.logger(__name__)
 
 DEVICE_ANCHOR = "weight_packed"
-"""Attribute under which vLLM's LoRA code looks for a layer's device; kept as an empty tensor."""
+"""Attribute from which vLLM's LoRA code takes a layer's device; kept as an empty tensor."""
 
 
 def layer_context(layer: Any, params_dtype: torch.dtype) -> LayerContext:
@@ -47,8 +47,8 @@ def layer_context(layer: Any, params_dtype: torch.dtype) -> LayerContext:
 class CompressedLinearMethod(LinearMethodBase):
     """Linear layer or output head of which at least one shard is quantized.
 
-    ``schemes``: for each logical weight of the layer, its name in the checkpoint and the format's
-    word on it. A layer whose partitions outnumber them (fused on disk) shares the only one.
+    ``schemes``: for each logical weight of the layer, its name in the checkpoint and its
+    resolution. With one scheme, all partitions share it (fused on disk).
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class CompressedLinearMethod(LinearMethodBase):
                 names = ", ".join(name for name, _ in schemes)
                 raise ValueError(
                     f"{self.prefix}: {len(geometry)} partitions, but the model fuses {names}, "
-                    "whose quantization differs, so it is not known which is which"
+                    "whose quantization differs, so their assignment is ambiguous"
                 )
             schemes = [(self.prefix, schemes[0][1])] * len(geometry)
         self.params_dtype = params_dtype
@@ -103,7 +103,7 @@ class CompressedLinearMethod(LinearMethodBase):
         self.model.plan.expect(sum(p.nbytes for p in parameters.values()))
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Refine, select, prepare, check; then drop what the checkpoint had."""
+        """Describe, select, prepare, check; then free the checkpoint's tensors."""
         parameters = {name: getattr(layer, name) for name in self.tensor_names}
         if not all(isinstance(p, CheckpointParameter) for p in parameters.values()):
             return  # already prepared, and nothing was loaded since
@@ -131,7 +131,7 @@ class CompressedLinearMethod(LinearMethodBase):
 
     @property
     def plan_name(self) -> str:
-        """What the plan calls the layer; ``plan_kind`` and ``plan_note`` go with it."""
+        """Name of the layer in the plan; ``plan_kind`` and ``plan_note`` likewise."""
         return self.prefix
 
     @property
@@ -152,9 +152,9 @@ class CompressedLinearMethod(LinearMethodBase):
         return self.prepared.apply(layer, x, bias)
 
     def tie_weights(self, layer: Any, embed_tokens: torch.nn.Module) -> Any:
-        """The checkpoint has a head of its own, whatever its config says of tying."""
+        """Refuse to tie: the checkpoint has a separate head, even if its config says it is tied."""
         logger.info(
-            "%s: the model's config ties it to the embedding table, but the checkpoint holds it "
+            "%s: tied to the embedding table in the model's config, but the checkpoint holds it "
             "quantized, so it is not tied",
             self.prefix,
         )
@@ -162,14 +162,14 @@ class CompressedLinearMethod(LinearMethodBase):
 
 
 def no_rows(layer: Any, dtype: torch.dtype, device: torch.device) -> Parameter:
-    """[0, K] in the place of the natural weight of a head or embedding table: vLLM's LoRA asks it
-    for dtype and device, and whatever wants to read rows of it fails at once."""
+    """Empty stand-in [0, K] for the natural weight of a head or embedding table: exposes dtype and
+    device (for vLLM's LoRA), and makes accidental reads fail."""
     return Parameter(torch.empty(0, layer.embedding_dim, dtype=dtype, device=device), False)
 
 
 def is_plain_matrix(layer: Any) -> bool:
-    """Whether ``layer.weight`` is a plain matrix of a dtype we know, in a layer that vLLM has no
-    other plans for."""
+    """Whether ``layer.weight`` is an ordinary 2-D weight of a supported dtype that no other vLLM
+    method will transform."""
     weight = layer.weight
     return bool(
         weight.ndim == 2
@@ -179,9 +179,9 @@ def is_plain_matrix(layer: Any) -> bool:
 
 
 class DenseMethod:
-    """What our methods for unquantized weights add to vLLM's, which stay their base classes.
+    """Mixin of our methods for unquantized weights, whose base classes are vLLM's.
 
-    ``could_take`` says whether a layer is for our kernel; all others are vLLM's as before.
+    ``could_take``: whether our kernels can run a layer; all others are left to vLLM.
     """
 
     kind: LayerKind
@@ -194,12 +194,11 @@ class DenseMethod:
 
     @property
     def plan_name(self) -> str:
-        """What the plan calls the layer."""
+        """Name of the layer in the plan."""
         return self.prefix
 
     def plan_note(self, *, lookup: bool) -> str:
-        """What the plan says of it; ``lookup``: whether its rows are looked up in the prepared
-        copy."""
+        """Note in the plan; ``lookup``: whether its rows are looked up in the prepared copy."""
         return ""
 
     def could_take(self, layer: Any) -> bool:
@@ -258,7 +257,7 @@ class CompressedUnquantizedLinearMethod(DenseMethod, UnquantizedLinearMethod):
     """Linear layer that the checkpoint leaves unquantized, on our dense kernel.
 
     A subclass of vLLM's method because routers, MLA and online quantization ask for that type.
-    What vLLM treats apart (convolutions, ``_cpu_skip_gemm_dispatch``) stays with vLLM.
+    vLLM's special cases (convolutions, ``_cpu_skip_gemm_dispatch``) are left to vLLM.
     """
 
     kind = LayerKind.LINEAR

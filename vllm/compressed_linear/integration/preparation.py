@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the layers of one model share while they are prepared: settings, plan, cache.
+"""Shared state of the layers of one model during preparation: settings, plan, cache.
 
-``ModelPreparation`` is handed to the method of each layer; ``Prepared`` is what remains on it.
+The method of each layer gets the ``ModelPreparation``; ``Prepared`` remains on the layer.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from vllm.compressed_linear.settings import Settings
 logger = compat.logger(__name__)
 
 PROCESS_PLAN = Plan()
-"""The plan of this process: of all models that vLLM loads in it, a target and its drafter. The key
-of vLLM's compile caches has its fingerprint. Only ``CompressedLinearConfig`` takes it from here;
-everything else is given a plan."""
+"""Plan of all models that vLLM loads in this process, such as a target and its drafter. The key of
+vLLM's compile caches has its fingerprint. Only ``CompressedLinearConfig`` uses this global; all
+other code is given a plan."""
 
 _PLATFORM: list[Platform] = []
 
@@ -45,19 +45,18 @@ def detect_platform() -> Platform:
 
 @cache
 def _opened_cache(directory: str, model: str) -> PreparedCache:
-    """One for all layers of a model, since it says once what is wrong."""
+    """The cache of a directory; shared by all layers of a model, so that warnings appear once."""
     return PreparedCache(Path(directory).expanduser(), model)
 
 
 class Prepared:
-    """Executors of one layer and the names of their tensors on it. ``looks_up``: whether they give
-    rows by their numbers, too."""
+    """Executors of one layer and the names of their tensors on it. ``looks_up``: whether they also
+    look up rows."""
 
     def __init__(
         self, layer: Any, parts: Sequence[tuple[Executor, Mapping[str, torch.Tensor]]]
     ) -> None:
-        """Register the tensors of ``parts`` on ``layer``, in the place of those of an earlier
-        load."""
+        """Register the tensors of ``parts`` on ``layer``, replacing those of an earlier load."""
         self.executors = [executor for executor, _ in parts]
         self.names = [list(tensors) for _, tensors in parts]
         self.looks_up = all(executor.descriptor.lookup for executor in self.executors)
@@ -73,7 +72,7 @@ class Prepared:
         return f"prepared{index}_{name}"
 
     def tensors(self, layer: Any) -> list[dict[str, torch.Tensor]]:
-        """What each executor's ``prep_weights_for_execution`` returned, by its names."""
+        """The prepared tensors of each executor, under the names that its backend gave them."""
         return [
             {name: getattr(layer, self.attribute(index, name)) for name in names}
             for index, names in enumerate(self.names)
@@ -90,7 +89,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class ModelPreparation:
-    """Settings of the user, and the plan that says what runs each layer."""
+    """Settings of the user, and the plan in which choices are recorded."""
 
     settings: Settings
     plan: Plan = field(hash=False, compare=False)
@@ -109,8 +108,8 @@ class ModelPreparation:
     ) -> Prepared:
         """Prepare ``shards`` and attach the result to ``layer``.
 
-        ``name``, ``kind`` and ``note`` are for the plan; ``earlier`` is what was prepared before a
-        reload. Results for ``dummy`` weights are not cached.
+        ``name``, ``kind`` and ``note`` are for the plan; ``earlier``: the result before a reload.
+        Results for ``dummy`` weights are not cached.
         """
         settings, kept = self.settings, None
         if not dummy and settings.cache:
@@ -131,11 +130,11 @@ class ModelPreparation:
     def settle_lookup(
         self, name: str, shards: Sequence[LoadedShard], context: LayerContext
     ) -> LayerContext:
-        """``context`` without ``lookup`` where that would cost the best backend."""
+        """``context`` without ``lookup`` if the best backend does not support it."""
         return settle_lookup(name, shards, context, detect_platform(), self.settings)
 
     def layer_finished(self) -> None:
-        """One layer is done; after the last one log what was chosen, once for each process."""
+        """Count one finished layer; after the last one log the choices, once for each process."""
         plan = self.plan
         if not plan.layer_finished():
             return
@@ -150,7 +149,7 @@ class ModelPreparation:
         if slow := plan.slow_layers():
             logger.warning(
                 "%d of them run on the reference backend, which dequantizes the whole weight to "
-                "fp32 for every call and is slow, because no other can: %s: %s. "
+                "fp32 for every call and is slow, because no other backend can: %s: %s. "
                 "VLLM_COMPRESSED_LINEAR_STRICT=1 refuses to start like this.",
                 len(slow),
                 slow[0].name,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the plugin tells vLLM: the quantization name, the variables, the compile factor."""
+"""Registration with vLLM: quantization name, environment variables, compile factor."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vllm.compressed_linear.integration import compat
 def register_with_vllm() -> None:
     """Register everything. Idempotent.
 
-    Raises ``ImportError`` when vLLM is absent or of a version that is not supported.
+    Raises ``ImportError`` if vLLM is absent or its version is not supported.
     """
     compat.check_vllm()
     from vllm.compressed_linear.integration.config import NAME, CompressedLinearConfig

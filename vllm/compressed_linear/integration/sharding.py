@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How vLLM's linear layers are split among ranks, read off the layer objects."""
+"""Split of vLLM's linear layers among ranks, read from the layer objects."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ShardGeometry:
     padding: int = 0
 
     def source(self, name: str, scheme: CheckpointScheme) -> ShardSource:
-        """The same with the checkpoint's name for it and what the format says."""
+        """The source of the shard, with its name in the checkpoint and the format's scheme."""
         return ShardSource(
             name,
             scheme,
@@ -69,7 +69,7 @@ def shard_geometry(
         ]
     split = not isinstance(layer, ReplicatedLinear) and input_size_per_partition == input_size
     if split and size > 1 and layer.output_size == sum(output_partition_sizes):
-        split = False  # a row-parallel layer whose input happens not to be cut
+        split = False  # a row-parallel layer whose input is not split
     if not split:
         return [_geometry(n, 0, n, k) for n in output_partition_sizes]
     return [_geometry(n * size, rank * n, n, k) for n in output_partition_sizes]

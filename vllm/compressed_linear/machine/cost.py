@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long a layer takes, estimated: the roofline model, and the calls that a server makes.
+"""Cost model: the roofline estimate of one call, and the mix of calls of a server.
 
 An estimate comes from the descriptor, declared constants and the machine's limits, never from a
 clock, so the same question always has the same answer.
@@ -23,12 +23,12 @@ MIX: dict[int, float] = {
     256: 0.003,
     512: 0.005,
 }
-"""Share of a server's calls that have M tokens, by which one number is made of the times of all M.
+"""Share of a server's calls that have M tokens: the weights of the average over all M.
 
-It is that of a chat on a CPU. 256 generated tokens for each prompt, and one prompt is one call, of
-512 tokens or fewer; 1 to 16 streams at once, half of the time only one, 3 on average: so 3 calls in
-259 are prompts. Counted in time these few calls are about half of the work of 4-bit weights, so
-the mix neither forgets them nor lets them decide alone."""
+The mix is that of a chat on a CPU. 256 generated tokens for each prompt, and one prompt is one
+call, of 512 tokens or fewer; 1 to 16 streams at once, half of the time only one, 3 on average: so 3
+calls in 259 are prompts. They take about half of the time with 4-bit weights, so prefill counts for
+about half."""
 
 
 GPU_MIX: dict[int, float] = {
@@ -44,10 +44,11 @@ GPU_MIX: dict[int, float] = {
 }
 """The same for a server on a GPU.
 
-It serves many streams at once, since one alone leaves a GPU idle: vLLM lets up to 256 run and fills
-every call with prompts up to 2048 tokens. About 50 streams at once, between one and 256, are taken
-here; each generates 256 tokens for a prompt of 512, so a call of 2048 tokens serves four prompts,
-and there is one to some 20 calls that generate. An assumption about use, not a measurement."""
+It serves many streams at once, since one stream leaves a GPU idle: vLLM runs up to 256 and fills
+every call with prompts up to 2048 tokens. Assumed are about 50 streams at once, between one and
+256; each generates 256 tokens for a prompt of 512, so a call of 2048 tokens serves four prompts,
+and there is one such call for about 20 that generate. An assumption about use, not a
+measurement."""
 
 
 def mix(device: str) -> Mapping[int, float]:
@@ -56,7 +57,7 @@ def mix(device: str) -> Mapping[int, float]:
 
 
 def mix_of(sizes: Collection[int]) -> Mapping[int, float]:
-    """The mix whose M all are among ``sizes``; ``KeyError`` names one that is missing."""
+    """The mix whose M are all in ``sizes``; ``KeyError`` names a missing one."""
     found: Mapping[int, float] = GPU_MIX if GPU_MIX.keys() <= set(sizes) else MIX
     for m in found:
         if m not in sizes:
@@ -75,9 +76,9 @@ _VECTOR_SHARE_OF_AMX = 0.15
 
 
 def vector_share(platform: Platform, variant: str, arithmetic: str) -> float:
-    """Share of the machine's best rate that is open to the kernels of ``variant``: all of it, but
-    where there is AMX and they do not use it only what dot products of vectors do, by the declared
-    rates."""
+    """Share of the machine's peak rate that the kernels of ``variant`` can reach: 1, but on
+    machines with AMX only the share of vector dot products for kernels that do not use AMX, by the
+    declared rates."""
     tiles = "amx" in platform.features and variant != "amx" and arithmetic != "fp32"
     return _VECTOR_SHARE_OF_AMX if tiles else 1.0
 
@@ -92,14 +93,13 @@ def roofline(
     decode_seconds: float = 0.0,
     call_seconds: float = 0.0,
 ) -> float:
-    """Seconds of one call: reading ``read_bytes`` from memory, or decoding and multiplying,
-    whichever takes longer, as a core does both at once (Williams et al., "Roofline", 2009).
+    """Seconds of one call: the longer of reading ``read_bytes`` from memory and of decoding and
+    multiplying, since a core overlaps the two (Williams et al., "Roofline", 2009).
 
     ``operations``: 2·M·N·K for a matrix product, in ``arithmetic`` "fp32", "bf16" (and fp16),
     "int8", "fp8", "fp4" or "mma" (``MachineLimits.mma``), at ``efficiency`` times the machine's
     rate. ``decode_seconds``: time of turning codes into numbers, on all threads.
-    ``call_seconds``: what a call costs without any work, besides one launch where the machine has
-    launches.
+    ``call_seconds``: fixed cost of a call, without the launch of a GPU kernel.
     """
     limits = platform.limits
     multiply = operations / (limits.operations(arithmetic) * efficiency)

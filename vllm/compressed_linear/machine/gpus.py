@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What GPUs of each compute capability can do at most, as their makers publish it.
+"""Peak rates of GPUs of each compute capability, as published by NVIDIA.
 
-Of each architecture one product stands for all; a GPU that is there is scaled from it by its own
-number of multiprocessors and by the bandwidth its driver tells. Rates are those of dense matrices
-with sums in fp32 (int32 for integers), without the doubling for sparse ones. Sources:
+One product represents each architecture; an installed GPU is scaled by its number of
+multiprocessors and by the bandwidth that its driver reports. Rates are those of dense matrices with
+fp32 accumulation (int32 for integers), without structured sparsity. Sources:
 
 * 80, A100 SXM 80 GB: NVIDIA A100 Tensor Core GPU datasheet (2021)
 * 86, GeForce RTX 3090: NVIDIA Ampere GA102 GPU Architecture whitepaper, table 2 and appendix A
@@ -13,8 +13,8 @@ with sums in fp32 (int32 for integers), without the doubling for sparse ones. So
 * 120, GeForce RTX 5090: NVIDIA RTX Blackwell GPU Architecture whitepaper, appendix
 * shared memory of a multiprocessor: CUDA C++ Programming Guide, "Compute Capabilities"
 * ``mma`` of 90: Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture via
-  Microbenchmarking" (2024). That of 100 is a guess: nobody we know of has published it, and by the
-  width of the units it is no more than half. Elsewhere there is no other instruction
+  Microbenchmarking" (2024). That of 100 is a guess: no published figure is known, and by the width
+  of the units it is at most half. All other architectures have no other instruction
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from dataclasses import dataclass, replace
 from vllm.compressed_linear.machine.limits import MachineLimits
 
 LAUNCH_SECONDS = 3e-6
-"""From one kernel to the next in a captured graph, in which a server replays them. An estimate."""
+"""Seconds from one kernel to the next in a replayed CUDA graph. An estimate."""
 
 
 @dataclass(frozen=True)
 class GpuFacts:
-    """``product``: whose numbers these are; ``multiprocessors``: of it; ``shared_bytes``: shared
+    """``product``: the source of the numbers; ``multiprocessors``: of it; ``shared_bytes``: shared
     memory of one multiprocessor."""
 
     product: str
@@ -72,19 +72,19 @@ GPUS: dict[int, GpuFacts] = {
         "GeForce RTX 5090", 170, 100, 1792, fp32=104.8, bf16=209.5, int8=838, fp8=419, fp4=1676
     ),
 }
-"""Compute capability → what a GPU of it can do."""
+"""Facts of the GPUs of each compute capability."""
 
 
 def gpu_facts(capability: int) -> GpuFacts:
-    """Those of ``capability``, or else of the newest listed one that is not newer; of the oldest
-    for what is older than all."""
+    """Facts of ``capability``, or else of the newest listed one that is not newer; of the oldest
+    one for older GPUs."""
     known = [c for c in GPUS if c <= capability]
     return GPUS[max(known) if known else min(GPUS)]
 
 
 def gpu_limits(capability: int, multiprocessors: int = 0, read: float = 0.0) -> MachineLimits:
-    """Limits of a GPU with so many multiprocessors that reads ``read`` bytes a second; where one is
-    0, those of the product that stands for its capability."""
+    """Limits of a GPU with ``multiprocessors`` that reads ``read`` bytes per second; 0 means the
+    value of the product that represents its capability."""
     facts = gpu_facts(capability)
     share = multiprocessors / facts.multiprocessors if multiprocessors else 1.0
     limits = facts.limits

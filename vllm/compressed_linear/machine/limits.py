@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a processor is called, how large its caches are, and how fast it can be at most.
+"""Name, cache size and peak rates of a processor.
 
-The declared rates are for machines that nobody has measured; ``vllm-compressed-linear tune``
-measures those of this one and keeps them in its file.
+The declared rates are for machines without measurements; ``vllm-compressed-linear tune`` measures
+those of this machine and stores them in its file.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ ARITHMETIC = ("fp32", "bf16", "int8", "fp8", "fp4", "mma")
 
 @dataclass(frozen=True)
 class MachineLimits:
-    """Best rates of all threads in use together: bytes a second read from memory, and operations
-    (multiplications and additions, so 2·M·N·K for a matrix product) a second by data type; 0 where
-    the machine has no arithmetic of that type. "bf16" is fp16 as well. ``launch``: seconds that
-    starting a kernel takes, on a device of its own. ``mma``: share of the rate of bf16 that is open
-    to kernels whose warps multiply on their own, as on GPUs before Hopper (``mma.sync``)."""
+    """Peak rates of all threads in use together: bytes read from memory per second, and operations
+    (multiplications and additions, so 2·M·N·K for a matrix product) per second by data type; 0 if
+    the machine has no arithmetic of that type. "bf16" is fp16 as well. ``launch``: seconds to start
+    a kernel on an accelerator. ``mma``: share of the bf16 rate that kernels reach with
+    ``mma.sync``, the instruction of GPUs before Hopper."""
 
     read: float
     fp32: float
@@ -38,8 +38,8 @@ class MachineLimits:
     mma: float = 1.0
 
     def operations(self, arithmetic: str) -> float:
-        """Operations a second in one of ``ARITHMETIC``, "mma" being that of bf16 by ``mma.sync``;
-        ``ValueError`` for another name, and for one that the machine does not have."""
+        """Operations per second in one of ``ARITHMETIC``; "mma" is bf16 by ``mma.sync``. Raises
+        ``ValueError`` for an unknown name and for one that the machine does not have."""
         if arithmetic not in ARITHMETIC:
             known = ", ".join(ARITHMETIC)
             raise ValueError(f"unknown arithmetic {arithmetic!r} (known: {known})")
@@ -55,11 +55,11 @@ _SOCKET_READ = 250e9
 """More cores do not read faster than this."""
 
 ACCELERATOR = MachineLimits(1e12, 50e12, 200e12, 400e12, launch=5e-6)
-"""Of one about which nothing is known here; those of NVIDIA are in ``gpus.py``."""
+"""Fallback limits for unknown accelerators. See ``gpus.py`` for NVIDIA."""
 
 
 def limits_of_cores(core: MachineLimits, threads: int) -> MachineLimits:
-    """Limits of ``threads`` cores that each have those of ``core``."""
+    """Limits of ``threads`` cores with the limits ``core`` each."""
     return MachineLimits(
         min(core.read * threads, max(core.read, _SOCKET_READ)),
         core.fp32 * threads,
@@ -70,8 +70,8 @@ def limits_of_cores(core: MachineLimits, threads: int) -> MachineLimits:
 
 @cache
 def cpu_name() -> str:
-    """Name of this processor. Where it has numbers of family and model they are in it, since
-    virtual machines call several generations by one name."""
+    """Name of this processor, with the numbers of its family and model if it has any: virtual
+    machines give several generations the same name."""
     found: dict[str, str] = {}
     if CPUINFO.is_file():
         for line in CPUINFO.read_text().splitlines():
@@ -85,8 +85,8 @@ def cpu_name() -> str:
 
 @cache
 def cache_bytes(threads: int) -> int:
-    """Bytes of the last-level caches that ``threads`` cores can use, each of which has one and may
-    share it; 32 MiB if the system does not say."""
+    """Bytes of the last-level caches (which cores may share) of ``threads`` cores; 32 MiB if the
+    system does not say."""
     caches: dict[tuple[int, str], int] = {}
     for index in CPUS.glob("cpu[0-9]*/cache/index*"):
         try:

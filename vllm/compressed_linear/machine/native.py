@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled library: loading it, shapes for the compiler, and its call counters.
+"""The compiled library: loading, shape functions for the compiler, call counters.
 
 Ops are reached as ``torch.ops.compressed_linear.<name>`` after ``load()``;
 ``csrc/ops/ops.cpp`` says what each computes.
@@ -16,17 +16,17 @@ import torch
 
 LIBRARY = Path(__file__).parents[1] / "lib" / "libcompressed_linear.so"
 CUDA_LIBRARY = LIBRARY.with_name("libcompressed_linear_cuda.so")
-"""CUDA kernels of some of the ops; built where torch has CUDA and nvcc is there."""
+"""CUDA kernels of some of the ops; built if torch has CUDA and nvcc is installed."""
 TILE = 16
 """Output channels that are packed together."""
 MARLIN_WORKSPACE = 1024
 """Counters that ``marlin_gemm`` needs."""
-PROBLEM_BYTES = 144
-"""Of what ``make_problem`` returns."""
+PROBLEM_BYTES = 152
+"""Length of the tensor that ``make_problem`` returns."""
 
 Kernels = Literal["floats", "integers"]
-"""Kinds of CPU kernels, each with instruction sets of its own: those that multiply layout "planes"
-with x in its own dtype, and those that multiply "quads" with x in bytes."""
+"""Kinds of CPU kernels, each with its own instruction sets: layout "planes" with x in its own
+dtype, and layout "quads" with x in int8."""
 
 _lock = threading.Lock()
 _reason: str | None = "not loaded yet"
@@ -34,9 +34,9 @@ _cuda_reason: str | None = "not loaded yet"
 
 
 def load() -> None:
-    """Loads the library and registers the shape functions; does nothing the second time.
+    """Load the library and register the shape functions. Idempotent.
 
-    Raises ``RuntimeError`` when it was not built or does not fit the installed torch.
+    Raises ``RuntimeError`` if it was not built or does not fit the installed torch.
     """
     global _reason, _cuda_reason
     if _reason is None:
@@ -58,7 +58,7 @@ def load() -> None:
 
 
 def _load_cuda() -> str | None:
-    """Loads the CUDA kernels; None, or why there are none. Touches no GPU."""
+    """Load the CUDA kernels; returns None, or why there are none. Touches no GPU."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} has no CUDA"
     if not CUDA_LIBRARY.is_file():
@@ -71,7 +71,7 @@ def _load_cuda() -> str | None:
 
 
 def available() -> str | None:
-    """None if the ops can be called, else why not. Loads the library if need be."""
+    """None if the ops can be called, else the reason. Loads the library if necessary."""
     try:
         load()
     except RuntimeError as error:
@@ -80,8 +80,8 @@ def available() -> str | None:
 
 
 def cuda_available() -> str | None:
-    """None if there are CUDA kernels of the ops that may have them, else why not. Whether there is
-    a GPU to run them on is another question. Loads the libraries if need be."""
+    """None if the CUDA kernels are loaded, else the reason; does not ask for a GPU. Loads the
+    libraries if necessary."""
     reason = available()
     return _cuda_reason if reason is None else reason
 
@@ -99,8 +99,8 @@ def supported_isas(kernels: Kernels = "floats") -> list[str]:
 
 
 def layout_id(layout: Literal["planes", "quads"] = "planes") -> str:
-    """Name and version of a packed layout and of what else its layers keep; part of the key of
-    anything that stores packed weights."""
+    """Name and version of a packed layout and its other tensors; part of the key of stored packed
+    weights."""
     load()
     return str(torch.ops.compressed_linear.layout_id(layout))
 
@@ -114,7 +114,7 @@ def call_counts() -> dict[str, int]:
 
 
 def reset_call_counts() -> None:
-    """Sets every counter to zero."""
+    """Set every counter to zero."""
     load()
     torch.ops.compressed_linear.reset_op_calls()
 
@@ -132,12 +132,12 @@ _RESULTS: dict[str, Callable[[Arguments], torch.Tensor]] = {
         (a["zero"].shape[1], a["zero"].shape[0] * a["bits"] // 32), dtype=torch.int32
     ),
     "linear": lambda a: a["x"].new_empty((a["x"].shape[0], a["n"]), dtype=a["out_dtype"]),
-    "embedding": lambda a: a["packed"].new_empty(
+    "embedding": lambda a: a["problem"].new_empty(
         (a["ids"].shape[0], a["channels"]), dtype=a["out_dtype"]
     ),
     "marlin_gemm": lambda a: a["x"].new_empty((a["x"].shape[0], a["n"]), dtype=a["out_dtype"]),
 }
-"""Results of the ops that a compiler may meet, from their arguments by name. ``code_sums`` and
+"""Shapes of the results of ops in compiled graphs, from their arguments by name. ``code_sums`` and
 ``make_problem`` run at preparation only."""
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a machine can do, as a value: nothing here is asked of the machine after ``detect``.
+"""Capabilities of a machine, as a value: probed once, by ``detect``.
 
 Tests and ``explain --platform`` make platforms by hand, so selection can be tried for machines
-that are not there.
+that are absent.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from vllm.compressed_linear.machine.vllm_wheel import CUDA_OPS, CUDA_WHEEL
 class CpuTier:
     """An instruction set of our kernels, by its name in ``csrc/cpu/common/isa.cpp``.
 
-    ``features``: what processors have that run it, as in ``Platform.features``. ``core``: declared
-    limits of one core near 3 GHz, instructions a cycle times the width of a register, less what the
-    clock loses under them; without units for bf16 its rate is that of fp32. None for one that no
-    platform is named after. ``machine``: the processor's architecture.
+    ``features``: required CPU features, as in ``Platform.features``. ``core``: declared limits of
+    one core near 3 GHz, instructions per cycle times the width of a register, at the clock under
+    that load; without units for bf16 its rate is that of fp32. None if no platform has its name.
+    ``machine``: the processor's architecture.
     """
 
     name: str
@@ -52,26 +52,27 @@ CPU_TIERS = (
     CpuTier("amx", _AVX512_BF16 | {"amx"}, MachineLimits(30e9, 150e9, 1500e9, 3000e9)),
     CpuTier("neon", frozenset({"neon"}), MachineLimits(25e9, 45e9, 45e9, 180e9), "aarch64"),
 )
-"""Of each architecture from the least to the most. Names of those of x86 that have a ``core`` are
-accepted behind ``cpu:`` in ``Platform.parse``."""
+"""All instruction sets, for each architecture from the least to the most capable.
+``Platform.parse`` accepts the names of x86 instruction sets with a ``core`` after ``cpu:``."""
 
 X86_TIERS = {
     tier.name: tier for tier in CPU_TIERS if tier.machine == "x86_64" and tier.core is not None
 }
 
 NATIVE_LIBRARY = "native:compressed_linear"
-"""Member of ``Platform.ops`` when our compiled library is present."""
+"""Member of ``Platform.ops`` if our compiled library is present."""
 
 
 @dataclass(frozen=True)
 class Platform:
     """device: "cpu", "cuda", "rocm" or "xpu". ``capability``: 10·major + minor of a CUDA device.
 
-    ``features``: CPU instruction sets. ``ops``: compiled operators that can be called, named
-    ``namespace::op``, and ``NATIVE_LIBRARY``. ``missing``: for an absent op or library, why.
-    ``cpu``: the processor's name, empty for a machine made by hand. ``measured``: its limits with
-    these threads, where somebody measured them. ``gpu``: the GPU's name, and ``multiprocessors``
-    and ``read`` (bytes a second) as its driver tells them; empty and 0 for one that is not there.
+    ``features``: CPU instruction sets. ``isa``: the one with which our library's kernels run, empty
+    for a machine made by hand and without the library. ``ops``: compiled operators that can be
+    called, named ``namespace::op``, and ``NATIVE_LIBRARY``. ``missing``: the reason for each absent
+    op or library. ``cpu``: the processor's name, empty for a machine made by hand. ``measured``:
+    its measured limits with these threads, or None. ``gpu``: the GPU's name; ``multiprocessors``
+    and ``read`` (bytes per second) as its driver reports them; empty and 0 for an absent GPU.
     """
 
     device: str = "cpu"
@@ -86,6 +87,7 @@ class Platform:
     gpu: str = ""
     multiprocessors: int = 0
     read: float = 0.0
+    isa: str = ""
 
     @property
     def limits(self) -> MachineLimits:
@@ -96,33 +98,36 @@ class Platform:
             return gpu_limits(self.capability or 0, self.multiprocessors, self.read)
         if self.device != "cpu":
             return ACCELERATOR
+        # What its instructions reach, whether or not our kernels use them.
         assert self.tier.core is not None
         return limits_of_cores(self.tier.core, self.threads)
 
     @property
     def compute_units(self) -> int:
-        """Multiprocessors of the GPU, or of the one that stands for its capability; else 0."""
+        """Multiprocessors of the GPU, or of the product that represents its capability; else 0."""
         if self.device != "cuda":
             return 0
         return self.multiprocessors or gpu_facts(self.capability or 0).multiprocessors
 
     @property
     def name(self) -> str:
-        """Short name for people, e.g. ``cpu:avx512bf16`` or ``cuda:90``."""
+        """Short name, e.g. ``cpu:avx512bf16`` or ``cuda:90``. For this machine's CPU it has the
+        instruction set in use, which need not be the best that the CPU has."""
         if self.device == "cuda":
             return f"cuda:{self.capability}"
         if self.device == "cpu":
-            return f"cpu:{self.tier.name if self.machine == 'x86_64' else self.machine}"
+            x86 = self.machine == "x86_64"
+            return f"cpu:{(self.isa or self.tier.name) if x86 else self.machine}"
         return self.device
 
     @property
     def tier(self) -> CpuTier:
-        """The most that the processor has of what platforms are named after."""
+        """The most capable instruction set of the processor that has a platform name."""
         return [tier for tier in self._tiers() if tier.core is not None][-1]
 
     def best_isa(self, names: Collection[str]) -> str:
-        """The one of ``names``, "generic" among them, that the library would take there. AMX is
-        not: it has never run on a processor that has it."""
+        """The instruction set of ``names``, which include "generic", that the library would choose
+        there. Never AMX: whether it is faster is not measured at start."""
         return [t.name for t in self._tiers() if t.name in names and t.name != "amx"][-1]
 
     def _tiers(self) -> list[CpuTier]:
@@ -131,7 +136,7 @@ class Platform:
 
     @property
     def assumption(self) -> str:
-        """What is taken for granted of a GPU that is not there, in a sentence; empty for others."""
+        """Assumptions about an absent GPU, in a sentence; empty for other platforms."""
         if self.device != "cuda" or self.gpu:
             return ""
         facts = gpu_facts(self.capability or 0)
@@ -142,7 +147,7 @@ class Platform:
         )
 
     def why_missing(self, op: str) -> str:
-        """Reason text for an op that is not in ``ops``."""
+        """Reason for an op that is not in ``ops``."""
         return dict(self.missing).get(op, f"{op} is not available on {self.name}")
 
     @classmethod
@@ -150,16 +155,16 @@ class Platform:
         """``cpu``, ``cpu:avx2``, ``cuda:90``, … as a machine with everything built: our library,
         and for a GPU all operators of vLLM's CUDA wheel (``vllm_wheel``).
 
-        ``cpu`` and an empty text mean this machine, ``cuda`` its GPU; ``rocm`` and ``xpu`` one of
-        which nothing is known but the name. ``ValueError`` for an unknown one.
+        ``cpu`` and an empty text mean this machine, ``cuda`` its GPU; ``rocm`` and ``xpu`` an
+        unprobed device of that kind. Raises ``ValueError`` for an unknown name.
         """
         if text in ("", "cpu"):
             return cls.detect()
         if text == "cuda":
             if not torch.cuda.is_available():
                 raise ValueError(
-                    "platform cuda is this machine's GPU, and torch finds none; one that is "
-                    "elsewhere is named by its compute capability, as in cuda:90"
+                    "platform cuda is this machine's GPU, and torch finds none; an absent GPU "
+                    "is named by its compute capability, as in cuda:90"
                 )
             return cls.detect("cuda")
         device, _, detail = text.partition(":")
@@ -196,6 +201,7 @@ class Platform:
             missing=missing,
             threads=torch.get_num_threads(),
             cpu=cpu_name(),
+            isa=_isa_in_use() if device == "cpu" and reason is None else "",
         )
 
 
@@ -208,9 +214,9 @@ class _Gpu:
 
 
 def _gpu() -> _Gpu:
-    """The GPU of this process, as torch's driver tells of it."""
+    """The GPU of this process, as the driver reports it."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    # Memory moves data twice a cycle; both numbers are missing in older versions of torch.
+    # Memory transfers data twice per cycle; older versions of torch have neither number.
     kilohertz = getattr(properties, "memory_clock_rate", 0)
     bits = getattr(properties, "memory_bus_width", 0)
     return _Gpu(
@@ -221,9 +227,18 @@ def _gpu() -> _Gpu:
     )
 
 
+def _isa_in_use() -> str:
+    from vllm.compressed_linear.machine import native
+
+    try:
+        return native.isa()
+    except ValueError:  # a forced one is not supported here: the first op reports it
+        return ""
+
+
 def cpu_features() -> frozenset[str]:
-    """Instruction sets of this CPU that matter to kernels, as our library finds them; where it was
-    not built, as PyTorch's own probes do."""
+    """Instruction sets of this CPU that kernels use, probed by our library, or by PyTorch if the
+    library was not built."""
     if native.available() is None:
         runs = {*native.supported_isas("floats"), *native.supported_isas("integers")}
         return frozenset().union(*(tier.features for tier in CPU_TIERS if tier.name in runs))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times of calls that take turns, until it is clear how long they take; and a machine's limits."""
+"""Interleaved timing of calls until the medians converge; measurement of a machine's limits."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ Clock = Callable[[], float]
 
 FEWEST_CALLS = 3
 PRECISION = 0.03
-"""A median is known well enough when its interval is no more than this part of it to each side."""
+"""Stop when the 95 % interval of a median is within ± this fraction of it."""
 
 BEHIND = 1.5
-"""... or when even the fast end of the interval is this many times what the best needs."""
+"""... or when the lower end of the interval is this many times the best median."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Median of ``calls`` seconds, and the interval that holds the true median with 95 %."""
+    """Median of ``calls`` times in seconds, and its 95 % confidence interval."""
 
     median: float
     low: float
@@ -33,26 +33,26 @@ class Timing:
 
     @property
     def spread(self) -> float:
-        """Half of the interval as a part of the median."""
+        """Half of the interval as a fraction of the median."""
         return (self.high - self.low) / 2 / self.median if self.median > 0 else 0.0
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Timing:
-        """From the order of the values alone, whatever their distribution: the number of values
-        below the median is binomial."""
+        """Order-statistic interval, independent of the distribution: the number of values below the
+        median is binomial."""
         ordered, n = sorted(seconds), len(seconds)
         outside = max(int((n - 1.96 * n**0.5) / 2), 0)
         return cls(statistics.median(ordered), ordered[outside], ordered[n - 1 - outside], n)
 
 
 def clock(threads: int) -> Clock:
-    """CPU time of the calling thread where it does all the work, so that being scheduled away does
-    not count; else the time on the wall."""
+    """CPU time of the calling thread if it does all the work, so that preemption does not count;
+    else wall time."""
     return time.thread_time if threads == 1 else time.perf_counter
 
 
 def device_clock() -> Clock:
-    """The time on the wall once the GPU has done everything that it was given before."""
+    """Wall time after synchronization with the GPU."""
 
     def now() -> float:
         torch.cuda.synchronize()
@@ -62,9 +62,9 @@ def device_clock() -> Clock:
 
 
 def captured(call: Callable[[int], object], calls: int) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of ``calls`` calls, the i-th of which is ``call(i)``, made once beforehand.
+    """CUDA graph of ``calls`` calls, the i-th of which is ``call(i)``, captured once.
 
-    Servers replay graphs, and what Python takes for a call is more than most layers.
+    Servers replay graphs, and the overhead of a call from Python exceeds the time of most layers.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -83,10 +83,10 @@ def measure(
     calls: Sequence[Callable[[int], object]], *, budget: float, now: Clock, seed: int = 0
 ) -> list[Timing]:
     """Time each of ``calls``, given the number of the round, in rounds of random order, so that
-    what disturbs one disturbs all.
+    disturbances affect all of them.
 
-    It ends when every median is known to ``PRECISION`` or clearly ``BEHIND`` the best, or when the
-    rounds together took ``budget`` seconds; never before ``FEWEST_CALLS``.
+    Ends when every median is known to ``PRECISION`` or ``BEHIND`` the best, or when the rounds
+    together took ``budget`` seconds; never before ``FEWEST_CALLS``.
     """
     order = random.Random(seed)
     taken: list[list[float]] = [[] for _ in calls]
@@ -108,13 +108,13 @@ def measure(
 
 def _settled(timing: Timing, others: Sequence[Timing]) -> bool:
     best = min(other.high for other in others)
-    # Three equal values may be chance, so precision needs more of them than being far behind.
+    # Three equal values may be chance, so precision needs more values than BEHIND does.
     precise = timing.calls > 2 * FEWEST_CALLS and timing.spread <= PRECISION
     return precise or timing.low > BEHIND * best
 
 
 def best_rate(work: float, action: Callable[[], object], *, seconds: float, now: Clock) -> float:
-    """Most ``work`` a second of the runs of ``action`` that fit into ``seconds``, at least two."""
+    """Highest rate (``work`` per second) of the runs of ``action`` in ``seconds``, at least two."""
     taken: list[float] = []
     while len(taken) < 2 or sum(taken) < seconds:
         begin = now()
@@ -124,7 +124,7 @@ def best_rate(work: float, action: Callable[[], object], *, seconds: float, now:
 
 
 def read_rate(nbytes: int, *, seconds: float, now: Clock, device: str = "cpu") -> float:
-    """Bytes a second read from the memory of ``device``, over ``nbytes``, beyond all caches."""
+    """Bytes per second read from the memory of ``device``, over ``nbytes``, beyond all caches."""
     block = torch.ones(max(nbytes // 4, 1), device=device)
     ways = (lambda: torch.dot(block, block), lambda: block.sum(), lambda: block.max())
     return max(best_rate(4.0 * len(block), way, seconds=seconds / 3, now=now) for way in ways)
@@ -133,7 +133,7 @@ def read_rate(nbytes: int, *, seconds: float, now: Clock, device: str = "cpu") -
 def multiply_rates(
     size: int, *, seconds: float, now: Clock, device: str = "cpu"
 ) -> dict[str, float]:
-    """Operations a second of torch's products of ``size`` × ``size`` matrices, by arithmetic."""
+    """Operations per second of torch's products of ``size`` × ``size`` matrices, by arithmetic."""
     wide = torch.randn(size, size, device=device)
     narrow = wide.bfloat16()
     whole = torch.randint(-127, 128, (size, size), dtype=torch.int8, device=device)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which of vLLM's operators its CUDA wheel has, as far as anything here calls them.
+"""Operators of vLLM's CUDA wheel that this package calls.
 
-A platform that is made by hand, such as ``cuda:90``, has all of them: it is assumed that such a
-machine has that wheel. On a GPU that is there the loaded library is asked. Which of the operators
-run on which compute capability is for vLLM's kernel classes to say.
+A platform that is made by hand, such as ``cuda:90``, is assumed to have all of them. With an
+installed GPU the loaded library is asked. vLLM's kernel classes decide which operators run on which
+compute capability.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From loaded shards to something that runs: refine, select, prepare, check, and the composite.
+"""From loaded shards to executors: describe, select, prepare, check, and the composite.
 
-Imports nothing of vLLM. ``integration/linear.py`` hangs the result on vLLM's layers.
+Imports nothing of vLLM. ``integration/linear.py`` attaches the result to vLLM's layers.
 """
 
 from __future__ import annotations
@@ -60,13 +60,12 @@ def prepare(
     cache: PreparedCache | None = None,
     note: str = "",
 ) -> list[tuple[Executor, dict[str, torch.Tensor]]]:
-    """Prepare a layer's shards: executors, each with its prepared tensors by name. What runs is
+    """Prepare a layer's shards: executors, each with its prepared tensors by name. The choice is
     recorded in ``plan``. ``pinned``: executors of an earlier load, whose choice stays.
-    ``cache``: where prepared tensors are looked for and kept; reloads go past it. ``note`` is for
-    the plan.
+    ``cache``: of prepared tensors; not used for reloads. ``note`` is for the plan.
 
-    Raises ``CheckpointError`` on damaged data, ``NoBackendError`` when no backend can or may run a
-    part, ``SelfCheckError`` when one computes wrong numbers, and ``ValueError`` when reloaded
+    Raises ``CheckpointError`` on damaged data, ``NoBackendError`` if no backend can or may run a
+    part, ``SelfCheckError`` if a backend computes wrong numbers, and ``ValueError`` if reloaded
     weights need another plan than the pinned one.
     """
     try:
@@ -110,7 +109,7 @@ def prepare(
 
 @dataclass(frozen=True)
 class _Obtained:
-    """Checked tensors, how long they took, and what the cache did (``PlanEntry.cache``)."""
+    """Checked tensors, seconds of preparation, and action of the cache (``PlanEntry.cache``)."""
 
     tensors: dict[str, torch.Tensor]
     seconds: float
@@ -125,7 +124,7 @@ def _obtain(
     platform: Platform,
     cache: PreparedCache | None,
 ) -> _Obtained:
-    """From the cache, or prepared and then kept there. Nothing unchecked is used or kept."""
+    """Load from the cache, or prepare and cache. Unchecked tensors are neither used nor cached."""
     begin = time.perf_counter()
     key = None if cache is None else cache_key(method, selection.variant, part, platform)
     if cache is not None and key is not None and (found := cache.load(key)) is not None:
@@ -134,7 +133,7 @@ def _obtain(
             self_check(name, method, found, part.weights)
             return _Obtained(found, seconds, CACHE_HIT)
         except SelfCheckError as error:
-            cache.refuse(key, f"does not pass the check at load ({error})")
+            cache.refuse(key, f"fails the self-check ({error})")
     with large_blocks_apart():
         tensors = method.prep_weights_for_execution(part.weights)
     seconds = time.perf_counter() - begin
@@ -151,7 +150,7 @@ def choose(
     name: str, descriptor: CompressedLinearDescriptor, platform: Platform, settings: Settings
 ) -> Selection:
     """The backend for (a part of) layer ``name`` under the user's settings and the tune file.
-    ``NoBackendError`` with every reason when there is none."""
+    Raises ``NoBackendError`` with every reason if there is none."""
     quantized = descriptor.weight.element.kind != "dense"
     return select(
         descriptor,
@@ -170,8 +169,8 @@ def settle_lookup(
     platform: Platform,
     settings: Settings,
 ) -> LayerContext:
-    """``context`` without ``lookup`` where the backend that is best at multiplying does not look up
-    rows: an unquantized table has its natural weight for that, so the choice need not suffer."""
+    """``context`` without ``lookup`` if the best backend for products does not support lookups: an
+    unquantized table keeps its natural weight for them, so the best backend is used."""
     if not context.lookup:
         return context
     plain = replace(context, lookup=False)
@@ -190,12 +189,12 @@ def _composite_note(parts: Sequence[Part], part: Part) -> str:
 
 
 def contract_note(method: QuantLinearMethod) -> str:
-    """What a backend rounds that the checkpoint does not, for the plan; usually nothing."""
-    own = method.own_activation(method.descriptor)
+    """Note for the plan if a backend quantizes x and the checkpoint does not; usually empty."""
+    own = method.contract(method.descriptor).activation
     if own is None:
         return ""
     return (
-        f"x rounded to {own} though the checkpoint has it plain: each output may be off by "
+        f"x rounded to {own}, which the checkpoint does not ask for: error of each output up to "
         f"Σ max|x| / {2 * own.maximum:g} · Σ|w| over the groups"
     )
 
@@ -221,7 +220,7 @@ def run(
     x: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Compute a layer: one backend, or one for each run of like shards, side by side."""
+    """Compute a layer: one backend, or one for each run of equal shards, and a concatenation."""
     if len(executors) == 1:
         return executors[0].method.apply(tensors[0], x, bias)
     outputs = [

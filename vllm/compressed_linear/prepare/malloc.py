@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keep preparation's temporary blocks out of the heap.
+"""Fixed mmap threshold of malloc, so that preparation's temporaries return to the OS.
 
-Every chunk of rows allocates and frees the same few megabytes. glibc serves aligned requests of
-that size from the heap once a larger block has been freed, cannot reuse the holes they leave (an
-aligned request needs room for the alignment), and the heap grows by about as much as is prepared:
-measured, 140 MiB beside a result of 119 MiB. Blocks with mappings of their own go back at once.
+Every chunk of rows allocates and frees the same few megabytes. Once a larger block has been freed,
+glibc's dynamic mmap threshold serves aligned requests of that size from the heap and cannot reuse
+the holes they leave (an aligned request needs space for the alignment), so the heap grows by about
+the size of the result: measured, 140 MiB for a result of 119 MiB. Mmapped blocks are returned by
+``free``.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from typing import Any
 _M_MMAP_THRESHOLD = -3
 _APART_FROM = 256 << 10
 _GLIBC_MAXIMUM = 32 << 20
-"""Where glibc's own adjustment of the threshold ends (DEFAULT_MMAP_THRESHOLD_MAX), and where it has
-got to in a process that loaded a model."""
+"""Upper limit of glibc's dynamic mmap threshold (DEFAULT_MMAP_THRESHOLD_MAX), which it has reached
+in a process that loaded a model."""
 
 
 @cache
 def _mallopt() -> Any:
-    """glibc's ``mallopt``, or None with another C library."""
+    """glibc's ``mallopt``, or None with other C libraries."""
     try:
         library = ctypes.CDLL(None)
         library.gnu_get_libc_version  # noqa: B018
@@ -35,7 +36,7 @@ def _mallopt() -> Any:
 
 @contextmanager
 def large_blocks_apart() -> Iterator[None]:
-    """While open, blocks from 256 KiB on are mapped by themselves (glibc only)."""
+    """Serve allocations ≥ 256 KiB by mmap, so freed temporaries return to the OS (glibc only)."""
     mallopt = _mallopt()
     if mallopt is None:
         yield

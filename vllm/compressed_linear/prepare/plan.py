@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plan: what runs each layer, who could not and why, what it cost."""
+"""The plan: the chosen backend of each layer, every rejection with its reasons, and costs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DELEGATED = "vllm"
 """Backend name in the plan for layers that vLLM's own quantization code runs."""
 
 CACHE_HIT, CACHE_MISS, CACHE_UNUSED = "hit", "miss", "not kept"
-"""What the prepared-weights cache did for a layer; empty when there is none."""
+"""Action of the prepared-weights cache for a layer; empty without a cache."""
 
 PROGRESS_FROM_BYTES = 1 << 30
 """Checkpoint bytes of one process from which preparation shows a progress bar."""
@@ -29,7 +29,7 @@ PROGRESS_FROM_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Rejection:
-    """A backend that was not taken: with reasons when it cannot, without when it ranks lower."""
+    """A backend that was not chosen: with reasons if it cannot, without if it ranks lower."""
 
     backend: str
     reasons: tuple[str, ...] = ()
@@ -37,7 +37,7 @@ class Rejection:
 
 @dataclass(frozen=True)
 class PlanEntry:
-    """One layer, or one run of like shards of a layer whose shards differ. ``chosen_by``: see
+    """One layer, or one run of equal shards of a layer whose shards differ. ``chosen_by``: see
     ``registry.ChosenBy``; empty for a layer that is left to vLLM."""
 
     name: str
@@ -56,7 +56,7 @@ class PlanEntry:
 
     @property
     def runs(self) -> str:
-        """Backend and code path in one word."""
+        """Backend and code path."""
         return f"{self.backend} ({self.variant})" if self.variant else self.backend
 
 
@@ -85,7 +85,7 @@ class Plan:
         self.expected_bytes += nbytes
 
     def withdraw(self, nbytes: int) -> None:
-        """An expected layer of ``nbytes`` has no weight of its own: it is tied to another."""
+        """An expected layer of ``nbytes`` is not prepared: it is tied to another."""
         self.expected -= 1
         self.expected_bytes -= nbytes
 
@@ -101,7 +101,7 @@ class Plan:
                 self._progress = tqdm(total=self.expected, desc="Preparing weights", unit="layer")
 
     def layer_finished(self) -> bool:
-        """Called after; true when that was the last one that was expected."""
+        """Called after a layer is prepared; returns whether it was the last expected one."""
         self.prepared += 1
         if self._progress is not None:
             self._progress.update()
@@ -112,7 +112,7 @@ class Plan:
         return done
 
     def fingerprint(self) -> str:
-        """Changes whenever another backend, path or descriptor runs any layer."""
+        """Hash of name, backend, code path and descriptor of every entry."""
         text = json.dumps(
             [(e.name, e.backend, e.variant, e.descriptor) for e in self.entries.values()]
         )
@@ -133,7 +133,7 @@ class Plan:
         )
 
     def slow_layers(self) -> list[PlanEntry]:
-        """Layers that fell to the reference backend without anybody asking for it."""
+        """Layers on the reference backend that were not requested by the user."""
         return [
             entry
             for entry in self.entries.values()
@@ -141,14 +141,14 @@ class Plan:
         ]
 
     def choices(self) -> dict[str, list[str]]:
-        """Layer → what runs its parts, to be compared with other ranks."""
+        """Layer → backends of its parts, to be compared among ranks."""
         out: dict[str, list[str]] = {}
         for entry in self.entries.values():
             out.setdefault(entry.name, []).append(entry.runs)
         return out
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, for ``VLLM_COMPRESSED_LINEAR_PLAN_FILE``."""
+        """Serialize everything, for ``VLLM_COMPRESSED_LINEAR_PLAN_FILE``."""
         return {
             "pid": os.getpid(),
             "rank": self.rank,
@@ -157,7 +157,7 @@ class Plan:
         }
 
     def write(self) -> None:
-        """Write the plan file, if one was asked for; ranks above 0 append theirs to the name."""
+        """Write the plan file, if requested; ranks above 0 append their number to the name."""
         if not self.plan_file:
             return
         path = Path(self.plan_file)
@@ -168,12 +168,12 @@ class Plan:
         temporary.replace(path)
 
     def reset(self) -> None:
-        """Forget everything: another model is loaded into this process."""
+        """Clear everything, before another model is loaded into this process."""
         self.__init__()  # type: ignore[misc]
 
 
 def disagreements(choices: Sequence[Mapping[str, list[str]]]) -> list[str]:
-    """Lines that name the layers which ranks run differently; ``choices`` of each rank."""
+    """One line for each layer that ranks run on different backends; ``choices`` of each rank."""
     first = choices[0]
     return [
         f"{name}: rank 0 runs {first.get(name)}, rank {rank} {other.get(name)}"

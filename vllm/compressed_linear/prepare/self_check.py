@@ -6,13 +6,7 @@ from __future__ import annotations
 import torch
 
 from vllm.compressed_linear.backends.base import QuantLinearMethod
-from vllm.compressed_linear.backends.contract import (
-    activation_error,
-    contract_bound,
-    lookup_bound,
-    slack_error,
-    weight_magnitude,
-)
+from vllm.compressed_linear.backends.contract import contract_bound, lookup_bound, weight_magnitude
 from vllm.compressed_linear.checkpoint.weights import CompressedWeights
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
 from vllm.compressed_linear.spec.elements import E4M3, torch_dtype
@@ -24,7 +18,7 @@ CHECK_TOKENS = 2
 
 
 class SelfCheckError(RuntimeError):
-    """A backend's result for a layer lies outside of its contract."""
+    """A backend's result for a layer exceeds the error of its contract."""
 
 
 def self_check(
@@ -53,19 +47,11 @@ def self_check(
     taken = weights.prepare_input(descriptor, x)
     expected = weights.in_stored_order(taken).to(torch.float64) @ ideal.t()
     magnitude = torch.cat([_magnitude(descriptor, weights, row) for row in rows])
-    own = method.own_activation(descriptor)
-    slack = None
-    if descriptor.activation is not None:
-        plain = weights.prepare_unquantized(descriptor, x)
-        slack = method.input_slack(descriptor, plain, weights.input_scale, weights.input_zero)
+    contract = method.contract(descriptor)
+    plain = weights.prepare_unquantized(descriptor, x)
+    input_error = contract.input_error(plain, magnitude, weights.input_scale, weights.input_zero)
     bound = contract_bound(
-        taken,
-        magnitude,
-        expected,
-        descriptor.output_dtype,
-        method.contract_constant,
-        method.weight_rounding(descriptor),
-        slack_error(slack, magnitude) if own is None else activation_error(taken, magnitude, own),
+        taken, magnitude, expected, descriptor.output_dtype, contract, input_error
     )
     if wrong := _first_wrong(y, expected, bound):
         (_, column), text = wrong
@@ -77,13 +63,7 @@ def self_check(
         stored = magnitude.new_zeros(len(rows), descriptor.in_features)
         magnitude = stored.index_add_(1, order[order >= 0], magnitude[:, order >= 0])
     found = method.embedding(tensors, torch.tensor(rows, device=weights.device))
-    bound = lookup_bound(
-        magnitude,
-        ideal,
-        descriptor.output_dtype,
-        method.contract_constant,
-        method.weight_rounding(descriptor),
-    )
+    bound = lookup_bound(magnitude, ideal, descriptor.output_dtype, contract)
     if wrong := _first_wrong(found.to(torch.float64), ideal, bound):
         (row, column), text = wrong
         where = f"channel {column} of row {rows[row]}, looked up, {text}"
@@ -93,8 +73,8 @@ def self_check(
 def _first_wrong(
     found: torch.Tensor, expected: torch.Tensor, bound: torch.Tensor
 ) -> tuple[tuple[int, int], str] | None:
-    """Where the first number lies that is further than ``bound`` off, and what is wrong with it;
-    None if there is none. All float64 [rows, columns]."""
+    """Position and description of the first number whose error exceeds ``bound``, or None. All
+    float64 [rows, columns]."""
     wrong = ~((found - expected).abs() <= bound)
     if not bool(wrong.any()):
         return None

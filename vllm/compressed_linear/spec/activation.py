@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a backend multiplies with: x transformed, reordered, scaled and quantised, as fp32.
+"""Reference definition of input preparation: transform, reorder, prescale, quantize.
 
-This is the definition that kernels are held to, bit for bit as far as x̂ is concerned. Everything is
-fp32 with IEEE division; ``round`` is to nearest, ties to even; ``max``, ``min`` range over what
-shares a scale.
+Kernels must compute the same x̂, bit for bit. All arithmetic is fp32 with IEEE division; ``round``
+is to nearest, ties to even; ``max`` and ``min`` are over the values that share a scale.
 
 * dynamic, symmetric: s = max|x| / maximum; q = clamp(round(x / s)); x̂ = q·s
 * dynamic, asymmetric, an integer of b bits: lo = min(x, 0), hi = max(x, 0),
@@ -12,7 +11,8 @@ shares a scale.
 * static: the same with s and zero from the checkpoint
 * e8m0 scales (MX): s = 2^⌊log2(max|x| / maximum)⌋, the exponent held to −127 … 127
 * e4m3 scales (NVFP4) with the static scale g: t = e4m3(clamp((max|x| / maximum) / g)), s = t·g
-* where s would be 0, x̂ is: asymmetric integers divide by 1 then, the others have q = 0
+* where s is 0, since x is or by underflow, x̂ = 0: asymmetric integers divide by 1, the others have
+  q = 0
 
 For integers ``clamp`` is to −2^(b−1) … 2^(b−1) − 1. For floats ``round`` is to the nearest value of
 the type, its subnormals included, and ``clamp`` to the largest finite ones: they saturate.
@@ -41,7 +41,7 @@ from vllm.compressed_linear.spec.elements import E4M3, E8M0, ElementType
 
 
 def gather_channels(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """x[:, order] of x [M, K], new and contiguous; ``order`` int [k], −1 for a channel of zeros."""
+    """Gather x[:, order] of x [M, K], contiguous; ``order`` int [k], −1 for a channel of zeros."""
     return x.index_select(1, order.clamp(min=0)).masked_fill_(order < 0, 0.0)
 
 
@@ -58,8 +58,8 @@ def prepare_input(
     """x̂: fp32 [M, k] for x [M, K] of any float dtype.
 
     ``hadamard_block``: of the transform, 0 for none; ``order`` int [k], −1 for a channel of zeros;
-    ``prescale`` fp32 [k]; ``input_scale`` fp32 [1]; ``input_zero`` int [1]. Each step only where it
-    is given. Raises ``ValueError`` where a static scale is missing.
+    ``prescale`` fp32 [k]; ``input_scale`` fp32 [1]; ``input_zero`` int [1]. Steps whose argument is
+    absent are skipped. Raises ``ValueError`` if a static scale is missing.
     """
     wide = x.to(torch.float32)
     if hadamard_block:
@@ -81,10 +81,10 @@ def quantize_dequantize(
     *,
     nudge: float = 1.0,
 ) -> torch.Tensor:
-    """fp32 [M, k] → the nearest fp32 [M, k] that ``spec`` can say; see the module's docstring.
+    """Quantize and dequantize fp32 [M, k] as ``spec`` says; see the module's docstring.
 
-    ``nudge``: every scale is multiplied with it, to see what an imprecise one does; only for
-    symmetric specs, and static ones."""
+    ``nudge``: factor for every scale, to see the effect of an imprecise one; only for symmetric
+    and static specs."""
     if spec.needs_scale and input_scale is None:
         raise ValueError(f"x as {spec} needs a static scale")
     if spec.needs_zero and input_zero is None:
@@ -105,7 +105,7 @@ def quantize_dequantize(
 
 
 def _grouped(x: torch.Tensor, spec: ActivationSpec) -> torch.Tensor:
-    """[…, members of a group]; a short last group is filled up with zeros, which change nothing."""
+    """[…, members of a group]; a short last group is padded with zeros, which change nothing."""
     if spec.granularity == "tensor":
         return x.reshape(1, -1)
     if spec.granularity == "token":
@@ -120,7 +120,7 @@ def _dynamic_scale(
     scale = _divided(largest, spec.maximum)
     if spec.scale_dtype == "e8m0":
         _, exponent = torch.frexp(scale)
-        # Not a number, and infinity, stay what they are.
+        # NaN and infinity are kept.
         return torch.where(torch.isfinite(scale), _power_of_two(exponent - 1), scale)
     if spec.scale_dtype == "float8_e4m3fn":
         assert input_scale is not None
@@ -154,7 +154,7 @@ def _divided(values: torch.Tensor, number: float) -> torch.Tensor:
 
 
 def round_to(values: torch.Tensor, element: ElementType) -> torch.Tensor:
-    """fp32 → the nearest value of ``element`` (ties to even, saturating), as fp32.
+    """Round fp32 to the nearest value of ``element`` (ties to even, saturating), as fp32.
 
     Integers are counted from their middle code.
     """
@@ -163,7 +163,7 @@ def round_to(values: torch.Tensor, element: ElementType) -> torch.Tensor:
         return torch.round(values).clamp(-half, half - 1)
     largest = element.largest
     held = values.clamp(-largest, largest)
-    # The distance of neighbours is a power of two that only the subnormals share.
+    # The spacing of the values (ulp) is 2^(exponent − mantissa bits), and constant for subnormals.
     _, exponent = torch.frexp(held)
     lowest = 2 - (1 << (element.exponent - 1))
     step = _power_of_two((exponent - 1).clamp(min=lowest) - element.mantissa)
@@ -171,15 +171,15 @@ def round_to(values: torch.Tensor, element: ElementType) -> torch.Tensor:
 
 
 def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
-    """int → exact fp32 2^exponent, the exponent held to −127 … 127."""
+    """Exact fp32 2^exponent of integer exponents, which are clamped to −127 … 127."""
     return E8M0.decode(exponent.clamp(-127, 127) + 127)
 
 
 def hadamard(x: torch.Tensor, block: int) -> torch.Tensor:
-    """x [M, K] with each run of ``block`` channels multiplied by the normalised Hadamard matrix.
+    """Hadamard transform of x [M, K]: blocks of ``block`` channels times the normalized matrix.
 
     The matrix is Sylvester's, H[i, j] = (−1)^popcount(i & j) / sqrt(block), which is symmetric.
-    Sums are those of the fast transform: of neighbours first, then of neighbouring pairs, and on.
+    Sums are in the order of the fast transform: adjacent channels first, then adjacent pairs, ….
     """
     values, width = x.unflatten(1, (-1, block)), 1
     while width < block:

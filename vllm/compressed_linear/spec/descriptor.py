@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CompressedLinearDescriptor: what is to be computed, as a value.
+"""CompressedLinearDescriptor: the computation of one linear layer, as a value.
 
 It means exactly
 
     y[m,n] = sum_k x̂[m,k] · ŵ[n,k] + bias[n]
     ŵ[n,k] = s2[n] · (s[n,g] · decode(q[n,k]) − z'[n,g])        g = k // group_size
-    x̂      = quantise(T(x)[:, order] · prescale)                (identity where absent)
+    x̂      = quantize(T(x)[:, order] · prescale)                (identity where absent)
 
 with z' = s·z for a zero point z, or a stored minimum.
 """
@@ -43,10 +43,10 @@ class ScaleSpec:
     (``block_rows`` × ``group_size``). ``group_size`` counts input channels; −1 is all of K.
     ``dtype`` may also be "float8_e4m3fn" (NVFP4) and "e8m0" (MX: powers of two).
 
-    Scales reach backends repeated for each row, in [N, G]. With "block" those of rows
-    ``block_rows``·i to ``block_rows``·(i + 1) − 1 are the same, counted from the descriptor's first
-    row; the last block may be short. Where a tensor-parallel slice cuts a block, or another member
-    of a fused layer begins in the middle of one, backends see "group"."""
+    Backends receive scales repeated for each row, as [N, G]. With "block" those of rows
+    ``block_rows``·i to ``block_rows``·(i + 1) − 1 are equal, counted from the descriptor's first
+    row; the last block may be short. If a tensor-parallel slice cuts a block, or another member
+    of a fused layer begins in the middle of one, the granularity is "group"."""
 
     dtype: str
     granularity: str
@@ -68,8 +68,8 @@ class ScaleSpec:
 @dataclass(frozen=True)
 class ZeroSpec:
     """Zero points, one for each scale. ``kind``: "integer" (a code), "float" (in units of codes)
-    or "minimum" (already multiplied by the scale; ``negated`` ones are stored as addends). What
-    backends see of a minimum is the float zero point it amounts to."""
+    or "minimum" (already multiplied by the scale; ``negated`` ones are stored as addends).
+    Backends receive a minimum as the equivalent float zero point."""
 
     kind: str
     dtype: str
@@ -82,8 +82,8 @@ class ZeroSpec:
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """Element type, scales, zero points, and ``row_scale``: dtype of a second-level scale per
-    output row (None: there is none)."""
+    """Element type, scales, zero points, and ``row_scale``: dtype of the second-level scale per
+    output row, or None."""
 
     element: ElementType
     scale: ScaleSpec | None = None
@@ -106,7 +106,7 @@ class ChannelOrder:
     """The kernel multiplies over gathered channels x[:, order] (activation order is only that).
 
     ``length``: channels after the gather. ``padded``: the order holds −1, a channel of zeros,
-    because groups were filled up to equal size.
+    because groups were padded to equal size.
     """
 
     length: int
@@ -115,15 +115,15 @@ class ChannelOrder:
 
 @dataclass(frozen=True)
 class ActivationSpec:
-    """How x is quantised before it is multiplied; ``activation.py`` says what exactly that does.
+    """Quantization of x before the product; ``activation.py`` has the exact definition.
 
     ``element``: an integer whose middle code is 0 (``INT8``), or a float of 4 to 8 bits.
-    ``dynamic``: the scale follows from x; otherwise it comes with the weights, one for the tensor.
-    ``granularity``: what shares a scale, "tensor" (all of x), "token", or "group"
+    ``dynamic``: the scale is computed from x; otherwise the checkpoint has one for the tensor.
+    ``granularity``: values that share a scale, "tensor" (all of x), "token", or "group"
     (``group_size`` consecutive channels of a token). ``symmetric``: without a zero point.
     ``scale_dtype``: "float32"; "e8m0", powers of two for groups (MX); or "float8_e4m3fn", groups
     under a static scale of the tensor (NVFP4). ``maximum``: the |q| on which the largest |x| falls
-    (with e8m0: between it and its double); where two frameworks differ, it differs.
+    (with e8m0: between it and its double); frameworks differ in it.
     """
 
     element: ElementType
@@ -160,7 +160,7 @@ class ActivationSpec:
 
     @property
     def kind(self) -> str:
-        """What a backend declares to support, in words: everything but sizes and ``maximum``."""
+        """The entry of ``Capabilities.activations``: all fields except sizes and ``maximum``."""
         integer = self.element.kind == "integer"
         name = f"int{self.element.bits}" if integer else self.element.name
         scales = {"e8m0": " with e8m0 scales", "float8_e4m3fn": " with e4m3 scales"}
@@ -187,7 +187,7 @@ class ActivationSpec:
 
     @property
     def text(self) -> str:
-        """As JSON, for ops, whose arguments are tensors and plain values."""
+        """Serialize to JSON, for ops, whose arguments are tensors and plain values."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
@@ -201,7 +201,7 @@ class ActivationSpec:
 
 
 def activation_kinds() -> frozenset[str]:
-    """Every ``ActivationSpec.kind`` there is, for integers of 4 and 8 bits and the small floats."""
+    """All values of ``ActivationSpec.kind``, for integers of 4 and 8 bits and the small floats."""
     kinds = set()
     axes = itertools.product(
         (uint(4, 8), INT8, E4M3, E5M2, E3M2, E2M3, E2M1),
@@ -234,13 +234,13 @@ class TransformSpec:
 
 @dataclass(frozen=True)
 class CompressedLinearDescriptor:
-    """What one linear layer computes, as a backend sees it. All shapes are those of one rank.
+    """The computation of one linear layer. All shapes are those of one rank.
 
-    Which rank that is and how a fused layer is cut into shards is not in it: equal work has equal
-    descriptors, which are the keys of measurements and of prepared weights.
+    It has neither the rank nor the shards of a fused layer: equal work has equal descriptors,
+    which are the keys of measurements and of prepared weights.
 
-    ``lookup``: rows of ŵ are asked for by their numbers, too, because an embedding table is what
-    the weight is, alone or tied to an output head.
+    ``lookup``: rows of ŵ are also looked up by index, because the weight is an embedding table,
+    alone or tied to an output head.
     """
 
     in_features: int
@@ -260,11 +260,11 @@ class CompressedLinearDescriptor:
             raise ValueError(f"negative shape N={self.out_features} K={self.in_features}")
         if self.transform is not None and self.in_features % self.transform.block:
             raise ValueError(
-                f"K={self.in_features} is no multiple of the {self.transform.kind} block "
+                f"K={self.in_features} is not a multiple of the {self.transform.kind} block "
                 f"{self.transform.block}"
             )
         if self.weight.scale is not None and self.k and self.k % self.group_size:
-            raise ValueError(f"K={self.k} is no multiple of the group size {self.group_size}")
+            raise ValueError(f"K={self.k} is not a multiple of the group size {self.group_size}")
 
     @property
     def n(self) -> int:
@@ -273,7 +273,7 @@ class CompressedLinearDescriptor:
 
     @property
     def k(self) -> int:
-        """Channels the kernel multiplies over: after the gather, if there is one."""
+        """Input channels of the kernel: after the gather, if there is one."""
         return self.channel_order.length if self.channel_order else self.in_features
 
     @property

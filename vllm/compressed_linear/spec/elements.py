@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Element types: what a stored code means as a number.
+"""Element types: the numeric value of a stored code.
 
 A code is an unsigned integer of ``bits`` bits. ``ElementType.decode`` maps codes to exact fp32
 values, without any scale or zero point. Types of 16 and 32 bits are not stored as codes: their
@@ -39,9 +39,9 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The dtype of a tensor that a descriptor names so (``"e8m0"`` lies in uint8 tensors).
+    """The dtype of a tensor that a descriptor names so (``"e8m0"`` is stored as uint8).
 
-    ``ValueError`` for a name no descriptor uses.
+    Raises ``ValueError`` for an unknown name.
     """
     if name == E8M0.name:
         return torch.uint8
@@ -96,7 +96,7 @@ class ElementType:
     def dense_dtype(self) -> torch.dtype:
         """The torch dtype of a dense type; ``ValueError`` for coded ones."""
         if self.kind != "dense":
-            raise ValueError(f"{self.name} is stored as codes, it has no dense dtype")
+            raise ValueError(f"{self.name} is stored as codes, not in a dense dtype")
         return _FLOAT_NAMES[self.name]
 
     def table(self) -> torch.Tensor:
@@ -138,10 +138,10 @@ def _table(element: ElementType) -> torch.Tensor:
 
 
 def _power_of_two(codes: torch.Tensor) -> torch.Tensor:
-    """Exponents of fp32 → what they mean. Without a table, which would have to be copied to the
-    codes' device: activations are scaled so, and a graph of a GPU records no such copy."""
+    """Decode E8M0 codes to fp32 powers of two. Computed, since a table would have to be copied to
+    the codes' device, and a captured GPU graph must not contain such a copy."""
     exponents = codes.to(torch.int32)
-    # The smallest is subnormal, and the last code is no number.
+    # The smallest is subnormal in fp32, and the last code is NaN.
     bits = (exponents << 23).masked_fill_(exponents == 0, 0x00400000)
     return bits.masked_fill_(exponents == 255, 0x7FC00000).view(torch.float32)
 
@@ -188,18 +188,18 @@ E2M3 = ElementType("e2m3", 6, exponent=2, mantissa=3)
 E2M1 = ElementType("e2m1", 4, exponent=2, mantissa=1)
 SMALL_FLOATS = (E4M3, E5M2, E3M2, E2M3, E2M1)
 ALL_FLOATS = (BF16, FP16, FP32, *SMALL_FLOATS)
-"""Every kind of float that weights may be. E8M0 is for scales only."""
+"""Float types of weights. E8M0 is for scales only."""
 E8M0 = ElementType("e8m0", 8, exponent=8, unsigned=True)
 INT8 = uint(8, 128)
 
 
 def scale_dtype_name(dtype: torch.dtype) -> str:
-    """The name of the dtype of stored scales: uint8 ones are exponents of two."""
+    """Name of the dtype of stored scales; uint8 scales are E8M0 exponents."""
     return "e8m0" if dtype in (torch.uint8, torch.float8_e8m0fnu) else dtype_name(dtype)
 
 
 def widen_scale(scale: torch.Tensor) -> torch.Tensor:
-    """Stored scales of any shape → fp32 values; uint8 ones are 2^(code − 127), 255 is NaN."""
+    """Widen stored scales of any shape to fp32; uint8 scales are E8M0: 2^(code − 127), 255 NaN."""
     return E8M0.decode(scale) if scale.dtype == torch.uint8 else scale.to(torch.float32)
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Orders of a whole stored matrix that no rule along one axis can express.
+"""Interleaved layouts of a whole matrix, which a ``Packing`` along one axis cannot express.
 
-Each entry undoes one packer's order, written as a permutation of named digits of the indices. They
-are named in ``StoredTensor.interleave``. All of them keep blocks of consecutive output channels
-together, so rows can be had without the rest of the matrix.
+Each entry inverts the order of one packer, written as a permutation of named digits of the indices;
+``StoredTensor.interleave`` has its name. All of them keep blocks of consecutive output channels
+together, so rows can be read without the rest of the matrix.
 
 Sources: AutoAWQ ``awq/modules/linear/gemv_fast.py`` (``pack_intweight``) and ``marlin.py``; Marlin
 ``marlin/__init__.py`` (``_get_perms``, ``Layer.pack``), whose layout AutoGPTQ's and AutoAWQ's
@@ -20,11 +20,11 @@ import torch
 
 @dataclass(frozen=True)
 class Interleave:
-    """One packer's order.
+    """The order of one packer.
 
     ``rows`` consecutive output channels are ``positions`` consecutive positions of the stored
-    dimension ``dim``. ``shape(n, second)`` is the shape on disk; ``multiples`` are what n and
-    ``second`` must be multiples of. ``undo(part)`` turns whole blocks into [their rows, second]:
+    dimension ``dim``. ``shape(n, second)``: the shape on disk, for n and ``second`` that are
+    multiples of ``multiples``. ``undo(part)`` turns whole blocks into [their rows, second]:
     codes uint8, scales in their dtype.
     """
 
@@ -39,7 +39,7 @@ class Interleave:
 def stored_shape(name: str, axes: Sequence[str], extents: Mapping[str, int]) -> tuple[int, ...]:
     """Shape on disk of a tensor interleaved as ``name``, of two logical ``axes``, for ``extents``.
 
-    Raises ``ValueError`` for extents the packer cannot have written.
+    Raises ``ValueError`` for extents that the packer does not support.
     """
     way = _find(name)
     first, second = axes
@@ -69,8 +69,8 @@ def _nibbles(words: torch.Tensor) -> torch.Tensor:
 def _undo_awq_gemv_fast(part: torch.Tensor) -> torch.Tensor:
     """int16 [N/4, K] → uint8 [N, K].
 
-    64 words hold 4 rows × 64 channels, row by row; of each 32 channels, number a·8 + b·2 + c lies
-    at b·8 + c·4 + a.
+    64 words hold 4 rows × 64 channels, row by row; of each 32 channels, number a·8 + b·2 + c is
+    stored at b·8 + c·4 + a.
     """
     blocks, k = part.shape
     a_last = _nibbles(part).view(blocks, k // 64, 4, 2, 4, 2, 4)  # block, 64s, row, 32s, b, c, a
@@ -89,8 +89,8 @@ def _undo_marlin_codes(part: torch.Tensor) -> torch.Tensor:
 
 
 def _undo_marlin_scales(part: torch.Tensor) -> torch.Tensor:
-    """[G, N] → [N, G]: of 64 scales, number 8·j + i lies at 8·i + j; with one group alone, of 32
-    scales number 8·u + 2·i + v lies at 8·i + 2·u + v."""
+    """[G, N] → [N, G]: of 64 scales, number 8·j + i is stored at 8·i + j; with only one group, of
+    32 scales number 8·u + 2·i + v is stored at 8·i + 2·u + v."""
     groups, n = part.shape
     if groups == 1:
         return part.view(n // 32, 4, 4, 2).permute(0, 2, 1, 3).reshape(n, 1)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packing of b-bit codes into containers along one axis, as a value, and its inverse.
 
-A packing is compared, printed and hashed like a number. ``scheme.py`` has the tensors that use it.
+``scheme.py`` has the tensors that use it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from vllm.compressed_linear.spec.elements import torch_dtype
 
 
 class ZeroBump(StrEnum):
-    """GPTQ v1 stores each zero point less one; how the one is given back (FORMATS: GPTQ).
+    """GPTQ v1 stores zero point − 1; how the 1 is added back (FORMATS: GPTQ).
 
     ``WORD``: the packer subtracted 1 from every field of the whole 32-bit word at once, so a zero
-    point of 0 borrowed from its neighbour; the same constant is added to the whole word.
-    ``FIELD``: each field wrapped by itself.
+    point of 0 borrowed from the next field; the same constant is added to the whole word.
+    ``FIELD``: each field wraps around separately.
     """
 
     NONE = ""
@@ -66,7 +66,9 @@ class Packing:
         if self.order and (
             sorted(self.order) != list(range(self.run)) or self.run_words != 1 or self.planes
         ):
-            raise ValueError(f"order {self.order} is no permutation of one container of {self.run}")
+            raise ValueError(
+                f"order {self.order} is not a permutation of one container of {self.run}"
+            )
 
     @property
     def container_bits(self) -> int:
@@ -101,7 +103,7 @@ class Packing:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Bits of each plane, low bits first; without planes the code is one."""
+        """Bits of each plane, low bits first; without planes the whole code is one field."""
         return self.planes or (self.bits,)
 
     def bit_positions(self, start: int, length: int) -> torch.Tensor:
@@ -184,8 +186,8 @@ def _field_ones(packing: Packing) -> int:
 
 
 def _reread(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The same memory as ``dtype``. ``contiguous`` alone is not enough for that: it leaves a last
-    dimension of length 1 any stride."""
+    """Reinterpret the memory as ``dtype``. ``contiguous`` alone does not suffice: a last dimension
+    of length 1 may keep any stride."""
     if tensor.stride(-1) != 1 or not tensor.is_contiguous():
         tensor = tensor.clone(memory_format=torch.contiguous_format)
     return tensor.view(dtype)
@@ -213,7 +215,7 @@ def _unpack_stream(words: torch.Tensor, packing: Packing) -> torch.Tensor:
         word, shift = divmod(slot * bits, container)
         code = blocks[..., word] >> shift
         if shift + bits > container:
-            # int64 words shift arithmetically: clear what the sign bit smeared in.
+            # int64 words shift arithmetically: clear the sign-extended bits.
             code = code & ((1 << (container - shift)) - 1)
             code = code | (blocks[..., word + 1] << (container - shift))
         out[..., slot] = (code & mask).to(torch.uint8)
@@ -262,7 +264,7 @@ def _pack_bytes(codes: torch.Tensor, packing: Packing) -> torch.Tensor:
     raw = codes[..., ::per_byte] & mask
     for slot in range(1, per_byte):
         raw = raw | (codes[..., slot::per_byte] & mask) << (slot * packing.bits)
-    # A dimension for the container's bytes, since an empty tensor cannot be reread without one.
+    # A dimension for the container's bytes: an empty tensor cannot be viewed as bytes without it.
     raw = raw.unflatten(-1, (-1, packing.container_bits // 8))
     return _reread(raw, torch_dtype(packing.container)).squeeze(-1)
 

@@ -23,7 +23,7 @@ Extents = Mapping[str, int]
 
 
 class Role(StrEnum):
-    """What a checkpoint tensor is for."""
+    """Role of a checkpoint tensor."""
 
     CODES = "codes"
     SCALE = "scale"
@@ -31,21 +31,21 @@ class Role(StrEnum):
     GROUP_INDEX = "group_index"
     SHAPE = "shape"
     ROW_SCALE = "row_scale"
-    """Second-level scale of the weight: one number, or one for each output channel."""
+    """Second-level scale of the weight: one for the tensor, or one for each output channel."""
     INPUT_SCALE = "input_scale"
     """Static scale of x, one number."""
     INPUT_ZERO = "input_zero"
     """Static zero point of x, one number."""
     PRESCALE = "prescale"
-    """What x is multiplied with, one number for each input channel."""
+    """Prescale of x, one factor for each input channel (``pre_quant_scale``)."""
 
 
 @dataclass(frozen=True)
 class AxisSlice:
-    """Where elements [start, start + length) of a logical axis lie in a stored dimension.
+    """Positions of elements [start, start + length) of a logical axis in a stored dimension.
 
-    Stored positions [first, first + count) cover them; the first ``skip`` unpacked elements are
-    not wanted (a packed run that another rank's or shard's part begins in).
+    Stored positions [first, first + count) cover them; the first ``skip`` unpacked elements belong
+    to another rank or shard, whose part ends inside of a packed run.
     """
 
     first: int
@@ -74,7 +74,7 @@ class StoredTensor:
     float zero points it is the widest dtype that is accepted. ``group_multiple``: the G axis is
     stored rounded up to a multiple of this (AWQ gemv). ``interleave``: name of a permutation of the
     whole matrix, see ``interleave.py``; its shape on disk is then its own. ``reciprocal``: scales
-    are stored as what to divide by (compressed-tensors' NVFP4); they mean 1 / stored, in fp32.
+    are stored as divisors (compressed-tensors' NVFP4): the scale is 1 / stored, in fp32.
     """
 
     name: str
@@ -136,8 +136,8 @@ class StandardWeights:
 
 @dataclass(frozen=True)
 class CheckpointScheme:
-    """What a format says of one weight: its meaning, how the checkpoint holds it, and what is done
-    to the layer's input before."""
+    """Description of one weight by a format: meaning, storage, and preparation of the layer's
+    input."""
 
     weight: WeightSpec
     tensors: tuple[StoredTensor, ...]

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The conformance kit: does a backend compute what it says it can?
+"""Conformance kit: test a backend against exact results and its numerical contract.
 
-For a backend of your own::
+Usage::
 
     from vllm.compressed_linear.testing import check_backend
 
     report = check_backend(MyBackend)
-    print(report)               # what was declined and why, what passed, how far from the bound
+    print(report)               # declined cases with reasons, passed cases, error / bound
     report.raise_if_failed()
 
 or one pytest test per case::
@@ -18,8 +18,8 @@ or one pytest test per case::
 or from a shell: ``python -m vllm.compressed_linear.testing my_package:MyBackend``.
 """
 
-from vllm.compressed_linear.testing.cases import Case, Problem
 from vllm.compressed_linear.testing.check import check_backend, check_case
+from vllm.compressed_linear.testing.oracle import Case, Problem
 from vllm.compressed_linear.testing.report import CaseResult, ConformanceError, Failure, Report
 from vllm.compressed_linear.testing.suite import conformance_cases
 

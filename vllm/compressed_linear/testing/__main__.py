@@ -16,15 +16,15 @@ from rich.console import Console
 from vllm.compressed_linear.backends.base import QuantLinearMethod
 from vllm.compressed_linear.backends.registry import backends
 from vllm.compressed_linear.machine.platform import Platform
-from vllm.compressed_linear.testing.cases import Case
 from vllm.compressed_linear.testing.check import check_backend
+from vllm.compressed_linear.testing.oracle import Case
 from vllm.compressed_linear.testing.suite import conformance_cases
 
 
 def find_backend(name: str) -> type[QuantLinearMethod]:
     """A registered backend by its name, or a class as ``module:Class``.
 
-    ``typer.BadParameter`` if there is none of that name.
+    Raises ``typer.BadParameter`` for an unknown name.
     """
     if ":" not in name:
         known = backends()
@@ -37,14 +37,14 @@ def find_backend(name: str) -> type[QuantLinearMethod]:
     except (ImportError, AttributeError) as error:
         raise typer.BadParameter(str(error)) from error
     if not (inspect.isclass(found) and issubclass(found, QuantLinearMethod)):
-        raise typer.BadParameter(f"{name} is no subclass of QuantLinearMethod")
+        raise typer.BadParameter(f"{name} is not a subclass of QuantLinearMethod")
     return found
 
 
 def of_shape(shape: str) -> list[Case]:
-    """The conformance cases as layers of ``shape``, "NxK"; those that then are alike once.
+    """The conformance cases as layers of ``shape``, "NxK", without duplicates.
 
-    ``typer.BadParameter`` if it is none.
+    Raises ``typer.BadParameter`` for an invalid shape.
     """
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", shape)
     if match is None:
@@ -56,23 +56,23 @@ def of_shape(shape: str) -> list[Case]:
 def run(
     backend: Annotated[str, typer.Argument(help="a registered name, or module:Class")],
     platform: Annotated[
-        str, typer.Option(help="what can_implement is asked about, e.g. cpu:avx2 or cuda")
+        str, typer.Option(help="argument of can_implement, e.g. cpu:avx2 or cuda")
     ] = "cpu",
     device: Annotated[
         str | None,
-        typer.Option(help="where the tensors lie, if a kernel is emulated there, e.g. cpu"),
+        typer.Option(help="device of the tensors, if a kernel is emulated there, e.g. cpu"),
     ] = None,
     shape: Annotated[
         str | None,
         typer.Option(
-            metavar="NxK", help="take this shape instead of each case's, where kernels are choosy"
+            metavar="NxK", help="use this shape instead of each case's, for kernels with few shapes"
         ),
     ] = None,
     every: Annotated[
-        int, typer.Option(min=1, help="take only every so many-th case, where kernels compile long")
+        int, typer.Option(min=1, help="use only every n-th case, for kernels with long compilation")
     ] = 1,
 ) -> None:
-    """Run a backend over the conformance cases and show what it declined, passed and failed."""
+    """Run a backend over the conformance cases and show declined, passed and failed ones."""
     found = find_backend(backend)
     try:
         cases = conformance_cases() if shape is None else of_shape(shape)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the conformance kit found, as values and as a table for people."""
+"""Results of the conformance kit, as values and as a table."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vllm.compressed_linear.testing.cases import Case
+from vllm.compressed_linear.testing.case import WeightCase
 
 
 class ConformanceError(AssertionError):
-    """A backend does not do what it said it can."""
+    """A backend fails a case that it declares to support."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """One thing that went wrong. ``check``: what was tried, e.g. ``"M=17"`` or ``"prepare"``."""
+    """One failure. ``check``: the name of the check, e.g. ``"M=17"`` or ``"prepare"``."""
 
     check: str
     message: str
@@ -33,10 +33,11 @@ class Failure:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """``declined``: the reasons of ``can_implement``, if it said no. ``worst``: largest error
-    found, as a fraction of what the contract allows. ``checks``: how many things were tried."""
+    """Result of one case. ``declined``: the reasons of ``can_implement``, if it declined.
+    ``worst``: largest error, as a fraction of the contract's bound. ``checks``: number of
+    checks."""
 
-    case: Case
+    case: WeightCase
     description: str
     declined: tuple[str, ...] = ()
     failures: tuple[Failure, ...] = ()
@@ -70,7 +71,7 @@ class Report:
 
     @property
     def worst(self) -> float:
-        """The largest error of all, as a fraction of what the contract allows."""
+        """Largest error of all cases, as a fraction of the contract's bound."""
         return max((r.worst for r in self.results), default=0.0)
 
     @property
@@ -123,7 +124,7 @@ class Report:
         return text.getvalue()
 
 
-def _kind(case: Case) -> str:
+def _kind(case: WeightCase) -> str:
     element = case.element
     name = str(element)
     if element.kind == "integer":

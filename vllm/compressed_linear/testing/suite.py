@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The suite of the conformance kit: every case a backend is tried with."""
+"""The cases of the conformance kit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from vllm.compressed_linear.spec.elements import (
     dtype_name,
     uint,
 )
-from vllm.compressed_linear.testing.cases import _WIDE, DATA, Case
+from vllm.compressed_linear.testing.case import DATA, WIDE
+from vllm.compressed_linear.testing.oracle import Case
 
 NF4 = ElementType(
     "nf4",
@@ -36,7 +37,7 @@ NF4 = ElementType(
 
 
 def _powers(bits: int) -> ElementType:
-    """A codebook of signed powers of two, which every dtype holds exactly."""
+    """A codebook of signed powers of two, which are exact in every dtype."""
     half = [2.0**-power for power in range(1 << (bits - 1))]
     return ElementType(f"powers{bits}", bits, codebook=(*(-v for v in half), *half[::-1]))
 
@@ -46,7 +47,7 @@ def _symmetric(bits: int) -> ElementType:
 
 
 def conformance_cases() -> list[Case]:
-    """Every kind of weight once by itself, then a fixed sample of their combinations."""
+    """Every kind of weight separately, then a fixed sample of combinations."""
     int4 = Case(_symmetric(4))
     cases = [
         Case(uint(bits) if zero else _symmetric(bits), zero=zero)
@@ -71,7 +72,7 @@ def conformance_cases() -> list[Case]:
         Case(elements.BF16, 40, 96, input_dtype="float32"),
         Case(elements.BF16, data="spread"),
     ]
-    # N and K: one channel, odd ones, multiples of nothing, and sizes just off those of tiles.
+    # N and K: 1, odd sizes, and sizes next to multiples of tiles.
     cases += [
         replace(int4, n=n, k=k, group=-1, shards=())
         for n, k in ((1, 1), (1, 64), (2, 3), (17, 8), (31, 33), (65, 130), (130, 257), (300, 40))
@@ -84,7 +85,7 @@ def conformance_cases() -> list[Case]:
     cases += [replace(int4, k=512, group=group) for group in (16, 64, 128, 256, -1, 0)]
     cases += [
         replace(int4, scale_dtype=scale, input_dtype=x, output_dtype="", zero=zero, element=e)
-        for scale, x in itertools.product(_WIDE, _WIDE)
+        for scale, x in itertools.product(WIDE, WIDE)
         for zero, e in ((None, _symmetric(4)), ("float", uint(4)))
     ]
     cases += [
@@ -130,7 +131,7 @@ FP8_BLOCK = Case(E4M3, 160, 256, group=128, scale_dtype="float32", block_rows=12
 
 
 def _float_cases() -> list[Case]:
-    """Small floats with the scales that checkpoints give them, and scales of a second level."""
+    """Small floats with the scales of checkpoints, and second-level scales."""
     cases = [
         replace(base, element=element)
         for base in (FP8, FP8_BLOCK, replace(FP8, group=0), replace(FP8, scale_dtype="bfloat16"))
@@ -148,7 +149,7 @@ def _float_cases() -> list[Case]:
     ]
     for base in (NVFP4, MXFP4, replace(FP8_BLOCK, n=40, k=96, group=32, block_rows=16, shards=())):
         cases += [replace(base, data=data) for data in DATA]
-        cases += [replace(base, input_dtype=x, output_dtype="") for x in _WIDE]
+        cases += [replace(base, input_dtype=x, output_dtype="") for x in WIDE]
         cases += [replace(base, n=37, shards=(19, 11, 7)), replace(base, order="cut")]
         cases += [replace(base, n=1, k=32, group=min(base.group, 16), shards=())]
     cases += [replace(NVFP4, order=order) for order in ("act", "ragged")]
@@ -177,8 +178,8 @@ NVFP4_INPUT = ActivationSpec(
 
 
 def _activation_cases() -> list[Case]:
-    """Every kind of quantised activations with the weights it comes with, and what else is done
-    to x. Results in fp32 show differences that bf16 would round away."""
+    """Every kind of quantized activations with the weights it comes with, and other preparation of
+    x. Results in fp32 show differences that bf16 would round away."""
     int8 = Case(_symmetric(8), group=-1, scale_dtype="float32", output_dtype="float32")
     int4 = replace(int8, element=_symmetric(4), group=32)
     grouped = replace(INT8_TOKEN, granularity="group", group_size=32)
@@ -209,7 +210,7 @@ def _activation_cases() -> list[Case]:
         replace(FP8_BLOCK, n=384, shards=(256, 128), activation=blocks),
         replace(FP8_BLOCK, k=320, group=64, activation=blocks),
     ]
-    for x in _WIDE:
+    for x in WIDE:
         small = replace(MXFP4, input_dtype=x, output_dtype="float32")
         cases += [
             replace(NVFP4, input_dtype=x, output_dtype="float32", activation=NVFP4_INPUT),
@@ -259,7 +260,7 @@ def _sample(count: int) -> list[Case]:
         k = draw.randint(1, 300) if group == -1 else group * groups
         if order != "plain" and (group == -1 or groups == 1):
             continue
-        x = draw.choice(_WIDE)
+        x = draw.choice(WIDE)
         cases.append(
             Case(
                 _symmetric(bits) if zero is None else uint(bits),
@@ -267,7 +268,7 @@ def _sample(count: int) -> list[Case]:
                 k=k,
                 group=group,
                 zero=zero,
-                scale_dtype=draw.choice(_WIDE),
+                scale_dtype=draw.choice(WIDE),
                 input_dtype=x,
                 bias_dtype=draw.choice((None, x)),
                 order=order,

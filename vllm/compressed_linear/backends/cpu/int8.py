@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """CPU kernels that multiply integer weights with 8-bit integer activations.
 
-``cpu_int8`` runs layers whose activations the checkpoint quantises to int8. ``cpu_int8_fast`` runs
-layers with plain activations the same way: it rounds x to int8 in groups of 32 channels although
-nobody asked for it, which is another numerical contract, so it is only taken where it is named.
+``cpu_int8`` runs layers whose activations the checkpoint quantizes to int8. ``cpu_int8_fast`` runs
+layers with plain activations the same way: it rounds x to int8 in groups of 32 channels, which the
+checkpoint does not ask for. That is another numerical contract, so it must be requested by name.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm.compressed_linear.backends.base import Capabilities, QuantLinearMethod
+from vllm.compressed_linear.backends.contract import Contract
 from vllm.compressed_linear.backends.cpu.packing import new_packed, pack_codes, pack_scales
 from vllm.compressed_linear.backends.cpu.product import make_problem, multiply
 from vllm.compressed_linear.backends.shared.side_tensors import (
@@ -33,11 +34,11 @@ from vllm.compressed_linear.spec.elements import INT8, torch_dtype
 
 @dataclass(frozen=True)
 class _Speed:
-    """Of one core: the share that multiplying reaches of the machine's best rate of ``arithmetic``,
-    with one scale of x for a token and with one for 32 channels, and codes below 8 bits decoded a
-    second. ``narrow``: how many times as fast these are multiplied; two products of theirs fit 16
-    bits, so that AVX2 and AVX-512 without VNNI need not widen them. Measured on a Zen 4 core, AVX2
-    on a Zen 3 core; those of AMX and of Arm are guesses."""
+    """Rates of one core: share of the machine's peak rate of ``arithmetic`` that products reach,
+    with one scale of x per token (``efficiency``) and per 32 channels (``grouped``); codes below 8
+    bits ``decoded`` per second. ``narrow``: speed-up of products with such codes, two of which fit
+    16 bits, so that AVX2 and AVX-512 without VNNI need not widen them. Measured on a Zen 4 core,
+    AVX2 on a Zen 3 core; the values of AMX and Arm are guesses."""
 
     arithmetic: str
     efficiency: float
@@ -103,7 +104,7 @@ class CpuInt8Backend(QuantLinearMethod):
 
     @classmethod
     def _activation(cls, descriptor: CompressedLinearDescriptor) -> ActivationSpec | None:
-        """How x is quantised."""
+        """Quantization of x."""
         return descriptor.activation
 
     @classmethod
@@ -114,20 +115,20 @@ class CpuInt8Backend(QuantLinearMethod):
             yield "no input channels (K = 0)"
         activation = cls._activation(descriptor)
         if activation is None:
-            yield "activations that are not quantised (supported: int8)"
+            yield "activations that are not quantized (supported: int8)"
         elif activation.granularity == "group" and activation.group_size < descriptor.k:
             size, group = activation.group_size, descriptor.group_size
             if size % QUAD:
                 yield f"activations in groups of {size} (supported: multiples of {QUAD})"
             if descriptor.groups > 1 and group % QUAD and size % group:
                 yield (
-                    f"activations in groups of {size} beside weights in groups of {group} "
+                    f"activations in groups of {size} with weights in groups of {group} "
                     f"(supported: multiples of these, or weights in groups of a multiple of {QUAD})"
                 )
 
     @classmethod
     def variant(cls, descriptor: CompressedLinearDescriptor, platform: Platform) -> str:
-        # On this machine what is taken in fact, also where an instruction set is forced.
+        # On this machine the instruction set in use, also if it is forced.
         if platform.features == cpu_features() and native.available() is None:
             return native.isa("integers")
         return platform.best_isa(_SPEEDS)
@@ -154,12 +155,17 @@ class CpuInt8Backend(QuantLinearMethod):
         )
 
     @classmethod
+    def hardware_tested(cls, platform: Platform, variant: str = "") -> bool:
+        # The kernels for Arm have run in qemu only.
+        return platform.device == "cpu" and "neon" not in platform.features
+
+    @classmethod
     def prepared_bytes(cls, descriptor: CompressedLinearDescriptor) -> int | None:
         d = descriptor
         activation = cls._activation(d)
         assert activation is not None
         if native.available() is not None or not activation.symmetric:
-            return None  # how many sums of codes there are only the kernels know
+            return None  # only the kernels know the number of sums of codes
         tiles, tile_bytes = torch.ops.compressed_linear.packed_shape(
             "quads", d.n, d.k, d.group_size, f"uint{d.weight.element.bits}"
         )
@@ -191,7 +197,7 @@ class CpuInt8Backend(QuantLinearMethod):
             tensors["code_sums"] = torch.ops.compressed_linear.code_sums(
                 packed, d.n, d.k, d.group_size, self.element, _channels(activation)
             )
-        tensors["problem"] = make_problem("quads", d, self.element, activation, tensors.get("perm"))
+        tensors["problem"] = make_problem("quads", d, self.element, activation, tensors)
         return tensors
 
     def apply(
@@ -204,14 +210,17 @@ class CpuInt8Backend(QuantLinearMethod):
 
 
 def _channels(activation: ActivationSpec) -> int:
-    """Channels that share a scale of x, 0 for all of a token."""
+    """Channels that share a scale of x; 0 means the whole token."""
     return activation.group_size if activation.granularity == "group" else 0
 
 
-class CpuInt8FastBackend(CpuInt8Backend):
-    """The same kernels for layers whose activations are not quantised.
+_OWN_ACTIVATION = ActivationSpec(INT8, True, "group", group_size=32)
 
-    x is rounded to int8 in groups of 32 channels, as llama.cpp does for its quantised weights, so
+
+class CpuInt8FastBackend(CpuInt8Backend):
+    """The same kernels for layers whose activations are not quantized.
+
+    x is rounded to int8 in groups of 32 channels, as llama.cpp does for its quantized weights, so
     each x̂ is off by up to max|x| / 254 of its group.
     """
 
@@ -228,9 +237,9 @@ class CpuInt8FastBackend(CpuInt8Backend):
     )
 
     @classmethod
-    def own_activation(cls, descriptor: CompressedLinearDescriptor) -> ActivationSpec | None:
-        return ActivationSpec(INT8, True, "group", group_size=32)
+    def contract(cls, descriptor: CompressedLinearDescriptor) -> Contract:
+        return Contract(activation=_OWN_ACTIVATION)
 
     @classmethod
     def _activation(cls, descriptor: CompressedLinearDescriptor) -> ActivationSpec | None:
-        return cls.own_activation(descriptor)
+        return _OWN_ACTIVATION

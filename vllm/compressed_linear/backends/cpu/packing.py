@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a checkpoint's codes to the packed layouts of the CPU kernels."""
+"""Repack codes, scales and zero points of a checkpoint into the layouts of the CPU kernels."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from vllm.compressed_linear.machine import native
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
 
 Layout = Literal["planes", "quads"]
-"""The header of ``csrc/layouts`` of that name."""
+"""Name of a header of ``csrc/layouts``."""
 
 
 def new_packed(
     descriptor: CompressedLinearDescriptor, element: str, layout: Layout
 ) -> torch.Tensor:
-    """Room for the packed codes, uint8 [tiles, bytes of a tile]."""
+    """Allocate the packed codes, uint8 [tiles, bytes of a tile]."""
     d = descriptor
     shape = torch.ops.compressed_linear.packed_shape(layout, d.n, d.k, d.group_size, element)
     return torch.empty(shape, dtype=torch.uint8)
@@ -65,7 +65,7 @@ def pack_scales(
     weights: CompressedWeights,
     descriptor: CompressedLinearDescriptor,
 ) -> None:
-    """Fill ``scale`` and ``zero`` [tiles, G, 16], those of them that there are.
+    """Fill ``scale`` and ``zero`` [tiles, G, 16], if present.
 
     Raises ``ValueError`` for a zero point that the target's dtype cannot hold.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our own CPU kernels: codes stay packed in memory and are decoded in registers.
+"""Weight-only CPU kernels: codes stay packed in memory and are decoded in registers.
 
 Every width from 1 to 8 bits, any group size, bf16/fp16/fp32 weights and activations; AVX-512 with
 or without bf16 dot products, AVX2, NEON, or plain C++, whichever the processor has
@@ -17,7 +17,7 @@ import torch
 
 from vllm.compressed_linear.backends.base import Capabilities, QuantLinearMethod
 from vllm.compressed_linear.backends.cpu.packing import new_packed, pack_codes, pack_scales
-from vllm.compressed_linear.backends.cpu.product import make_problem, multiply
+from vllm.compressed_linear.backends.cpu.product import make_problem, multiply, operands
 from vllm.compressed_linear.backends.shared.side_tensors import (
     scale_bytes,
     scale_dtype,
@@ -55,7 +55,7 @@ _SPEEDS = {
     "generic": _Speed("fp32", 0.05, 1e9, 1e9),
 }
 _PARTS = {"bfloat16": 1, "float16": 2}
-"""bf16 numbers whose sum is an activation of each dtype; float32 is multiplied as it is."""
+"""Number of bf16 terms that sum to an activation of each dtype; float32 is multiplied directly."""
 _CALL_SECONDS = 5e-6
 
 
@@ -110,7 +110,7 @@ class CpuBackend(QuantLinearMethod):
         forced = os.environ.get(CPU_ISA)
         if forced:
             return forced
-        return platform.best_isa(_SPEEDS)
+        return platform.isa or platform.best_isa(_SPEEDS)
 
     @classmethod
     def seconds(cls, descriptor: CompressedLinearDescriptor, platform: Platform, m: int) -> float:
@@ -142,6 +142,11 @@ class CpuBackend(QuantLinearMethod):
             decode_seconds=decode,
             call_seconds=_CALL_SECONDS,
         )
+
+    @classmethod
+    def hardware_tested(cls, platform: Platform, variant: str = "") -> bool:
+        # The kernels for Arm have run in qemu only.
+        return platform.device == "cpu" and "neon" not in platform.features
 
     @classmethod
     def prepared_bytes(cls, descriptor: CompressedLinearDescriptor) -> int | None:
@@ -180,9 +185,7 @@ class CpuBackend(QuantLinearMethod):
         table = _table(d.weight.element)
         if table is not None:
             tensors["table"] = table
-        tensors["problem"] = make_problem(
-            "planes", d, self.element, d.activation, tensors.get("perm")
-        )
+        tensors["problem"] = make_problem("planes", d, self.element, d.activation, tensors)
         return tensors
 
     def apply(
@@ -198,12 +201,7 @@ class CpuBackend(QuantLinearMethod):
         out = torch.ops.compressed_linear.embedding(
             ids.reshape(-1).contiguous(),
             tensors["problem"],
-            tensors["packed"],
-            tensors.get("scale"),
-            tensors.get("zero"),
-            tensors.get("row_scale"),
-            tensors.get("table"),
-            tensors.get("perm"),
+            operands(tensors),
             d.in_features,
             self.output_dtype,
         )
@@ -211,7 +209,7 @@ class CpuBackend(QuantLinearMethod):
 
 
 def _prepared_dtype(d: CompressedLinearDescriptor) -> str:
-    """The narrowest dtype that holds x as it is multiplied."""
+    """The narrowest dtype that represents x̂ exactly."""
     if d.activation is None:
         return d.input_dtype if d.prescale is None else "float32"
     # Only scales of groups that are no powers of two stay in x; others keep few bits, or are

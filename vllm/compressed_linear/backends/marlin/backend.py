@@ -5,8 +5,8 @@ fp16 and bf16 activations times weights of 4 and 8 bits that stay packed: intege
 zero points, e4m3, e2m1 (NVFP4, MXFP4) and codebooks of 16 entries. Groups are added up in fp32 and
 scaled then, so weights are not rounded; only a codebook's entries are, to the activations' dtype.
 
-The kernels have run in an emulator (``csrc/cuda/emulator``), never on hardware: that they compute
-what they should is tested, what they cost is estimated.
+The kernels have run in an emulator (``csrc/cuda/emulator``), never on hardware: their results are
+tested, their times are estimated.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from vllm.compressed_linear.backends.base import Capabilities, QuantLinearMethod
+from vllm.compressed_linear.backends.contract import Contract
 from vllm.compressed_linear.backends.marlin import packing
 from vllm.compressed_linear.backends.shared.side_tensors import small_bytes
 from vllm.compressed_linear.checkpoint.weights import CompressedWeights
@@ -93,14 +94,15 @@ class MarlinBackend(QuantLinearMethod):
                 yield reason
 
     @classmethod
-    def weight_rounding(cls, descriptor: CompressedLinearDescriptor) -> float:
-        """Of a codebook's entries to the dtype of x; all others are exact in it."""
+    def contract(cls, descriptor: CompressedLinearDescriptor) -> Contract:
+        """A codebook's entries are rounded to the dtype of x; all others are exact in it."""
         element = descriptor.weight.element
         if not element.codebook:
-            return 0.0
+            return Contract()
         table = element.table().to(torch.float64)
         error = (_rounded(descriptor).to(torch.float64) - table).abs()
-        return float(torch.where(table == 0, 0.0, error / table.abs()).max())
+        relative = torch.where(table == 0, 0.0, error / table.abs())
+        return Contract(weight_rounding=float(relative.max()))
 
     @classmethod
     def seconds(cls, descriptor: CompressedLinearDescriptor, platform: Platform, m: int) -> float:
@@ -127,6 +129,10 @@ class MarlinBackend(QuantLinearMethod):
         if d.weight.zero is not None:
             total += d.n * d.groups * bits // 8
         return total
+
+    @classmethod
+    def hardware_tested(cls, platform: Platform, variant: str = "") -> bool:
+        return False
 
     @classmethod
     def prepared_bytes(cls, descriptor: CompressedLinearDescriptor) -> int | None:
@@ -185,5 +191,5 @@ def _kernel_element(element: ElementType) -> str:
 
 
 def _rounded(d: CompressedLinearDescriptor) -> torch.Tensor:
-    """The codebook as the kernel multiplies it: in the dtype of x."""
+    """The codebook in the dtype of x, in which the kernel multiplies."""
     return d.weight.element.table().to(torch_dtype(d.input_dtype))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a checkpoint's tensors to Marlin's layout (``csrc/layouts/marlin.h``).
+"""Repack a checkpoint's tensors into Marlin's layout (``csrc/layouts/marlin.h``).
 
-The layout is that of vLLM's Marlin kernels for 16-bit activations: the tests hold every tensor
-against vLLM's own packers. It knows codes of 4 and 8 bits, N a multiple of 64 and K of 16; nothing
-is filled up, so a backend declines other shapes.
+The layout is that of vLLM's Marlin kernels for 16-bit activations: tests compare every tensor with
+vLLM's own packers. It supports codes of 4 and 8 bits, N a multiple of 64 and K of 16; nothing is
+padded, so a backend declines other shapes.
 
 Weights on a GPU are repacked there if the CUDA kernels are built, else on the CPU. The CUDA kernels
 have been run by an emulator only, never on hardware.
@@ -39,7 +39,7 @@ def prepare(
 ) -> dict[str, torch.Tensor]:
     """The tensors of a layer in Marlin's layout, on the device of ``weights``.
 
-    * ``weight`` int32 [K/16, N·bits/2]: the codes as they are, whatever they mean
+    * ``weight`` int32 [K/16, N·bits/2]: the codes, unchanged
     * ``scale`` [G, N] in the checkpoint's dtype (uint8 for e8m0), in the columns that
       ``scale_columns`` names
     * ``zero``: integer zero points int32 [G, N·bits/32], others [G, N] in grouped columns
@@ -48,7 +48,7 @@ def prepare(
       ``input_zero`` int32 [1]: in plain order
 
     Only ``weight`` is always there. Raises ``ValueError`` for shapes and elements that the layout
-    does not know, and for integer zero points of more bits than the codes have.
+    does not support, and for integer zero points of more bits than the codes have.
     """
     native.load()
     d = descriptor
@@ -90,12 +90,12 @@ def _writer(words: torch.Tensor, descriptor: CompressedLinearDescriptor) -> Code
 
 
 def kernel_element(element: ElementType) -> str:
-    """What the repacking ops call ``element``: small floats and codebooks are indices to them."""
+    """Name of ``element`` for the repacking ops, where small floats and codebooks are indices."""
     return element.name if element.kind == "float" and element.bits == 8 else f"uint{element.bits}"
 
 
 def scale_columns(descriptor: CompressedLinearDescriptor) -> str:
-    """The order of the columns of a layer's scales, as ``marlin_scales`` calls it."""
+    """Name of the column order of a layer's scales for ``marlin_scales``."""
     d = descriptor
     if d.groups == 1:
         return "channel"

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counts the calls of an op that is written in Python; native ones count themselves."""
+"""Counter of the calls of an op that is written in Python; native ops have their own."""
 
 from __future__ import annotations
 
 
 class CallCounter:
-    """How often an op has run in this process. Calls that only trace do not count."""
+    """Number of calls of an op in this process, without calls that only trace."""
 
     def __init__(self) -> None:
         self.count = 0

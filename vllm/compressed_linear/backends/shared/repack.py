@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a checkpoint's codes lie, said so that a native op can repack them without a detour.
+"""Bit addresses of codes in a checkpoint tensor, for single-pass repacking.
 
-Most packings can be said as the bit at which each code begins, and such codes are repacked where
-they lie, in all threads. The others pass through the standard layout, a chunk of rows at a time.
+For most packings the bit address of each code is known; such codes are repacked directly from the
+checkpoint tensor, in all threads. All others pass through the standard layout, a chunk of rows at a
+time.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from vllm.compressed_linear.spec.packing import Packing, ZeroBump
 logger = logging.getLogger(__name__)
 
 _WHOLE_BYTES = Packing(8, container="uint8")
-"""What codes without a packing are."""
+"""Packing of codes that are stored one per byte."""
 
 _BYTES = ("uint8", "e4m3", "e5m2")
 
 
 @dataclass(frozen=True)
 class CodeLocation:
-    """Arguments of ``repack_codes`` that say where a shard's codes lie."""
+    """Arguments of ``repack_codes`` with the bit addresses of a shard's codes."""
 
     tensor: torch.Tensor
     order: str
@@ -41,12 +42,12 @@ class CodeLocation:
     n_first: int
 
     def to(self, device: torch.device) -> CodeLocation:
-        """The same with the codes on ``device``; what says where they are stays on the CPU."""
+        """The same with the codes on ``device``; the addresses stay on the CPU."""
         return replace(self, tensor=self.tensor.to(device))
 
     @property
     def arguments(self) -> tuple[object, ...]:
-        """In the order in which the op takes them."""
+        """Arguments in the order of the op."""
         return (
             self.tensor,
             self.order,
@@ -60,7 +61,7 @@ class CodeLocation:
 
 @dataclass(frozen=True)
 class CodeWriter:
-    """The two ways codes get into one packed layout.
+    """The two ways to write codes into a packed layout.
 
     ``located(location, rows, blank, blank_code, row_start)``: output channels as ``repack_codes``
     of ``native`` takes them. ``standard(codes, row_start)``: codes uint8 [rows, K], or rows of
@@ -77,7 +78,7 @@ def write_codes(
     descriptor: CompressedLinearDescriptor,
     element: str,
 ) -> None:
-    """Give ``writer`` all codes of ``weights``, from where they lie if it can be said."""
+    """Write all codes of ``weights`` by ``writer``, directly from the checkpoint if possible."""
     d = descriptor
     if d.weight.element.kind == "dense":
         write_standard(writer, weights)
@@ -100,7 +101,7 @@ def write_codes(
 
 
 def write_standard(writer: CodeWriter, weights: CompressedWeights) -> None:
-    """The same through the standard layout; rows of floats it takes where they lie."""
+    """The same through the standard layout; rows of floats are taken without a copy."""
     for start, stop in weights.chunks(native.TILE):
         writer.standard(weights.rows(start, stop).codes.contiguous(), start)
 
@@ -108,7 +109,7 @@ def write_standard(writer: CodeWriter, weights: CompressedWeights) -> None:
 def locate_codes(
     shard: LoadedShard, permutation: torch.Tensor | None, k: int, element: str
 ) -> CodeLocation | str:
-    """Where the codes of a shard lie, or what of their layout ``repack_codes`` cannot be told.
+    """Bit addresses of a shard's codes, or the property that ``repack_codes`` does not support.
 
     ``permutation``: int32 [k], the stored channel of each of the kernel's, −1 for none.
     """
@@ -143,7 +144,7 @@ def _obstacle(codes: StoredCodes, element: str) -> str | None:
     if tensor.dtype != torch_dtype(packing.container):
         return f"{tensor.dtype} codes in {packing.container} containers"
     if packing.zero_bump is not ZeroBump.NONE:
-        return "codes that count from another zero"
+        return "codes with an offset"
     if packing.axis == "N" and stored.axes[0] == "N":
         return "codes packed along N in columns"
     if packing.container == "int64" and stored.axes[0] == packing.axis:

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands beside the packed codes of the CPU kernels: scales and zero points in tiles of 16
-output channels, and the small tensors of a layer."""
+"""Scales and zero points in tiles of 16 output channels, and the small tensors of a layer."""
 
 from __future__ import annotations
 
@@ -13,32 +12,32 @@ from vllm.compressed_linear.spec.elements import torch_dtype
 
 
 def scale_dtype(d: CompressedLinearDescriptor) -> torch.dtype | None:
-    """What scales are kept in: the checkpoint's dtype."""
+    """Dtype of prepared scales: the checkpoint's."""
     return None if d.weight.scale is None else torch_dtype(d.weight.scale.dtype)
 
 
 def zero_dtype(d: CompressedLinearDescriptor) -> torch.dtype | None:
-    """What zero points are kept in."""
+    """Dtype of prepared zero points."""
     zero = d.weight.zero
     if zero is None:
         return None
-    # Zero points of integers go up to 2^bits, which bfloat16 holds exactly.
+    # Integer zero points are at most 2^bits, which is exact in bfloat16.
     return torch.bfloat16 if zero.kind == "integer" else torch_dtype(zero.dtype)
 
 
 def scale_bytes(d: CompressedLinearDescriptor, channels: int) -> int:
-    """What scales and zero points of that many output channels take."""
+    """Bytes of the scales and zero points of that many output channels."""
     dtypes = (scale_dtype(d), zero_dtype(d))
     return channels * d.groups * sum(dtype.itemsize for dtype in dtypes if dtype is not None)
 
 
 def put_tiles(target: torch.Tensor, values: torch.Tensor, start: int, what: str) -> None:
-    """Writes [rows, G] values of output channels from ``start`` on into [tiles, G, 16].
+    """Write [rows, G] values of output channels from ``start`` on into [tiles, G, 16].
 
     Raises ``ValueError`` for integers that the target's dtype does not hold.
     """
     exact = values.to(target.dtype)
-    # bfloat16, what integer zero points become, holds every uint8.
+    # Every uint8 is exact in bfloat16, the dtype of integer zero points.
     plain = values.is_floating_point() or values.dtype == torch.uint8
     if not plain and not torch.equal(exact.to(values.dtype), values):
         raise ValueError(
@@ -55,8 +54,8 @@ def put_tiles(target: torch.Tensor, values: torch.Tensor, start: int, what: str)
 def small_tensors(
     weights: CompressedWeights, activation: ActivationSpec | None
 ) -> dict[str, torch.Tensor]:
-    """Copies of those that ``weights`` has of: ``perm`` int32 [K], ``row_scale`` float32 [N],
-    ``prescale`` float32 [K], and where ``activation`` is static ``input_scale`` float32 [1] and
+    """Copies of the following that ``weights`` has: ``perm`` int32 [K], ``row_scale`` float32 [N],
+    ``prescale`` float32 [K], and for a static ``activation`` ``input_scale`` float32 [1] and
     ``input_zero`` int32 [1]."""
     static = activation is not None and activation.needs_scale
     shifted = activation is not None and activation.needs_zero
@@ -79,7 +78,7 @@ def small_tensors(
 
 
 def small_bytes(d: CompressedLinearDescriptor, activation: ActivationSpec | None) -> int:
-    """What ``small_tensors`` of a layer take."""
+    """Bytes of the ``small_tensors`` of a layer."""
     numbers = 0  # of four bytes each
     if d.channel_order is not None:
         numbers += d.k

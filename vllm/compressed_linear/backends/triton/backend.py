@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One kernel in Triton for every weight that is stored as codes: what Marlin and its kind decline.
+"""Triton kernel for every weight that is stored as codes, for layers that Marlin declines.
 
 Integers of 1 to 8 bits with any zero points, codebooks, floats of 4 to 8 bits, scales of every
-dtype and any group size, reordered channels. Activations that are quantised, scaled or transformed
+dtype and any group size, reordered channels. Activations that are quantized, scaled or transformed
 are made by ``activation.prepare_input`` and multiplied in fp32 precision.
 
 It was tested in Triton's interpreter and compiled for every architecture, and has never run on a
@@ -157,7 +157,7 @@ def _launch(
     scale_kind: str,
     spec: KernelSpec,
 ) -> None:
-    # Here because Triton is not everywhere, and decides at import whether it interprets.
+    # A local import: Triton may be absent, and decides at import whether it interprets.
     from vllm.compressed_linear.backends.triton import kernel
 
     m, n = out.shape
@@ -275,6 +275,10 @@ class TritonBackend(QuantLinearMethod):
         )
 
     @classmethod
+    def hardware_tested(cls, platform: Platform, variant: str = "") -> bool:
+        return False
+
+    @classmethod
     def prepared_bytes(cls, descriptor: CompressedLinearDescriptor) -> int | None:
         d, spec, wide = descriptor, KernelSpec.of(descriptor), columns(descriptor.n)
         table = 4 << spec.bits if spec.coded == "table" else 0
@@ -343,6 +347,6 @@ def scale_kind(d: CompressedLinearDescriptor) -> str:
 
 
 def _scale_bytes(d: CompressedLinearDescriptor, channels: int) -> int:
-    """What scales and zero points of that many output channels take."""
+    """Bytes of the scales and zero points of that many output channels."""
     dtypes = (scale_dtype(d), zero_dtype(d))
     return channels * d.groups * sum(dtype.itemsize for dtype in dtypes if dtype is not None)

@@ -2,11 +2,11 @@
 """The kernels. Importing this needs Triton; TRITON_INTERPRET=1 must be set before, or never.
 
 One program makes a tile of the output, [BLOCK_M, BLOCK_N], from a run of blocks of BLOCK_K input
-channels. Every block lies in one group of channels, unless scales are multiplied in before the sum.
+channels. Every block is within one group of channels, unless scales are multiplied before the sum.
 """
 
-# Branches are taken when a kernel is compiled, and only where each stands alone; arguments have the
-# types of Triton's language, not of Python's.
+# Triton evaluates branches at compile time only if they are not merged; arguments have the types of
+# Triton's language, not of Python's.
 # ruff: noqa: SIM102, SIM108
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
@@ -98,7 +98,7 @@ def wide_scales(scale, places, SCALE_KIND: tl.constexpr):
         wide = small_float(stored.to(tl.int32), 4, 3)
     elif SCALE_KIND == "e8m0":
         code = stored.to(tl.int32)
-        # 2^-127 is subnormal; the last code is no number.
+        # 2^-127 is subnormal; the last code is NaN.
         bits = tl.where(code == 0, 0x00400000, tl.where(code == 255, 0x7FC00000, code << 23))
         wide = bits.to(tl.float32, bitcast=True)
     else:
@@ -259,7 +259,7 @@ def linear_kernel(
     and bias [n]; order int32 [K] or None; table fp32 [2^BITS] or None.
 
     out: [m, n] of its dtype, or with SPLIT fp32 [splits, m, n], to which ``sum_kernel`` does the
-    rest. ``segment`` channels lie together, and GAPS follow if these do not fill their blocks. With
+    rest. ``segment`` channels are contiguous; GAPS follow if they do not fill their blocks. With
     SCALING "block" a segment is a group and fills so many BLOCKS; with "element" GROUP channels
     share a scale.
     """

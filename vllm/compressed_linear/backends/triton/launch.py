@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the work of one call is cut into programs: a table, not a search at serving time.
+"""Launch configuration of a call: a table, without a search at serving time.
 
 The table was made without a GPU: what bounds its entries are registers and shared memory, which
 ``tests/backends/triton`` asserts of every architecture. What ``benchmarks.triton_tiles``
@@ -97,14 +97,14 @@ multiplied: bf16 or fp16 once; parts of bf16; or tf32 and fp32, which take twice
   for sm_80), but decoded weights and loads take twice the shared memory, so that two programs fit
   large ones only.
 * From 64 tokens on tiles of 64 × 128 or more use the instructions of whole warp groups (sm_90) and
-  tensor memory (sm_100). Larger ones would spill: group sums are kept beside the total.
+  tensor memory (sm_100). Larger ones would spill: group sums are kept next to the total.
 * With parts and 32 bits it is registers that are short, and instructions that take the time, on
   every GPU. Of what does not spill these take the fewest instructions for each weight.
 """
 
 
 def class_of(spec: KernelSpec, m: int, capability: int) -> TileClass:
-    """What the tiles of a call are looked up by."""
+    """Key of the table of tiles."""
     parts = spec.x_parts > 1 or spec.w_parts > 1
     operand = "32-bit" if spec.operand in ("tf32", "fp32") else "parts" if parts else "16-bit"
     up_to = next(most for most in M_CLASSES if m <= most)

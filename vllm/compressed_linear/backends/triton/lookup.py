@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The op that reads rows of an embedding table out of the Triton backend's tensors.
+"""The op that looks up rows of an embedding table in the Triton backend's tensors.
 
-Codes of a row lie a whole row of words apart (``packing.py``), so each word costs the memory
-eight times its size. A table is read by a few thousand rows a step at most.
+Consecutive words of a row are a whole row of words apart (``packing.py``), so each word costs the
+memory eight times its size. A step reads a few thousand rows of a table at most.
 """
 
 from __future__ import annotations

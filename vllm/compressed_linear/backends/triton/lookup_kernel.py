@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel that reads rows of an embedding table. Importing this needs Triton."""
+"""The kernel that looks up rows of an embedding table. Importing this needs Triton."""
 
 # Arguments have the types of Triton's language, not of Python's.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
@@ -58,7 +58,7 @@ def lookup_kernel(
     ``linear_kernel`` has them; out [m, channels], of zeros before where there is an order, which
     names no channel twice.
 
-    An id that is none of the n rows gives a row that is no number: nothing can be raised here.
+    An id out of range gives a row of NaN, since a kernel cannot raise errors.
     """
     at = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     wanted = at < m

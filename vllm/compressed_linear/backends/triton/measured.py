@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiles that were measured on a GPU. There are none until somebody ran, on a GPU,
+"""Tiles measured on a GPU. There are none until this has been run on a GPU::
 
     python -m benchmarks.triton_tiles
 
-which adds to ``PATH``, to be committed. JSON, one entry a line::
+which adds to ``PATH``, to be committed. JSON, one entry per line::
 
     {"format": "triton tiles", "version": 1,
      "entries": [{"capability": 90, "operand": "16-bit", "codes": "1-4", "up_to": 16,
@@ -87,8 +87,8 @@ def triton_version() -> str:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The entries of the file, none if there is no file. ``ValueError`` if it is another or
-    damaged."""
+    """The entries of the file; none without a file. Raises ``ValueError`` if it is another kind of
+    file or damaged."""
     if not path.exists():
         return []
     try:

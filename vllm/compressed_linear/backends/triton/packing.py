@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the Triton kernel's tensors lie: output channels innermost, so that neighbouring lanes read
-neighbouring words.
+"""Packed layout of the Triton kernel: output channels innermost, so that adjacent lanes read
+adjacent words.
 
 Codes are bit planes of 8, 4, 2 and 1 bits, as many as the width of a code has ones in binary. A
 plane is int32 [k / fields, N]: a word has ``32 / width`` consecutive input channels, lowest bits
 first. The planes of a weight follow each other along the first axis, that of the lowest bits first.
-Scales and zero points are [G, N]. N is filled up to a multiple of ``COLUMN_MULTIPLE``.
+Scales and zero points are [G, N]. N is padded to a multiple of ``COLUMN_MULTIPLE``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vllm.compressed_linear.spec.elements import torch_dtype
 
 
 def columns(n: int) -> int:
-    """N filled up."""
+    """N, padded."""
     return -(-n // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
 
 
@@ -29,7 +29,7 @@ def packed_rows(spec: KernelSpec) -> int:
 
 
 def scale_dtype(d: CompressedLinearDescriptor) -> torch.dtype | None:
-    """What scales are kept in: the checkpoint's dtype, floats of 8 bits as bytes."""
+    """Dtype of prepared scales: the checkpoint's; 8-bit floats as bytes."""
     if d.weight.scale is None:
         return None
     dtype = torch_dtype(d.weight.scale.dtype)
@@ -37,11 +37,11 @@ def scale_dtype(d: CompressedLinearDescriptor) -> torch.dtype | None:
 
 
 def zero_dtype(d: CompressedLinearDescriptor) -> torch.dtype | None:
-    """What zero points are kept in."""
+    """Dtype of prepared zero points."""
     zero = d.weight.zero
     if zero is None:
         return None
-    # Zero points of integers go up to 2^bits, which bfloat16 holds exactly.
+    # Integer zero points are at most 2^bits, which is exact in bfloat16.
     return torch.bfloat16 if zero.kind == "integer" else torch_dtype(zero.dtype)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the Triton kernels run, and what their ops check first."""
+"""Device or interpreter of the Triton kernels, and argument checks of their ops."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def interpreted() -> bool:
 
 @functools.cache
 def gpu(device: torch.device) -> tuple[int, int]:
-    """(multiprocessors, compute capability), made up where kernels are interpreted."""
+    """(multiprocessors, compute capability); assumed values in the interpreter."""
     if device.type != "cuda":
         return _INTERPRETED
     found = torch.cuda.get_device_properties(device)

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the Triton kernel is compiled for: how codes lie, become numbers, and are multiplied.
+"""Compile-time constants of the Triton kernel: layout, decoding and multiplication of codes.
 
-Tensor cores multiply bf16, fp16 or tf32 and add up in fp32, so ŵ stays unrounded only if what they
-are given is exact:
+Tensor cores multiply bf16, fp16 or tf32 and accumulate in fp32, so ŵ stays unrounded only if their
+operands are exact:
 
 * integers less their middle code, or less an integer zero point, are exact in bf16 and in fp16, and
   so are floats of up to 8 bits. Scales are multiplied into the sums of a group, in fp32, and other
   zero points are subtracted from them times Σ_g x.
 * small floats under small scales (NVFP4: e2m1 times e4m3; MX: anything times a power of two) are
   exact as a product, and are multiplied together before the sum. Their groups are short.
-* a codebook whose entries are not exact is split into parts that are (tf32 beside fp16
+* a codebook whose entries are not exact is split into parts that are (tf32 with fp16
   activations), and each part is multiplied. fp32 activations are split into three bf16 parts.
 * both at once is multiplied in fp32, without tensor cores.
 """
@@ -28,7 +28,7 @@ from vllm.compressed_linear.spec.elements import E2M1, E4M3, E5M2, ElementType
 
 WORD_BITS = 32
 COLUMN_MULTIPLE = 128
-"""Output channels are filled up to a multiple of this, so that no tile needs a mask."""
+"""Output channels are padded to a multiple of this, so that no tile needs a mask."""
 
 _BLOCKS = (128, 64, 32, 16)
 """Input channels that one step of the kernel may take; tensor cores take at least 16."""
@@ -107,7 +107,7 @@ class KernelSpec:
 
     @functools.cached_property
     def quantized_as(self) -> ActivationSpec | None:
-        """How x is quantised."""
+        """Quantization of x."""
         return ActivationSpec.from_json(json.loads(self.activation)) if self.activation else None
 
     @classmethod
@@ -151,7 +151,7 @@ def planes(bits: int) -> tuple[int, ...]:
 
 
 def taken_dtype(d: CompressedLinearDescriptor) -> str:
-    """The narrowest dtype that holds x̂ as it is multiplied."""
+    """The narrowest dtype that represents x̂ exactly."""
     if d.activation is not None and d.activation.scale_dtype == "e8m0":
         # At most four bits times a power of two.
         return "bfloat16"

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's own kernel classes, run from a descriptor.
 
-Whatever vLLM has is one candidate among others, for every checkpoint format and with every reason
-why not. A class that is not wired is listed in the reasons. ``cpu.py`` has vLLM's kernel for CPUs;
-for GPUs each class of vLLM's is an entry of ``table.py``, and the first of them, in vLLM's own
-order of preference, that takes a descriptor is the one that runs it.
+vLLM's kernels are one candidate for every checkpoint format, with all reasons if they decline. A
+class without an adapter is listed in the reasons. ``table.py`` has the adapters; the first one, in
+vLLM's own order of preference, that accepts a descriptor runs it. ``classes`` has all private names
+of vLLM.
 
-On a GPU nothing of this has run yet: what was checked, and how, is in docs/gpu.md.
+Untested on GPUs: docs/gpu.md says what was checked, and how.
 """
 
 from vllm.compressed_linear.backends.vllm_native.backend import VllmNativeBackend
-from vllm.compressed_linear.backends.vllm_native.cpu import CALLS, CPU_KERNEL, CPU_OP
+from vllm.compressed_linear.backends.vllm_native.cpu import CPU_KERNEL, CPU_OP
+from vllm.compressed_linear.backends.vllm_native.op import CALLS
 
 __all__ = ["CALLS", "CPU_KERNEL", "CPU_OP", "VllmNativeBackend"]

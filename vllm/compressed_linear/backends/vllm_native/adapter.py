@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What it takes to drive one of vLLM's kernel classes for accelerators from a descriptor.
+"""Adapter from a descriptor to one of vLLM's kernel classes.
 
-Each class gets a layer that looks as vLLM's own linear method leaves it before the class repacks
-it, and later one that looks as it is after that, put together from plain tensors. All that differs
-from class to class is in a ``KernelAdapter``; the table of them is ``table.py``.
+Each class gets a layer in the state in which vLLM's own linear method hands it to repacking, and
+later one in the state after repacking, built from plain tensors. A ``KernelAdapter`` has all that
+differs between classes; ``table.py`` lists them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from typing import Any
 
 import torch
 
+from vllm.compressed_linear.backends.vllm_native.classes import process, scaled_mm, tables
 from vllm.compressed_linear.checkpoint.weights import CompressedWeights
+from vllm.compressed_linear.machine.cost import roofline
+from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
 from vllm.compressed_linear.spec.elements import torch_dtype
 from vllm.compressed_linear.spec.packing import Packing, pack
@@ -32,7 +35,7 @@ class KernelAdapter(ABC):
     it has an estimate of its own for each compute capability.
     ``min_capability`` and ``max_capability``: the oldest and the newest that the class's operator
     runs on, where the class itself does not ask. ``scale_dtypes`` and ``row_scale``: scales of
-    groups and of rows.
+    groups and of rows. ``adds_bias``: the class adds it before it rounds.
     """
 
     kernel: str
@@ -47,14 +50,15 @@ class KernelAdapter(ABC):
     family = ""
     scale_dtypes = frozenset({"bfloat16", "float16", "float32"})
     row_scale = False
+    adds_bias = False
 
     @abstractmethod
     def reasons(self, d: CompressedLinearDescriptor) -> Iterable[str]:
-        """What the class computes otherwise than ``d`` says, or would take silently and wrongly."""
+        """Reasons why the class does not compute ``d``, which it may accept silently."""
 
     @abstractmethod
     def config(self, d: CompressedLinearDescriptor) -> object:
-        """The configuration that vLLM's class is asked about and built with."""
+        """vLLM's configuration of the class for ``d``."""
 
     @abstractmethod
     def build(self, kernel: Any, d: CompressedLinearDescriptor) -> Any:
@@ -68,6 +72,23 @@ class KernelAdapter(ABC):
         """What the class reads of a layer besides tensors, on both layers."""
         return {}
 
+    def instance(self, d: CompressedLinearDescriptor, device: str) -> Any:
+        """An object of vLLM's class that repacks and runs ``d``; None where there is no class."""
+        with process.configured():
+            kernel = self.build(tables.kernel_class(self.family, device, self.kernel), d)
+        scaled_mm.quantize_without_compiler(kernel)
+        return kernel
+
+    def prepare(
+        self, kernel: Any, d: CompressedLinearDescriptor, weights: CompressedWeights
+    ) -> dict[str, torch.Tensor]:
+        """The tensors that ``run`` needs, by the class's own names."""
+        layer = self.layer(d, weights)
+        for name, value in self.attributes(d).items():
+            setattr(layer, name, value)
+        self.repack(kernel, layer, d)
+        return self.prepared(layer)
+
     def repack(self, kernel: Any, layer: torch.nn.Module, d: CompressedLinearDescriptor) -> None:
         """Run vLLM's repacking of ``layer``, in place."""
         kernel.process_weights_after_loading(layer)
@@ -76,17 +97,34 @@ class KernelAdapter(ABC):
         """The tensors that ``apply`` needs of a repacked ``layer``, by the class's own names."""
         return {name: parameter.data for name, parameter in layer.named_parameters()}
 
-    def run(self, kernel: Any, layer: Any, x: torch.Tensor) -> torch.Tensor:
-        """x [M, K], contiguous → [M, N] by vLLM's class."""
-        out: torch.Tensor = kernel.apply_weights(layer, x, None)
+    def run(
+        self, kernel: Any, layer: Any, x: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """x [M, K], contiguous → [M, N] by vLLM's class; ``bias`` is None unless it adds it."""
+        out: torch.Tensor = kernel.apply_weights(layer, x, bias)
         return out
+
+    def seconds(self, d: CompressedLinearDescriptor, platform: Platform, m: int) -> float:
+        """See ``QuantLinearMethod.seconds``."""
+        width = torch_dtype(d.input_dtype).itemsize
+        return roofline(
+            platform,
+            read_bytes=self.prepared_bytes(d) + width * m * (d.k + d.n),
+            operations=2.0 * m * d.n * d.k,
+            arithmetic=self.arithmetic,
+            efficiency=self.efficiency,
+        )
+
+    def hardware_tested(self, platform: Platform) -> bool:
+        """See ``QuantLinearMethod.hardware_tested``."""
+        return False
 
     @abstractmethod
     def prepared_bytes(self, d: CompressedLinearDescriptor) -> int:
         """Bytes of what preparation returns, channel order and padding to whole tiles apart."""
 
     def weight_rounding(self, d: CompressedLinearDescriptor) -> float:
-        """See ``QuantLinearMethod.weight_rounding``; without that of an added bias."""
+        """See ``Contract.weight_rounding``; without that of an added bias."""
         return rounded_weights(d)
 
     def result_dtype(self, d: CompressedLinearDescriptor) -> torch.dtype:
@@ -109,7 +147,7 @@ def row_ratio(scale: torch.Tensor) -> torch.Tensor | None:
 
 
 def rounded_weights(d: CompressedLinearDescriptor) -> float:
-    """The rounding of weights that are dequantised to the dtype of x, and of scales cast to it."""
+    """The rounding of weights that are dequantized to the dtype of x, and of scales cast to it."""
     unit = torch.finfo(torch_dtype(d.input_dtype)).eps / 2
     scale = d.weight.scale
     exact = ("e8m0", d.input_dtype)
@@ -118,7 +156,7 @@ def rounded_weights(d: CompressedLinearDescriptor) -> float:
 
 
 def common_reasons(d: CompressedLinearDescriptor) -> Iterable[str]:
-    """Rules of every class here."""
+    """Rules of all classes."""
     if not d.n or not d.k:
         yield f"an empty weight ({d.n}x{d.k})"
     if d.output_dtype != d.input_dtype:
@@ -170,8 +208,11 @@ def _present(scale: torch.Tensor | None, d: CompressedLinearDescriptor) -> torch
     return scale
 
 
-def cast_scales(d: CompressedLinearDescriptor, scale: torch.Tensor, largest: float) -> torch.Tensor:
+def cast_scales(
+    d: CompressedLinearDescriptor, scale: torch.Tensor, largest: float, where: str = ""
+) -> torch.Tensor:
     """``scale`` [N, G] in the dtype of x, which must hold ``largest`` times each of them.
+    ``where``: which output channels they are of, for the message.
 
     ``ValueError`` where it would not: vLLM would compute infinities without a word.
     """
@@ -179,8 +220,8 @@ def cast_scales(d: CompressedLinearDescriptor, scale: torch.Tensor, largest: flo
     extreme = float(scale.abs().max()) if scale.numel() else 0.0
     if extreme * largest > torch.finfo(out.dtype).max:
         raise ValueError(
-            f"vllm_native: a scale of {extreme:g}, whose weights vLLM's kernel could not hold in "
-            f"{d.input_dtype}"
+            f"vllm_native: a scale of {extreme:g}{where}, whose weights vLLM's kernel could not "
+            f"hold in {d.input_dtype}"
         )
     return out
 

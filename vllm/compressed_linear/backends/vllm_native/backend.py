@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The backend: one of vLLM's own kernel classes, whichever vLLM would prefer for the descriptor."""
+"""The backend: the kernel class that vLLM prefers for the descriptor."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from functools import partial
 
 import torch
 
 from vllm.compressed_linear.backends.base import Capabilities, QuantLinearMethod, Verdict
+from vllm.compressed_linear.backends.contract import Contract
 from vllm.compressed_linear.backends.vllm_native import (
     cpu,
     fp8_block,
@@ -16,11 +18,9 @@ from vllm.compressed_linear.backends.vllm_native import (
     scaled_mm,
     table,
 )
-from vllm.compressed_linear.backends.vllm_native.adapter import KernelAdapter, common_reasons
-from vllm.compressed_linear.backends.vllm_native.classes import accelerators
-from vllm.compressed_linear.backends.vllm_native.classes.mixed_precision import CODES
+from vllm.compressed_linear.backends.vllm_native.adapter import KernelAdapter
+from vllm.compressed_linear.backends.vllm_native.classes import process
 from vllm.compressed_linear.checkpoint.weights import CompressedWeights
-from vllm.compressed_linear.machine.cost import roofline
 from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
 from vllm.compressed_linear.spec.elements import BF16, E2M1, E4M3, FP16, torch_dtype
@@ -67,56 +67,37 @@ class VllmNativeBackend(QuantLinearMethod):
 
     @classmethod
     def can_implement(cls, descriptor: CompressedLinearDescriptor, platform: Platform) -> Verdict:
-        on_cpu = platform.device == "cpu"
-        declared = cpu.CAPABILITIES if on_cpu else ACCELERATORS
+        declared = cpu.CAPABILITIES if platform.device == "cpu" else ACCELERATORS
         reasons = [*declared.reasons(descriptor, platform)]
-        if on_cpu or platform.device in declared.devices:
-            further = cpu.reasons if on_cpu else _accelerator_reasons
-            reasons += further(descriptor, platform)
+        if platform.device in declared.devices:
+            reasons += table.reasons(descriptor, platform)
         return Verdict(tuple(dict.fromkeys(reasons)))
 
     @classmethod
-    def weight_rounding(cls, descriptor: CompressedLinearDescriptor) -> float:
+    def contract(cls, descriptor: CompressedLinearDescriptor) -> Contract:
         unit = torch.finfo(torch_dtype(descriptor.input_dtype)).eps / 2
         # A class rounds its result before the bias is added; no more than the sum itself can be.
         bias = 0.0 if descriptor.bias_dtype is None else unit
-        # The kernel for CPUs rounds as the mixed-precision ones do.
-        return max(_roundings(descriptor), default=cpu.weight_rounding(descriptor)) + bias
-
-    @classmethod
-    def input_slack(
-        cls,
-        descriptor: CompressedLinearDescriptor,
-        x: torch.Tensor,
-        input_scale: torch.Tensor | None,
-        input_zero: torch.Tensor | None,
-    ) -> torch.Tensor | None:
-        spec = descriptor.activation
-        if spec is None:
-            return None
-        if spec == nvfp4.ACTIVATION:
-            return nvfp4.slack(x, input_scale)
-        return scaled_mm.slack(spec, x, input_scale, input_zero)
+        spec, slack = descriptor.activation, None
+        if spec is not None:
+            slack = nvfp4.slack if spec == nvfp4.ACTIVATION else partial(scaled_mm.slack, spec)
+        return Contract(weight_rounding=table.weight_rounding(descriptor) + bias, input_slack=slack)
 
     @classmethod
     def seconds(cls, descriptor: CompressedLinearDescriptor, platform: Platform, m: int) -> float:
-        if platform.device == "cpu":
-            return cpu.seconds(descriptor, platform, m)
-        d, adapter = descriptor, _adapter(descriptor, platform)
-        width = torch_dtype(d.input_dtype).itemsize
-        return roofline(
-            platform,
-            read_bytes=adapter.prepared_bytes(d) + width * m * (d.k + d.n),
-            operations=2.0 * m * d.n * d.k,
-            arithmetic=adapter.arithmetic,
-            efficiency=adapter.efficiency,
-        )
+        return table.adapter_for(descriptor, platform).seconds(descriptor, platform, m)
 
     @classmethod
     def variant(cls, descriptor: CompressedLinearDescriptor, platform: Platform) -> str:
-        if platform.device == "cpu":
-            return cpu.CPU_KERNEL
-        return _adapter(descriptor, platform).kernel
+        return table.adapter_for(descriptor, platform).kernel
+
+    @classmethod
+    def hardware_tested(cls, platform: Platform, variant: str = "") -> bool:
+        return any(
+            adapter.hardware_tested(platform)
+            for adapter in table.ADAPTERS
+            if platform.device in adapter.devices and variant in ("", adapter.kernel)
+        )
 
     @classmethod
     def prepared_bytes(cls, descriptor: CompressedLinearDescriptor) -> int | None:
@@ -125,10 +106,7 @@ class VllmNativeBackend(QuantLinearMethod):
         return table.prepared_bytes(descriptor) + gather
 
     def prep_weights_for_execution(self, weights: CompressedWeights) -> dict[str, torch.Tensor]:
-        if weights.device.type == "cpu":
-            return cpu.prepare(self.descriptor, weights)
-        platform = Platform.detect(accelerators.device())
-        return prepare(self.descriptor, weights, platform)
+        return prepare(self.descriptor, weights, Platform.detect(process.device()))
 
     def apply(
         self,
@@ -136,38 +114,7 @@ class VllmNativeBackend(QuantLinearMethod):
         x: torch.Tensor,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if CODES in tensors:
-            return cpu.call(self.descriptor, tensors, x, bias)
-        device = accelerators.device()
-        return op.call(self.descriptor, self.text, tensors, x, bias, device)
-
-
-def _accelerator_reasons(d: CompressedLinearDescriptor, platform: Platform) -> Iterable[str]:
-    yield from common_reasons(d)
-    if d.n and d.k:
-        try:
-            found = table.answers(d, platform)
-        except ValueError as error:
-            yield str(error)
-            return
-        if not found:
-            yield f"this vLLM has no {table.family_of(d)} kernel classes for {platform.device}"
-        if table.preferred(found) is None:
-            for answer in found:
-                yield from (f"{answer.kernel}: {reason}" for reason in answer.reasons)
-
-
-def _adapter(d: CompressedLinearDescriptor, platform: Platform) -> KernelAdapter:
-    adapter = table.preferred(table.answers(d, platform))
-    if adapter is None:
-        raise ValueError(f"none of vLLM's kernel classes for {platform.name} can run {d}")
-    return adapter
-
-
-def _roundings(d: CompressedLinearDescriptor) -> list[float]:
-    """Of the classes that compute what ``d`` says, whatever the GPU."""
-    family = [a for a in table.ADAPTERS if a.family == table.family_of(d)]
-    return [a.weight_rounding(d) for a in family if not any(a.reasons(d))]
+        return op.call(self.descriptor, self.text, tensors, x, bias, process.device())
 
 
 def prepare(
@@ -178,13 +125,10 @@ def prepare(
 ) -> dict[str, torch.Tensor]:
     """What the class of ``adapter``, or else the one that is preferred on ``platform``, makes of
     ``weights``; the names begin with the tag of its adapter."""
-    adapter = adapter or _adapter(d, platform)
-    _, kernel, attributes = op.ready(adapter.tag, op.text_of(d), platform.device)
-    layer = adapter.layer(d, weights)
-    for name, value in attributes.items():
-        setattr(layer, name, value)
-    adapter.repack(kernel, layer, d)
-    tensors = {f"{adapter.tag}_{name}": t for name, t in adapter.prepared(layer).items()}
+    adapter = adapter or table.adapter_for(d, platform)
+    _, kernel, _ = op.ready(adapter.tag, op.text_of(d), platform.device)
+    own = adapter.prepare(kernel, d, weights)
+    tensors = {f"{adapter.tag}_{name}": tensor for name, tensor in own.items()}
     if weights.permutation is not None:
         tensors[op.ORDER] = weights.permutation
     if (ratio := adapter.ratio(d, weights)) is not None:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's kernel classes that no adapter drives: why, and what it would take.
+"""vLLM's kernel classes without an adapter: the reasons, and what is missing.
 
-Read off vLLM 0.32. A class is wired when what it is given can be checked on a machine without a
-GPU: its operators' arguments against their schemas, its tensors against those of vLLM's own linear
-methods. For a class that brings operators in a package of its own neither is there. A class that
-*is* wired and computes something else than a descriptor says declines that in its adapter.
+From the source of vLLM 0.32. A class gets an adapter if its input can be checked on a machine
+without a GPU: its operators' arguments against their schemas, its tensors against those of vLLM's
+own linear methods. Classes with operators in separate packages have neither. If a class *with* an
+adapter computes something else than a descriptor says, the adapter declines.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ UNKNOWN = "vLLM added it after 0.32, and no adapter knows it"
 """The reason of a class that is not listed."""
 
 _PACKAGE = "runs operators of the package {}, which were not checked: {} would have to be"
-_EMULATION = "an emulation: it dequantises all of the weight at every call, {}"
+_EMULATION = "an emulation: it dequantizes all of the weight at every call, {}"
 _LIBRARY = "runs operators of vLLM's {} library ({}), whose schemas are not known here"
 
 _OTHER_FP8 = (
-    "checked for CUDA only: elsewhere x is quantised by other operators, on gfx942 to another kind "
+    "checked for CUDA only: elsewhere x is quantized by other operators, on gfx942 to another kind "
     "of fp8 (fnuz)"
 )
 
@@ -35,7 +35,7 @@ REASONS: tuple[tuple[str, str], ...] = (
     ("B12x", _PACKAGE.format("b12x", "how it packs weights and scales for compute capability 12x")),
     ("Fbgemm", _PACKAGE.format("fbgemm-gpu", "f4f4bf16 and its order of scales")),
     ("Aiter", _PACKAGE.format("aiter", "its arguments, and how it shuffles weights")),
-    ("EmulationNvFp4", _EMULATION.format("and rounds it and the quantised x to 16 bits")),
+    ("EmulationNvFp4", _EMULATION.format("and rounds it and the quantized x to 16 bits")),
     (
         "EmulationMxfp8",
         "an emulation: it keeps the weight in 16 bits, twice its size, and takes x as it is",
@@ -58,12 +58,12 @@ REASONS: tuple[tuple[str, str], ...] = (
     ("PerTensorTorchFP8", _OTHER_FP8),
     ("ChannelWiseTorchFP8", _OTHER_FP8),
     ("TritonFp8Block", _OTHER_FP8),
-    ("TritonInt8", "checked for CUDA and ROCm only: XPU quantises x by operators of its own"),
+    ("TritonInt8", "checked for CUDA and ROCm only: XPU quantizes x by operators of its own"),
 )
 """Beginning of the class's name → the reason, the first that fits. The last few are wired for other
 devices than those where the question comes up."""
 
 
 def why(kernel: str) -> str:
-    """Why nothing drives vLLM's class ``kernel`` on a device where no adapter does."""
+    """Why vLLM's class ``kernel`` has no adapter."""
     return next((text for prefix, text in REASONS if kernel.startswith(prefix)), UNKNOWN)

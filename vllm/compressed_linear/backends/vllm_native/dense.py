@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that are not quantised, on a GPU: the vendor's library, as vLLM's unquantised layers."""
+"""Weights that are not quantized, on a GPU: the vendor's library, as vLLM's unquantized layers."""
 
 from __future__ import annotations
 
@@ -32,6 +32,9 @@ class Dense(KernelAdapter):
     def build(self, kernel: Any, d: CompressedLinearDescriptor) -> Any:
         return None
 
+    def instance(self, d: CompressedLinearDescriptor, device: str) -> Any:
+        return None
+
     def layer(self, d: CompressedLinearDescriptor, weights: CompressedWeights) -> torch.nn.Module:
         layer = torch.nn.Module()
         codes = [weights.rows(start, stop).codes for start, stop in weights.chunks()]
@@ -41,7 +44,9 @@ class Dense(KernelAdapter):
     def repack(self, kernel: Any, layer: torch.nn.Module, d: CompressedLinearDescriptor) -> None:
         """The natural layout is what the library reads."""
 
-    def run(self, kernel: Any, layer: Any, x: torch.Tensor) -> torch.Tensor:
+    def run(
+        self, kernel: Any, layer: Any, x: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
         return torch.nn.functional.linear(x, layer.weight)
 
     def prepared_bytes(self, d: CompressedLinearDescriptor) -> int:

@@ -26,7 +26,7 @@ from vllm.compressed_linear.backends.vllm_native.adapter import (
     row_scale,
     scales,
 )
-from vllm.compressed_linear.backends.vllm_native.classes import accelerators
+from vllm.compressed_linear.backends.vllm_native.classes import fp4, process
 from vllm.compressed_linear.checkpoint.weights import CompressedWeights
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
 from vllm.compressed_linear.spec.elements import torch_dtype
@@ -102,7 +102,7 @@ class MarlinNvFp4(_Marlin):
             yield f"x as {d.activation.kind}: it takes x as it is, which the descriptor does not"
 
     def config(self, d: CompressedLinearDescriptor) -> object:
-        return accelerators.nvfp4_config()
+        return fp4.nvfp4_config()
 
     def layer(self, d: CompressedLinearDescriptor, weights: CompressedWeights) -> torch.nn.Module:
         codes, scale = unsigned(d, weights)
@@ -142,7 +142,7 @@ class MarlinMxFp4(_Marlin):
         yield from _mx_reasons(d)
 
     def config(self, d: CompressedLinearDescriptor) -> object:
-        return accelerators.mxfp4_config()
+        return fp4.mxfp4_config()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +158,7 @@ class MarlinMxfp8(_Marlin):
         yield from _mx_reasons(d)
 
     def config(self, d: CompressedLinearDescriptor) -> object:
-        return accelerators.mxfp8_config(d.n, d.k)
+        return fp4.mxfp8_config(d.n, d.k)
 
     def layer(self, d: CompressedLinearDescriptor, weights: CompressedWeights) -> torch.nn.Module:
         layer = torch.nn.Module()
@@ -167,7 +167,7 @@ class MarlinMxfp8(_Marlin):
         return layer
 
     def repack(self, kernel: Any, layer: torch.nn.Module, d: CompressedLinearDescriptor) -> None:
-        with accelerators.default_dtype(torch_dtype(d.input_dtype)):
+        with process.default_dtype(torch_dtype(d.input_dtype)):
             super().repack(kernel, layer, d)
 
 

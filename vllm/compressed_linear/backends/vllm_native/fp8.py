@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """fp8 weights under activations of 16 bits: vLLM's Marlin for fp8.
 
-The kernel leaves the exponent's bias of a dequantised weight to the scale, which vLLM multiplies
+The kernel leaves the exponent's bias of a dequantized weight to the scale, which vLLM multiplies
 with 2^120 (bf16) or 2^8 (fp16) beforehand: that must not overflow, and small scales must be fp16
 already. It knows one scale for each output channel, or one for each 128 input channels of it.
 """
@@ -21,7 +21,7 @@ from vllm.compressed_linear.backends.vllm_native.adapter import (
     cast_scales,
     scales,
 )
-from vllm.compressed_linear.backends.vllm_native.classes import accelerators
+from vllm.compressed_linear.backends.vllm_native.classes import scaled_mm
 from vllm.compressed_linear.checkpoint.weights import CompressedWeights
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
 from vllm.compressed_linear.spec.elements import torch_dtype
@@ -32,7 +32,7 @@ _LARGEST = {"bfloat16": 2.0**120, "float16": 2.0**8}
 
 @dataclass(frozen=True, kw_only=True)
 class MarlinFp8(KernelAdapter):
-    """``MarlinFP8ScaledMMLinearKernel`` where x is not quantised."""
+    """``MarlinFP8ScaledMMLinearKernel`` where x is not quantized."""
 
     family = "fp8 weights"
 
@@ -48,12 +48,12 @@ class MarlinFp8(KernelAdapter):
             yield f"K={d.k} codes do not fill containers of 32 bits"
 
     def config(self, d: CompressedLinearDescriptor) -> object:
-        return accelerators.fp8_config(
+        return scaled_mm.fp8_config(
             d.n, d.k, torch_dtype(d.input_dtype), weight="channel", activation="dynamic tensor"
         )
 
     def build(self, kernel: Any, d: CompressedLinearDescriptor) -> Any:
-        return kernel(self.config(d), layer_param_names=accelerators.FP8_NAMES)
+        return kernel(self.config(d), layer_param_names=scaled_mm.FP8_NAMES)
 
     def attributes(self, d: CompressedLinearDescriptor) -> dict[str, Any]:
         return {

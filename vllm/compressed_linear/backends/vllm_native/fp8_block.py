@@ -3,15 +3,15 @@
 
 What the classes do not say, found by reading vLLM 0.32 and its operators:
 
-* x is quantised by one operator for CUTLASS and Triton: max|x| falls on 448, and a group's scale is
+* x is quantized by one operator for CUTLASS and Triton: max|x| falls on 448, and a group's scale is
   never below 10⁻¹⁰ / 448, so smaller groups are coarser
 * sums of a block are scaled and added up in fp32; within one, tensor cores add 32 products at a
   time as in ``scaled_mm``
 * CUTLASS reads scales of blocks only where N is a multiple of 16: vLLM calls a Triton kernel else,
   which takes them for others
 * Triton has no e4m3 before compute capability 8.9
-* DeepGEMM rounds scales to powers of two and quantises the weights anew, unless
-  ``VLLM_USE_DEEP_GEMM_E8M0=0``; where scales lie is up to DeepGEMM's package either way
+* DeepGEMM rounds scales to powers of two and quantizes the weights anew, unless
+  ``VLLM_USE_DEEP_GEMM_E8M0=0``; DeepGEMM's package decides the layout of scales either way
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vllm.compressed_linear.backends.vllm_native.adapter import (
     byte_codes,
     scales,
 )
-from vllm.compressed_linear.backends.vllm_native.classes import accelerators
+from vllm.compressed_linear.backends.vllm_native.classes import scaled_mm
 from vllm.compressed_linear.checkpoint.weights import CompressedWeights
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
 from vllm.compressed_linear.spec.elements import torch_dtype, widen_scale
@@ -42,8 +42,8 @@ _MAXIMUM = 448.0
 
 @dataclass(frozen=True, kw_only=True)
 class Fp8Blocks(KernelAdapter):
-    """One of vLLM's subclasses of ``Fp8BlockScaledMMLinearKernel``, or what stands beside them in
-    vLLM's table. ``never``: why it cannot keep the numerical contract at all; ``multiple``: of N.
+    """One of vLLM's subclasses of ``Fp8BlockScaledMMLinearKernel``, or another class of the same
+    table. ``never``: why it cannot keep the numerical contract at all; ``multiple``: of N.
     """
 
     never: str = ""
@@ -67,7 +67,7 @@ class Fp8Blocks(KernelAdapter):
         if d.n % self.multiple:
             yield f"N={d.n} (supported: multiples of {self.multiple})"
         if activation is None:
-            yield "it quantises x, which the descriptor does not"
+            yield "it quantizes x, which the descriptor does not"
             return
         if activation.group_size != BLOCK:
             yield f"x in groups of {activation.group_size} (supported: {BLOCK})"
@@ -76,7 +76,7 @@ class Fp8Blocks(KernelAdapter):
 
     def config(self, d: CompressedLinearDescriptor) -> object:
         dtype = torch_dtype(d.input_dtype)
-        return accelerators.fp8_config(d.n, d.k, dtype, weight="block", activation="dynamic group")
+        return scaled_mm.fp8_config(d.n, d.k, dtype, weight="block", activation="dynamic group")
 
     def build(self, kernel: Any, d: CompressedLinearDescriptor) -> Any:
         return kernel(self.config(d))
@@ -101,13 +101,13 @@ KERNELS = (
     Fp8Blocks(
         kernel="FlashInferFp8DeepGEMMDynamicBlockScaledKernel",
         tag="flashinferfp8block",
-        never="x is quantised within FlashInfer up to 31 tokens, and by DeepGEMM's rule from 32 on",
+        never="x is quantized within FlashInfer up to 31 tokens, and by DeepGEMM's rule from 32 on",
     ),
     Fp8Blocks(
         kernel="DeepGemmFp8BlockScaledMMKernel",
         tag="deepgemmfp8block",
         never=(
-            "it rounds scales to powers of two and quantises the weights anew; without that "
+            "it rounds scales to powers of two and quantizes the weights anew; without that "
             "(VLLM_USE_DEEP_GEMM_E8M0=0) it is not wired to descriptors"
         ),
     ),

@@ -8,7 +8,7 @@ What their own checks do not say, found by reading vLLM 0.32:
 * Machete multiplies zero points with the scale beforehand and rounds the product: what should be
   exactly 0 is not, which the numerical contract does not allow. Declined with zero points
 * Conch, a package of Triton kernels, reads whole tiles of 64 by 64 whatever the size (read in 1.3)
-* Exllama adds products and partial sums in fp16, CutlassW4A8 quantises x and rounds the scales of
+* Exllama adds products and partial sums in fp16, CutlassW4A8 quantizes x and rounds the scales of
   groups to 8 bits: declined always
 * a bias is added to the rounded result
 """
@@ -63,6 +63,43 @@ def constant_zero(d: CompressedLinearDescriptor) -> int | None:
     return None if d.weight.zero is not None or element.bias == middle else element.bias
 
 
+def weight_reasons(d: CompressedLinearDescriptor) -> Iterable[str]:
+    """Rules of every class here about numbers that a weight has."""
+    element, scale = d.weight.element, d.weight.scale
+    if element.bias and d.weight.zero is not None:
+        yield f"zero points on top of a bias of {element.bias}"
+    if not 0 <= element.bias < 1 << element.bits:
+        yield f"bias {element.bias} (supported: 0 to {(1 << element.bits) - 1})"
+    if scale is None:
+        yield "weights without scales"
+    elif d.input_dtype == "float16" and scale.dtype != "float16":
+        # bfloat16 holds every scale with a rounding; float16 would lose large and small ones.
+        yield f"scale dtype {scale.dtype} with float16 activations (supported: float16)"
+
+
+def packed_zeros(
+    d: CompressedLinearDescriptor,
+    zero: torch.Tensor | None,
+    scale: torch.Tensor,
+    kernel: str,
+    where: str = "",
+) -> torch.Tensor | None:
+    """``zero`` [N, G], or the constant in its place, as containers of int32 [N·bits/32, G]; None
+    where there are none. ``where``: as in ``cast_scales``. ``ValueError`` if one does not fit."""
+    bits = d.weight.element.bits
+    if (constant := constant_zero(d)) is not None:
+        zero = torch.full(scale.shape, constant, dtype=torch.uint8, device=scale.device)
+    if zero is None:
+        return None
+    largest = (1 << bits) - 1
+    if int(zero.max()) > largest:
+        raise ValueError(
+            f"vllm_native: zero point {int(zero.max())}{where}, expected at most {largest} "
+            f"({kernel} packs them in {bits} bits)"
+        )
+    return pack(zero, Packing(bits, "N"), dim=0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class MixedPrecision(KernelAdapter):
     """One of vLLM's subclasses of ``MPLinearKernel``. ``zeros``: whether its zero points keep the
@@ -76,13 +113,10 @@ class MixedPrecision(KernelAdapter):
     family = "mixed precision"
 
     def reasons(self, d: CompressedLinearDescriptor) -> Iterable[str]:
-        element, scale = d.weight.element, d.weight.scale
+        element = d.weight.element
         if self.never:
             yield self.never
-        if element.bias and d.weight.zero is not None:
-            yield f"zero points on top of a bias of {element.bias}"
-        if not 0 <= element.bias < 1 << element.bits:
-            yield f"bias {element.bias} (supported: 0 to {(1 << element.bits) - 1})"
+        yield from weight_reasons(d)
         if d.weight.zero is not None and d.n % (32 // element.bits):
             yield f"zero points of {d.n} output channels do not fill containers of 32 bits"
         if not self.zeros and request(d).zero_points:
@@ -92,11 +126,6 @@ class MixedPrecision(KernelAdapter):
             )
         if d.n % self.multiple or d.k % self.multiple:
             yield f"{d.n}x{d.k} (supported: multiples of {self.multiple})"
-        if scale is None:
-            yield "weights without scales"
-        elif d.input_dtype == "float16" and scale.dtype != "float16":
-            # bfloat16 holds every scale with a rounding; float16 would lose large and small ones.
-            yield f"scale dtype {scale.dtype} with float16 activations (supported: float16)"
         if d.k * element.bits % 32:
             yield f"K={d.k} codes of {element.bits} bits do not fill containers of 32 bits"
 
@@ -109,23 +138,10 @@ class MixedPrecision(KernelAdapter):
         )
 
     def layer(self, d: CompressedLinearDescriptor, weights: CompressedWeights) -> torch.nn.Module:
-        largest = (1 << d.weight.element.bits) - 1
-        scale = cast_scales(d, scales(d, weights), largest)
-        zero = zero_points(weights)
-        if (constant := constant_zero(d)) is not None:
-            zero = torch.full(scale.shape, constant, dtype=torch.uint8, device=scale.device)
-        if zero is not None and int(zero.max()) > largest:
-            raise ValueError(
-                f"vllm_native: zero point {int(zero.max())}, expected at most {largest} "
-                f"({self.kernel} packs them in {d.weight.element.bits} bits)"
-            )
-        along_n = Packing(d.weight.element.bits, "N")
-        return mixed_precision.checkpoint_layer(
-            packed_codes(d, weights),
-            scale,
-            None if zero is None else pack(zero, along_n, dim=0),
-            32 // d.weight.element.bits,
-        )
+        bits = d.weight.element.bits
+        scale = cast_scales(d, scales(d, weights), (1 << bits) - 1)
+        zero = packed_zeros(d, zero_points(weights), scale, self.kernel)
+        return mixed_precision.checkpoint_layer(packed_codes(d, weights), scale, zero, 32 // bits)
 
     def prepared_bytes(self, d: CompressedLinearDescriptor) -> int:
         groups = d.n * d.groups
@@ -136,7 +152,7 @@ class MixedPrecision(KernelAdapter):
 
 _ACCUMULATES = "adds products and partial sums in fp16, which the numerical contract does not allow"
 _QUANTISES = (
-    "quantises x to fp8 and rounds the scales of groups to 8 bits, although the descriptor asks "
+    "quantizes x to fp8 and rounds the scales of groups to 8 bits, although the descriptor asks "
     "for neither"
 )
 

@@ -6,10 +6,10 @@ What the classes do not say, found by reading vLLM 0.32 and the source of its op
 * scales of groups have no sign for the tensor cores: that of a negative one goes into its codes
 * there is one second-level scale for the layer, and one number is made of it and the static scale
   of x. Where rows differ (fused layers), the largest goes to the kernel and what remains of each
-  row is multiplied with the result. Layers whose inputs have unlike scales are several parts
-* x is quantised with reciprocals that the GPU approximates, so a group's scale and then its codes
+  row is multiplied with the result. Layers whose inputs have different scales are several parts
+* x is quantized with reciprocals that the GPU approximates, so a group's scale and then its codes
   may each become either of two neighbours: ``slack`` says how much that can be
-* N and K are filled up to multiples of 32 with zeros, the scales' rows to 128 and groups to 4
+* N and K are padded to multiples of 32 with zeros, the scales' rows to 128 and groups to 4
 * how many bits the tensor cores keep of a sum is not published: ``weight_rounding`` allows for what
   Hopper's are known to lose with fp8, K / 64 times one after the other. Not measured
 * torch's product is rounded to 16 bits before it is multiplied with the scales of whole tensors:
@@ -30,7 +30,7 @@ from vllm.compressed_linear.backends.vllm_native.adapter import (
     add_parameter,
     row_scale,
 )
-from vllm.compressed_linear.backends.vllm_native.classes import accelerators
+from vllm.compressed_linear.backends.vllm_native.classes import fp4
 from vllm.compressed_linear.backends.vllm_native.fp4 import NVFP4_GROUP, unsigned
 from vllm.compressed_linear.checkpoint.weights import CompressedWeights
 from vllm.compressed_linear.spec.activation import quantize_dequantize
@@ -40,7 +40,7 @@ from vllm.compressed_linear.spec.elements import E2M1, torch_dtype
 ACTIVATION = ActivationSpec(
     E2M1, True, "group", group_size=NVFP4_GROUP, scale_dtype="float8_e4m3fn", maximum=6.0
 )
-"""How vLLM quantises x."""
+"""How vLLM quantizes x."""
 
 _MULTIPLE = 32
 _IMPRECISION = 2.0**-20
@@ -62,12 +62,12 @@ class CutlassNvFp4(KernelAdapter):
         if d.weight.row_scale is None:
             yield "scales without a second level"
         if d.activation is None:
-            yield "it quantises x, which the descriptor does not"
+            yield "it quantizes x, which the descriptor does not"
         elif d.activation != ACTIVATION:
             yield f"x as {d.activation} (supported: {ACTIVATION})"
 
     def config(self, d: CompressedLinearDescriptor) -> object:
-        return accelerators.nvfp4_config()
+        return fp4.nvfp4_config()
 
     def build(self, kernel: Any, d: CompressedLinearDescriptor) -> Any:
         return kernel(self.config(d))
@@ -119,8 +119,10 @@ class TorchNvFp4(CutlassNvFp4):
         return super().weight_rounding(d) + rounded
 
 
-def slack(x: torch.Tensor, input_scale: torch.Tensor | None) -> torch.Tensor:
-    """fp32 [M, k]: how far what vLLM's operator makes of x [M, k] may lie from its definition.
+def slack(
+    x: torch.Tensor, input_scale: torch.Tensor | None, input_zero: torch.Tensor | None = None
+) -> torch.Tensor:
+    """fp32 [M, k]: largest deviation of the x̂ of vLLM's operator from the definition, for x [M, k].
 
     ``input_scale`` fp32 [1]. A scale may be rounded from a number that is a little off, and x be
     divided by one that is, either way each.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operator through which vLLM's kernel classes for accelerators run.
+"""The operator through which vLLM's kernel classes run.
 
-Nothing but tensors and plain values goes into it, so it can be traced, cached and captured in a
-CUDA graph: the objects that vLLM's classes need are made of its text arguments, once a process.
+Its arguments are tensors and plain values, so it can be traced, cached and captured in a CUDA
+graph: the objects that vLLM's classes need are made from its text arguments, once per process.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import torch
 
 from vllm.compressed_linear.backends.shared.call_counter import CallCounter
 from vllm.compressed_linear.backends.vllm_native.adapter import KernelAdapter
-from vllm.compressed_linear.backends.vllm_native.classes import accelerators
 from vllm.compressed_linear.backends.vllm_native.table import by_tag
 from vllm.compressed_linear.spec.activation import gather_channels
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
@@ -40,12 +39,7 @@ def ready(tag: str, descriptor: str, device: str) -> tuple[KernelAdapter, Any, d
     the class reads of a layer."""
     d = CompressedLinearDescriptor.from_json(json.loads(descriptor))
     adapter = by_tag(tag)
-    if adapter.family not in accelerators.TABLES:
-        return adapter, None, adapter.attributes(d)
-    with accelerators.configured():
-        kernel = adapter.build(accelerators.kernel_class(adapter.family, device, adapter.kernel), d)
-    accelerators.quantize_without_compiler(kernel)
-    return adapter, kernel, adapter.attributes(d)
+    return adapter, adapter.instance(d, device), adapter.attributes(d)
 
 
 def multiply(
@@ -64,7 +58,10 @@ def multiply(
     if order is not None:
         x = gather_channels(x, order)
     adapter, kernel, attributes = ready(tag, descriptor, device)
-    out = adapter.run(kernel, SimpleNamespace(**{**attributes, **tensors}), x.contiguous())
+    layer = SimpleNamespace(**{**attributes, **tensors})
+    if adapter.adds_bias:
+        return adapter.run(kernel, layer, x.contiguous(), bias)
+    out = adapter.run(kernel, layer, x.contiguous(), None)
     if row_scale is not None:
         out = out * row_scale
     return (out if bias is None else out + bias).to(x.dtype)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's scaled-mm classes: weights and activations of 8 bits, one scale for each output channel.
 
-How they quantise x, found by reading vLLM 0.32 and its operators:
+How they quantize x, found by reading vLLM 0.32 and its operators:
 
-* they multiply with the reciprocal of a scale, so x half way between two codes may become either:
-  ``slack`` says how much that can be
+* they multiply by the reciprocal of a scale, so ties may round to either code: ``slack`` is the
+  resulting error
 * int8: max|x| falls on 127 and zero points of dynamic x come from a range that need not hold 0, so
   another ``maximum`` and dynamic zero points are declined
 * fp8: max|x| falls on 448; a token's scale is never below 1 / (448 · 512), so tokens smaller than
@@ -28,7 +28,7 @@ from vllm.compressed_linear.backends.vllm_native.adapter import (
     byte_codes,
     scales,
 )
-from vllm.compressed_linear.backends.vllm_native.classes import accelerators
+from vllm.compressed_linear.backends.vllm_native.classes import scaled_mm
 from vllm.compressed_linear.checkpoint.weights import CompressedWeights
 from vllm.compressed_linear.spec.activation import quantize_dequantize
 from vllm.compressed_linear.spec.descriptor import ActivationSpec, CompressedLinearDescriptor
@@ -42,7 +42,7 @@ FP8_KINDS = {
     "e4m3 dynamic per tensor": "dynamic tensor",
     "e4m3 dynamic per token": "dynamic token",
 }
-"""Kinds of activations, in our words → in those of ``accelerators.fp8_config``."""
+"""Kinds of activations, in our words → in those of ``scaled_mm.fp8_config``."""
 
 _MULTIPLE = 16
 _IMPRECISION = 2.0**-20
@@ -69,7 +69,7 @@ class _ScaledMm(KernelAdapter):
         if d.n % _MULTIPLE or d.k % _MULTIPLE:
             yield f"{d.n}x{d.k} (supported: multiples of {_MULTIPLE})"
         if activation is None:
-            yield "it quantises x, which the descriptor does not"
+            yield "it quantizes x, which the descriptor does not"
         elif activation.dynamic and activation.maximum != self.maximum:
             yield f"max|x| falls on {self.maximum:g}, the descriptor has {activation.maximum:g}"
 
@@ -99,12 +99,12 @@ class Int8(_ScaledMm):
 
     def config(self, d: CompressedLinearDescriptor) -> object:
         assert d.activation is not None
-        return accelerators.int8_config(
+        return scaled_mm.int8_config(
             static=not d.activation.dynamic, symmetric=d.activation.symmetric
         )
 
     def build(self, kernel: Any, d: CompressedLinearDescriptor) -> Any:
-        return kernel(self.config(d), layer_param_names=accelerators.INT8_NAMES)
+        return kernel(self.config(d), layer_param_names=scaled_mm.INT8_NAMES)
 
     def attributes(self, d: CompressedLinearDescriptor) -> dict[str, Any]:
         return {"logical_widths": [d.n]}
@@ -156,7 +156,7 @@ class Fp8(_ScaledMm):
 
     def config(self, d: CompressedLinearDescriptor) -> object:
         assert d.activation is not None
-        return accelerators.fp8_config(
+        return scaled_mm.fp8_config(
             d.n,
             d.k,
             torch_dtype(d.input_dtype),
@@ -166,7 +166,7 @@ class Fp8(_ScaledMm):
         )
 
     def build(self, kernel: Any, d: CompressedLinearDescriptor) -> Any:
-        built = kernel(self.config(d), layer_param_names=accelerators.FP8_NAMES)
+        built = kernel(self.config(d), layer_param_names=scaled_mm.FP8_NAMES)
         built.logical_output_size = d.n
         return built
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which of vLLM's kernel classes for accelerators runs a descriptor."""
+"""Which of vLLM's kernel classes runs a descriptor."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from vllm.compressed_linear.backends.vllm_native import (
+    cpu,
     declined,
     dense,
     fp4,
@@ -17,8 +18,12 @@ from vllm.compressed_linear.backends.vllm_native import (
     scaled_mm,
     torch_fp8,
 )
-from vllm.compressed_linear.backends.vllm_native.adapter import KernelAdapter
-from vllm.compressed_linear.backends.vllm_native.classes import accelerators
+from vllm.compressed_linear.backends.vllm_native.adapter import (
+    KernelAdapter,
+    common_reasons,
+    rounded_weights,
+)
+from vllm.compressed_linear.backends.vllm_native.classes import operators, tables
 from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
 from vllm.compressed_linear.spec.elements import E2M1, E2M3, E3M2, E4M3
@@ -32,11 +37,12 @@ ADAPTERS: tuple[KernelAdapter, ...] = (
     *fp4.KERNELS,
     *nvfp4.KERNELS,
     *dense.KERNELS,
+    *cpu.KERNELS,
 )
 """Every class that is wired."""
 
 DENSE = "dense"
-"""The family of weights that are not quantised, of which vLLM has no table."""
+"""The family of weights that are not quantized, of which vLLM has no table."""
 
 
 def by_tag(tag: str) -> KernelAdapter:
@@ -83,13 +89,13 @@ def answers(d: CompressedLinearDescriptor, platform: Platform) -> list[Answer]:
     if family == DENSE:
         (adapter,) = dense.KERNELS
         return [Answer(adapter.kernel, adapter, tuple(adapter.reasons(d)))]
-    missing = accelerators.unavailable(family)
+    missing = tables.unavailable(family)
     if missing is not None:
         raise ValueError(missing)
     wired = {adapter.kernel: adapter for adapter in ADAPTERS if adapter.family == family}
     return [
         _answer(kernel, wired.get(kernel.__name__), d, platform)
-        for kernel in accelerators.kernel_classes(family, platform.device)
+        for kernel in tables.kernel_classes(family, platform.device)
     ]
 
 
@@ -112,12 +118,49 @@ def _answer(
     if newest is not None and have is not None and have > newest:
         reasons.append(f"compute capability {have} is too new (at most {newest})")
     if not reasons:
-        refused = accelerators.refusal(kernel, adapter.config(d), platform)
+        refused = tables.refusal(kernel, adapter.config(d), platform)
         reasons += [] if refused is None else [refused]
     if not reasons:
-        missing = (accelerators.missing_op(op, platform) for op in adapter.ops)
+        missing = (operators.missing_op(op, platform) for op in adapter.ops)
         reasons += [reason for reason in missing if reason is not None]
     return Answer(name, adapter, tuple(reasons))
+
+
+def reasons(d: CompressedLinearDescriptor, platform: Platform) -> Iterable[str]:
+    """Why no class runs ``d`` on ``platform``, beyond what is declared of all of them."""
+    yield from common_reasons(d)
+    if platform.device == "cpu":
+        yield from cpu.reasons(d, platform)
+        return
+    if not d.n or not d.k:
+        return
+    try:
+        found = answers(d, platform)
+    except ValueError as error:
+        yield str(error)
+        return
+    if not found:
+        yield f"this vLLM has no {family_of(d)} kernel classes for {platform.device}"
+    if preferred(found) is None:
+        for answer in found:
+            yield from (f"{answer.kernel}: {reason}" for reason in answer.reasons)
+
+
+def adapter_for(d: CompressedLinearDescriptor, platform: Platform) -> KernelAdapter:
+    """The class that runs ``d`` on ``platform``; ``ValueError`` if none does."""
+    if platform.device == "cpu":
+        return cpu.KERNELS[0]
+    adapter = preferred(answers(d, platform))
+    if adapter is None:
+        raise ValueError(f"none of vLLM's kernel classes for {platform.name} can run {d}")
+    return adapter
+
+
+def weight_rounding(d: CompressedLinearDescriptor) -> float:
+    """The most of the classes that compute what ``d`` says, on whatever device."""
+    family = family_of(d)
+    able = [a for a in ADAPTERS if a.family == family and not any(a.reasons(d))]
+    return max((a.weight_rounding(d) for a in able), default=rounded_weights(d))
 
 
 def preferred(found: Iterable[Answer]) -> KernelAdapter | None:

@@ -13,7 +13,7 @@ from vllm.compressed_linear.checkpoint.shard import CheckpointError
 
 
 class ExplainError(ValueError):
-    """The checkpoint cannot be explained: it would not load, or it is not there."""
+    """The checkpoint cannot be explained: it is missing or would not load."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Checkpoint:
 
     @property
     def quantization(self) -> dict[str, Any]:
-        """Where vLLM looks for it too; empty for an unquantized model."""
+        """The ``quantization_config``, from the places where vLLM looks; empty if unquantized."""
         inner = self.config.get("text_config") or {}
         found = (
             self.config.get("quantization_config")
@@ -40,16 +40,16 @@ class Checkpoint:
     def open(cls, model: str) -> Checkpoint:
         """``model``: a directory, or a model id whose files huggingface_hub has in its cache.
 
-        Raises ``ExplainError`` when it is not there, or a file of it is missing or damaged.
+        Raises ``ExplainError`` if it or one of its files is missing or damaged.
         """
         path = _local_directory(model)
         file = path / "config.json"
         if not file.is_file():
-            raise ExplainError(f"{path} has no config.json, so it is no checkpoint directory")
+            raise ExplainError(f"{path}: not a checkpoint directory: no config.json")
         try:
             config = json.loads(file.read_text())
         except ValueError as error:
-            raise ExplainError(f"{file} is no JSON: {error}") from None
+            raise ExplainError(f"{file}: invalid JSON: {error}") from None
         try:
             headers = read_headers(path)
         except CheckpointError as error:
@@ -68,7 +68,7 @@ def _local_directory(model: str) -> Path:
     if path.exists():
         raise ExplainError(f"{model} is a file, expected the directory of a checkpoint")
     if model.count("/") > 1 or model.startswith((".", "/", "~")):
-        raise ExplainError(f"there is no directory {model}")
+        raise ExplainError(f"directory {model} does not exist")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -76,6 +76,6 @@ def _local_directory(model: str) -> Path:
         return Path(snapshot_download(model, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError) as error:
         raise ExplainError(
-            f"{model} is no directory and not in the local cache of huggingface_hub; explain does "
-            "not download, so fetch it first (hf download …) or give a directory"
+            f"{model} is neither a directory nor in the local cache of huggingface_hub; explain "
+            "does not download, so fetch it first (hf download …) or give a directory"
         ) from error

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What would run each layer of a checkpoint and why, without loading it.
+"""Explain the choice of backends for a checkpoint without loading it.
 
-Everything comes from ``config.json`` and safetensors headers; the choice itself is made by the same
-code as at load. What only values decide is listed as alternatives (``possibilities.py``).
+The input is ``config.json`` and safetensors headers; the choice itself is made by the same code as
+at load. Facts that depend on values are listed as alternatives (``possibilities.py``).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from vllm.compressed_linear.commands.explain.explanation import (
     Possibility,
 )
 from vllm.compressed_linear.commands.explain.layers import (
-    LayerLayout,
-    ModelLayout,
+    ModelLayer,
+    ModelLayers,
     ModelUnavailableError,
-    model_layouts,
+    model_layers,
 )
 from vllm.compressed_linear.commands.explain.possibilities import (
     possibilities,
@@ -56,8 +56,8 @@ def explain(
     """Explain a local checkpoint.
 
     Raises ``ExplainError``, ``ConfigError`` for a contradictory quantization config,
-    ``CheckpointError`` for tensors that contradict it, ``TensorParallelError``. Layers that nothing
-    can or may run do not raise; they are in ``Explanation.errors``.
+    ``CheckpointError`` for tensors that contradict it, ``TensorParallelError``. Layers that no
+    backend can or may run do not raise; they are in ``Explanation.errors``.
     """
     with _one_thread():
         return _explain(model, platform, tp_size, dtype, read_weights, settings)
@@ -65,7 +65,7 @@ def explain(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Many small tensor operations: threads that wait for each other take longer than the work."""
+    """One thread: for many small tensor operations, synchronization costs more than the work."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -110,7 +110,7 @@ def _explain(
             "--quantization compressed_linear"
         )
     try:
-        layouts = model_layouts(
+        ranks = model_layers(
             checkpoint.path,
             architectures,
             tp_size=tp_size,
@@ -118,7 +118,7 @@ def _explain(
             quantized=bool(quantization),
         )
     except ModelUnavailableError as error:
-        from vllm.compressed_linear.commands.explain.layers_from_headers import layout_from_headers
+        from vllm.compressed_linear.commands.explain.layers_from_headers import layers_from_headers
 
         found.notes.append(
             f"vLLM's model class was not used ({error}); names and shapes come from the headers "
@@ -129,7 +129,7 @@ def _explain(
                 f"how the model is split among {tp_size} ranks is not known: vLLM's model class "
                 f"cannot be built here ({error})"
             ) from error
-        layouts = [layout_from_headers(checkpoint.headers, checkpoint.config, read_by, dtype)]
+        ranks = [layers_from_headers(checkpoint.headers, checkpoint.config, read_by, dtype)]
     settings = settings or Settings.read()
     if note := measurements.load(settings.tune_file, platform).note:
         found.notes.append(note)
@@ -140,16 +140,16 @@ def _explain(
         checkpoint.headers,
         read_weights,
     )
-    by_rank = [[explainer.layer(layout, layer) for layer in layout.layers] for layout in layouts]
+    by_rank = [[explainer.layer(model, layer) for layer in model.layers] for model in ranks]
     if explainer.not_found:
         first, count = explainer.not_found[0], len(set(explainer.not_found))
         found.notes.append(
-            f"no tensors are called {first}.* in the files ({count} such layers): either they are "
+            f"the files have no tensors {first}.* ({count} such layers): either they are "
             "missing, or the model class renames them while it loads; shown as configured"
         )
     found.layers = [_over_ranks(same) for same in zip(*by_rank, strict=True)]
-    found.left = layouts[0].left
-    found.dtype, found.model_class = layouts[0].dtype, layouts[0].model_class
+    found.left = ranks[0].left
+    found.dtype, found.model_class = ranks[0].dtype, ranks[0].model_class
     return found
 
 
@@ -170,7 +170,7 @@ def _over_ranks(plans: tuple[LayerPlan, ...]) -> LayerPlan:
 
 
 def _shown(found: tuple[Possibility, ...]) -> list[Any]:
-    """What makes a rank differ: not the length of an order that was made up."""
+    """Fields in which ranks are compared: not the length of an assumed order."""
     return [
         (
             case.facts,
@@ -184,7 +184,7 @@ def _shown(found: tuple[Possibility, ...]) -> list[Any]:
 
 
 class _Explainer:
-    """Cases and choices, each thought out once for all layers that are alike."""
+    """Possibilities and choices of layers, each computed once for equal layers."""
 
     def __init__(
         self,
@@ -203,35 +203,35 @@ class _Explainer:
         self._cases: dict[Any, tuple[Possibility, ...]] = {}
         self._parts: dict[Any, PartPlan] = {}
 
-    def layer(self, layout: ModelLayout, layer: LayerLayout) -> LayerPlan:
-        """Raises ``CheckpointError`` where headers contradict the configuration."""
+    def layer(self, model: ModelLayers, layer: ModelLayer) -> LayerPlan:
+        """Explain one layer. Raises ``CheckpointError`` if headers contradict the configuration."""
         layer = self._settled(layer)
         found = tuple(
             replace(case, parts=tuple(self._part(layer.name, part) for part in case.parts))
-            for case in self._layer_cases(layout, layer)
+            for case in self._layer_cases(model, layer)
         )
         note = layer.notes[layer.context.lookup]
         return LayerPlan(layer.name, layer.kind, found, layer.reasons, note)
 
-    def _settled(self, layer: LayerLayout) -> LayerLayout:
-        """Where rows of a tied table that is not quantized are looked up, as at load."""
+    def _settled(self, layer: ModelLayer) -> ModelLayer:
+        """Decide where rows of a tied unquantized table are looked up, as at load."""
         if layer.dense is None:
             return layer
         try:
             context = settle_lookup(
                 layer.name, [layer.dense], layer.context, self.platform, self.settings
             )
-        except NoBackendError:  # which the case will say
+        except NoBackendError:  # the case will report it
             context = layer.context
         return replace(layer, context=context)
 
-    def _layer_cases(self, layout: ModelLayout, layer: LayerLayout) -> tuple[Possibility, ...]:
+    def _layer_cases(self, model: ModelLayers, layer: ModelLayer) -> tuple[Possibility, ...]:
         if layer.dense is not None:
             return possibilities([layer.dense], layer.context, self.hints)
         name, sources = layer.name, layer.sources
-        tensors = locate(name, layer.path, sources, layout.headers, layout.stacked)
+        tensors = locate(name, layer.path, sources, model.headers, model.stacked)
         if tensors and self.read_weights:
-            read = _reader(layout.headers, self.file_headers)
+            read = _reader(model.headers, self.file_headers)
             return (read_possibility(name, sources, layer.context, tensors, read),)
         if not tensors:
             self.not_found.append(name)
@@ -261,12 +261,13 @@ class _Explainer:
                 chosen_by=selection.chosen_by,
                 bytes_prepared=selection.chosen.prepared_bytes(part.descriptor),
                 rejected=rejections(selection),
+                untested_on_hardware=selection.untested,
             )
         return self._parts[key]
 
 
 def _reader(headers: Headers, file_headers: Headers) -> ReadTensor:
-    """Reads by vLLM's names: ``headers`` are ``file_headers`` renamed, in the same order."""
+    """Reader by vLLM's names: ``headers`` are ``file_headers`` renamed, in the same order."""
     from safetensors import safe_open
 
     on_disk = dict(zip(headers, file_headers, strict=True))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``explain`` found, as values and as JSON."""
+"""Results of ``explain``, as values and as JSON."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
 
 @dataclass(frozen=True)
 class PartPlan:
-    """A run of shards of a layer that one backend computes, and what would run it.
+    """A run of shards of a layer that one backend computes, and the choice for it.
 
-    ``shards``: last components of their names. ``backend`` is empty before the choice, and where
-    nothing may run the part; then ``error`` says why. ``bytes_prepared`` is None where a backend
-    cannot tell beforehand.
+    ``shards``: last components of their names. ``backend`` is empty before the choice, and if no
+    backend may run the part; then ``error`` says why. ``bytes_prepared`` is None if the backend
+    does not know it beforehand. ``untested_on_hardware``: backends that could run it, perhaps the
+    chosen one, and have never run on such hardware.
     """
 
     start: int
@@ -29,20 +30,21 @@ class PartPlan:
     chosen_by: str = ""
     bytes_prepared: int | None = None
     rejected: tuple[Rejection, ...] = ()
+    untested_on_hardware: tuple[str, ...] = ()
     error: str = ""
 
     @property
     def runs(self) -> str:
-        """Backend and code path in one word."""
+        """Backend and code path."""
         return f"{self.backend} ({self.variant})" if self.variant else self.backend or "nothing"
 
 
 @dataclass(frozen=True)
 class Possibility:
-    """What a layer is if one of ``facts`` holds (each a sentence; empty: it is certain).
+    """The parts of a layer if one of ``facts`` holds (each a sentence; empty: it is certain).
 
-    ``likely``: it is so if the configuration tells the truth. ``uniform``: one of the facts is the
-    same for all shards. ``from_sample``: the order was made up and K depends on the real one.
+    ``likely``: true if the configuration is right. ``uniform``: one of the facts is the same for
+    all shards. ``from_sample``: the order was assumed and K depends on the real one.
     """
 
     facts: tuple[str, ...]
@@ -54,7 +56,7 @@ class Possibility:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer on rank 0, the likely case first; ``other_ranks`` holds what differs elsewhere."""
+    """One layer on rank 0, the likely case first; ``other_ranks``: ranks that differ."""
 
     name: str
     kind: str
@@ -70,7 +72,7 @@ class LayerPlan:
 
 @dataclass
 class Explanation:
-    """Everything ``explain`` prints."""
+    """All output of ``explain``."""
 
     model: str
     architecture: str
@@ -88,7 +90,7 @@ class Explanation:
 
     @property
     def errors(self) -> list[str]:
-        """Why loading would stop, one message a layer, as far as that is likely or sure."""
+        """Why loading would fail, one message per layer, for likely and certain cases."""
         ranks = [case_list[0] for layer in self.layers for _, case_list in layer.other_ranks] + [
             layer.likely for layer in self.layers
         ]
@@ -97,15 +99,15 @@ class Explanation:
             first: dict[str, str] = {}
             for left in self.left:
                 first.setdefault(left.refusal, left.name)
-            errors += [f"{name} and its like: {why}" for why, name in first.items() if why]
+            errors += [f"{name} and equal layers: {why}" for why, name in first.items() if why]
         return list(dict.fromkeys(errors))
 
     def bytes_checkpoint(self) -> int:
-        """Of the layers that would run here, on rank 0."""
+        """Bytes in the checkpoint of the layers that would run here, on rank 0."""
         return sum(p.bytes_checkpoint for layer in self.layers for p in layer.likely.parts)
 
     def bytes_prepared(self) -> int | None:
-        """The same after preparation; None if a backend cannot tell."""
+        """The same after preparation; None if a backend does not know."""
         sizes = [p.bytes_prepared for layer in self.layers for p in layer.likely.parts]
         return None if None in sizes else sum(size for size in sizes if size is not None)
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The linear layers of a model as vLLM will build them, without its weights.
+"""Linear layers of a model as vLLM builds them, without its weights.
 
-The model class itself is constructed on the meta device, so names, fused shards and the split among
-ranks are those of a real load for every architecture.
+The model class is constructed on the meta device, so names, fused shards and the split among ranks
+equal those of a real load for every architecture.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from vllm.compressed_linear.integration.registration import register_with_vllm
 from vllm.compressed_linear.prepare.plan import DELEGATED, Plan, PlanEntry
 
 LONGEST_REASON = 160
-"""Characters of another library's error that are worth repeating."""
+"""Limit of characters for an error of another library."""
 
 
 class ModelUnavailableError(RuntimeError):
-    """vLLM's class for a model cannot be built here; the message says why."""
+    """vLLM's model class cannot be built here; the message says why."""
 
 
 class TensorParallelError(ValueError):
@@ -37,14 +37,13 @@ class TensorParallelError(ValueError):
 
 
 @dataclass(frozen=True)
-class LayerLayout:
+class ModelLayer:
     """One layer that this package will run.
 
-    ``name``: what the model class calls it, and the plan. ``path``: where it is in the model.
-    ``sources``: the shards of a layer of which at least one is quantized. ``dense``: this rank's
-    weight (a meta tensor) of an unquantized one. ``reasons``: which rule left which shard
-    unquantized. ``notes``: what else the plan says, if rows are not looked up in the prepared copy
-    and if they are.
+    ``name``: in the model class, and in the plan. ``path``: position in the model. ``sources``: the
+    shards of a layer of which at least one is quantized. ``dense``: this rank's weight (a meta
+    tensor) of an unquantized layer. ``reasons``: which rule left which shard unquantized.
+    ``notes``: of the plan, without and with lookups in the prepared copy.
     """
 
     name: str
@@ -59,9 +58,8 @@ class LayerLayout:
 
 @dataclass(frozen=True)
 class LeftToVllm:
-    """A layer with weights that vLLM's own code runs, and why. ``refusal``: what that code says if
-    it will not run it on this machine. ``nbytes``: of its weights, where vLLM keeps them as they
-    are."""
+    """A layer with weights that vLLM's own code runs, and why. ``refusal``: error of that code if
+    it cannot run it on this machine. ``nbytes``: of its weights, if vLLM keeps them unchanged."""
 
     name: str
     kind: str
@@ -72,11 +70,11 @@ class LeftToVllm:
 
 
 @dataclass
-class ModelLayout:
+class ModelLayers:
     """All linear layers of one rank, in the model's order. ``headers`` have vLLM's names;
     ``stacked``: parts of fused tensors that only the model class's mapper knows."""
 
-    layers: list[LayerLayout] = field(default_factory=list)
+    layers: list[ModelLayer] = field(default_factory=list)
     left: list[LeftToVllm] = field(default_factory=list)
     headers: Headers = field(default_factory=lambda: Headers({}))
     stacked: Stacked = field(default_factory=dict)
@@ -84,13 +82,13 @@ class ModelLayout:
     model_class: str = ""
 
 
-def model_layouts(
+def model_layers(
     path: Path, architectures: Sequence[str], *, tp_size: int, dtype: str, quantized: bool
-) -> list[ModelLayout]:
-    """The layout on every rank.
+) -> list[ModelLayers]:
+    """The layers of each rank.
 
-    Raises ``ModelUnavailableError`` when the class cannot be built, ``TensorParallelError`` when
-    the model cannot be split so, and what loading would raise for a bad configuration.
+    Raises ``ModelUnavailableError`` if the class cannot be built, ``TensorParallelError`` if the
+    model cannot be split so, and the errors of loading for an invalid configuration.
     """
     register_with_vllm()
     try:
@@ -107,7 +105,7 @@ def model_layouts(
     if not isinstance(config.quant_config, CompressedLinearConfig):
         found = type(config.quant_config).__name__
         raise ModelUnavailableError(f"vLLM would read this checkpoint with its own {found}")
-    return [_layout(config, rank) for rank in range(tp_size)]
+    return [_layers_of_rank(config, rank) for rank in range(tp_size)]
 
 
 def _unavailable(error: Exception) -> Exception:
@@ -116,12 +114,12 @@ def _unavailable(error: Exception) -> Exception:
         if isinstance(cause, ConfigError):
             return cause
         cause = cause.__cause__ or cause.__context__
-    # pydantic's messages list every architecture there is.
+    # pydantic's messages list all architectures.
     text = " ".join(str(error).split())
     return ModelUnavailableError(f"{type(error).__name__}: {text[:LONGEST_REASON]}")
 
 
-def _layout(config: Any, rank: int) -> ModelLayout:
+def _layers_of_rank(config: Any, rank: int) -> ModelLayers:
     plan = Plan()
     refused: dict[str, LeftToVllm] = {}
 
@@ -136,7 +134,7 @@ def _layout(config: Any, rank: int) -> ModelLayout:
     delegated = {e.name: e for e in plan.entries.values() if e.backend == DELEGATED}
     headers = quant_config.file.headers or Headers({})
     on_disk = config.quant_config.file.headers or ()
-    layout = ModelLayout(
+    found = ModelLayers(
         headers=headers,
         stacked=meta_model.stacked_names(model, dict(zip(on_disk, headers, strict=True))),
         dtype=str(config.model_config.dtype).removeprefix("torch."),
@@ -144,14 +142,14 @@ def _layout(config: Any, rank: int) -> ModelLayout:
     )
     for name, module in model.named_modules():
         if name in refused:
-            layout.left.append(refused[name])
+            found.left.append(refused[name])
         else:
-            _add(layout, name, module, quant_config, delegated)
-    return layout
+            _add(found, name, module, quant_config, delegated)
+    return found
 
 
 class _SurvivingDelegation(Delegation):
-    """Where vLLM's code will not run a layer that is left to it, notes that and goes on."""
+    """Delegation that records refusals of vLLM's code instead of raising them."""
 
     def __init__(self, found: Format, refused: dict[str, LeftToVllm]) -> None:
         super().__init__(found)
@@ -179,7 +177,7 @@ class _SurvivingDelegation(Delegation):
 
 
 def _add(
-    layout: ModelLayout,
+    found: ModelLayers,
     name: str,
     module: Any,
     quant_config: CompressedLinearConfig,
@@ -198,10 +196,10 @@ def _add(
         return
     if name in delegated:
         entry = delegated[name]
-        layout.left.append(LeftToVllm(name, entry.kind, entry.variant, entry.note))
+        found.left.append(LeftToVllm(name, entry.kind, entry.variant, entry.note))
     elif isinstance(method, linear.CompressedLinearMethod):
-        layout.layers.append(
-            LayerLayout(
+        found.layers.append(
+            ModelLayer(
                 method.plan_name,
                 name,
                 method.plan_kind,
@@ -212,8 +210,8 @@ def _add(
             )
         )
     elif isinstance(method, linear.DenseMethod) and method.could_take(module):
-        layout.layers.append(
-            LayerLayout(
+        found.layers.append(
+            ModelLayer(
                 method.plan_name,
                 name,
                 method.kind,
@@ -231,9 +229,9 @@ def _add(
         if isinstance(module, LinearBase):
             reason = f"{type(module).__name__} is one of vLLM's special cases"
         elif isinstance(method, UnquantizedEmbeddingMethod):
-            by = UnquantizedEmbeddingMethod.__name__  # ours leaves it to that one
+            by = UnquantizedEmbeddingMethod.__name__  # our method delegates to it
             nbytes = module.weight.nbytes
-        layout.left.append(LeftToVllm(name, type(module).__name__, by, reason, nbytes=nbytes))
+        found.left.append(LeftToVllm(name, type(module).__name__, by, reason, nbytes=nbytes))
 
 
 def _reasons(config: CompressedLinearConfig, prefix: str, kind: LayerKind) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The linear layers of a checkpoint from its headers alone, where vLLM has no class for the model.
+"""Linear layers of a checkpoint from its headers alone, if vLLM has no class for the model.
 
-Layers carry the checkpoint's names, and fused ones appear as their parts.
+Layers have the checkpoint's names, and fused layers appear as their members.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from vllm.compressed_linear.checkpoint.describe import LayerContext
 from vllm.compressed_linear.checkpoint.headers import Headers, TensorHeader, last_word
 from vllm.compressed_linear.checkpoint.shard import ShardSource, dense_shard
 from vllm.compressed_linear.commands.explain.layers import (
-    LayerLayout,
     LeftToVllm,
-    ModelLayout,
+    ModelLayer,
+    ModelLayers,
 )
 from vllm.compressed_linear.formats.base import Format
 from vllm.compressed_linear.formats.file_view import FileView
@@ -26,56 +26,56 @@ from vllm.compressed_linear.spec.elements import dtype_name
 from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role, StoredTensor
 
 
-def layout_from_headers(
+def layers_from_headers(
     headers: Headers, model_config: Mapping[str, Any], read_by: Format, dtype: str
-) -> ModelLayout:
+) -> ModelLayers:
     """One layer for each module with a matrix. ``dtype``: of the activations; "auto" is what
     config.json says."""
     file = FileView(headers, read_by.marker_tensors)
     stated = model_config.get("dtype") or model_config.get("torch_dtype") or "bfloat16"
     dtype = str(stated) if dtype == "auto" else dtype
     activations = getattr(torch, dtype)
-    layout = ModelLayout(headers=headers, dtype=dtype_name(activations))
+    model = ModelLayers(headers=headers, dtype=dtype_name(activations))
     for module, names in headers.modules.items():
         kind = _kind(module)
         tensors = {name: headers[f"{module}.{name}" if module else name] for name in names}
         bias = "bias" in tensors
         lookup = kind is LayerKind.EMBEDDING
-        bias_dtype = layout.dtype if bias else None
-        context = LayerContext(layout.dtype, layout.dtype, bias_dtype, lookup=lookup)
+        bias_dtype = model.dtype if bias else None
+        context = LayerContext(model.dtype, model.dtype, bias_dtype, lookup=lookup)
         found = read_by.resolve(module, kind, file)
         if ".experts." in f".{module}.":
-            layout.left.append(LeftToVllm(module, str(kind), "", "an expert of a mixture"))
+            model.left.append(LeftToVllm(module, str(kind), "", "an expert of a mixture"))
         elif isinstance(found, Delegated):
-            layout.left.append(LeftToVllm(module, str(kind), "", found.reason))
+            model.left.append(LeftToVllm(module, str(kind), "", found.reason))
         elif isinstance(found, CheckpointScheme) and (shape := _shape(found, tensors)):
             n, k = shape
             source = ShardSource(module, found, n, k, 0, n, 0, k)
-            layout.layers.append(LayerLayout(module, module, kind, context, (source,)))
+            model.layers.append(ModelLayer(module, module, kind, context, (source,)))
         elif isinstance(found, Unquantized) and _is_linear(module, tensors):
             n, k = tensors["weight"].shape
             shard = dense_shard(module, torch.empty(n, k, dtype=activations, device="meta"))
-            layout.layers.append(
-                LayerLayout(module, module, kind, context, dense=shard, reasons=(found.reason,))
+            model.layers.append(
+                ModelLayer(module, module, kind, context, dense=shard, reasons=(found.reason,))
             )
-    return layout
+    return model
 
 
 def _kind(module: str) -> LayerKind:
-    """What the module is, by its name."""
+    """Kind of a module, by its name."""
     if last_word(module) == "lm_head":
         return LayerKind.HEAD
     return LayerKind.EMBEDDING if "embed" in last_word(module) else LayerKind.LINEAR
 
 
 def _is_linear(module: str, tensors: Mapping[str, TensorHeader]) -> bool:
-    """A matrix, and by its name no embedding table."""
+    """Whether it is a matrix and, by its name, not an embedding table."""
     weight = tensors.get("weight")
     return weight is not None and len(weight.shape) == 2 and "embed" not in module
 
 
 def _shape(scheme: CheckpointScheme, tensors: Mapping[str, TensorHeader]) -> tuple[int, int] | None:
-    """(N, K) under which the codes have the shape they have on disk; None if nothing fits."""
+    """(N, K) for which the codes have their shape on disk; None if nothing fits."""
     codes = next(t for t in scheme.tensors if t.role is Role.CODES)
     header = tensors.get(codes.name)
     if header is None or codes.interleave or len(header.shape) != len(codes.axes):
@@ -95,7 +95,7 @@ def _shape(scheme: CheckpointScheme, tensors: Mapping[str, TensorHeader]) -> tup
 
 
 def _unpacked_axes(scheme: CheckpointScheme, tensors: Mapping[str, TensorHeader]) -> dict[str, int]:
-    """Lengths of N and K that a tensor without packing states."""
+    """Lengths of N and K according to tensors without a packing."""
     known: dict[str, int] = {}
     for stored in scheme.tensors:
         header = tensors.get(stored.name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's private names for building a model class without weights, devices or other processes."""
+"""Construction of a vLLM model class without weights, devices or other processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OVER_RANKS = frozenset({"_WORLD", "_TP", "_EP"})
 
 @dataclass(frozen=True)
 class PretendGroup:
-    """What layers ask of a process group while they are built; nothing can be sent over it."""
+    """Stand-in for a process group while layers are built; it cannot communicate."""
 
     world_size: int
     rank_in_group: int
@@ -65,7 +65,7 @@ class PretendGroup:
 
 @contextmanager
 def pretend_parallel(rank: int, size: int) -> Iterator[None]:
-    """Inside, this process is tensor-parallel rank ``rank`` of ``size``, and alone otherwise."""
+    """Context in which this process is tensor-parallel rank ``rank`` of ``size``."""
     from vllm.distributed import parallel_state
 
     names = [name for name in _GROUPS if hasattr(parallel_state, name)]
@@ -83,7 +83,7 @@ def pretend_parallel(rank: int, size: int) -> Iterator[None]:
 def inspect_models_here(architectures: list[str]) -> None:
     """Import these model classes into this process.
 
-    vLLM would start another process for each one to ask what it can do, which takes seconds.
+    vLLM would inspect each one in a subprocess, which takes seconds.
     """
     from vllm.model_executor.models import registry
 
@@ -130,7 +130,7 @@ def engine_config(path: str, *, dtype: str, tp_size: int, quantization: str | No
 
 
 def check_tensor_parallel(config: Any) -> None:
-    """``ValueError`` when the model cannot be split among that many ranks."""
+    """Raise ``ValueError`` if the model cannot be split among that many ranks."""
     config.model_config.verify_with_parallel_config(config.parallel_config)
 
 
@@ -169,9 +169,8 @@ def build_on_meta(
 def stacked_names(
     model: torch.nn.Module, names: Mapping[str, str]
 ) -> dict[str, list[tuple[str, Any]]]:
-    """What the mappers of the model and its parts say of tensors that are put together as they
-    load: name of the fused tensor → (name of a part, its shard). ``names``: name in the files →
-    vLLM's name of the part."""
+    """Tensors that the mappers of the model and its parts fuse during loading: name of the fused
+    tensor → (name of a part, its shard). ``names``: name in the files → vLLM's name of the part."""
     found: dict[str, list[tuple[str, Any]]] = {}
     for path, module in model.named_modules():
         mapper: Any = getattr(module, "hf_to_vllm_mapper", None)

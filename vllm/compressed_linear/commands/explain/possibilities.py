@@ -3,7 +3,7 @@
 
 Two things are decided by values only: whether a group index reorders channels (and whether all
 shards of a fused layer are reordered in the same way), and whether all zero points are the middle
-code. Each combination is supposed in turn and described by the rules for loaded weights.
+code. Each combination is assumed in turn and described by the rules for loaded weights.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from dataclasses import replace
 
 import torch
 
-from vllm.compressed_linear.checkpoint.channels import plan_channels
+from vllm.compressed_linear.checkpoint.channels import gather_channels
 from vllm.compressed_linear.checkpoint.describe import LayerContext, describe
 from vllm.compressed_linear.checkpoint.facts import (
     GroupOrder,
     ShardFacts,
-    channel_plan,
+    channel_gather,
     read_facts,
     stated_facts,
 )
@@ -32,7 +32,7 @@ from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
 from vllm.compressed_linear.spec.scheme import Role
 
 MIXED_SHARDS = 3
-"""Up to this many shards with open facts, shards that differ among themselves are supposed too."""
+"""Up to this many shards with unknown facts, combinations in which shards differ are included."""
 
 
 def read_possibility(
@@ -42,8 +42,8 @@ def read_possibility(
     tensors: LayerTensors,
     read: ReadTensor,
 ) -> Possibility:
-    """The one possibility that the data leaves. Codes are read only where a scale is 0, to see
-    whether weights were lost. Raises ``CheckpointError`` on damaged data."""
+    """The possibility that the data decides. Codes are read only if a scale is 0, to see whether
+    weights were lost. Raises ``CheckpointError`` on damaged data."""
     shards = load_shards(layer, sources, tensors, read)
     scales = [shard.scale() for shard in shards]
     if any(scale is not None and bool((scale == 0).any()) for scale in scales):
@@ -55,8 +55,8 @@ def read_possibility(
 def possibilities(
     shards: Sequence[LoadedShard], context: LayerContext, hints: Hints
 ) -> tuple[Possibility, ...]:
-    """Every possibility for ``shards`` of meta tensors, the likely one first; those with the same
-    result are one."""
+    """All possibilities for ``shards`` of meta tensors, the likely one first; equal results are
+    merged."""
     indexed = [i for i, s in enumerate(shards) if s.stored(Role.GROUP_INDEX) and _groups(s) > 1]
     zeroed = [
         i
@@ -98,19 +98,19 @@ def possibilities(
 
 
 def _order(shard: LoadedShard, number: int) -> GroupOrder | None:
-    """Order ``number`` of the channels of ``shard``: 0 is in order, others are made up. A shard
-    without a group index has the order that its place gives it."""
+    """Order ``number`` of the channels of ``shard``: 0 is in order, others are assumed. A shard
+    without a group index has the order of its position."""
     source = shard.source
     if source.scheme.weight.scale is None or not source.k:
         return None
     if shard.stored(Role.GROUP_INDEX) is None:
-        plan = channel_plan(shard)
-        return None if plan is None else GroupOrder.of(plan)
+        gather = channel_gather(shard)
+        return None if gather is None else GroupOrder.of(gather)
     index = torch.arange(source.full_k) // source.scheme.weight.group_size(source.full_k)
     if number:
         generator = torch.Generator().manual_seed(number)
         index = index[torch.randperm(source.full_k, generator=generator)]
-    return GroupOrder.of(plan_channels(index[source.k_start : source.k_start + source.k]))
+    return GroupOrder.of(gather_channels(index[source.k_start : source.k_start + source.k]))
 
 
 def _merged(one: Possibility, two: Possibility) -> Possibility:
@@ -125,7 +125,7 @@ def _merged(one: Possibility, two: Possibility) -> Possibility:
 
 
 def _depends_on_order(descriptor: CompressedLinearDescriptor) -> bool:
-    """Whether another order of channels could need another filling up of groups."""
+    """Whether another order of channels could need other padding of groups."""
     return descriptor.channel_order is not None and descriptor.channel_order.padded
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tensors of the files make up a layer, and loading them without reading more than is asked.
+"""Find the tensors of a layer in the files, and load only those that are requested.
 
-A fused layer's tensors may lie in the files shard by shard, fused, or under names of which only the
-model class's own mapper knows what they are.
+A fused layer's tensors may be stored shard by shard, fused, or under names that only the model
+class's mapper knows.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ReadTensor = Callable[[str], torch.Tensor]
 """A tensor of the checkpoint by vLLM's name for it."""
 
 Stacked = Mapping[str, Sequence[tuple[str, Any]]]
-"""Name of a fused tensor → (name of a part, its shard), for models that have a mapper for them."""
+"""Name of a fused tensor → (name of a part, its shard), for models with a mapper for them."""
 
 
 @dataclass(frozen=True)
@@ -45,20 +45,20 @@ class Located:
 
     @property
     def signature(self) -> Any:
-        """Equal for tensors that are described alike."""
+        """Equal for tensors with equal descriptions."""
         return self.shard, self.header.dtype, self.header.shape
 
 
 LayerTensors = Mapping[str, tuple[Located, ...]]
-"""Last part of a tensor's name (``"qweight"``) → where it is."""
+"""Last component of a tensor's name (``"qweight"``) → its parts in the files."""
 
 
 def locate(
     layer: str, path: str, sources: Sequence[ShardSource], headers: Headers, stacked: Stacked
 ) -> LayerTensors:
-    """The tensors of ``layer``; empty when the files have nothing under its names.
+    """The tensors of ``layer``; empty if the files have none under its names.
 
-    ``path``: where the layer is in the model, which is how loaders find it. Some model classes give
+    ``path``: the layer's position in the model, by which loaders find it. Some model classes give
     their layers other names, or none.
     """
     found: dict[str, tuple[Located, ...]] = {}
@@ -129,10 +129,10 @@ def load_shards(
     *,
     codes: bool = False,
 ) -> list[LoadedShard]:
-    """The shards as loading would leave them: meta tensors, and real ones for what ``read`` is
-    asked for (everything but codes, unless ``codes``).
+    """The shards as after loading: meta tensors, and real ones that ``read`` returns (everything
+    but codes, unless ``codes``).
 
-    Raises ``CheckpointError`` as loading would: a tensor is missing, or has another shape or dtype.
+    Raises ``CheckpointError`` as loading does: a tensor is missing, or has another shape or dtype.
     """
     with torch.device("meta"):
         parameters = create_parameters(sources, layer)
@@ -153,7 +153,7 @@ def load_shards(
 
 
 def _placeholder(part: Located, role: Role) -> torch.Tensor:
-    """What the header says; of a tensor that states the weight's shape, what it should say."""
+    """Meta tensor of the header; for a tensor of role SHAPE, the expected values."""
     if role is Role.SHAPE:
         return torch.tensor([sum(s.full_n for s in part.sources), part.sources[0].full_k])
     dtype = getattr(torch, part.header.dtype, None)

@@ -20,7 +20,7 @@ from vllm.compressed_linear.commands.explain.explanation import (
     PartPlan,
     Possibility,
 )
-from vllm.compressed_linear.commands.text import NUMBER, compress_names, size
+from vllm.compressed_linear.commands.text import NUMBER, UNTESTED, compress_names, size
 from vllm.compressed_linear.prepare.plan import Rejection
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
 
@@ -145,7 +145,7 @@ def _table(groups: Sequence[LayerGroup], dtype: str, width: int) -> Table:
                 words = f"{' + '.join(part.shards)}: {words}"
             prepared = None if part.bytes_prepared is None else part.bytes_prepared * count
             disk = size(part.bytes_checkpoint * count)
-            table.add_row("", words, _runs(part), disk, size(prepared))
+            table.add_row("", words, _runs(part, "\n"), disk, size(prepared))
         for reason in plan.unquantized:
             table.add_row("", Text(f"not quantized: {reason}", style="dim"), "", "", "")
         if plan.note:
@@ -154,12 +154,16 @@ def _table(groups: Sequence[LayerGroup], dtype: str, width: int) -> Table:
     return table
 
 
-def _runs(part: PartPlan) -> Text:
+def _runs(part: PartPlan, separator: str = ", ") -> Text:
+    """What runs ``part``; ``separator``: before the mark of what has never run on hardware."""
     if part.error:
         return Text("nothing", style="bold red")
     style = "yellow" if part.backend == REFERENCE else "green"
     why = f" ({part.chosen_by})" if part.chosen_by in ("asked for", "tuned") else ""
-    return Text(part.runs + why, style=style)
+    text = Text(part.runs + why, style=style)
+    if part.backend in part.untested_on_hardware:
+        text.append(separator + UNTESTED, style="yellow")
+    return text
 
 
 def _print_facts(groups: Sequence[LayerGroup], dtype: str, console: Console) -> None:
@@ -228,8 +232,10 @@ def _print_ranks(groups: Sequence[LayerGroup], dtype: str, console: Console) -> 
 def _print_rejected(groups: Sequence[LayerGroup], console: Console) -> None:
     """Each backend's reasons once, with the numbers of the groups they are about."""
     found: dict[Rejection, list[int]] = {}
+    untested: set[str] = set()
     for number, group in enumerate(groups, 1):
         for part in group.plan.likely.parts:
+            untested.update(part.untested_on_hardware)
             for rejection in part.rejected:
                 numbers = found.setdefault(rejection, [])
                 if number not in numbers:
@@ -244,9 +250,9 @@ def _print_rejected(groups: Sequence[LayerGroup], console: Console) -> None:
             for reason in rejection.reasons:
                 _print_line(Text(reason), console)
         else:
-            console.print(
-                Text(f"{rejection.backend} could run {where}, but ranks lower", style="cyan")
-            )
+            mark = f" ({UNTESTED})" if rejection.backend in untested else ""
+            text = f"{rejection.backend}{mark} could run {where}, but ranks lower"
+            console.print(Text(text, style="cyan"))
 
 
 def _print_title(title: str, console: Console) -> None:

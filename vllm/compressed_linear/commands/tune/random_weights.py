@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random weights of a given descriptor, for whoever has the descriptor and not the checkpoint."""
+"""Random weights matching a descriptor; used by tune and benchmarks."""
 
 from __future__ import annotations
 
 import torch
 
-from vllm.compressed_linear.checkpoint.channels import ChannelPlan
+from vllm.compressed_linear.checkpoint.channels import ChannelGather
 from vllm.compressed_linear.checkpoint.facts import ShardNumbers
 from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
 from vllm.compressed_linear.checkpoint.weights import CompressedWeights
@@ -16,12 +16,12 @@ from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role, StoredTen
 SEED = 8913
 
 
-def made_up_weights(
+def random_weights(
     descriptor: CompressedLinearDescriptor, device: torch.device | str = "cpu"
 ) -> CompressedWeights:
-    """Weights that ``descriptor`` describes, on ``device``: finite numbers, a random order of
-    channels where it has one. Codes are stored a byte each, so a backend prepares them as it would
-    any others. The same descriptor gives the same numbers."""
+    """Random weights matching ``descriptor``, on ``device``: finite numbers, and a random order of
+    channels if it has one. Codes are stored in one byte each and prepared as those of a checkpoint.
+    Equal descriptors give equal numbers."""
     d, weight = descriptor, descriptor.weight
     element = weight.element
     generator = torch.Generator().manual_seed(SEED)
@@ -39,12 +39,12 @@ def made_up_weights(
     else:
         codes = torch.randint(1 << element.bits, shape, generator=generator, dtype=torch.uint8)
         if element.kind != "integer":
-            # Codes of infinities and NaN are no weights.
+            # No codes of infinities and NaN.
             finite = torch.isfinite(element.table())
             codes[~finite[codes.long()]] = 0
         add("codes", Role.CODES, ("N", "K"), codes)
     groups = weight.groups(d.in_features)
-    plan = None
+    gather = None
     if weight.scale is not None:
         axes: tuple[str | int, ...] = ("N", "G")
         scale = _scales((d.n, groups), weight.scale.dtype, generator)
@@ -53,9 +53,9 @@ def made_up_weights(
         elif weight.scale.granularity == "block":
             axes, scale = ("B", "G"), scale[: -(-d.n // weight.scale.block_rows)]
         add("scale", Role.SCALE, axes, scale)
-        plan = _plan(d, groups, generator)
-        if plan.order is not None:
-            add("g_idx", Role.GROUP_INDEX, ("K",), _group_index(plan, d.in_features))
+        gather = _gather(d, groups, generator)
+        if gather.order is not None:
+            add("g_idx", Role.GROUP_INDEX, ("K",), _group_index(gather, d.in_features))
     if weight.zero is not None:
         zero = torch.rand(d.n, groups, generator=generator) * ((1 << element.bits) - 1)
         add("zero", Role.ZERO, ("N", "G"), zero.to(torch_dtype(weight.zero.dtype)))
@@ -66,13 +66,13 @@ def made_up_weights(
         channels = 0.5 + torch.rand(d.in_features, generator=generator)
         add("prescale", Role.PRESCALE, ("K",), channels.to(torch_dtype(d.prescale)))
     if d.activation is not None and d.activation.needs_scale:
-        # Normal numbers reach 4. Scales of groups are multiples of this one, up to 448 of it.
+        # Normal numbers reach 4. Scales of groups are multiples of this one, up to 448 times.
         reach = d.activation.maximum * (448 if d.activation.scale_dtype == "float8_e4m3fn" else 1)
         add("input_scale", Role.INPUT_SCALE, (1,), torch.tensor([4 / reach]))
     if d.activation is not None and d.activation.needs_zero:
         add("input_zero", Role.INPUT_ZERO, (1,), torch.tensor([3], dtype=torch.int32))
     source = ShardSource(
-        f"weights made up for {d}",
+        f"random weights for {d}",
         CheckpointScheme(weight, tuple(stored), d.activation, d.transform),
         *(d.n, d.in_features),
         *(0, d.n),
@@ -80,31 +80,33 @@ def made_up_weights(
     )
     shard = LoadedShard(source, {name: tensor.to(device) for name, tensor in tensors.items()})
     scales = shard.scale()
-    numbers = ShardNumbers(scales, shard.in_codes(shard.zero(), scales), plan)
+    numbers = ShardNumbers(scales, shard.in_codes(shard.zero(), scales), gather)
     return CompressedWeights([shard], [numbers], zero_points=weight.zero is not None)
 
 
 def _scales(shape: tuple[int, int], dtype: str, generator: torch.Generator) -> torch.Tensor:
-    """Scales between 0.01 and 0.02, or powers of two about there."""
+    """Scales between 0.01 and 0.02, or powers of two near them."""
     if dtype == "e8m0":
         return torch.randint(119, 122, shape, generator=generator, dtype=torch.uint8)
     return (0.01 + 0.01 * torch.rand(shape, generator=generator)).to(torch_dtype(dtype))
 
 
-def _plan(d: CompressedLinearDescriptor, groups: int, generator: torch.Generator) -> ChannelPlan:
-    # Filled-up groups are more than the checkpoint's, so several share a scale.
+def _gather(
+    d: CompressedLinearDescriptor, groups: int, generator: torch.Generator
+) -> ChannelGather:
+    # With padding there are more groups than in the checkpoint, so several share a scale.
     group_of = torch.arange(d.groups) % max(groups, 1)
     if d.channel_order is None:
-        return ChannelPlan(None, group_of, d.group_size)
+        return ChannelGather(None, group_of, d.group_size)
     order = torch.full((d.k,), -1, dtype=torch.int32)
     order[: d.in_features] = torch.arange(d.in_features, dtype=torch.int32)
-    return ChannelPlan(order[torch.randperm(d.k, generator=generator)], group_of, d.group_size)
+    return ChannelGather(order[torch.randperm(d.k, generator=generator)], group_of, d.group_size)
 
 
-def _group_index(plan: ChannelPlan, k: int) -> torch.Tensor:
-    assert plan.order is not None
+def _group_index(gather: ChannelGather, k: int) -> torch.Tensor:
+    assert gather.order is not None
     index = torch.zeros(k, dtype=torch.int32)
-    real = plan.order >= 0
-    groups = plan.group_of.repeat_interleave(plan.group_size)
-    index[plan.order[real].long()] = groups[real].to(torch.int32)
+    real = gather.order >= 0
+    groups = gather.group_of.repeat_interleave(gather.group_size)
+    index[gather.order[real].long()] = groups[real].to(torch.int32)
     return index

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``tune`` does and has measured, for people."""
+"""Progress and results of ``tune`` as text."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from vllm.compressed_linear.commands.tune.tune import LayerResult, Progress, Tun
 from vllm.compressed_linear.machine.limits import MachineLimits
 
 SHOWN = (1, 4, 16, 64, 512, 2048)
-"""M of the columns, as far as they were measured; the file has all of them."""
+"""M of the table's columns, if measured; the file has all of them."""
 
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """A bar on stderr, gone when all is done."""
+    """A progress bar on stderr, removed at the end."""
     with tqdm(bar_format="{desc} {bar} {n_fmt}/{total_fmt} {elapsed}", leave=False) as bar:
 
         def show(text: str, done: int, total: int) -> None:
@@ -36,7 +36,7 @@ def progress_bar() -> Iterator[Progress]:
 
 
 def print_result(result: TuneResult, console: Console) -> None:
-    """Write what the machine can do, and a table for each descriptor."""
+    """Write the machine's limits, and a table for each descriptor."""
     key = result.key
     about = key.cpu
     if key.threads:  # of a GPU there are none
@@ -73,11 +73,11 @@ def _print_layer(layer: LayerResult, console: Console) -> None:
         )
     console.print(table)
     if layer.chosen != layer.estimate:
-        console.print(Text(f"the cost model would take {layer.estimate}", style="yellow"))
+        console.print(Text(f"the cost model would choose {layer.estimate}", style="yellow"))
 
 
 def _names(names: tuple[str, ...]) -> str:
-    """Names of layers that differ by numbers only are drawn together."""
+    """Compress the names of layers that differ only by index."""
     by_words: dict[tuple[str, ...], list[str]] = {}
     for name in names:
         words = tuple("#" if word.isdigit() else word for word in name.split("."))
@@ -86,7 +86,7 @@ def _names(names: tuple[str, ...]) -> str:
 
 
 def _cell(measured: Measured, m: int) -> Text:
-    """The median, and how well it is known where that is not within a twentieth."""
+    """The median, and its interval if that exceeds ± 5 %."""
     text = Text(_milliseconds(measured.seconds[m]))
     if measured.spread[m] > 0.05:
         text.append(f" ±{measured.spread[m]:.0%}", style="dim")

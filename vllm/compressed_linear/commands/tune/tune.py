@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures on this machine what the layers of a checkpoint take on each backend.
+"""Measure the time of a checkpoint's layers on each backend of this machine.
 
-Descriptors are those that loading would give, so the small tensors of the checkpoint are read;
-codes are not, the weights that are timed are made up.
+Descriptors equal those of a load, so the small tensors of the checkpoint are read; codes are not,
+the timed weights are random.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vllm.compressed_linear.backends.measurements import (
 from vllm.compressed_linear.backends.registry import REFERENCE, Candidate, backends, rank
 from vllm.compressed_linear.commands.explain.explain import explain
 from vllm.compressed_linear.commands.explain.explanation import LayerPlan
-from vllm.compressed_linear.commands.tune.random_weights import made_up_weights
+from vllm.compressed_linear.commands.tune.random_weights import random_weights
 from vllm.compressed_linear.machine import timing
 from vllm.compressed_linear.machine.cost import mix
 from vllm.compressed_linear.machine.limits import MachineLimits, cache_bytes
@@ -38,33 +38,33 @@ from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
 from vllm.compressed_linear.spec.elements import torch_dtype
 
 CACHE_MULTIPLE = 3
-"""Weights of one backend together, in units of the last-level caches, so that a call finds none of
-them there. A layer that is larger is cut along N: more rows of it would tell nothing more."""
+"""Size of all weights of one backend, in units of the last-level caches, so that every call misses
+them. Larger layers are cut along N: more rows would add no information."""
 
 ROW_UNIT = 256
 """Output channels are cut to a multiple of this for each thread."""
 
 HUGE_PAGE = 2 << 20
-"""Copies of smaller weights are cloned; of others prepared anew, since where preparation puts them
-makes a difference."""
+"""Copies of smaller weights are cloned; larger ones are prepared again, since the placement of
+their pages affects the time."""
 
 
 GPU_MATRIX = 8192
-"""Rows and columns of the matrices by which a GPU's arithmetic is measured."""
+"""Rows and columns of the matrices for measuring a GPU's arithmetic."""
 
 CALLS_IN_GRAPH = 64
 LARGE_BATCH = 512
-"""From so many tokens on a call on a GPU takes long enough to time a few together."""
+"""From this M on, a call on a GPU takes long enough to time a few together."""
 
 
 class TuneError(ValueError):
-    """Nothing can be measured as it was asked for."""
+    """The requested measurement is impossible."""
 
 
 @dataclass(frozen=True)
 class LayerResult:
-    """One descriptor: ``layers`` are those that have it, best ``candidates`` first as serving would
-    rank them now; ``estimate`` is what the cost model by itself would choose."""
+    """One descriptor: its ``layers``; ``candidates`` as serving would rank them now, best first;
+    ``estimate``: the choice of the cost model alone."""
 
     descriptor: CompressedLinearDescriptor
     layers: tuple[str, ...]
@@ -79,7 +79,7 @@ class LayerResult:
 
 @dataclass
 class TuneResult:
-    """What one run measured, and what it could not: a line for each of ``failures``."""
+    """Results of one run; ``failures``: one line each."""
 
     key: MachineKey
     measurements: Measurements = field(default_factory=Measurements)
@@ -88,17 +88,17 @@ class TuneResult:
 
 
 class Progress(Protocol):
-    """Told what is being measured, and how many M of how many descriptors are done."""
+    """Receives the current measurement, and how many M of how many descriptors are done."""
 
     def __call__(self, text: str, done: int, total: int) -> None: ...
 
 
 @dataclass(frozen=True)
 class Measuring:
-    """How it is measured. ``budget``: seconds for all candidates of one descriptor and M;
-    ``cache_bytes``: the last-level caches of the machine; ``now``: the clock; ``device``: "cpu" or
-    "cuda", where calls are replayed from a graph of several, so that a clock that waits for the GPU
-    is good enough."""
+    """Parameters of the measurement. ``budget``: seconds for all candidates of one descriptor and
+    M; ``cache_bytes``: the last-level caches of the machine; ``now``: the clock; ``device``: "cpu"
+    or "cuda", where graphs of several calls are replayed, so that a synchronizing clock
+    suffices."""
 
     budget: float
     cache_bytes: int
@@ -108,7 +108,7 @@ class Measuring:
 
     @classmethod
     def of(cls, platform: Platform, budget: float) -> Measuring:
-        """How ``platform``, which is this machine, is measured."""
+        """Parameters for ``platform``, which must be this machine."""
         if platform.device == "cpu":
             return cls(budget, cache_bytes(platform.threads), timing.clock(platform.threads))
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -117,11 +117,11 @@ class Measuring:
 
     @property
     def rotated_bytes(self) -> int:
-        """Bytes of weights that are enough to leave none of them in a cache."""
+        """Bytes of weights that exceed the caches."""
         return CACHE_MULTIPLE * self.cache_bytes
 
     def limits(self, declared: MachineLimits) -> MachineLimits:
-        """The machine's, with the threads in use; ``declared`` where nothing is measured."""
+        """Measured limits with the threads in use; ``declared`` ones if there is no measurement."""
         given = {"seconds": self.budget, "now": self.now, "device": self.device}
         read = timing.read_rate(self.rotated_bytes, **given)  # type: ignore[arg-type]
         rates = timing.multiply_rates(self.matrix, **given)  # type: ignore[arg-type]
@@ -135,7 +135,7 @@ class Measuring:
         return CALLS_IN_GRAPH if m < LARGE_BATCH else 1 + CALLS_IN_GRAPH // 16
 
     def timeable(self, call: Callable[[int], object], m: int) -> Callable[[int], object]:
-        """``call`` as it is timed: ``repeats`` of it."""
+        """``repeats`` of ``call``, timed as one."""
         if self.device == "cpu":
             return call
         graph = timing.captured(call, self.repeats(m))
@@ -154,14 +154,14 @@ def tune(
     progress: Progress = lambda text, done, total: None,
 ) -> TuneResult:
     """Measure the layers of a local checkpoint and add the results to ``output``, after each layer,
-    so that what an interrupted run has measured is kept.
+    so that an interrupted run keeps its results.
 
-    ``only``: names of the backends to measure; all of them if empty. Raises what ``explain`` does,
-    ``TuneError``, and ``TuneFileError`` when ``output`` is something else.
+    ``only``: names of the backends to measure; all of them if empty. Raises the errors of
+    ``explain``, ``TuneError``, and ``TuneFileError`` if ``output`` is not a tune file.
     """
     key = MachineKey.of(platform)
     if key is None:
-        raise TuneError(f"only the CPU or GPU that is here can be tuned, not {platform.name}")
+        raise TuneError(f"only this machine's CPU or GPU can be tuned, not {platform.name}")
     if unknown := sorted(set(only) - set(backends())):
         raise TuneError(f"no backend {unknown[0]!r} (registered: {', '.join(backends())})")
     if output.exists():
@@ -181,7 +181,7 @@ def tune(
     sizes = mix(platform.device)
     total = len(wanted) * len(sizes)
     with _threads(platform.threads):
-        progress("what the machine can do", 0, total)
+        progress("limits of the machine", 0, total)
         result.measurements.limits = measuring.limits(platform.limits)
         for number, (descriptor, layers) in enumerate(wanted.items()):
             able = candidates(descriptor, platform, only)
@@ -240,12 +240,12 @@ def descriptors(layers: Sequence[LayerPlan]) -> dict[CompressedLinearDescriptor,
 def candidates(
     descriptor: CompressedLinearDescriptor, platform: Platform, only: Sequence[str] = ()
 ) -> list[Candidate]:
-    """The backends that can run it and are to be measured: without ``reference``, unless it is the
-    only one or was named."""
+    """Backends to measure: all that can run it, but ``reference`` only if it is the only one or
+    was named."""
     able = [
         c
         for c in rank(descriptor, platform)
-        if c.verdict and (c.name in only if only else not c.asked_only)
+        if c.verdict and (c.name in only if only else not c.only_if_named)
     ]
     if only or len(able) == 1:
         return able
@@ -260,12 +260,12 @@ def measured_rows(descriptor: CompressedLinearDescriptor, enough: int, threads: 
 
 
 def _digits(value: float) -> float:
-    """Four of them, for people who read the file; more are not known anyway."""
+    """Round to four significant digits."""
     return float(f"{value:.4g}")
 
 
 class _Contender:
-    """A backend with as many copies of a layer's weights as it takes to leave the caches."""
+    """A backend with enough copies of a layer's weights to exceed the caches."""
 
     def __init__(
         self,
@@ -277,9 +277,9 @@ class _Contender:
     ) -> None:
         self.method = backend(descriptor)
         self.bias = bias
-        weights = made_up_weights(descriptor, device)
+        weights = random_weights(descriptor, device)
         first = self.method.prep_weights_for_execution(weights)
-        self_check("made-up weights", self.method, first, weights)
+        self_check("random weights", self.method, first, weights)
         size = max(sum(t.nbytes for t in first.values()), 1)
         self.copies = [first]
         for _ in range(math.ceil(enough / size) - 1):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Digests of large contents, by pieces: BLAKE3 of the BLAKE3 digests of each ``PIECE`` bytes.
+"""Tree digest of large contents: BLAKE3 of the BLAKE3 digests of each ``PIECE`` bytes.
 
-One thread reads and digests 4 to 5 GB/s (Zen 4); pieces let several do so. A digest does not depend
-on how many there are.
+One thread reads and digests 4 to 5 GB/s (Zen 4); pieces are digested in parallel. A digest does not
+depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DIGEST_BYTES = 32
 
 
 class PieceDigest:
-    """The digest of a content that comes in parts."""
+    """Incremental digest of a content that arrives in parts."""
 
     def __init__(self) -> None:
         self._done: list[bytes] = []
@@ -28,7 +28,7 @@ class PieceDigest:
         self._room = PIECE
 
     def update(self, data: bytes | memoryview) -> None:
-        """The next bytes of the content."""
+        """Append bytes of the content."""
         view = memoryview(data)
         while len(view):
             part, view = view[: self._room], view[self._room :]
@@ -38,7 +38,7 @@ class PieceDigest:
                 self._close()
 
     def digest(self) -> bytes:
-        """Of everything so far; nothing may follow."""
+        """The digest; no ``update`` may follow."""
         if self._room < PIECE:
             self._close()
         return _combined(self._done)
@@ -56,8 +56,8 @@ def digest_memory(view: memoryview) -> bytes:
 def digest_file(descriptor: int, size: int) -> bytes:
     """The digest of the first ``size`` bytes of an open file.
 
-    Reads them instead of mapping them: a disk that fails is an ``OSError`` then, and not a signal
-    that ends the process. ``EOFError`` when the file is shorter.
+    Reads instead of mapping: a disk error raises ``OSError`` then, instead of SIGBUS. Raises
+    ``EOFError`` if the file is shorter.
     """
 
     def piece(at: int) -> bytes:
@@ -88,10 +88,10 @@ def _over_pieces(size: int, work: Callable[[int], bytes]) -> list[bytes]:
 
 
 def _cores() -> set[int]:
-    """The cores this process computes on.
+    """CPU affinity for the digest threads: all cores on which this process computes.
 
-    A vLLM worker's OpenMP threads are bound to a core each, and so is the thread that loads the
-    model; threads that it starts would all stay on that one core.
+    A vLLM worker binds each OpenMP thread to a core, also the thread that loads the model, and
+    threads that it starts inherit this one core.
     """
     own = os.sched_getaffinity(0)
     if len(own) > 1:
@@ -100,7 +100,7 @@ def _cores() -> set[int]:
     for thread in Path("/proc/self/task").iterdir():
         try:
             mask = os.sched_getaffinity(int(thread.name))
-        except ProcessLookupError:  # it has ended
+        except ProcessLookupError:  # the thread has ended
             continue
         if len(mask) == 1:
             bound |= mask

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One entry of the prepared-weights cache: named tensors in a file that can be mapped.
+"""One entry of the prepared-weights cache: named tensors in a memory-mappable file.
 
     0        8 bytes   ``MAGIC``
     8        8 bytes   length H of the header, little-endian
@@ -7,8 +7,8 @@
     ...      tensors, each at a multiple of ``ALIGNMENT``, with zeros between
     size−32  32 bytes  digest (``digest.py``) of everything before
 
-A safetensors file would do but for its alignment: it allows no bytes between tensors, and kernels
-load whole vectors.
+This is not a safetensors file because that format allows no padding between tensors, and kernels
+need aligned vectors.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _PREFIX = struct.Struct("<8sQ")
 
 
 class EntryError(ValueError):
-    """A file is no entry, or a damaged one. The message says what was found, without the name."""
+    """Not a cache entry, or a corrupt one. The message says what was found, without the name."""
 
 
 @dataclass(frozen=True)
 class Label:
-    """What people want to know of an entry; not a part of its key. ``created``: seconds (Unix)."""
+    """Description of an entry for listings; not a part of its key. ``created``: Unix time."""
 
     model: str
     layer: str
@@ -48,7 +48,7 @@ class Label:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a tensor lies: ``offset`` in bytes from the start of the file."""
+    """Position of a tensor: ``offset`` in bytes from the start of the file."""
 
     name: str
     dtype: str
@@ -73,8 +73,8 @@ class Entry:
 def write_entry(
     stream: BinaryIO, key: Mapping[str, Any], label: Label, tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Write an entry to an empty file. ``ValueError`` for a tensor that cannot be written as it is:
-    not contiguous, not on the CPU, or of a dtype without a name."""
+    """Write an entry to an empty file. Raises ``ValueError`` for a tensor that is not contiguous,
+    not on the CPU, or of an unsupported dtype."""
     offset = 0
     slots = []
     for name, tensor in tensors.items():
@@ -107,7 +107,7 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def read_entry(stream: BinaryIO) -> Entry:
-    """The header of an open file. Raises ``EntryError`` when it is no whole entry."""
+    """The header of an open file. Raises ``EntryError`` if it is incomplete or corrupt."""
     found = os.fstat(stream.fileno()).st_size
     stream.seek(0)
     prefix = stream.read(_PREFIX.size)
@@ -139,7 +139,7 @@ def read_entry(stream: BinaryIO) -> Entry:
 
 
 def verify_entry(stream: BinaryIO, entry: Entry) -> None:
-    """Read all of an open entry. Raises ``EntryError`` when its digest is another, ``OSError`` when
+    """Read and verify an open entry. Raises ``EntryError`` if its digest differs, ``OSError`` if
     it cannot be read."""
     content = entry.size - DIGEST_BYTES
     try:
@@ -154,20 +154,20 @@ def verify_entry(stream: BinaryIO, entry: Entry) -> None:
 def map_entry(stream: BinaryIO, entry: Entry) -> dict[str, torch.Tensor]:
     """The tensors of an open entry, mapped.
 
-    Pages are shared by all processes that map the file. The mapping is copy-on-write: whoever
-    writes to a tensor, as vLLM's weight reload does, gets pages of its own and never changes the
-    file. It lasts as long as the tensors, whatever becomes of the file's name.
+    Pages are shared by all processes that map the file. The mapping is copy-on-write: a process
+    that writes to a tensor, as vLLM's weight reload does, gets private pages and never changes the
+    file. The mapping lasts as long as the tensors, even if the file is removed.
     """
-    # By the descriptor, so that this is the very file that was verified.
+    # By the file descriptor, so that the verified file is mapped.
     path = f"/proc/self/fd/{stream.fileno()}"
     mapped = torch.from_file(path, shared=False, size=entry.size, dtype=torch.uint8)
     return {slot.name: _tensor_at(mapped.numpy().data, slot) for slot in entry.slots}
 
 
 def _tensor_at(mapped: memoryview, slot: Slot) -> torch.Tensor:
-    """A tensor with a storage of its own in the mapping, which it keeps alive.
+    """A tensor with its own storage in the mapping, which it keeps alive.
 
-    Views of one storage with several dtypes could neither be pickled nor saved.
+    Views of one storage with several dtypes can be neither pickled nor saved.
     """
     dtype, count = torch_dtype(slot.dtype), prod(slot.shape)
     if not count:
@@ -185,10 +185,10 @@ def _aligned(offset: int) -> int:
 
 
 def _header(key: Mapping[str, Any], label: Label, slots: list[Slot], nbytes: int) -> bytes:
-    """The header, filled up with blanks so that tensors begin at a multiple of ``ALIGNMENT``.
+    """The header, padded with blanks so that tensors begin at a multiple of ``ALIGNMENT``.
 
-    ``slots`` count from the first tensor, ``nbytes`` is the length of all of them. What the header
-    says depends on its length, so room for it is made until it fits.
+    ``slots`` count from the first tensor, ``nbytes`` is the length of all of them. The offsets in
+    the header depend on its length, so space is added until it fits.
     """
     length = _aligned(_PREFIX.size) - _PREFIX.size
     while True:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a directory of prepared weights holds, whether it is sound, and what can go."""
+"""List, verify and prune a directory of prepared weights."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _AGES = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 @dataclass(frozen=True)
 class FoundEntry:
-    """One file of a cache. ``used``: when it was written or read last, in seconds (Unix).
-    ``entry``: its header, or None and ``reason`` why it has none."""
+    """One file of a cache. ``used``: Unix time of the last write or read. ``entry``: its header, or
+    None, with the ``reason``."""
 
     path: Path
     nbytes: int
@@ -32,11 +32,11 @@ class FoundEntry:
 
     @property
     def foreign(self) -> bool:
-        """No server with this installation could read it: another version's, or no entry."""
+        """Whether this installation cannot use it: written by another version, or corrupt."""
         return self.entry is None or self.entry.key.get("installation") != installation()
 
     def to_json(self) -> dict[str, Any]:
-        """Everything that is known without reading the tensors."""
+        """Serialize everything except the tensors."""
         common: dict[str, Any] = {
             "file": str(self.path),
             "bytes": self.nbytes,
@@ -57,8 +57,8 @@ class FoundEntry:
 
 @dataclass(frozen=True)
 class PruneRules:
-    """What ``prune`` removes; any rule suffices. ``older_than``: seconds since the last use.
-    ``max_bytes``: what may stay, the least recently used goes first."""
+    """Entries that ``prune`` removes; any rule suffices. ``older_than``: seconds since the last
+    use. ``max_bytes``: limit for the rest; the least recently used entries go first."""
 
     older_than: float | None = None
     max_bytes: int | None = None
@@ -67,15 +67,15 @@ class PruneRules:
 
 
 def read_cache(directory: Path) -> list[FoundEntry]:
-    """All entries of a cache, least recently used first. Other files are not looked at.
+    """All entries of a cache, least recently used first. Ignores other files.
 
-    Raises ``ValueError`` when there is no such directory.
+    Raises ``ValueError`` if the directory does not exist.
     """
     if not directory.is_dir():
-        raise ValueError(f"there is no directory {directory}")
+        raise ValueError(f"directory {directory} does not exist")
     found = []
     for path in sorted(directory.glob(f"*{SUFFIX}")):
-        with suppress(FileNotFoundError):  # pruned by somebody else
+        with suppress(FileNotFoundError):  # pruned by another process
             found.append(_read(path))
     return sorted(found, key=lambda entry: entry.used)
 
@@ -94,7 +94,7 @@ def _read(path: Path) -> FoundEntry:
 
 
 def fault(found: FoundEntry) -> str:
-    """Why an entry cannot be used, after reading all of it; empty when it is sound."""
+    """Verify all of an entry: why it cannot be used, or empty."""
     if found.entry is None:
         return found.reason
     try:
@@ -106,11 +106,11 @@ def fault(found: FoundEntry) -> str:
 
 
 def prune(directory: Path, rules: PruneRules) -> list[tuple[Path, int]]:
-    """Remove entries by ``rules``, and what writers that were killed have left; returns each file
-    and its bytes.
+    """Remove entries by ``rules``, and unfinished files of killed writers; returns each file and
+    its bytes.
 
-    A file that is being written stays. Servers that have mapped an entry keep it in memory.
-    Raises ``ValueError`` when there is no such directory.
+    Keeps files that are being written. Servers that have mapped an entry keep it in memory.
+    Raises ``ValueError`` if the directory does not exist.
     """
     entries = read_cache(directory)
     going = [entry for entry in entries if _is_named(entry, rules)]
@@ -135,7 +135,7 @@ def _is_named(entry: FoundEntry, rules: PruneRules) -> bool:
 
 
 def _leftovers(directory: Path) -> Iterator[tuple[Path, int]]:
-    """Removes unfinished files without a writer."""
+    """Remove unfinished files without a writer."""
     for path in sorted(directory.glob(f".*{UNFINISHED}")):
         with suppress(FileNotFoundError, BlockingIOError), path.open("rb") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -145,16 +145,16 @@ def _leftovers(directory: Path) -> Iterator[tuple[Path, int]]:
 
 
 def parse_bytes(text: str) -> int:
-    """``1500``, ``20G``, ``1.5GiB``: bytes, in powers of 1024. ``ValueError`` for anything else."""
+    """Parse ``1500``, ``20G``, ``1.5GiB``: bytes, in powers of 1024. Raises ``ValueError``."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
     if match is None:
-        raise ValueError(f"{text!r} is no number of bytes (examples: 1500, 20G, 1.5GiB)")
+        raise ValueError(f"{text!r} is not a size (examples: 1500, 20G, 1.5GiB)")
     return int(float(match[1]) * _SIZES[match[2]])
 
 
 def parse_age(text: str) -> float:
-    """``90s``, ``12h``, ``30d``: seconds. ``ValueError`` for anything else."""
+    """Parse ``90s``, ``12h``, ``30d``: seconds. Raises ``ValueError``."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhdw])", text.strip().lower())
     if match is None:
-        raise ValueError(f"{text!r} is no age (examples: 90s, 30m, 12h, 30d, 4w)")
+        raise ValueError(f"{text!r} is not a duration (examples: 90s, 30m, 12h, 30d, 4w)")
     return float(match[1]) * _AGES[match[2]]

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The prepared-weights cache: a directory of files that hold what preparation would give again.
+"""The prepared-weights cache: a directory of files with the results of preparation.
 
-The key of an entry is everything that preparation depends on: the bytes of the checkpoint's tensors
-that this rank holds, what they mean and which part of the weight they are, the descriptor with its
-refined facts, the backend with its layout and code path, and this very installation. The bytes
-themselves and not the files they came from, because names, times and inodes of files do not tell
-what a model's own loader made of them, and a wrong reuse would be silent.
+The key of an entry is everything that preparation depends on: the bytes of this rank's checkpoint
+tensors, their scheme and this rank's part of the weight, the descriptor with its facts, the backend
+with its layout and code path, and the version of this package. The bytes themselves and not the
+files, because names, times and inodes of files do not include what a model's own loader changed,
+and a wrong reuse would be silent.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def cache_key(
 ) -> CacheKey | None:
     """The key of a part prepared by ``method`` on code path ``variant``.
 
-    None where nothing may be kept: for a backend that names no layout, and for weights that are not
-    in the CPU's memory. Reads all of the part's tensors.
+    None if the part cannot be cached: the backend names no layout, or the weights are not in CPU
+    memory. Reads all of the part's tensors.
     """
     layout = method.layout_version(part.descriptor, platform)
     if layout is None or part.weights.device.type != "cpu":
@@ -82,11 +82,11 @@ def cache_key(
 
 
 def _shard_fields(shard: LoadedShard) -> dict[str, Any]:
-    """What one shard is and holds, all but its name."""
+    """Fields of the key for one shard: everything except its name."""
     source = shard.source
     where = {k: v for k, v in vars(source).items() if k not in ("name", "scheme")}
     return where | {
-        # Shows every field, also those that schemes learn later.
+        # The repr has every field, also fields that are added later.
         "scheme": repr(source.scheme),
         "packings": {name: repr(packing) for name, packing in shard.packings.items()},
         "tensors": {
@@ -106,7 +106,7 @@ def _tensor_digest(tensor: torch.Tensor) -> str:
 
 @cache
 def installation() -> str:
-    """Names this package's version and its code: any change of a file of it is another one."""
+    """Version of this package and digest of its code: changes with any of its files."""
     release = version("vllm-compressed-linear")
     code = blake3()
     package = Path(__file__).parents[2]
@@ -117,10 +117,10 @@ def installation() -> str:
 
 
 class PreparedCache:
-    """Reads and writes the entries of a directory, which is made if it is missing.
+    """Reads and writes the entries of a directory, which is created if it is missing.
 
-    Nothing that goes wrong here stops a server: what cannot be read is prepared anew, what cannot
-    be written is not kept, and one warning says so. ``model`` is for people who list the entries.
+    No error here stops a server: an unreadable entry is prepared again, an entry that cannot be
+    written is not cached, with one warning. ``model`` is shown in listings.
     """
 
     def __init__(self, directory: Path, model: str = "") -> None:
@@ -134,13 +134,13 @@ class PreparedCache:
             self._stop_writing(error)
 
     def load(self, key: CacheKey) -> dict[str, torch.Tensor] | None:
-        """The mapped tensors of ``key``, verified; None when there is no entry or a bad one."""
+        """The mapped tensors of ``key``, verified; None if there is no entry or a corrupt one."""
         path = self.directory / key.name
         try:
             with path.open("rb", buffering=0) as stream:
                 entry = read_entry(stream)
                 if entry.key != key.fields:
-                    raise EntryError("holds other weights than its name says")
+                    raise EntryError("has weights of another key than its name says")
                 verify_entry(stream, entry)
                 tensors = map_entry(stream, entry)
                 _mark_used(stream.fileno())
@@ -155,11 +155,11 @@ class PreparedCache:
         return tensors
 
     def refuse(self, key: CacheKey, reason: str) -> None:
-        """Say once that an entry is bad; the next ``store`` of it replaces it."""
+        """Warn once that an entry is corrupt; the next ``store`` replaces it."""
         if key.name not in self._refused:
             self._refused.add(key.name)
             logger.warning(
-                "Prepared-weights cache: %s %s. It is not used, and prepared anew.",
+                "Prepared-weights cache: %s %s. It is ignored and prepared again.",
                 self.directory / key.name,
                 reason,
             )
@@ -167,7 +167,7 @@ class PreparedCache:
     def store(
         self, key: CacheKey, layer: str, descriptor: str, tensors: Mapping[str, torch.Tensor]
     ) -> bool:
-        """Keep ``tensors``; false when that failed, which was said."""
+        """Write ``tensors``; returns False if that failed, after a warning."""
         path = self.directory / key.name
         if not self._writable:
             return False
@@ -180,7 +180,7 @@ class PreparedCache:
             self._stop_writing(error)
             return False
         except ValueError as error:
-            logger.warning("Prepared-weights cache: %s is not kept: %s", layer, error)
+            logger.warning("Prepared-weights cache: %s is not cached: %s", layer, error)
             return False
         self._refused.discard(key.name)
         return True
@@ -190,25 +190,25 @@ class PreparedCache:
             return
         self._writable = False
         logger.warning(
-            "Prepared-weights cache: nothing more is written to %s: %s. The server runs on, "
-            "and the next start prepares again what is missing there.",
+            "Prepared-weights cache: writing to %s has stopped: %s. The server continues, "
+            "and the next start prepares missing entries again.",
             self.directory,
             error,
         )
 
 
 def _mark_used(descriptor: int) -> None:
-    """The time of change says when an entry was used last; that of access is rarely kept."""
+    """Set mtime to the time of use, since atime is rarely maintained."""
     try:
         os.utime(descriptor)
-    except OSError:  # somebody else's file
+    except OSError:  # a file of another user
         return
 
 
 def _write_atomically(
     path: Path, key: CacheKey, label: Label, tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Under its name there is nothing, the entry that was there, or all of the new one."""
+    """Write atomically: readers find no file, the earlier entry, or the complete new one."""
     while True:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{UNFINISHED}")
         with temporary.open("xb") as stream:
