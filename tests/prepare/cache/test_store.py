@@ -302,7 +302,7 @@ def test_an_entry_under_the_name_of_another_is_not_used(
     other.replace(file)
     assert equal(prepared(PreparedCache(tmp_path)).tensors, prepared(None).tensors)
     assert len(warnings) == 1
-    assert says(warnings[0], file, "other weights")
+    assert says(warnings[0], file, "weights", "name")
 
 
 def test_an_entry_that_computes_wrong_numbers_is_replaced(
