@@ -89,7 +89,7 @@ lint: $(ENVIRONMENT)
 test-quick: $(INSTALLED)
 	$(PYTEST) -q -p tests.support.without_vllm
 
-# In two processes, most of whose tests use one thread.
+# In two processes, which share torch's threads (tests/conftest.py).
 test-unit: setup
 	$(PYTEST) -m 'not slow and not e2e' -n 2 --dist worksteal
 

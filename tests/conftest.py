@@ -32,6 +32,13 @@ settings.register_profile("quick", settings.get_profile("default"), max_examples
 settings.load_profile("default")
 
 
+def pytest_sessionstart() -> None:
+    """Processes that share the cores share the threads too: on two cores, two processes of two
+    threads each mostly wait for one another. Tests of threads set their own number."""
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Unit tests are marked by where they are."""
     for item in items:

@@ -30,10 +30,7 @@ EXCEPT = (
     "formats/test_old_checkpoints.py",
     "prepare/cache/test_models.py",
     "prepare/test_self_check.py",
-    # These take a minute or more, or start other processes.
-    "backends/cpu/test_packing.py",
-    "formats/test_formats.py",
-    "prepare/cache/test_store.py",
+    # These take a minute or more.
     "testing/test_conformance.py",
     "testing/test_features.py",
 )

@@ -16,6 +16,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 from tests.support.repository import ROOT
@@ -65,6 +66,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_sessionstart() -> None:
     settings.load_profile("quick")
+    # For small tensors more threads only wait for one another, for long where others compute too.
+    torch.set_num_threads(1)
 
 
 @pytest.hookimpl(trylast=True)

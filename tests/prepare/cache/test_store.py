@@ -302,7 +302,7 @@ def test_an_entry_under_the_name_of_another_is_not_used(
     other.replace(file)
     assert equal(prepared(PreparedCache(tmp_path)).tensors, prepared(None).tensors)
     assert len(warnings) == 1
-    assert says(warnings[0], file, "other weights")
+    assert says(warnings[0], file, "weights", "name")
 
 
 def test_an_entry_that_computes_wrong_numbers_is_replaced(
@@ -428,6 +428,7 @@ def start(directory: Path, out: Path, seeds: list[int]) -> subprocess.Popen[str]
     )
 
 
+@pytest.mark.needs_vllm
 def test_servers_that_start_at_once_agree(tmp_path: Path) -> None:
     """They write the same entries in the same order, while half of them are damaged."""
     directory, seeds = tmp_path / "cache", list(range(6))
@@ -460,6 +461,7 @@ def test_servers_that_start_at_once_agree(tmp_path: Path) -> None:
         assert what_the_cache_did() == "hit"
 
 
+@pytest.mark.needs_vllm
 def test_a_server_that_is_killed_while_it_writes_leaves_no_entry(tmp_path: Path) -> None:
     program = (
         "import os, signal\n"
