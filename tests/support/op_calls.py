@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from vllm.compressed_linear.backends.cpu.packing import Layout
 from vllm.compressed_linear.backends.cpu.product import OPERANDS, activation_arguments
 from vllm.compressed_linear.spec.descriptor import ActivationSpec
 
@@ -17,6 +18,8 @@ _PARSED = (
     "maximum",
 )
 """Arguments of ``make_problem``, but ``operands``."""
+
+LAYOUTS: tuple[Layout, ...] = ("planes", "quads")
 
 
 def activation(spec: ActivationSpec | None) -> dict[str, Any]:

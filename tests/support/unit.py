@@ -12,6 +12,7 @@ UNIT = (
     "spec",
     "machine",
     "checkpoint",
+    "backends/test_choice.py",
     "backends/test_measurements.py",
     "backends/test_registry.py",
     "backends/cpu",
@@ -33,6 +34,7 @@ EXCEPT = (
     # These take a minute or more.
     "testing/test_conformance.py",
     "testing/test_features.py",
+    "testing/test_wrong_backends.py",
 )
 """Files in those folders that are no unit tests."""
 
