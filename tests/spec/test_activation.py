@@ -23,15 +23,7 @@ from vllm.compressed_linear.spec.activation import (
     round_to,
 )
 from vllm.compressed_linear.spec.descriptor import ActivationSpec
-from vllm.compressed_linear.spec.elements import (
-    E2M1,
-    E2M3,
-    E3M2,
-    E4M3,
-    E5M2,
-    ElementType,
-    uint,
-)
+from vllm.compressed_linear.spec.elements import E2M1, E2M3, E3M2, E4M3, E5M2, ElementType, uint
 from vllm.compressed_linear.testing.suite import NVFP4_INPUT, mx
 
 FLOATS = (E4M3, E5M2, E3M2, E2M3, E2M1)

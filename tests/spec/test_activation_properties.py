@@ -12,16 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.activations import STATIC, TOKEN, tokens
-from vllm.compressed_linear.spec.activation import (
-    quantize_dequantize,
-)
+from vllm.compressed_linear.spec.activation import quantize_dequantize
 from vllm.compressed_linear.spec.descriptor import ActivationSpec
-from vllm.compressed_linear.spec.elements import (
-    E2M1,
-    E3M2,
-    E4M3,
-    E5M2,
-)
+from vllm.compressed_linear.spec.elements import E2M1, E3M2, E4M3, E5M2
 from vllm.compressed_linear.testing.suite import NVFP4_INPUT, mx
 
 SPECS = [

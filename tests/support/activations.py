@@ -6,9 +6,7 @@ from __future__ import annotations
 import torch
 
 from vllm.compressed_linear.spec.descriptor import ActivationSpec
-from vllm.compressed_linear.spec.elements import (
-    INT8,
-)
+from vllm.compressed_linear.spec.elements import INT8
 
 TOKEN = ActivationSpec(INT8, True, "token")
 STATIC = ActivationSpec(INT8, False, "tensor")

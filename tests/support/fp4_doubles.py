@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tests.support.cuda_doubles import expect, on, unreal
+from tests.support.cuda_checks import expect, on, unreal
 from vllm.compressed_linear.spec.elements import E2M1
 
 GROUP = 16

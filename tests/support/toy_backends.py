@@ -11,11 +11,7 @@ import torch
 from vllm.compressed_linear.backends.base import Capabilities, QuantLinearMethod
 from vllm.compressed_linear.checkpoint.weights import CompressedWeights
 from vllm.compressed_linear.machine.platform import Platform
-from vllm.compressed_linear.spec.descriptor import (
-    CompressedLinearDescriptor,
-    ScaleSpec,
-    WeightSpec,
-)
+from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor, ScaleSpec, WeightSpec
 from vllm.compressed_linear.spec.elements import uint
 
 WEIGHT = WeightSpec(uint(4, 8), ScaleSpec("bfloat16", "group", 32))

@@ -16,11 +16,7 @@ from tests.support.cpu_library import ISAS
 from tests.support.op_calls import LAYOUTS
 from tests.support.strategies import AWQ_ORDER, Weight, weights
 from vllm.compressed_linear.backends.cpu.int8 import CpuInt8Backend
-from vllm.compressed_linear.backends.cpu.packing import (
-    Layout,
-    new_packed,
-    pack_codes,
-)
+from vllm.compressed_linear.backends.cpu.packing import Layout, new_packed, pack_codes
 from vllm.compressed_linear.backends.cpu.weight_only import CpuBackend
 from vllm.compressed_linear.backends.shared.repack import CodeLocation, locate_codes
 from vllm.compressed_linear.checkpoint.describe import LayerContext

@@ -10,9 +10,7 @@ import torch
 
 from tests.support.messages import saying
 from tests.support.op_calls import LAYOUTS
-from vllm.compressed_linear.backends.cpu.packing import (
-    Layout,
-)
+from vllm.compressed_linear.backends.cpu.packing import Layout
 from vllm.compressed_linear.machine import native
 
 pytestmark = pytest.mark.skipif(native.available() is not None, reason=str(native.available()))

@@ -17,7 +17,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.support import cuda_doubles
-from tests.support.cuda_doubles import expect
+from tests.support.cuda_checks import expect, on, unreal
+from tests.support.cutlass_doubles import block_scaled_product
 from tests.support.messages import says
 from tests.support.vllm_classes import BLOCKS, GROUPS, assert_in_contract, check, reasons
 from vllm.compressed_linear.backends.registry import select
@@ -63,11 +64,11 @@ def triton_block_scaled_mm(
     expect(a_scales.shape == (m, -(-k // 128)), f"a scales {a_scales.shape}")
     expect(b_scales.shape == (-(-n // 128), -(-k // 128)), f"b scales {b_scales.shape}")
     expect(a_scales.dtype == b_scales.dtype == torch.float32, "scales")
-    cuda_doubles.on(a.device, b, a_scales, b_scales)
+    on(a.device, b, a_scales, b_scales)
     cuda_doubles.CALLED.append("triton")
-    if cuda_doubles.unreal(a):
+    if unreal(a):
         return a.new_empty(m, n, dtype=output_dtype)
-    return cuda_doubles.block_scaled_product(a, b, a_scales, b_scales).to(output_dtype)
+    return block_scaled_product(a, b, a_scales, b_scales).to(output_dtype)
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.support import cuda_doubles, fp4_doubles
+from tests.support.cuda_checks import expect, on, unreal
 from tests.support.messages import says
 from tests.support.vllm_classes import assert_in_contract, reasons, vllms_layer
 from vllm.compressed_linear.backends.vllm_native import (
@@ -265,19 +266,19 @@ def mixed_precision_gemm(
     to the dtype of x, sums are fp32. Its kernel reads tiles of 64 by 64 without looking at N and K,
     and groups in halves or whole."""
     k, n = x.shape[1], w_q_packed.shape[1]
-    cuda_doubles.expect(k % 64 == 0 and n % 64 == 0, f"N={n} K={k} are no whole tiles")
-    cuda_doubles.expect(group_size in (128, k), f"groups of {group_size}")
+    expect(k % 64 == 0 and n % 64 == 0, f"N={n} K={k} are no whole tiles")
+    expect(group_size in (128, k), f"groups of {group_size}")
     shape = (k * weight_size_bits // 32, n)
-    cuda_doubles.expect(w_q_packed.shape == shape, f"codes {w_q_packed.shape}")
-    cuda_doubles.expect(w_q_packed.dtype == torch.int32, f"codes {w_q_packed.dtype}")
-    cuda_doubles.expect(w_s.shape == (k // group_size, n) and w_s.dtype == x.dtype, "scales")
-    cuda_doubles.expect(w_zp is None or w_zp.shape == w_s.shape, "zero points")
-    cuda_doubles.expect(w_zp is None or w_zp.dtype == torch.uint8, "zero points")
+    expect(w_q_packed.shape == shape, f"codes {w_q_packed.shape}")
+    expect(w_q_packed.dtype == torch.int32, f"codes {w_q_packed.dtype}")
+    expect(w_s.shape == (k // group_size, n) and w_s.dtype == x.dtype, "scales")
+    expect(w_zp is None or w_zp.shape == w_s.shape, "zero points")
+    expect(w_zp is None or w_zp.dtype == torch.uint8, "zero points")
     present = [t for t in (x, w_q_packed, w_s, w_zp) if t is not None]
-    cuda_doubles.expect(all(t.is_contiguous() for t in present), "not contiguous")
-    cuda_doubles.on(x.device, *present)
+    expect(all(t.is_contiguous() for t in present), "not contiguous")
+    on(x.device, *present)
     ASKED.append({"bits": weight_size_bits, "bias": weight_bias, "group": group_size})
-    if cuda_doubles.unreal(x):
+    if unreal(x):
         return x.new_empty(x.shape[0], n)
     codes = unpack(w_q_packed, Packing(weight_size_bits, "K"), k, 0).to(x.dtype) - weight_bias
     if w_zp is not None:
