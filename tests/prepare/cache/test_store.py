@@ -1,15 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The prepared-weights cache: what is reused, what is not, and what may go wrong around it."""
+"""The prepared-weights cache: what is reused, what makes another entry and what is not kept."""
 
 from __future__ import annotations
 
-import logging
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +13,7 @@ import torch
 
 from tests.support.cached_layers import QUANT, K, N, prepared, shard, what_the_cache_did
 from tests.support.messages import says
-from tests.support.repository import environment
+from tests.support.stored_entries import entries, equal
 from tests.support.synthetic import Quant
 from vllm.compressed_linear.backends.base import QuantLinearMethod
 from vllm.compressed_linear.backends.cpu.weight_only import CpuBackend
@@ -28,41 +22,17 @@ from vllm.compressed_linear.checkpoint.describe import LayerContext
 from vllm.compressed_linear.checkpoint.shard import LoadedShard
 from vllm.compressed_linear.machine import native
 from vllm.compressed_linear.prepare.cache import store as cache_module
-from vllm.compressed_linear.prepare.cache.store import SUFFIX, UNFINISHED, PreparedCache
-from vllm.compressed_linear.prepare.self_check import SelfCheckError
+from vllm.compressed_linear.prepare.cache.store import PreparedCache
 from vllm.compressed_linear.settings import BackendRules, Settings
 
 FLOAT32 = LayerContext("float32", "float32")
-
-
-def entries(directory: Path) -> list[Path]:
-    return sorted(directory.glob(f"*{SUFFIX}"))
-
-
-def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(
-        a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a
-    )
 
 
 def packing_calls() -> int:
     return sum(n for name, n in native.call_counts().items() if "pack" in name.split("/")[0])
 
 
-@pytest.fixture
-def warnings() -> Iterator[list[str]]:
-    """What the cache warns of."""
-    found: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger(cache_module.__name__).addHandler(handler)
-    yield found
-    logging.getLogger(cache_module.__name__).removeHandler(handler)
-
-
 # Reuse.
-
-
 def test_the_second_time_nothing_is_prepared(tmp_path: Path, warnings: list[str]) -> None:
     first = prepared(PreparedCache(tmp_path))
     assert what_the_cache_did() == "miss"
@@ -119,8 +89,6 @@ def test_a_mapped_entry_outlives_its_file(tmp_path: Path) -> None:
 
 
 # What makes another entry.
-
-
 def with_tensor(change: Callable[[torch.Tensor], torch.Tensor], name: str) -> LoadedShard:
     found = shard()
     return replace(found, tensors={**found.tensors, name: change(found.tensors[name])})
@@ -230,8 +198,6 @@ def test_like_weights_share_an_entry_whatever_they_are_called(tmp_path: Path) ->
 
 
 # What is never kept.
-
-
 def test_a_reload_goes_past_the_cache(tmp_path: Path) -> None:
     cache = PreparedCache(tmp_path)
     first = prepared(cache)
@@ -271,213 +237,6 @@ def test_tensors_that_cannot_be_written_as_they_are_are_not_kept(
     assert list(tmp_path.iterdir()) == []
     assert len(warnings) == 1
     assert says(warnings[0], "more", "cpu", "(1, 6)", "(6, 4)", "contiguous")
-
-
-# Bad entries.
-
-
-def test_a_bad_entry_is_named_once_and_replaced(tmp_path: Path, warnings: list[str]) -> None:
-    expected = prepared(PreparedCache(tmp_path)).tensors
-    (file,) = entries(tmp_path)
-    good = file.read_bytes()
-    file.chmod(0o644)
-    file.write_bytes(good[:-100] + bytes([good[-100] ^ 4]) + good[-99:])
-    cache = PreparedCache(tmp_path)
-    assert equal(prepared(cache).tensors, expected)
-    assert what_the_cache_did() == "miss"
-    assert len(warnings) == 1
-    assert says(warnings[0], file, "damaged", "digest")
-    assert equal(prepared(cache).tensors, expected)
-    assert what_the_cache_did() == "hit"
-    assert len(warnings) == 1
-
-
-def test_an_entry_under_the_name_of_another_is_not_used(
-    tmp_path: Path, warnings: list[str]
-) -> None:
-    prepared(PreparedCache(tmp_path), shard(1))
-    (other,) = entries(tmp_path)
-    prepared(PreparedCache(tmp_path))
-    (file,) = (path for path in entries(tmp_path) if path != other)
-    other.replace(file)
-    assert equal(prepared(PreparedCache(tmp_path)).tensors, prepared(None).tensors)
-    assert len(warnings) == 1
-    assert says(warnings[0], file, "weights", "name")
-
-
-def test_an_entry_that_computes_wrong_numbers_is_replaced(
-    tmp_path: Path, warnings: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Sound by its digest, as a faulty writer might leave it."""
-    store = PreparedCache.store
-
-    def wrong(self: PreparedCache, key: Any, layer: str, text: str, tensors: Any) -> bool:
-        return store(self, key, layer, text, tensors | {"scale": tensors["scale"] * 2})
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PreparedCache, "store", wrong)
-        prepared(PreparedCache(tmp_path))
-    assert equal(prepared(PreparedCache(tmp_path)).tensors, prepared(None).tensors)
-    assert len(warnings) == 1
-    assert says(warnings[0], "check")
-    prepared(PreparedCache(tmp_path))
-    assert what_the_cache_did() == "hit"
-
-
-@pytest.mark.usefixtures("clean_registry")
-def test_wrong_numbers_are_never_kept(tmp_path: Path) -> None:
-    class Wrong(CpuBackend):
-        name = "wrong"
-
-        def prep_weights_for_execution(self, weights: Any) -> dict[str, torch.Tensor]:
-            tensors = super().prep_weights_for_execution(weights)
-            return tensors | {"scale": tensors["scale"] * 2}
-
-    register_backend(Wrong)
-    with pytest.raises(SelfCheckError):
-        prepared(PreparedCache(tmp_path), settings=Settings(BackendRules.parse("wrong")))
-    assert list(tmp_path.iterdir()) == []
-
-
-# Trouble with the directory.
-
-
-@contextmanager
-def small_files(limit: int) -> Iterator[None]:
-    """Writing beyond ``limit`` bytes of a file fails, as on a full disk."""
-    import resource
-
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
-
-
-def test_a_full_disk_is_one_warning_and_leaves_nothing(tmp_path: Path, warnings: list[str]) -> None:
-    cache = PreparedCache(tmp_path)
-    with small_files(2000):
-        for seed in (0, 1):
-            executor = prepared(cache, shard(seed))
-            assert equal(executor.tensors, prepared(None, shard(seed)).tensors)
-    assert list(tmp_path.iterdir()) == []
-    assert len(warnings) == 1
-    assert says(warnings[0], tmp_path, "[Errno 27] File too large")
-
-
-def test_a_directory_that_cannot_be_one_is_one_warning(tmp_path: Path, warnings: list[str]) -> None:
-    (tmp_path / "file").touch()
-    cache = PreparedCache(tmp_path / "file" / "cache")
-    for seed in (0, 1):
-        prepared(cache, shard(seed))
-    assert len(warnings) == 1
-    assert "Not a directory" in warnings[0]
-
-
-def test_a_directory_that_is_only_read_serves_what_it_has(
-    tmp_path: Path, warnings: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prepared(PreparedCache(tmp_path))
-    opened = Path.open
-
-    def read_only(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        if mode != "rb":
-            raise PermissionError(13, "Permission denied", str(self))
-        return opened(self, mode, *args, **kwargs)
-
-    # The tests may run as root, who may write anywhere.
-    monkeypatch.setattr(Path, "open", read_only)
-    cache = PreparedCache(tmp_path)
-    did = []
-    for seed in (0, 1, 2):
-        prepared(cache, shard(seed))
-        did.append(what_the_cache_did())
-    assert did == ["hit", "miss", "miss"]
-    assert len(warnings) == 1
-    assert "Permission denied" in warnings[0]
-
-
-def test_a_disk_that_cannot_be_read_is_a_bad_entry(
-    tmp_path: Path, warnings: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prepared(PreparedCache(tmp_path))
-
-    def fails(*_: Any) -> int:
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(os, "preadv", fails)
-    prepared(PreparedCache(tmp_path))
-    assert what_the_cache_did() == "miss"
-    assert "Input/output error" in warnings[0]
-
-
-# Several servers.
-
-
-def start(directory: Path, out: Path, seeds: list[int]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.support.cached_layers", directory, out, *map(str, seeds)],
-        env=environment(),
-        text=True,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-
-
-@pytest.mark.needs_vllm
-def test_servers_that_start_at_once_agree(tmp_path: Path) -> None:
-    """They write the same entries in the same order, while half of them are damaged."""
-    directory, seeds = tmp_path / "cache", list(range(6))
-    for seed in seeds[::2]:
-        prepared(PreparedCache(directory), shard(seed))
-    for file in entries(directory):
-        file.chmod(0o644)
-        file.write_bytes(file.read_bytes()[:-1])
-    outs = [tmp_path / f"{i}.pt" for i in range(2)]
-    processes = [start(directory, out, seeds) for out in outs]
-    for process in processes:
-        assert process.stdout is not None
-        assert any("ready" in line for line in process.stdout)
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
-    for out in outs:
-        result = torch.load(out)
-        for seed, (_, tensors) in zip(seeds, result["layers"], strict=True):
-            assert equal(tensors, prepared(None, shard(seed)).tensors)
-        assert all("truncated" in line for line in result["warnings"])
-    assert len(list(directory.iterdir())) == len(seeds)
-    cache = PreparedCache(directory)
-    for seed in seeds:
-        prepared(cache, shard(seed))
-        assert what_the_cache_did() == "hit"
-
-
-@pytest.mark.needs_vllm
-def test_a_server_that_is_killed_while_it_writes_leaves_no_entry(tmp_path: Path) -> None:
-    program = (
-        "import os, signal\n"
-        "from pathlib import Path\n"
-        "from tests.support.cached_layers import prepared\n"
-        "from vllm.compressed_linear.prepare.cache.store import PreparedCache\n"
-        "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"prepared(PreparedCache(Path({str(tmp_path)!r})))\n"
-    )
-    process = subprocess.run([sys.executable, "-c", program], env=environment(), timeout=120)
-    assert process.returncode == -signal.SIGKILL
-    assert entries(tmp_path) == []
-    assert len(list(tmp_path.glob(f".*{UNFINISHED}"))) == 1
-    prepared(PreparedCache(tmp_path))
-    assert what_the_cache_did() == "miss"
-    assert len(entries(tmp_path)) == 1
 
 
 def test_unquantized_weights_are_kept_too(tmp_path: Path) -> None:

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which modules an AutoRound configuration quantizes, and how: the rules of the tools that
+wrote it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.support.format_configs import AUTO_ROUND, GPTQ, Q, bits_and_group, resolve
+from tests.support.messages import saying
+from vllm.compressed_linear.formats.registry import format_of, parse
+from vllm.compressed_linear.formats.resolution import ConfigError, LayerKind
+
+
+@pytest.mark.parametrize(
+    ("extra", "blocks", "expected"),
+    [
+        ({}, "model.layers", (4, 128)),
+        ({}, "model.layers,visual.blocks", (4, 128)),
+        ({}, [["model.layers.1"]], (4, 128)),
+        ({}, "layers", None),  # names begin with a block's name
+        ({}, None, (4, 128)),
+        ({Q: {"bits": 8}}, "model.layers", (8, 128)),
+        ({Q: {"bits": 16}}, "model.layers", None),
+        ({Q: {"bits": 8, "group_size": 32}}, "visual", (8, 32)),
+        ({"self_attn.q_proj": {"bits": 8}}, "model.layers", (8, 128)),
+        ({r".*\.q_proj$": {"bits": 2}, Q: {"bits": 8}}, "model.layers", (8, 128)),
+        ({r"attn\.q": {"bits": 8}, "attn.*": {"bits": 2}}, "model.layers", (8, 128)),
+        ({"k_proj": {"bits": 8}, "[": {"bits": 2}}, "model.layers", (4, 128)),
+    ],
+)
+def test_auto_round_overrides(
+    extra: dict[str, Any], blocks: Any, expected: tuple[int, int] | None
+) -> None:
+    config = {**AUTO_ROUND, "extra_config": extra, "block_name_to_quantize": blocks}
+    assert bits_and_group(resolve(config)) == expected
+
+
+@pytest.mark.parametrize(
+    ("packing", "bumped"),
+    [
+        (None, True),
+        ("auto", True),
+        ("auto_round:gptq", True),
+        ("auto_round:auto_gptq", True),
+        ("auto_round", False),
+        ("auto_round:gptqmodel", False),
+    ],
+)
+def test_auto_round_packing_says_who_stores_zero_points_less_one(
+    packing: str | None, bumped: bool
+) -> None:
+    scheme = resolve({**AUTO_ROUND, "packing_format": packing})
+    version = "gptq" if bumped else "gptq_v2"
+    assert scheme == resolve({**GPTQ, "checkpoint_format": version})
+
+
+def test_auto_round_head_and_schemes_of_vllm() -> None:
+    head = LayerKind.HEAD
+    assert bits_and_group(resolve(AUTO_ROUND, "lm_head", head)) is None
+    extra = {**AUTO_ROUND, "extra_config": {"lm_head": {"bits": 8}}}
+    assert bits_and_group(resolve(extra, "lm_head", head)) == (8, 128)
+    assert format_of({**AUTO_ROUND, "data_type": "mx_fp"}) is None
+    assert format_of({**AUTO_ROUND, "act_bits": 8}) is None
+    with pytest.raises(ConfigError, match=saying("packing_format", "'x'")):
+        parse({**AUTO_ROUND, "packing_format": "x"})

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which modules a GPTQ configuration quantizes, and how: the rules of the tools that wrote it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.support.described import Described
+from tests.support.format_configs import GPTQ, Q, bits_and_group, resolve
+from tests.support.messages import saying
+from vllm.compressed_linear.formats.gptq import Gptq
+from vllm.compressed_linear.formats.registry import format_of, parse
+from vllm.compressed_linear.formats.resolution import ConfigError, LayerKind
+from vllm.compressed_linear.spec.scheme import CheckpointScheme
+
+
+@pytest.mark.parametrize(
+    ("rules", "expected"),
+    [
+        ({}, (4, 128)),
+        ({"+:.*q_proj": {"bits": 8, "group_size": 64}}, (8, 64)),
+        ({r".*\.1\..*": {"group_size": 32}}, (4, 32)),
+        ({"-:.*q_proj": {}}, None),
+        # The first match decides, from the beginning of the full name.
+        ({"+:.*q_proj": {"bits": 8}, "-:.*q_proj": {}}, (8, 128)),
+        ({"-:.*q_proj": {}, "+:.*q_proj": {"bits": 8}}, None),
+        ({"-:q_proj": {}, "-:self_attn": {}, r"-:layers\.1": {}}, (4, 128)),
+        ({"-:model.layers.1": {}}, None),
+        ({"+:.*k_proj": {"bits": 8}}, (4, 128)),
+        ({"-:.*q_proj": None}, None),
+    ],
+)
+def test_gptq_dynamic(rules: dict[str, Any], expected: tuple[int, int] | None) -> None:
+    assert bits_and_group(resolve({**GPTQ, "dynamic": rules})) == expected
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"quant_method": "GPTQ"},
+        {"bits": "4", "group_size": "128"},
+        {"checkpoint_format": None},
+        {"checkpoint_format": "GPTQ"},
+        {"is_marlin_format": False},
+        {"pack_dtype": "torch.int32"},
+        {"dynamic": None},
+        {"bits": None, "w_bit": 4, "group_size": 128},
+    ],
+)
+def test_old_gptq_configurations_mean_the_same(change: dict[str, Any]) -> None:
+    assert resolve({**GPTQ, **change}) == resolve(GPTQ)
+
+
+def test_gptq_group_size_null_is_one_group() -> None:
+    assert bits_and_group(resolve({**GPTQ, "group_size": None})) == (4, -1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"checkpoint_format": "marlin"}, {"is_marlin_format": True}, {"quant_method": "marlin"}],
+)
+def test_gptq_in_marlins_layout(change: dict[str, Any]) -> None:
+    config = {**GPTQ, **change}
+    scheme = resolve(config)
+    assert isinstance(scheme, CheckpointScheme)
+    assert [tensor.name for tensor in scheme.tensors] == ["B", "s"]
+    assert format_of(config) is Gptq
+
+
+def test_gptq_lm_head() -> None:
+    head = LayerKind.HEAD
+    assert bits_and_group(resolve(GPTQ, "lm_head", head)) is None
+    assert bits_and_group(resolve({**GPTQ, "lm_head": True}, "lm_head", head)) == (4, 128)
+    dynamic = {"+:lm_head": {"bits": 8}}
+    assert bits_and_group(resolve({**GPTQ, "dynamic": dynamic}, "lm_head", head)) == (8, 128)
+    assert bits_and_group(resolve(GPTQ, "model.embed_tokens", LayerKind.EMBEDDING)) is None
+
+
+def test_gptq_module_list_counts_where_the_file_does_not_tell() -> None:
+    config = Described.of(
+        {**GPTQ, "modules_in_block_to_quantize": [["mlp.up_proj"], ["self_attn.o_proj"]]}
+    )
+    assert bits_and_group(config.resolve(Q)) is None
+    assert config.resolve("model.layers.1.mlp.up_proj") == resolve(GPTQ)
+    config = config.with_file([f"{Q}.qweight"])
+    assert bits_and_group(config.resolve(Q)) == (4, 128)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"bits": 9}, (9, "bits")),
+        ({"bits": 1}, (1, "bits")),
+        ({"bits": "four"}, ("bits", "'four'", "int")),
+        ({"bits": None}, ("bits",)),
+        ({"bits": 5}, (5, "gptq_p")),
+        ({"group_size": 0}, ("group size", 0)),
+        ({"group_size": "all"}, ("group_size", "'all'")),
+        ({"checkpoint_format": "gptq_v9"}, ("checkpoint_format", "'gptq_v9'")),
+        ({"checkpoint_format": "marlin", "bits": 8}, ("Marlin", 8)),
+        ({"pack_dtype": "int13"}, ("pack_dtype", "'int13'")),
+        ({"dynamic": {"+:[": {}}}, ("dynamic", "'+:['")),
+        ({"dynamic": ["a"]}, ("dynamic",)),
+        ({"dynamic": {"+:a": 8}}, ("dynamic", "+:a")),
+    ],
+)
+def test_gptq_configurations_that_say_nothing_possible(
+    change: dict[str, Any], complaint: tuple[object, ...]
+) -> None:
+    with pytest.raises(ConfigError, match=saying(*complaint)):
+        parse({**GPTQ, **change})
+
+
+def test_an_impossible_override_names_the_module_and_the_rule() -> None:
+    config = {**GPTQ, "dynamic": {"+:.*q_proj": {"bits": 12}}}
+    with pytest.raises(ConfigError, match=saying(Q, "dynamic", "+:.*q_proj", "GPTQ", 12)):
+        resolve(config)

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The prepared-weights cache: bad entries, and trouble with the directory."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.cached_layers import prepared, shard, what_the_cache_did
+from tests.support.messages import says
+from tests.support.stored_entries import entries, equal
+from vllm.compressed_linear.backends.cpu.weight_only import CpuBackend
+from vllm.compressed_linear.backends.registry import register_backend
+from vllm.compressed_linear.prepare.cache.store import PreparedCache
+from vllm.compressed_linear.prepare.self_check import SelfCheckError
+from vllm.compressed_linear.settings import BackendRules, Settings
+
+
+# Bad entries.
+def test_a_bad_entry_is_named_once_and_replaced(tmp_path: Path, warnings: list[str]) -> None:
+    expected = prepared(PreparedCache(tmp_path)).tensors
+    (file,) = entries(tmp_path)
+    good = file.read_bytes()
+    file.chmod(0o644)
+    file.write_bytes(good[:-100] + bytes([good[-100] ^ 4]) + good[-99:])
+    cache = PreparedCache(tmp_path)
+    assert equal(prepared(cache).tensors, expected)
+    assert what_the_cache_did() == "miss"
+    assert len(warnings) == 1
+    assert says(warnings[0], file, "damaged", "digest")
+    assert equal(prepared(cache).tensors, expected)
+    assert what_the_cache_did() == "hit"
+    assert len(warnings) == 1
+
+
+def test_an_entry_under_the_name_of_another_is_not_used(
+    tmp_path: Path, warnings: list[str]
+) -> None:
+    prepared(PreparedCache(tmp_path), shard(1))
+    (other,) = entries(tmp_path)
+    prepared(PreparedCache(tmp_path))
+    (file,) = (path for path in entries(tmp_path) if path != other)
+    other.replace(file)
+    assert equal(prepared(PreparedCache(tmp_path)).tensors, prepared(None).tensors)
+    assert len(warnings) == 1
+    assert says(warnings[0], file, "weights", "name")
+
+
+def test_an_entry_that_computes_wrong_numbers_is_replaced(
+    tmp_path: Path, warnings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sound by its digest, as a faulty writer might leave it."""
+    store = PreparedCache.store
+
+    def wrong(self: PreparedCache, key: Any, layer: str, text: str, tensors: Any) -> bool:
+        return store(self, key, layer, text, tensors | {"scale": tensors["scale"] * 2})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreparedCache, "store", wrong)
+        prepared(PreparedCache(tmp_path))
+    assert equal(prepared(PreparedCache(tmp_path)).tensors, prepared(None).tensors)
+    assert len(warnings) == 1
+    assert says(warnings[0], "check")
+    prepared(PreparedCache(tmp_path))
+    assert what_the_cache_did() == "hit"
+
+
+@pytest.mark.usefixtures("clean_registry")
+def test_wrong_numbers_are_never_kept(tmp_path: Path) -> None:
+    class Wrong(CpuBackend):
+        name = "wrong"
+
+        def prep_weights_for_execution(self, weights: Any) -> dict[str, torch.Tensor]:
+            tensors = super().prep_weights_for_execution(weights)
+            return tensors | {"scale": tensors["scale"] * 2}
+
+    register_backend(Wrong)
+    with pytest.raises(SelfCheckError):
+        prepared(PreparedCache(tmp_path), settings=Settings(BackendRules.parse("wrong")))
+    assert list(tmp_path.iterdir()) == []
+
+
+# Trouble with the directory.
+@contextmanager
+def small_files(limit: int) -> Iterator[None]:
+    """Writing beyond ``limit`` bytes of a file fails, as on a full disk."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_is_one_warning_and_leaves_nothing(tmp_path: Path, warnings: list[str]) -> None:
+    cache = PreparedCache(tmp_path)
+    with small_files(2000):
+        for seed in (0, 1):
+            executor = prepared(cache, shard(seed))
+            assert equal(executor.tensors, prepared(None, shard(seed)).tensors)
+    assert list(tmp_path.iterdir()) == []
+    assert len(warnings) == 1
+    assert says(warnings[0], tmp_path, "[Errno 27] File too large")
+
+
+def test_a_directory_that_cannot_be_one_is_one_warning(tmp_path: Path, warnings: list[str]) -> None:
+    (tmp_path / "file").touch()
+    cache = PreparedCache(tmp_path / "file" / "cache")
+    for seed in (0, 1):
+        prepared(cache, shard(seed))
+    assert len(warnings) == 1
+    assert "Not a directory" in warnings[0]
+
+
+def test_a_directory_that_is_only_read_serves_what_it_has(
+    tmp_path: Path, warnings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared(PreparedCache(tmp_path))
+    opened = Path.open
+
+    def read_only(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if mode != "rb":
+            raise PermissionError(13, "Permission denied", str(self))
+        return opened(self, mode, *args, **kwargs)
+
+    # The tests may run as root, who may write anywhere.
+    monkeypatch.setattr(Path, "open", read_only)
+    cache = PreparedCache(tmp_path)
+    did = []
+    for seed in (0, 1, 2):
+        prepared(cache, shard(seed))
+        did.append(what_the_cache_did())
+    assert did == ["hit", "miss", "miss"]
+    assert len(warnings) == 1
+    assert "Permission denied" in warnings[0]
+
+
+def test_a_disk_that_cannot_be_read_is_a_bad_entry(
+    tmp_path: Path, warnings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared(PreparedCache(tmp_path))
+
+    def fails(*_: Any) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", fails)
+    prepared(PreparedCache(tmp_path))
+    assert what_the_cache_did() == "miss"
+    assert "Input/output error" in warnings[0]
