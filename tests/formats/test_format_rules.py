@@ -31,6 +31,8 @@ from vllm.compressed_linear.formats.resolution import ConfigError, LayerKind, Un
 
 
 # All of them.
+
+
 def test_unknown_methods_are_not_read() -> None:
     assert format_of({"quant_method": "x"}) is None
     assert format_of({"bits": 4}) is None
@@ -75,6 +77,8 @@ def test_rules_hold_for_a_model_that_renames_its_weights(config: dict[str, Any])
 
 
 # Entries that select no module.
+
+
 K = Q.replace("q_proj", "k_proj")
 NOWHERE = "model.layers.9.self_attn.q_proj"
 
@@ -178,6 +182,8 @@ def test_an_entry_with_two_spellings_is_one_entry(config: dict[str, Any]) -> Non
 
 
 # A configuration in a file of its own.
+
+
 @pytest.mark.parametrize(
     ("file", "written", "same_as"),
     [

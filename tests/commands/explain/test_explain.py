@@ -87,6 +87,8 @@ def test_an_explanation_leaves_the_plan_of_this_process_alone() -> None:
 
 
 # Tensor parallelism.
+
+
 @contextmanager
 def rank_loaded(path: Path, rank: int, size: int) -> Iterator[None]:
     """Load one rank's part in this process. All that ranks send each other meanwhile is what each
@@ -141,6 +143,8 @@ def test_a_model_that_cannot_be_split_so_says_why() -> None:
 
 
 # Other machines and settings.
+
+
 def test_another_machine_may_choose_otherwise() -> None:
     path = str(checkpoint("gptqmodel-gptq-w4-g128-sym"))
     old = explain(path, platform=Platform.parse("cpu:avx2"))

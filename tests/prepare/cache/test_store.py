@@ -33,6 +33,8 @@ def packing_calls() -> int:
 
 
 # Reuse.
+
+
 def test_the_second_time_nothing_is_prepared(tmp_path: Path, warnings: list[str]) -> None:
     first = prepared(PreparedCache(tmp_path))
     assert what_the_cache_did() == "miss"
@@ -89,6 +91,8 @@ def test_a_mapped_entry_outlives_its_file(tmp_path: Path) -> None:
 
 
 # What makes another entry.
+
+
 def with_tensor(change: Callable[[torch.Tensor], torch.Tensor], name: str) -> LoadedShard:
     found = shard()
     return replace(found, tensors={**found.tensors, name: change(found.tensors[name])})
@@ -198,6 +202,8 @@ def test_like_weights_share_an_entry_whatever_they_are_called(tmp_path: Path) ->
 
 
 # What is never kept.
+
+
 def test_a_reload_goes_past_the_cache(tmp_path: Path) -> None:
     cache = PreparedCache(tmp_path)
     first = prepared(cache)

@@ -24,6 +24,8 @@ from vllm.compressed_linear.settings import BackendRules, Settings
 
 
 # Bad entries.
+
+
 def test_a_bad_entry_is_named_once_and_replaced(tmp_path: Path, warnings: list[str]) -> None:
     expected = prepared(PreparedCache(tmp_path)).tensors
     (file,) = entries(tmp_path)
@@ -88,6 +90,8 @@ def test_wrong_numbers_are_never_kept(tmp_path: Path) -> None:
 
 
 # Trouble with the directory.
+
+
 @contextmanager
 def small_files(limit: int) -> Iterator[None]:
     """Writing beyond ``limit`` bytes of a file fails, as on a full disk."""
