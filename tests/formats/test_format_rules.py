@@ -29,7 +29,6 @@ from vllm.compressed_linear.formats.file_view import FileView
 from vllm.compressed_linear.formats.registry import format_of, parse, parse_in
 from vllm.compressed_linear.formats.resolution import ConfigError, LayerKind, Unquantized
 
-
 # All of them.
 
 
@@ -77,7 +76,6 @@ def test_rules_hold_for_a_model_that_renames_its_weights(config: dict[str, Any])
 
 
 # Entries that select no module.
-
 
 K = Q.replace("q_proj", "k_proj")
 NOWHERE = "model.layers.9.self_attn.q_proj"

@@ -312,7 +312,6 @@ def test_slack_is_for_ties_and_nothing_else() -> None:
 
 # --- the conformance kit's cases -----------------------------------------------------------------
 
-
 _NEEDS_TRITON = {"TritonW4A16LinearKernel", "TritonInt8ScaledMMLinearKernel"}
 
 

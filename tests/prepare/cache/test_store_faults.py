@@ -22,7 +22,6 @@ from vllm.compressed_linear.prepare.cache.store import PreparedCache
 from vllm.compressed_linear.prepare.self_check import SelfCheckError
 from vllm.compressed_linear.settings import BackendRules, Settings
 
-
 # Bad entries.
 
 
