@@ -41,9 +41,8 @@ class DequantizingBackend(QuantLinearMethod):
         for start, stop in weights.chunks():
             rows = weights.rows(start, stop)
             values = d.weight.element.decode(rows.codes).unflatten(1, (d.groups, d.group_size))
-            if rows.zero is not None:
-                values = values - rows.zero.float().unsqueeze(-1)
-            values = (values * rows.scale.float().unsqueeze(-1)).flatten(1).cpu()
+            zero = 0 if rows.zero is None else rows.zero.float().unsqueeze(-1)
+            values = ((values - zero) * rows.scale.float().unsqueeze(-1)).flatten(1).cpu()
             dense[start:stop, order[order >= 0]] = values[:, order >= 0].to(dense.dtype)
         return {"weight": dense.to(weights.device)}
 
