@@ -75,8 +75,8 @@ constexpr uint32_t bits_of(Features... features) {
   return (uint32_t{0} | ... | (uint32_t{1} << features));
 }
 
-// Best first. "Best" is measured; a row that has never run on a processor that has it is not first,
-// whatever its rate.
+// Best first. "Best" is measured on AMD cores. Tiles are not first: they are fast for many rows
+// only, and the choice does not depend on the number of rows.
 #if defined(COMPRESSED_LINEAR_X86)
 constexpr uint32_t kNeedsAvx2 = bits_of(kAvx2, kFma, kF16c);
 constexpr uint32_t kNeedsAvx512 = kNeedsAvx2 | bits_of(kAvx512F, kAvx512Bw, kAvx512Vl, kAvx512Dq);

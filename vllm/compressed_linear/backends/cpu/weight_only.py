@@ -3,8 +3,8 @@
 
 Every width from 1 to 8 bits, any group size, bf16/fp16/fp32 weights and activations; AVX-512 with
 or without bf16 dot products, AVX2, NEON, or plain C++, whichever the processor has
-(``native.isa``). AMX only where it is asked for by name: it has never run on a processor that has
-it.
+(``native.isa``). AMX only where it is asked for by name: it passes on hardware and is fast for many
+rows only, and the choice does not depend on the number of rows.
 """
 
 from __future__ import annotations
