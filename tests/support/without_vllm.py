@@ -32,7 +32,7 @@ def install() -> None:
     stub = types.ModuleType(PARENT, "A stand-in: the path to vllm.compressed_linear.")
     stub.__path__ = [str(ROOT / PARENT)]
     sys.modules[PARENT] = stub
-    # Not by a plain import: the finder of the installed package answers only beside a real vLLM.
+    # Not by a plain import: the finder of the installed package answers only for a real vLLM.
     spec = importlib.machinery.PathFinder.find_spec(PACKAGE, stub.__path__)
     assert spec is not None
     assert spec.loader is not None

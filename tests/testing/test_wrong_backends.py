@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The conformance kit is no pushover: backends that are wrong on purpose fail it, each where it is
+"""The conformance kit is strict: backends that are wrong on purpose fail it, each where it is
 wrong."""
 
 from __future__ import annotations

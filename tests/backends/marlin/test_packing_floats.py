@@ -180,7 +180,7 @@ def test_nvfp4_scales_are_vllm_s(lift: int) -> None:
     scale = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn)
     scale = scale[scale.float() * 2.0**lift <= 448]
     scale = torch.nn.functional.pad(scale.view(torch.uint8), (0, -len(scale) % 4))
-    # vLLM swaps the middle two of each four beside.
+    # vLLM swaps the middle two of each four too.
     expected, factor = marlin_utils_fp4.nvfp4_marlin_process_scales(
         scale.view(torch.float8_e4m3fn).half().reshape(1, -1), 2.0**lift
     )

@@ -32,6 +32,11 @@ class Contract:
     activation: ActivationSpec | None = None
     input_slack: InputSlack | None = None
 
+    @property
+    def exact_input(self) -> bool:
+        """Whether x̂ is that of ``spec/activation.py``, so that ``input_error`` is 0."""
+        return self.activation is None and self.input_slack is None
+
     def input_error(
         self,
         x: torch.Tensor,
