@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -130,6 +131,40 @@ def cut(file: Path, size: int) -> None:
     file.write_bytes(file.read_bytes()[:size])
 
 
+def with_text(file: Path, text: bytes) -> None:
+    file.write_bytes(struct.pack("<Q", len(text)) + text)
+
+
+def renamed(file: Path, name: str, new: str) -> None:
+    with_header(file, lambda header: {new if k == name else k: v for k, v in header.items()})
+
+
+def moved(file: Path, name: str, by: int, more: int = 0) -> None:
+    """Move a tensor by some bytes; ``more`` are added to the file."""
+
+    def change(header: dict[str, Any]) -> None:
+        header[name]["data_offsets"] = [at + by for at in header[name]["data_offsets"]]
+
+    with_header(file, change)
+    file.write_bytes(file.read_bytes() + bytes(more))
+
+
+def described_twice(file: Path) -> None:
+    raw = file.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    header = raw[8 : 8 + length].rstrip()
+    entry = json.dumps(json.loads(header)["b.weight"]).encode()
+    again = header[:-1] + b', "b.weight": ' + entry + b"}"
+    file.write_bytes(struct.pack("<Q", len(again)) + again + raw[8 + length :])
+
+
+def linked(file: Path, name: str) -> None:
+    """Move the file out of the checkpoint under another name, and link to it."""
+    outside = file.parent.parent / name
+    file.rename(outside)
+    file.symlink_to(outside)
+
+
 def entry(name: str, **changes: Any) -> Callable[[Path], None]:
     return lambda file: with_header(file, lambda header: header[name].update(changes))
 
@@ -166,6 +201,44 @@ DAMAGES: list[tuple[str, Callable[[Path], object], tuple[object, ...]]] = [
         ("b.weight", 12, 16, "bfloat16", [2, 4]),
     ),
     ("another dtype", entry("a.q_proj.scales", dtype="F32"), ("a.q_proj.scales", 16)),
+    ("a negative length", entry("b.weight", shape=[-2, -3]), ("b.weight", "-2")),
+    ("a fraction as length", entry("b.weight", shape=[2.0, 3]), ("b.weight", "2.0")),
+    ("true as length", entry("a.q_proj.scales", shape=[True, 8]), ("a.q_proj.scales", "True")),
+    ("offsets as text", entry("b.weight", data_offsets=["0", "12"]), ("b.weight",)),
+    ("lengths beyond 64 bits", entry("b.weight", shape=[2**64, 0]), ("b.weight",)),
+    ("a million dimensions", entry("b.weight", shape=[2**62] * 10**6), ("b.weight", 10**6, 64)),
+    ("2 EiB in 12 bytes", entry("b.weight", shape=[2**60, 1]), ("b.weight", 12, 2**61)),
+    ("an unknown dtype", entry("b.weight", dtype="Q9"), ("b.weight", "'Q9'", "BF16")),
+    ("a null", lambda f: with_header(f, lambda h: h | {"b.weight": None}), ("b.weight", "None")),
+    (
+        "a name with an escape",
+        lambda f: renamed(f, "b.weight", "\x1b[2Jb"),
+        ("x1b[2Jb", "printable"),
+    ),
+    ("a name that is no text", lambda f: renamed(f, "b.weight", "\ud800"), ("ud800", "printable")),
+    (
+        "metadata of numbers",
+        lambda f: with_header(f, lambda h: h | {"__metadata__": {"a": 1}}),
+        (1,),
+    ),
+    ("overlapping tensors", lambda f: moved(f, "b.weight", -4), ("overlaps", "offset")),
+    ("a gap between tensors", lambda f: moved(f, "lonely", 4, more=4), ("gap",)),
+    ("bytes after the last tensor", lambda f: f.write_bytes(f.read_bytes() + b"1234"), (4, "end")),
+    ("a tensor described twice", lambda f: described_twice(f), ("'b.weight'", "twice")),
+    ("a header of 8 EiB", lambda f: f.write_bytes(struct.pack("<Q", 2**63) + b"{}"), (2**63, 10)),
+    ("deep nesting", lambda f: with_text(f, b"[" * 10**6), ("nested",)),
+    ("UTF-16", lambda f: with_text(f, "{}".encode("utf-16")), ("header", "JSON")),
+    ("NaN", lambda f: with_text(f, b'{"a": NaN}'), ("header", "NaN")),
+    ("a directory", lambda f: (f.unlink(), f.mkdir()), ("directory", "regular file")),
+    ("a pipe without a writer", lambda f: (f.unlink(), os.mkfifo(f)), ("pipe", "regular file")),
+    ("a device", lambda f: (f.unlink(), f.symlink_to("/dev/zero")), ("/dev/zero",)),
+    ("a loop of links", lambda f: (f.unlink(), f.symlink_to(f.name)), ()),
+    (
+        "a link that leads nowhere",
+        lambda f: (f.unlink(), f.symlink_to("x.safetensors")),
+        ("No such",),
+    ),
+    ("a link to another kind of file", lambda f: linked(f, "passwd"), ("link", "passwd")),
 ]
 
 
@@ -180,3 +253,46 @@ def test_damage_is_one_clear_error_that_names_the_file(
     damage(file)
     with pytest.raises(CheckpointError, match=saying(file, *complaint)):
         read_headers(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["blobs/0123abc", "../../other/model.safetensors"])
+def test_links_of_caches_and_of_users_are_followed(place: str, tmp_path: Path) -> None:
+    """Hugging Face's cache links to blobs without a suffix, outside of the snapshot."""
+    repository = tmp_path / "models--organisation--model"
+    snapshot = repository / "snapshots" / "1"
+    target = (repository / place).resolve()
+    snapshot.mkdir(parents=True)
+    target.parent.mkdir(parents=True)
+    written(snapshot).rename(target)
+    (snapshot / "model.safetensors").symlink_to(os.path.relpath(target, snapshot))
+    headers = read_headers(snapshot)
+    assert headers is not None
+    assert set(headers) == set(TENSORS)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../model.safetensors",
+        "/etc/passwd",
+        "/model.safetensors",
+        "./model.safetensors",
+        "sub/model.safetensors",
+        "model\0.safetensors",
+        "model.bin",
+        ".",
+        "",
+        None,
+        3,
+        ["model.safetensors"],
+    ],
+)
+def test_an_index_names_files_of_its_own_directory_only(name: Any, tmp_path: Path) -> None:
+    inside = tmp_path / "model"
+    inside.mkdir()
+    written(inside)
+    written(tmp_path)
+    index = inside / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {**dict.fromkeys(TENSORS, name)}}))
+    with pytest.raises(CheckpointError, match=saying(index, repr(name), "same directory")):
+        read_headers(inside)

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from vllm.compressed_linear.checkpoint.headers import Headers, TensorHeader
+from vllm.compressed_linear.checkpoint.file_header import TensorHeader
+from vllm.compressed_linear.checkpoint.headers import Headers
 from vllm.compressed_linear.formats.file_view import FileView
 from vllm.compressed_linear.formats.gptq import gptq_scheme
 from vllm.compressed_linear.formats.resolution import ConfigError, Unquantized

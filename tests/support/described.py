@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vllm.compressed_linear.checkpoint.headers import Headers, TensorHeader, read_headers
+from vllm.compressed_linear.checkpoint.file_header import TensorHeader
+from vllm.compressed_linear.checkpoint.headers import Headers, read_headers
 from vllm.compressed_linear.formats.base import Format
 from vllm.compressed_linear.formats.entries import Rename
 from vllm.compressed_linear.formats.file_view import FileView

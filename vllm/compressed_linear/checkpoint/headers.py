@@ -1,54 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Safetensors headers of a checkpoint: names, dtypes and shapes, without reading weights.
-
-Format: 8 bytes little-endian header length, that many bytes of JSON, then the data
-(safetensors documentation).
-"""
+"""Safetensors headers of a checkpoint: names, dtypes and shapes, without reading weights."""
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from vllm.compressed_linear.checkpoint.bounded_read import read_json_file
+from vllm.compressed_linear.checkpoint.file_header import (
+    TensorHeader,
+    read_entry,
+    read_file_header,
+)
 from vllm.compressed_linear.checkpoint.shard import CheckpointError
-
-_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E8M0": "float8_e8m0fnu",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
-
-_BYTES = {code: getattr(torch, name).itemsize for code, name in _DTYPES.items()}
 
 INDEX = "model.safetensors.index.json"
 """Tensor name → file, for checkpoints of several files."""
-
-
-@dataclass(frozen=True)
-class TensorHeader:
-    """One tensor of a file: dtype (torch's name), shape, bytes in the file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-    file: str
 
 
 class Headers(Mapping[str, TensorHeader]):
@@ -92,80 +60,47 @@ def read_headers(directory: str | Path) -> Headers | None:
     tensors: dict[str, TensorHeader] = {}
     files = _files(path)
     for file in files:
-        tensors.update(_read_file(file))
+        tensors.update(read_file_header(file))
     return Headers(tensors) if files else None
 
 
 def headers_of(entries: Mapping[str, Mapping[str, Any]], origin: str) -> Headers:
     """Parse header entries of safetensors files; ``origin`` is for messages."""
-    return Headers({name: _read_entry(origin, name, entry) for name, entry in entries.items()})
+    return Headers({name: read_entry(origin, name, entry) for name, entry in entries.items()})
 
 
 def _files(directory: Path) -> list[Path]:
     index = directory / INDEX
     if not index.is_file():
         return sorted(directory.glob("*.safetensors"))
-    try:
-        weight_map = dict(json.loads(index.read_text())["weight_map"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{index}: not an index of tensors: {error!r}") from None
+    found = read_json_file(index, "the index of tensors")
+    weight_map = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index}: not an index of tensors: no map called weight_map")
+    for name, file in weight_map.items():
+        _check_file_name(index, name, file)
     first_tensor = {file: name for name, file in reversed(weight_map.items())}
     for file, name in first_tensor.items():
-        if not (directory / file).is_file():
+        if not (directory / file).exists():
             raise CheckpointError(
                 f"{directory / file} is missing; {INDEX} says that it holds {name}"
             )
     return sorted(directory / file for file in first_tensor)
 
 
-def _read_file(file: Path) -> dict[str, TensorHeader]:
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        if len(prefix) < 8:
-            raise CheckpointError(f"{file}: {size} bytes, expected at least 8 (is it truncated?)")
-        (length,) = struct.unpack("<Q", prefix)
-        if length > size - 8:
-            raise CheckpointError(
-                f"{file}: header of {length} bytes in a file of {size} bytes (truncated, or not a "
-                "safetensors file)"
-            )
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError as error:
-            raise CheckpointError(f"{file}: header is invalid JSON: {error}") from None
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{file}: header is a {type(header).__name__}, expected a map")
-    header.pop("__metadata__", None)
-    tensors = {name: _read_entry(file, name, entry) for name, entry in header.items()}
-    ends = {name: 8 + length + entry["data_offsets"][1] for name, entry in header.items()}
-    cut = [name for name, end in ends.items() if end > size]
-    if cut:
+def _check_file_name(index: Path, tensor: str, file: Any) -> None:
+    """Raise unless an index names a file of its own directory: vLLM reads no others, and a path
+    could lead anywhere."""
+    if (
+        not isinstance(file, str)
+        or Path(file).name != file
+        or "\0" in file
+        or not file.endswith(".safetensors")
+    ):
         raise CheckpointError(
-            f"{file}: {size} bytes, but its tensors need {max(ends.values())}; the file is "
-            f"truncated (first tensor cut off: {min(cut, key=ends.__getitem__)})"
+            f"{index}: tensor {tensor} is said to be in {file!r}, expected the name of a "
+            ".safetensors file in the same directory"
         )
-    return tensors
-
-
-def _read_entry(file: Path | str, name: str, entry: Any) -> TensorHeader:
-    try:
-        first, last = (int(offset) for offset in entry["data_offsets"])
-        shape = tuple(int(length) for length in entry["shape"])
-        code = str(entry["dtype"])
-    except (KeyError, TypeError, ValueError):
-        raise CheckpointError(
-            f"{file}: tensor {name} is described as {entry!r}, expected dtype, shape and two "
-            "data_offsets"
-        ) from None
-    dtype = _DTYPES.get(code, code.lower())
-    needed = prod(shape) * _BYTES[code] if code in _BYTES else last - first
-    if last - first != needed:
-        raise CheckpointError(
-            f"{file}: tensor {name} has {last - first} bytes, expected {needed} for {dtype} "
-            f"{list(shape)}"
-        )
-    return TensorHeader(dtype, shape, last - first, str(file))
 
 
 def shard_names(prefix: str, packed_modules: Mapping[str, Sequence[str]]) -> list[str]:

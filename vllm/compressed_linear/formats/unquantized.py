@@ -6,11 +6,12 @@ Either a bf16 or fp16 model, or one of early AutoGPTQ or AutoAWQ, which wrote a 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from vllm.compressed_linear.checkpoint.bounded_read import read_json_file
+from vllm.compressed_linear.checkpoint.shard import CheckpointError
 from vllm.compressed_linear.formats.base import Format, quant_method_of, register_format
 from vllm.compressed_linear.formats.file_view import FileView
 from vllm.compressed_linear.formats.resolution import (
@@ -49,9 +50,9 @@ def read_config_file(directory: str | Path) -> dict[str, Any] | None:
         if not path.is_file():
             continue
         try:
-            config = json.loads(path.read_text())
-        except ValueError as error:
-            raise ConfigError(f"{path}: invalid JSON: {error}") from None
+            config = read_json_file(path, "the quantization configuration")
+        except CheckpointError as error:
+            raise ConfigError(str(error)) from None
         if not isinstance(config, dict):
             raise ConfigError(f"{path}: {type(config).__name__}, expected a map")
         if quant_method_of(config):

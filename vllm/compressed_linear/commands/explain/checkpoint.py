@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm.compressed_linear.checkpoint.bounded_read import read_json_file
 from vllm.compressed_linear.checkpoint.headers import Headers, read_headers
 from vllm.compressed_linear.checkpoint.shard import CheckpointError
 
@@ -47,13 +47,12 @@ class Checkpoint:
         if not file.is_file():
             raise ExplainError(f"{path}: not a checkpoint directory: no config.json")
         try:
-            config = json.loads(file.read_text())
-        except ValueError as error:
-            raise ExplainError(f"{file}: invalid JSON: {error}") from None
-        try:
+            config = read_json_file(file, "the configuration")
             headers = read_headers(path)
         except CheckpointError as error:
             raise ExplainError(str(error)) from error
+        if not isinstance(config, dict):
+            raise ExplainError(f"{file} holds a {type(config).__name__}, expected a map")
         if headers is None:
             others = sorted(f.name for f in path.iterdir() if f.suffix in (".gguf", ".bin", ".pt"))
             found = f" (it has {', '.join(others[:3])})" if others else ""

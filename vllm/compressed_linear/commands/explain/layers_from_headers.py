@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from vllm.compressed_linear.checkpoint.describe import LayerContext
-from vllm.compressed_linear.checkpoint.headers import Headers, TensorHeader, last_word
+from vllm.compressed_linear.checkpoint.file_header import TensorHeader
+from vllm.compressed_linear.checkpoint.headers import Headers, last_word
 from vllm.compressed_linear.checkpoint.shard import ShardSource, dense_shard
 from vllm.compressed_linear.commands.explain.layers import (
     LeftToVllm,

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from vllm.compressed_linear.checkpoint.headers import Headers, TensorHeader
+from vllm.compressed_linear.checkpoint.file_header import TensorHeader
+from vllm.compressed_linear.checkpoint.headers import Headers
 from vllm.compressed_linear.checkpoint.parameter import (
     QKV_SHARDS,
     CheckpointParameter,
