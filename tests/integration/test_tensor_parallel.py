@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from tests.support.checkpoints import checkpoint, checkpoint_reference
+from tests.support.messages import says
 from tests.support.model_loading import free_port
 from tests.support.repository import environment
 from tests.support.synthetic import Model, Quant, write
@@ -78,6 +80,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     ]
     unlike = {settings.BACKEND: "*.down_proj=reference"}
     jobs.append(jobs[0] | {"environment": [{}, unlike], "out": str(root / "unlike.pt")})
+    other = str(root / next(iter(MODELS)) / "other")
+    write(replace(next(iter(MODELS.values())), seed=1), Path(other))
+    jobs.append(jobs[0] | {"reload": other, "out": str(root / "refused.pt")})
     (root / "jobs.json").write_text(json.dumps(jobs))
     port = str(free_port())
     worker = [sys.executable, "-m", "tests.support.tensor_parallel_worker"]
@@ -105,6 +110,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found | {
         "log": (root / "rank0.log").read_text(),
         "cache": root / "cache",
+        "refused": torch.load(root / "refused.pt"),
         "cached": [torch.load(root / f"{out}.pt") for out in ("cache-filled", "cache-used")],
     }
 
@@ -132,3 +138,12 @@ def test_each_rank_keeps_its_own_prepared_weights(results: dict[str, Any]) -> No
     entries = Counter(entry.entry.label.layer for entry in read_cache(results["cache"]))
     assert set(entries.values()) == {2}
     assert len(entries) == len(used["cache"])
+
+
+def test_a_reload_that_one_rank_refuses_leaves_the_old_weights_on_all(
+    results: dict[str, Any],
+) -> None:
+    refused = results["refused"]
+    expected, _ = results[next(iter(MODELS))]
+    assert says(refused["told"], "old weights", "rank 1", "down_proj", "seen on rank 1 only")
+    assert torch.equal(refused["logits"], expected["logits"])

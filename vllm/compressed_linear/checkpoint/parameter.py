@@ -149,7 +149,11 @@ def load_checkpoint_tensor(
 
     Raises ``CheckpointError`` naming layer and tensor when the shape or dtype does not fit.
     """
-    shards = _shard_indices(param, loaded_shard_id)
+    shards = (
+        tuple(region.shard for region in param.regions)
+        if loaded_shard_id is None
+        else shard_indices(loaded_shard_id)
+    )
     regions = [region for region in param.regions if region.shard in shards]
     missing = set(shards) - {region.shard for region in regions}
     if missing:
@@ -171,9 +175,8 @@ def _is_number(stored: StoredTensor) -> bool:
     return all(axis == 1 for axis in stored.axes)
 
 
-def _shard_indices(param: CheckpointParameter, shard_id: Any) -> tuple[int, ...]:
-    if shard_id is None:
-        return tuple(region.shard for region in param.regions)
+def shard_indices(shard_id: Any) -> tuple[int, ...]:
+    """Indices of the shards that vLLM's ``loaded_shard_id`` selects (not None: all of them)."""
     if isinstance(shard_id, tuple):
         return shard_id
     return (QKV_SHARDS[shard_id] if isinstance(shard_id, str) else int(shard_id),)

@@ -249,6 +249,20 @@ def gather_from_ranks(value: Any) -> list[Any]:
     return values
 
 
+def gather_from_all_ranks(value: Any) -> list[Any]:
+    """``value`` of every rank of this model, by pipeline stage and tensor-parallel rank."""
+    import torch.distributed as dist
+    from vllm.distributed import get_pp_group, get_tp_group
+
+    values = [value]
+    for group in (get_tp_group(), get_pp_group()):
+        if group.world_size > 1:
+            gathered: list[Any] = [None] * group.world_size
+            dist.all_gather_object(gathered, values, group=group.cpu_group)
+            values = [each for part in gathered for each in part]
+    return values
+
+
 def logger(name: str) -> Any:
     """vLLM's logger, so that our lines look like its own."""
     from vllm.logger import init_logger

@@ -48,6 +48,7 @@ from vllm.compressed_linear.integration.linear import (
     CompressedUnquantizedLinearMethod,
 )
 from vllm.compressed_linear.integration.preparation import PROCESS_PLAN, ModelPreparation
+from vllm.compressed_linear.integration.reload import guard_reloads
 from vllm.compressed_linear.prepare.plan import Plan
 from vllm.compressed_linear.settings import Settings
 from vllm.compressed_linear.spec.scheme import CheckpointScheme
@@ -90,6 +91,7 @@ class CompressedLinearConfig(QuantizationConfig):
     @property
     def model(self) -> ModelPreparation:
         """State that the methods of all layers share."""
+        guard_reloads()
         return ModelPreparation(self.settings, self._plan)
 
     @property

@@ -8,6 +8,7 @@ and for products. The natural weight of an unquantized table is freed unless vLL
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -149,6 +150,9 @@ class CompressedUnquantizedEmbeddingMethod(DenseMethod, UnquantizedEmbeddingMeth
             method.heads.add(layer, self.prefix)
             self.table = embed_tokens
         return layer
+
+    def absent(self, layer: Any, arrived: Sequence[tuple[str, Any]]) -> str:
+        return "" if self.table is not None else super().absent(layer, arrived)
 
     @property
     def plan_name(self) -> str:

@@ -19,11 +19,13 @@ from vllm.compressed_linear.checkpoint.parameter import (
     CheckpointParameter,
     collect_shards,
     create_parameters,
+    shard_indices,
 )
 from vllm.compressed_linear.checkpoint.shard import ShardSource, dense_shard
 from vllm.compressed_linear.formats.resolution import LayerKind, Unquantized
 from vllm.compressed_linear.integration import compat
 from vllm.compressed_linear.integration.preparation import ModelPreparation, Prepared
+from vllm.compressed_linear.integration.reload import ReloadedMethod
 from vllm.compressed_linear.integration.sharding import shard_geometry
 from vllm.compressed_linear.spec.elements import dtype_name
 from vllm.compressed_linear.spec.scheme import CheckpointScheme, dense_scheme
@@ -44,7 +46,7 @@ def layer_context(layer: Any, params_dtype: torch.dtype) -> LayerContext:
     )
 
 
-class CompressedLinearMethod(LinearMethodBase):
+class CompressedLinearMethod(ReloadedMethod, LinearMethodBase):
     """Linear layer or output head of which at least one shard is quantized.
 
     ``schemes``: for each logical weight of the layer, its name in the checkpoint and its
@@ -178,7 +180,7 @@ def is_plain_matrix(layer: Any) -> bool:
     )
 
 
-class DenseMethod:
+class DenseMethod(ReloadedMethod):
     """Mixin of our methods for unquantized weights, whose base classes are vLLM's.
 
     ``could_take``: whether our kernels can run a layer; all others are left to vLLM.
@@ -218,6 +220,16 @@ class DenseMethod:
             return
         self.prepared = self.prepare(layer)
         self.drop_weight(layer)
+
+    def absent(self, layer: Any, arrived: Sequence[tuple[str, Any]]) -> str:
+        shards = [shard for name, shard in arrived if name == "weight"]
+        parts = len(getattr(layer, "output_partition_sizes", ()))
+        if None in shards or (shards and parts <= 1):
+            return ""
+        for index in range(max(parts, 1)):
+            if not any(index in shard_indices(shard) for shard in shards):
+                return f"weight of part {index + 1} of {parts}" if parts > 1 else "weight"
+        return ""
 
     def context(self, layer: Any) -> LayerContext:
         """What the layer is apart from its weights."""
