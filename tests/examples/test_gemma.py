@@ -63,6 +63,47 @@ def test_plan_sums_like_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert ["all", "2", "4.00", "MB", "8.00", "MB", "1000.0", "ms"] in lines
 
 
+def test_plan_names_the_processor_and_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rejected = [
+        {"backend": "slower", "reasons": []},
+        {"backend": "gpu_only", "reasons": ["device cpu (supported: cuda)", "3 bits"]},
+    ]
+
+    def layer(name: str, chosen_by: str) -> dict[str, object]:
+        return {
+            "name": name,
+            "kind": "linear",
+            "backend": "cpu",
+            "variant": "avx2",
+            "chosen_by": chosen_by,
+            "rejected": rejected,
+        }
+
+    layers = [
+        layer("model.layers.0.mlp.down_proj", "cost model"),
+        layer("model.layers.0.mlp.gate_up_proj", "cost model"),
+        layer("lm_head", "asked for"),
+        {"name": "experts", "kind": "Experts", "backend": "vllm", "note": "not a linear layer"},
+    ]
+    machine = {"processor": "A Processor, model 1", "platform": "cpu:avx2", "threads": 2}
+    written = tmp_path / "plan.json"
+    written.write_text(json.dumps({"layers": layers, "machine": machine}))
+
+    plan.show(plan.read(written), Console(width=200))
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == "Processor: A Processor, model 1 (cpu:avx2, 2 threads)"
+    fastest = "cpu (avx2) is the fastest by estimate for this processor (others that can: slower)"
+    unable = "gpu_only cannot run it: device cpu (supported: cuda) ..."
+    assert lines[lines.index("Why:") + 1 :] == [
+        f"down_proj, gate_up_proj: {fastest}",
+        f"down_proj, gate_up_proj, lm_head: {unable}",
+        "lm_head: cpu (avx2) is the one that was asked for (others that can: slower)",
+        "experts: vllm: not a linear layer",
+    ]
+
+
 def test_a_plan_without_layers_is_an_error(tmp_path: Path) -> None:
     written = tmp_path / "plan.json"
     written.write_text('{"layers": []}')

@@ -118,7 +118,7 @@ class ModelPreparation:
             self.plan.plan_file = settings.plan_file
             self.plan.layer_started()
         pinned = () if earlier is None else earlier.executors
-        platform = detect_platform()
+        self.plan.platform = platform = detect_platform()
         parts = prepare(
             name, kind, shards, context, platform, settings, self.plan, pinned, kept, note
         )

@@ -16,6 +16,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from vllm.compressed_linear.backends.registry import REFERENCE, Selection
+from vllm.compressed_linear.machine.platform import Platform
 
 DELEGATED = "vllm"
 """Backend name in the plan for layers that vLLM's own quantization code runs."""
@@ -68,7 +69,7 @@ def rejections(selection: Selection) -> tuple[Rejection, ...]:
 
 @dataclass
 class Plan:
-    """Entries in the order layers were prepared."""
+    """Entries in the order layers were prepared. ``platform``: for which they were chosen."""
 
     entries: dict[tuple[str, int], PlanEntry] = field(default_factory=dict)
     expected: int = 0
@@ -77,6 +78,7 @@ class Plan:
     started: float = 0.0
     plan_file: str = ""
     rank: int = 0
+    platform: Platform | None = None
     _progress: Any = None
 
     def expect(self, nbytes: int) -> None:
@@ -152,6 +154,7 @@ class Plan:
         return {
             "pid": os.getpid(),
             "rank": self.rank,
+            "machine": _machine(self.platform),
             "fingerprint": self.fingerprint(),
             "layers": [asdict(entry) for entry in self.entries.values()],
         }
@@ -170,6 +173,17 @@ class Plan:
     def reset(self) -> None:
         """Clear everything, before another model is loaded into this process."""
         self.__init__()  # type: ignore[misc]
+
+
+def _machine(platform: Platform | None) -> dict[str, Any]:
+    """Names of the processor and of the platform, and the threads of one rank."""
+    if platform is None:
+        return {}
+    return {
+        "processor": platform.gpu or platform.cpu,
+        "platform": platform.name,
+        "threads": platform.threads,
+    }
 
 
 def disagreements(choices: Sequence[Mapping[str, list[str]]]) -> list[str]:
