@@ -27,7 +27,7 @@ CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.hpp
 export VLLM_CPU_KVCACHE_SPACE ?= 2
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: help setup test lint test-quick test-unit test-native test-native-tsan test-native-arm test-triton test-e2e test-slow test-cuda-build demo serve bench bench-serve bench-step docs clean
+.PHONY: help setup test lint test-quick test-unit test-native test-native-tsan test-native-arm test-triton test-e2e test-slow test-next-vllm test-cuda-build demo serve bench bench-serve bench-step docs clean
 
 help:
 	@echo 'make setup        make .venv, install vLLM and this project, build csrc'
@@ -39,6 +39,7 @@ help:
 	@echo 'make test-cuda-build   CUDA kernels for every GPU, what ptxas says of them; needs nvcc'
 	@echo 'make test-triton  the Triton kernel: all of the kit interpreted, every architecture compiled'
 	@echo 'make test-slow    what make test leaves out: every architecture of vLLM, minutes'
+	@echo 'make test-next-vllm    the Python sources of vLLM 0.33, or of VLLM_NEXT=...; downloads its wheel'
 	@echo 'make demo         quantize Gemma 3 270M, serve it, ask it, show the plan'
 	@echo 'make serve MODEL=<path or name> [ARGS=...]       serve any checkpoint on loopback'
 	@echo 'make bench [ARGS=...]         linear layers against vLLM, zentorch, torch and the machine'
@@ -110,6 +111,9 @@ test-e2e: setup
 
 test-slow: setup
 	$(PYTEST) -m slow
+
+test-next-vllm: setup
+	$(PYTEST) -m slow tests/integration/test_next_vllm.py
 
 test-cuda-build: setup
 	$(PYTEST) tests/cuda -m 'slow or not slow'
