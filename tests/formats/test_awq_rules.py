@@ -54,13 +54,25 @@ def test_awq_configurations_of_other_tools_mean_the_same(change: dict[str, Any])
     assert resolve({**AWQ, **change}) == resolve(AWQ)
 
 
-def test_awq_without_zero_points_uses_them_where_the_file_has_them() -> None:
-    config = Described.of({**AWQ, "zero_point": False})
-    scheme = config.resolve(Q)
+@pytest.mark.parametrize("version", ["gemm", "gemv", "gemv_fast"])
+@pytest.mark.parametrize(
+    ("change", "setting"),
+    [
+        ({"zero_point": False}, "zero_point: false"),
+        ({"zero_point": None, "sym": True}, "sym: true"),
+        ({"zero_point": False, "dynamic": {".*q_proj": {"sym": False}}}, ""),
+        ({"dynamic": {".*q_proj": {"sym": True}}}, "sym: true"),
+        ({}, ""),
+    ],
+)
+def test_awq_files_without_zero_points_need_no_tensor_of_them(
+    change: dict[str, Any], setting: str, version: str
+) -> None:
+    scheme = resolve({**AWQ, "version": version, **change})
     assert isinstance(scheme, CheckpointScheme)
-    assert scheme.weight.zero is None
-    config = config.with_file([f"{Q}.qweight", f"{Q}.qzeros"])
-    assert config.resolve(Q) == resolve(AWQ)
+    assert scheme.symmetric == setting
+    optional = {tensor.name for tensor in scheme.tensors if tensor.optional}
+    assert optional == ({"qzeros"} if setting else set())
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ TENSOR_DAMAGES: dict[str, tuple[str, Callable[[Tensors], object], str, str, tupl
                 "checkpoint",
                 "uint4",
                 "group 128",
-                "qweight, qzeros, scales",
+                "qweight, scales",
                 "model.safetensors",
                 "g_idx, qweight, qzeros",
             )

@@ -31,7 +31,7 @@ ALLOWANCE = 64 << 20
 SCHEMES = {
     "gptq": gptq_scheme(4, 128, version="gptq"),
     "gptq-act-order": gptq_scheme(4, 128, version="gptq_v2"),
-    "awq": awq_gemm_scheme(128, zero_point=True),
+    "awq": awq_gemm_scheme(128),
     "compressed-tensors": pack_quantized_scheme(4, 128, symmetric=True, group_index=False),
 }
 

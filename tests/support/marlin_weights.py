@@ -69,7 +69,7 @@ SCHEMES = {
         for bits in (4, 8)
         for symmetric in (True, False)
     },
-    "awq": awq_gemm_scheme(64, zero_point=True),
+    "awq": awq_gemm_scheme(64),
     "awq-gemv": awq_gemv_scheme(64),
     "fp8-channel": float_scheme(E4M3, ScaleSpec("float32", "channel"), False),
     "fp8-group": float_scheme(E4M3, ScaleSpec("bfloat16", "group", 128), False),

@@ -35,7 +35,7 @@ class Quant:
 
     def scheme(self) -> CheckpointScheme:
         if self.form == "awq":
-            return awq_gemm_scheme(self.group_size, zero_point=True)
+            return awq_gemm_scheme(self.group_size)
         if self.form == "ct":
             return pack_quantized_scheme(
                 self.bits, self.group_size, symmetric=self.symmetric, group_index=False

@@ -70,7 +70,7 @@ SCHEMES = {
         )
         for bits in (3, 5, 6, 7)
     },
-    "awq": awq_gemm_scheme(32, zero_point=True),
+    "awq": awq_gemm_scheme(32),
     "awq-gemv": awq_gemv_scheme(32),
     "bytes": plain_scheme(8, None, ("N", "K")),
     "bytes-down": plain_scheme(8, None, ("K", "N")),

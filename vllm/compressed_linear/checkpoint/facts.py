@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm.compressed_linear.checkpoint.channels import ChannelGather, gather_channels
-from vllm.compressed_linear.checkpoint.shard import LoadedShard
+from vllm.compressed_linear.checkpoint.shard import CheckpointError, LoadedShard
 from vllm.compressed_linear.checkpoint.validation import check_values
 from vllm.compressed_linear.spec.descriptor import ZeroSpec
 from vllm.compressed_linear.spec.elements import dtype_name, scale_dtype_name
@@ -51,7 +51,7 @@ class ShardFacts:
     ``channels``: None without scales or channels. ``scale_dtype``: as ``ScaleSpec`` names it, None
     without scales. ``zero``: zero points as they are stored, None without any;
     ``zeros_are_middle``: all of them are 2^(bits − 1). ``input_numbers``: identities of the static
-    scale, the static zero point and the prescale of x, "" for none.
+    scale, the static zero point and the prescale of x, "" for none. ``note``: for the plan.
     """
 
     channels: GroupOrder | None
@@ -60,6 +60,7 @@ class ShardFacts:
     zeros_are_middle: bool = False
     row_scale: bool = False
     input_numbers: tuple[str, str, str] = ("", "", "")
+    note: str = ""
 
     @property
     def prescaled(self) -> bool:
@@ -81,6 +82,7 @@ class ShardNumbers:
 
 def read_facts(shard: LoadedShard) -> tuple[ShardFacts, ShardNumbers]:
     """The facts of a loaded shard. Raises ``CheckpointError`` on damaged data."""
+    note = _zero_note(shard)
     gather = channel_gather(shard)
     scale, stored_zero = shard.scale(), shard.zero()
     zero = shard.in_codes(stored_zero, scale)
@@ -103,6 +105,7 @@ def read_facts(shard: LoadedShard) -> tuple[ShardFacts, ShardNumbers]:
             _digest(shard.input_zero()),
             _digest(shard.prescale()),
         ),
+        note,
     )
     return facts, ShardNumbers(scale, zero, gather)
 
@@ -115,6 +118,8 @@ def stated_facts(shard: LoadedShard, channels: GroupOrder | None, middle: bool) 
     """
     scale, zero = shard.scale(), shard.zero()
     roles = (Role.INPUT_SCALE, Role.INPUT_ZERO, Role.PRESCALE)
+    reading = shard.zero_reading
+    middle = middle or (reading is not None and reading.middle)
     return ShardFacts(
         channels,
         None if scale is None else scale_dtype_name(scale.dtype),
@@ -133,6 +138,17 @@ def channel_gather(shard: LoadedShard) -> ChannelGather | None:
     if shard.source.scheme.weight.scale is None or shard.source.k == 0:
         return None
     return gather_channels(shard.group_index())
+
+
+def _zero_note(shard: LoadedShard) -> str:
+    """Note on zero points of a weight that the configuration calls symmetric. Raises
+    ``CheckpointError`` if they cannot be."""
+    reading, stored = shard.zero_reading, shard.stored(Role.ZERO)
+    if reading is None or stored is None:
+        return ""
+    if reading.error:
+        raise CheckpointError(f"{shard.source.name}.{stored.name}: {reading.error}")
+    return reading.note
 
 
 def _zero_spec(shard: LoadedShard, zero: torch.Tensor | None) -> ZeroSpec | None:

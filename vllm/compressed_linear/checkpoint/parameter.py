@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
+from vllm.compressed_linear.checkpoint.counts import count_values
 from vllm.compressed_linear.checkpoint.shard import CheckpointError, LoadedShard, ShardSource
+from vllm.compressed_linear.checkpoint.symmetry import Counts
 from vllm.compressed_linear.spec.elements import torch_dtype
 from vllm.compressed_linear.spec.packing import Packing
 from vllm.compressed_linear.spec.scheme import Role, StoredTensor
@@ -40,11 +42,13 @@ class Region:
 
 @dataclass
 class Arrival:
-    """Record of one load call: the packing of the file, and the source of the tensor."""
+    """Record of one load call: the packing of the file, the source of the tensor, and the values
+    of all of it where they are counted (``counts.py``)."""
 
     source: ShardSource
     packing: Packing | None
     dtype: torch.dtype
+    counts: Counts | None = None
 
 
 @dataclass
@@ -188,6 +192,8 @@ def _copy(
     stored = region.stored
     name = f"{source.name}.{stored.name}"
     shape = tuple(loaded.shape)
+    if stored.optional and not loaded.numel() and prod(stored.shape(source.extents)):
+        return  # some tools write an empty tensor where they have none
     if loaded.dtype == torch.float8_e8m0fnu and region.dtype == torch.uint8:
         loaded = loaded.view(torch.uint8)
     if prod(shape) == 1 and _is_number(stored):
@@ -203,17 +209,35 @@ def _copy(
             f"{param.layer_name}: tensor {name} has dtype {loaded.dtype}, expected "
             f"{region.dtype if stored.packing else 'a dtype that ' + stored.dtype + ' holds'}"
         )
-    if not stored.interleave:
-        for dim, part in enumerate(source.slices(stored, packing)):
-            if part is not None:
-                # A rounded-up G axis may end before its last whole run.
-                count = min(part.count, loaded.shape[dim] - part.first)
-                loaded = loaded.narrow(dim, part.first, count)
+    member = replace(
+        source,
+        n_start=source.n_start - region.source.n_start,
+        n=region.source.full_n,
+        k_start=0,
+        k=source.full_k,
+        padding=0,
+    )
+    counts = count_values(member, stored, packing, _part(member, stored, packing, loaded))
+    loaded = _part(source, stored, packing, loaded)
     raw = param.data.view(torch.uint8) if param.data.dtype != region.dtype else param.data
     unit = 1 if raw.dtype == torch.uint8 else region.dtype.itemsize
     flat = raw.narrow(0, region.offset // unit, loaded.numel() * region.dtype.itemsize // unit)
     flat.view(region.dtype).view(loaded.shape).copy_(loaded)
-    param.record.arrivals[region.shard] = Arrival(source, packing, loaded.dtype)
+    param.record.arrivals[region.shard] = Arrival(source, packing, loaded.dtype, counts)
+
+
+def _part(
+    source: ShardSource, stored: StoredTensor, packing: Packing | None, loaded: torch.Tensor
+) -> torch.Tensor:
+    """The part of a tensor on disk that ``source`` describes."""
+    if stored.interleave:
+        return loaded
+    for dim, part in enumerate(source.slices(stored, packing)):
+        if part is not None:
+            # A rounded-up G axis may end before its last whole run.
+            count = min(part.count, loaded.shape[dim] - part.first)
+            loaded = loaded.narrow(dim, part.first, count)
+    return loaded
 
 
 def _dtype_fits(stored: StoredTensor, container: torch.dtype, found: torch.dtype) -> bool:
@@ -240,6 +264,7 @@ def collect_shards(
     for index, source in enumerate(sources):
         tensors: dict[str, torch.Tensor] = {}
         packings: dict[str, Packing | None] = {}
+        counts: dict[str, Counts] = {}
         actual, tells = source, ""
         for stored in source.scheme.tensors:
             param = params[stored.name]
@@ -260,9 +285,11 @@ def collect_shards(
                 actual, tells = arrival.source, stored.name
             tensors[stored.name] = _view(param, region, arrival)
             packings[stored.name] = arrival.packing
+            if arrival.counts is not None:
+                counts[stored.name] = arrival.counts
         _check_shape_tensor(params, source, actual, tensors)
         _settle_packings(actual, packings)
-        shards.append(LoadedShard(actual, tensors, packings))
+        shards.append(LoadedShard(actual, tensors, packings, counts))
     for param in params.values():
         param.record.arrivals.clear()
     return shards

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
+from vllm.compressed_linear.checkpoint.symmetry import Counts, ZeroReading, read_zeros
 from vllm.compressed_linear.spec.elements import widen_scale
 from vllm.compressed_linear.spec.interleave import uninterleave
-from vllm.compressed_linear.spec.packing import Packing, unpack
+from vllm.compressed_linear.spec.packing import Packing, ZeroBump, unpack
 from vllm.compressed_linear.spec.scheme import (
     AxisSlice,
     CheckpointScheme,
@@ -135,12 +137,16 @@ class StoredCodes:
 
 @dataclass
 class LoadedShard:
-    """This rank's part of one logical weight, as stored. ``packings``: the packing of each tensor
-    in this file."""
+    """This rank's part of one logical weight, as stored.
+
+    ``packings``: the packing of each tensor in this file. ``counts``: of the values of whole
+    tensors, where their meaning depends on the parts of other ranks (``counts.py``).
+    """
 
     source: ShardSource
     tensors: Mapping[str, torch.Tensor]
     packings: Mapping[str, Packing | None] = field(default_factory=dict)
+    counts: Mapping[str, Counts] = field(default_factory=dict)
 
     def stored(self, role: Role) -> StoredTensor | None:
         """The scheme's tensor of ``role`` if the checkpoint has it."""
@@ -259,8 +265,40 @@ class LoadedShard:
         return 1 / numbers if stored.reciprocal else numbers
 
     def zero(self) -> torch.Tensor | None:
-        """[n, groups kept], or None."""
-        return self._matrix(Role.ZERO, "G", 0, self.source.n)
+        """[n, groups kept], or None. The middle code throughout if ``zero_reading`` says so."""
+        return self._zero_rows(0, self.source.n)
+
+    def _zero_rows(self, start: int, stop: int) -> torch.Tensor | None:
+        reading, spec = self.zero_reading, self.source.scheme.weight.zero
+        if reading is None or not reading.middle or spec is None:
+            return self._matrix(Role.ZERO, "G", start, stop)
+        middle = 1 << (self.source.scheme.weight.element.bits - 1)
+        scale = self._scale_rows(start, stop)
+        assert scale is not None
+        if spec.kind == "minimum":
+            return widen_scale(scale) * (-middle if spec.negated else middle)
+        return torch.full(scale.shape, middle, dtype=torch.uint8, device=scale.device)
+
+    @cached_property
+    def zero_reading(self) -> ZeroReading | None:
+        """Meaning of the zero points under a configuration that says symmetric; None if it does
+        not say so, or the stored values are not known."""
+        scheme, stored = self.source.scheme, self.stored(Role.ZERO)
+        if not scheme.symmetric or scheme.weight.zero is None:
+            return None
+        if stored is None:
+            return ZeroReading(True)
+        if (counts := self.counts.get(stored.name)) is None:
+            return None
+        packing = self.packing(stored)
+        bump = 0 if packing is None or packing.zero_bump is ZeroBump.NONE else 1
+        return read_zeros(scheme.symmetric, scheme.weight.element.bits, bump, counts)
+
+    def stored_values(self, role: Role, stop: int) -> torch.Tensor:
+        """Values of a tensor with axes N and G for rows [0, stop), unpacked, as they are stored."""
+        values = self._matrix(role, "G", 0, stop)
+        assert values is not None
+        return values
 
     def in_codes(
         self, zero: torch.Tensor | None, scale: torch.Tensor | None
@@ -283,7 +321,8 @@ class LoadedShard:
         source = self.source
         groups = source.extents["G"]
         stored = self.stored(Role.GROUP_INDEX)
-        if stored is not None:
+        # All 0 or all −1 is how tools say that there is no order.
+        if stored is not None and set(self.counts.get(stored.name, ())) not in ({0}, {-1}):
             index = self.tensors[stored.name].to(torch.int64)
             if index.numel() and (int(index.min()) < 0 or int(index.max()) >= groups):
                 raise CheckpointError(
@@ -316,7 +355,7 @@ class LoadedShard:
         values = weight.element.decode(self.codes(start, stop))
         # Only the scales of these rows: self-checks ask for single rows.
         scale = self._scale_rows(start, stop)
-        zero = self._matrix(Role.ZERO, "G", start, stop)
+        zero = self._zero_rows(start, stop)
         second = 1 if rows is None else rows[start:stop].unsqueeze(1)
         if scale is None or group is None:
             return values * second

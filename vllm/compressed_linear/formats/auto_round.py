@@ -136,14 +136,17 @@ class AutoRound(Format):
             if not self.blocks and kind is LayerKind.HEAD:
                 return Unquantized("lm_head is not quantized")
         group_size = self._number(entry, "group_size", self.group_size)
+        sym = None if entry is None else self.config["extra_config"][entry].get("sym")
+        symmetric = "sym: true" if (self.config.get("sym") if sym is None else sym) else ""
         try:
             if self.packing not in AWQ_PACKINGS:
-                return gptq_scheme(bits, group_size, version=GPTQ_VERSIONS[self.packing])
+                version = GPTQ_VERSIONS[self.packing]
+                return gptq_scheme(bits, group_size, version=version, symmetric=symmetric)
         except ConfigError as error:
             raise ConfigError(f"{module}: {error}") from None
         if bits != 4:
             raise ConfigError(f"{module}: AWQ packing with {bits} bits (supported: 4)")
-        return awq_gemm_scheme(group_size, zero_point=True)
+        return awq_gemm_scheme(group_size, symmetric=symmetric)
 
     def _number(self, entry: str | None, key: str, default: int) -> int:
         """Value of ``key`` in ``entry`` of extra_config, or ``default``."""

@@ -30,56 +30,75 @@ GEMV_WORD_MULTIPLE = {64: 2, 32: 4}
 VERSIONS = ("gemm", "gemv", "gemv_fast", "marlin")
 
 
-def _weight(group_size: int, *, zero: ZeroSpec | None) -> WeightSpec:
-    element = uint(4) if zero is not None else uint(4, 8)
-    return WeightSpec(element, ScaleSpec("float16", "group", group_size), zero)
+INTEGER_ZERO = ZeroSpec("integer", "uint8")
 
 
-def awq_gemm_scheme(group_size: int, *, zero_point: bool) -> CheckpointScheme:
+def _weight(group_size: int, zero: ZeroSpec) -> WeightSpec:
+    return WeightSpec(uint(4), ScaleSpec("float16", "group", group_size), zero)
+
+
+def awq_gemm_scheme(group_size: int, *, symmetric: str = "") -> CheckpointScheme:
     """The usual AWQ layout: qweight int32 [K, N/8], qzeros int32 [G, N/8], scales [G, N].
 
-    Without ``zero_point`` codes mean q − 8; if such a file has zero points, all of them are 8.
+    ``symmetric``: as in ``CheckpointScheme``.
     """
     packing = Packing(4, "N", order=AWQ_ORDER)
-    zero = ZeroSpec("integer", "uint8")
     return CheckpointScheme(
-        _weight(group_size, zero=zero if zero_point else None),
+        _weight(group_size, INTEGER_ZERO),
         (
             StoredTensor("qweight", Role.CODES, "int32", ("K", "N"), packing),
             StoredTensor(
-                "qzeros", Role.ZERO, "int32", ("G", "N"), packing, optional=not zero_point
+                "qzeros", Role.ZERO, "int32", ("G", "N"), packing, optional=bool(symmetric)
             ),
             StoredTensor("scales", Role.SCALE, "float32", ("G", "N")),
         ),
+        symmetric=symmetric,
     )
 
 
-def awq_gemv_scheme(group_size: int) -> CheckpointScheme:
+def awq_gemv_scheme(group_size: int, *, symmetric: str = "") -> CheckpointScheme:
     """AWQ gemv: codes packed along K, zero points along G, in natural order, G rounded up."""
     multiple = 8 * GEMV_WORD_MULTIPLE.get(group_size, 1)
     return CheckpointScheme(
-        _weight(group_size, zero=ZeroSpec("integer", "uint8")),
+        _weight(group_size, INTEGER_ZERO),
         (
             StoredTensor("qweight", Role.CODES, "int32", ("N", "K"), Packing(4, "K")),
             StoredTensor(
-                "qzeros", Role.ZERO, "int32", ("N", "G"), Packing(4, "G"), group_multiple=multiple
+                "qzeros",
+                Role.ZERO,
+                "int32",
+                ("N", "G"),
+                Packing(4, "G"),
+                optional=bool(symmetric),
+                group_multiple=multiple,
             ),
             StoredTensor("scales", Role.SCALE, "float32", ("N", "G"), group_multiple=multiple),
         ),
+        symmetric=symmetric,
     )
 
 
-def awq_gemv_fast_scheme(group_size: int, *, zeros: str = "qzeros") -> CheckpointScheme:
+def awq_gemv_fast_scheme(
+    group_size: int, *, zeros: str = "qzeros", symmetric: str = ""
+) -> CheckpointScheme:
     """AWQ gemv_fast: four rows interleaved in int16 words, zero points stored as −s·z under
     the name ``zeros`` ("scaled_zeros" in early releases)."""
     multiple = 8 * GEMV_WORD_MULTIPLE.get(group_size, 1)
     return CheckpointScheme(
-        _weight(group_size, zero=ZeroSpec("minimum", "float16", negated=True)),
+        _weight(group_size, ZeroSpec("minimum", "float16", negated=True)),
         (
             StoredTensor("qweight", Role.CODES, "int16", ("N", "K"), interleave="awq_gemv_fast"),
-            StoredTensor(zeros, Role.ZERO, "float32", ("G", "N"), group_multiple=multiple),
+            StoredTensor(
+                zeros,
+                Role.ZERO,
+                "float32",
+                ("G", "N"),
+                optional=bool(symmetric),
+                group_multiple=multiple,
+            ),
             StoredTensor("scales", Role.SCALE, "float32", ("G", "N"), group_multiple=multiple),
         ),
+        symmetric=symmetric,
     )
 
 
@@ -99,7 +118,7 @@ class Awq(Format):
     marker_tensors = ("qweight",)
 
     group_size: int
-    zero_point: bool
+    symmetric: str
     version: str
     excluded: PartsOfNames
     dynamic: GptqModelDynamic
@@ -122,7 +141,7 @@ class Awq(Format):
         return cls(
             config,
             group_size,
-            zero_point=bool(config.get("zero_point", not config.get("sym", False))),
+            symmetric=_symmetric(config),
             version=version,
             excluded=PartsOfNames.of(field, config.get(field) or ()),
             dynamic=GptqModelDynamic.parse(config.get("dynamic")),
@@ -130,7 +149,7 @@ class Awq(Format):
         )
 
     def hints(self) -> Hints:
-        return Hints(symmetric=bool(self.config.get("sym")))
+        return Hints(symmetric=bool(self.symmetric or self.config.get("sym")))
 
     def resolve(self, module: str, kind: LayerKind, file: FileView) -> Resolution:
         if kind is LayerKind.EMBEDDING:
@@ -148,17 +167,27 @@ class Awq(Format):
         if int(override.get("bits", 4)) != 4:
             raise ConfigError(f"{module}: AWQ with {override['bits']} bits (supported: 4)")
         group_size = int(override.get("group_size", self.group_size))
-        return self._scheme(group_size, file.tensors_on_disk(module) or set())
+        symmetric = self.symmetric
+        if (sym := override.get("sym")) is not None:
+            symmetric = "sym: true" if sym else ""
+        return self._scheme(group_size, symmetric, file.tensors_on_disk(module) or set())
 
-    def _scheme(self, group_size: int, on_disk: set[str]) -> CheckpointScheme:
+    def _scheme(self, group_size: int, symmetric: str, on_disk: set[str]) -> CheckpointScheme:
         if self.version == "marlin":
             return marlin_scheme(4, group_size, codes="qweight", scale="scales")
         if self.version == "gemv":
-            return awq_gemv_scheme(group_size)
+            return awq_gemv_scheme(group_size, symmetric=symmetric)
         if self.version == "gemv_fast":
-            early = "scaled_zeros" in on_disk
-            return awq_gemv_fast_scheme(group_size, zeros="scaled_zeros" if early else "qzeros")
-        return awq_gemm_scheme(group_size, zero_point=self.zero_point or "qzeros" in on_disk)
+            zeros = "scaled_zeros" if "scaled_zeros" in on_disk else "qzeros"
+            return awq_gemv_fast_scheme(group_size, zeros=zeros, symmetric=symmetric)
+        return awq_gemm_scheme(group_size, symmetric=symmetric)
+
+
+def _symmetric(config: dict[str, Any]) -> str:
+    """AutoAWQ's ``zero_point``, or GPTQModel's ``sym``, where they say that there are none."""
+    if config.get("zero_point") is not None:
+        return "" if config["zero_point"] else "zero_point: false"
+    return "sym: true" if config.get("sym") else ""
 
 
 def awq_version(config: dict[str, Any]) -> str:

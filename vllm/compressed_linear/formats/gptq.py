@@ -39,10 +39,10 @@ CONTAINERS = ("int8", "int16", "int32", "int64")
 
 
 def gptq_scheme(
-    bits: int, group_size: int, *, version: str, container: str = "int32"
+    bits: int, group_size: int, *, version: str, container: str = "int32", symmetric: str = ""
 ) -> CheckpointScheme:
     """Layout of one GPTQ weight. ``version``: "gptq" (zero points stored minus 1), "gptq_v2",
-    "gptq_p" or "marlin".
+    "gptq_p" or "marlin". ``symmetric``: as in ``CheckpointScheme``.
 
     Raises ``ConfigError`` for widths that the version does not support.
     """
@@ -78,10 +78,12 @@ def gptq_scheme(
                 container,
                 ("G", "N"),
                 Packing(bits, "N", container, planes=planes, zero_bump=bump),
+                optional=bool(symmetric),
             ),
             StoredTensor("scales", Role.SCALE, "float32", ("G", "N")),
             StoredTensor("g_idx", Role.GROUP_INDEX, "int32", ("K",), optional=True),
         ),
+        symmetric=symmetric,
     )
 
 
@@ -111,8 +113,8 @@ def gptq_version(config: dict[str, Any]) -> str:
 class Gptq(Format):
     """``quantization_config`` with ``quant_method: gptq``, or ``marlin`` of early AutoGPTQ.
 
-    ``dynamic``: see ``GptqModelDynamic``. ``desc_act`` and ``sym`` are not trusted: the data
-    decides. ``inside`` (``modules_in_block_to_quantize``) is used only if the file does not decide.
+    ``dynamic``: see ``GptqModelDynamic``. ``desc_act`` is not trusted: the data decides. ``sym``
+    decides only what zero points mean that are the same throughout. ``inside`` (``modules_in_block_to_quantize``) is used only if the file does not decide.
     """
 
     aliases = ("gptq", "auto_gptq", "gptq_marlin", "marlin")
@@ -174,6 +176,7 @@ class Gptq(Format):
                 int(override.get("group_size", self.group_size)),
                 version=self.version,
                 container=str(override.get("pack_dtype", self.container)).removeprefix("torch."),
+                symmetric="sym: true" if override.get("sym", self.config.get("sym")) else "",
             )
         except (ConfigError, TypeError, ValueError) as error:
             raise ConfigError(f"{module}: dynamic {pattern}: {error}") from None

@@ -97,7 +97,10 @@ def prepare(
                 batch_invariant=method.batch_invariant,
                 chosen_by=selection.chosen_by,
                 note="; ".join(
-                    filter(None, (note, _composite_note(parts, part), contract_note(method)))
+                    filter(
+                        None,
+                        (note, _composite_note(parts, part), *part.notes, contract_note(method)),
+                    )
                 ),
                 cache=obtained.cache,
                 rejected=rejections(selection),

@@ -137,15 +137,23 @@ class StandardWeights:
 @dataclass(frozen=True)
 class CheckpointScheme:
     """Description of one weight by a format: meaning, storage, and preparation of the layer's
-    input."""
+    input.
+
+    ``symmetric``: the setting of the configuration that says that all zero points are the middle
+    code, as it is written there (``"sym: true"``); empty if it says nothing, or the contrary. The
+    file may still have zero points: ``checkpoint/symmetry.py`` says what they mean then.
+    """
 
     weight: WeightSpec
     tensors: tuple[StoredTensor, ...]
     activation: ActivationSpec | None = None
     transform: TransformSpec | None = None
+    symmetric: str = ""
 
     def __str__(self) -> str:
         zero = ", zero points" if self.weight.zero else ""
+        if self.symmetric:
+            zero = ", symmetric"
         scale = self.weight.scale
         group = "" if scale is None else f", group {scale.group_size}"
         if scale is not None and scale.granularity == "block":

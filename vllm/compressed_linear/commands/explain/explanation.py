@@ -18,7 +18,7 @@ class PartPlan:
     ``shards``: last components of their names. ``backend`` is empty before the choice, and if no
     backend may run the part; then ``error`` says why. ``bytes_prepared`` is None if the backend
     does not know it beforehand. ``untested_on_hardware``: backends that could run it, perhaps the
-    chosen one, and have never run on such hardware.
+    chosen one, and have never run on such hardware. ``notes``: on its data, if it was read.
     """
 
     start: int
@@ -32,6 +32,7 @@ class PartPlan:
     rejected: tuple[Rejection, ...] = ()
     untested_on_hardware: tuple[str, ...] = ()
     error: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def runs(self) -> str:

@@ -23,6 +23,7 @@ from vllm.compressed_linear.checkpoint.facts import (
     read_facts,
     stated_facts,
 )
+from vllm.compressed_linear.checkpoint.parts import data_notes
 from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
 from vllm.compressed_linear.commands.explain.explanation import PartPlan, Possibility
 from vllm.compressed_linear.commands.explain.tensors import LayerTensors, ReadTensor, load_shards
@@ -138,6 +139,10 @@ def _parts(
             tuple(_short(shard) for shard in shards[part.first : part.stop]),
             part.descriptor,
             checkpoint_bytes(shards[part.first : part.stop]),
+            notes=data_notes(
+                facts[part.first : part.stop],
+                [shard.source for shard in shards[part.first : part.stop]],
+            ),
         )
         for part in describe(facts, [shard.source for shard in shards], context)
     )

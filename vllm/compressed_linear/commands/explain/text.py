@@ -146,6 +146,8 @@ def _table(groups: Sequence[LayerGroup], dtype: str, width: int) -> Table:
             prepared = None if part.bytes_prepared is None else part.bytes_prepared * count
             disk = size(part.bytes_checkpoint * count)
             table.add_row("", words, _runs(part, "\n"), disk, size(prepared))
+            for note in part.notes:
+                table.add_row("", Text(note, style="dim"), "", "", "")
         for reason in plan.unquantized:
             table.add_row("", Text(f"not quantized: {reason}", style="dim"), "", "", "")
         if plan.note:

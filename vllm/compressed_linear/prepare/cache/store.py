@@ -89,6 +89,8 @@ def _shard_fields(shard: LoadedShard) -> dict[str, Any]:
         # The repr has every field, also fields that are added later.
         "scheme": repr(source.scheme),
         "packings": {name: repr(packing) for name, packing in shard.packings.items()},
+        # What the values of whole tensors mean is not in this rank's part of them.
+        "counts": {name: sorted(counts.items()) for name, counts in shard.counts.items()},
         "tensors": {
             name: {
                 "dtype": dtype_name(tensor.dtype),

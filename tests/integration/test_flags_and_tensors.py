@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files whose tensors and flags disagree, loaded: the numbers of the unchanged file, and a line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from tests.support.changed_checkpoints import Tensors, changed_copy
+from tests.support.checkpoints import checkpoint_reference
+from tests.support.explained import explained
+from tests.support.messages import says
+from tests.support.model_loading import loaded, logits
+from vllm.compressed_linear.integration.preparation import PROCESS_PLAN
+
+GPTQ = "gptqmodel-gptq-w4-g128-sym"
+Q, V = (f"model.layers.0.self_attn.{name}_proj" for name in "qv")
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+def disagree(tensors: Tensors) -> None:
+    """One weight of each kind; no group index has an order."""
+    tensors[f"{Q}.qzeros"] = (tensors[f"{Q}.qzeros"].to(torch.int64) + 0x11111111).to(torch.int32)
+    tensors[f"{V}.qzeros"].zero_()
+    tensors.pop(f"{DOWN}.qzeros")
+    for name, tensor in tensors.items():
+        if name.endswith(".g_idx"):
+            tensor.zero_()
+
+
+def test_zero_points_and_group_indices_that_say_nothing(tmp_path: Path) -> None:
+    path = changed_copy(GPTQ, tmp_path, disagree)
+    reference = checkpoint_reference(GPTQ)
+    with loaded(path) as model:
+        ours = torch.log_softmax(logits(model, reference["input_ids"]), -1)
+    expected = torch.log_softmax(reference["logits"], -1)
+    assert float((ours - expected).abs().max()) <= 1e-4
+    note = PROCESS_PLAN.entries["model.layers.0.self_attn.qkv_proj", 0].note
+    assert says(note, "q_proj", "sym: true", 8, 7)
+    assert says(note, "v_proj", "sym: true", 0, 7)
+    assert PROCESS_PLAN.entries[DOWN, 0].note == ""
+
+    read = {layer.name: layer for layer in explained(path, read_weights=True).layers}
+    (part,) = read["model.layers.0.self_attn.qkv_proj"].likely.parts
+    assert "; ".join(part.notes) in note
+    assert part.descriptor.weight.zero is None
+    assert read[DOWN].likely.parts[0].notes == ()
