@@ -63,8 +63,11 @@ def words(values: torch.Tensor, bits: int, planes: Sequence[int] = ()) -> torch.
 
 def config(version: str, bits: int, **other: Any) -> dict[str, Any]:
     return {
-        **{"quant_method": "gptq", "checkpoint_format": version, "bits": bits},
-        **{"group_size": GROUP, "sym": True},
+        "quant_method": "gptq",
+        "checkpoint_format": version,
+        "bits": bits,
+        "group_size": GROUP,
+        "sym": True,
         **other,
     }
 

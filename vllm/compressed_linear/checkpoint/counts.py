@@ -38,7 +38,7 @@ def count_values(
         # Equal containers hold equal values, and one run of rows has all of them.
         first = fields.stored_values(role, min(n, packing.run))
         if found := _only_value(first):
-            return {value: n * first.shape[1] for value in found}
+            return dict.fromkeys(found, n * first.shape[1])
     counts = torch.bincount(fields.stored_values(role, n).flatten().cpu()).tolist()
     return {value: count for value, count in enumerate(counts) if count}
 

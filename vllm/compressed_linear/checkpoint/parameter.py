@@ -192,7 +192,7 @@ def _copy(
     stored = region.stored
     name = f"{source.name}.{stored.name}"
     shape = tuple(loaded.shape)
-    if stored.optional and not loaded.numel() and prod(stored.shape(source.extents)):
+    if stored.optional and 0 in shape and 0 not in stored.shape(source.extents):
         return  # some tools write an empty tensor where they have none
     if loaded.dtype == torch.float8_e8m0fnu and region.dtype == torch.uint8:
         loaded = loaded.view(torch.uint8)

@@ -2,10 +2,9 @@
 """Zero points in a file whose configuration says that it has none (``sym: true``).
 
 Tools disagree about what such a file holds: the middle code, the middle code less 1 (GPTQ v1), all
-zeros, or no tensor at all; and the configuration may name the version of another tool. One value
-throughout that is one of these is the mark of a symmetric weight. Zero points that vary were written
-by an asymmetric quantizer: they are used as stored if they fit the version that the configuration
-states, since the version cannot be seen otherwise.
+zeros, or no tensor at all; and the configuration may name the version of another tool. One such
+value throughout marks a symmetric weight. Zero points that vary are those of an asymmetric
+quantizer: they are used as stored if they fit the version that the configuration states.
 """
 
 from __future__ import annotations

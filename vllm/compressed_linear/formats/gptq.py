@@ -114,7 +114,8 @@ class Gptq(Format):
     """``quantization_config`` with ``quant_method: gptq``, or ``marlin`` of early AutoGPTQ.
 
     ``dynamic``: see ``GptqModelDynamic``. ``desc_act`` is not trusted: the data decides. ``sym``
-    decides only what zero points mean that are the same throughout. ``inside`` (``modules_in_block_to_quantize``) is used only if the file does not decide.
+    decides only what zero points mean that are the same throughout. ``inside``
+    (``modules_in_block_to_quantize``) is used only if the file does not decide.
     """
 
     aliases = ("gptq", "auto_gptq", "gptq_marlin", "marlin")
