@@ -86,7 +86,7 @@ def _gptq(n: int, k: int, generator: torch.Generator) -> Tensors:
 
 
 def _awq(n: int, k: int, generator: torch.Generator) -> Tensors:
-    return from_standard_layout(awq_gemm_scheme(GROUP, zero_point=True), _int4(n, k, generator))
+    return from_standard_layout(awq_gemm_scheme(GROUP), _int4(n, k, generator))
 
 
 def _w4a16(n: int, k: int, generator: torch.Generator) -> Tensors:

@@ -66,7 +66,7 @@ INT8_WEIGHT = CheckpointScheme(
 LAYOUTS: dict[str, CheckpointScheme] = {
     **{f"gptq-{b}": gptq_scheme(b, GROUP, version="gptq_v2") for b in (2, 3, 4, 8)},
     "gptq-4 act order": gptq_scheme(4, GROUP, version="gptq_v2"),
-    "awq-4": awq_gemm_scheme(GROUP, zero_point=True),
+    "awq-4": awq_gemm_scheme(GROUP),
     **{
         f"compressed-tensors-{b}": pack_quantized_scheme(
             b, GROUP, symmetric=True, group_index=False
