@@ -23,6 +23,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         settings.STRICT,
         settings.PLAN_FILE,
         settings.CACHE,
+        settings.ALLOW_MISSING,
     ):
         monkeypatch.delenv(name, raising=False)
 
@@ -82,8 +83,10 @@ def test_nothing_asked_for() -> None:
 
 def test_additional_config_is_read() -> None:
     given = {"backend": "reference", "strict": True, "plan_file": "plan.json", "cache": "a"}
+    given |= {"allow_missing": True}
     found = Settings.read({"compressed_linear": given})
-    assert found == Settings(BackendRules.parse("reference"), True, "plan.json", cache="a")
+    rules = BackendRules.parse("reference")
+    assert found == Settings(rules, True, "plan.json", cache="a", allow_missing=True)
 
 
 def test_the_environment_wins(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +94,9 @@ def test_the_environment_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(settings.STRICT, "0")
     monkeypatch.setenv(settings.PLAN_FILE, "b.json")
     monkeypatch.setenv(settings.CACHE, "b")
+    monkeypatch.setenv(settings.ALLOW_MISSING, "0")
     given = {"backend": "reference", "strict": True, "plan_file": "a.json", "cache": "a"}
+    given |= {"allow_missing": True}
     found = Settings.read({"compressed_linear": given})
     assert found == Settings(BackendRules.parse("cpu"), False, "b.json", cache="b")
 

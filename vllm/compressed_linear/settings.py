@@ -9,6 +9,7 @@
 | VLLM_COMPRESSED_LINEAR_PLAN_FILE | "plan_file" | write the plan there as JSON after loading |
 | VLLM_COMPRESSED_LINEAR_TUNE_FILE | "tune_file" | choose by these measurements; ``off``: by none |
 | VLLM_COMPRESSED_LINEAR_CACHE | "cache" | directory that keeps prepared weights, for fast starts |
+| VLLM_COMPRESSED_LINEAR_ALLOW_MISSING=1 | "allow_missing" | load models with missing tensors |
 
 If both are given, the environment variable has precedence.
 """
@@ -28,11 +29,24 @@ STRICT = "VLLM_COMPRESSED_LINEAR_STRICT"
 PLAN_FILE = "VLLM_COMPRESSED_LINEAR_PLAN_FILE"
 TUNE_FILE = "VLLM_COMPRESSED_LINEAR_TUNE_FILE"
 CACHE = "VLLM_COMPRESSED_LINEAR_CACHE"
+ALLOW_MISSING = "VLLM_COMPRESSED_LINEAR_ALLOW_MISSING"
 CPU_ISA = "VLLM_COMPRESSED_LINEAR_CPU_ISA"
 ANY_VLLM = "VLLM_COMPRESSED_LINEAR_ANY_VLLM"
-VARIABLES = (ENABLE, BACKEND, STRICT, PLAN_FILE, TUNE_FILE, CACHE, CPU_ISA, ANY_VLLM)
+VARIABLES = (
+    ENABLE,
+    BACKEND,
+    STRICT,
+    PLAN_FILE,
+    TUNE_FILE,
+    CACHE,
+    ALLOW_MISSING,
+    CPU_ISA,
+    ANY_VLLM,
+)
 """Every environment variable this package reads."""
 ADDITIONAL_CONFIG_KEY = "compressed_linear"
+
+_KEYS = ("allow_missing", "backend", "cache", "plan_file", "strict", "tune_file")
 
 UNQUANTIZED_PATTERN = "unquantized"
 
@@ -80,23 +94,25 @@ def default_tune_file() -> Path:
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings, read once for each model. ``tune_file``: empty for none."""
+    """All settings, read once for each model. ``tune_file``: empty for none. ``allow_missing``:
+    parameters that the checkpoint does not fill are a warning instead of an error."""
 
     backend: BackendRules = BackendRules()
     strict: bool = False
     plan_file: str = ""
     tune_file: str = ""
     cache: str = ""
+    allow_missing: bool = False
 
     @classmethod
     def read(cls, additional_config: Mapping[str, Any] | None = None) -> Settings:
         """Read environment and ``additional_config``. Raises ``ValueError`` for unknown keys."""
         given = dict((additional_config or {}).get(ADDITIONAL_CONFIG_KEY) or {})
-        unknown = set(given) - {"backend", "cache", "strict", "plan_file", "tune_file"}
+        unknown = set(given) - set(_KEYS)
         if unknown:
             raise ValueError(
                 f"additional_config[{ADDITIONAL_CONFIG_KEY!r}] has unknown keys "
-                f"{sorted(unknown)} (known: backend, cache, plan_file, strict, tune_file)"
+                f"{sorted(unknown)} (known: {', '.join(_KEYS)})"
             )
         return cls(
             BackendRules.parse(os.environ.get(BACKEND) or given.get("backend") or ""),
@@ -104,6 +120,7 @@ class Settings:
             os.environ.get(PLAN_FILE) or given.get("plan_file") or "",
             _tune_file(os.environ.get(TUNE_FILE) or given.get("tune_file") or ""),
             os.environ.get(CACHE) or given.get("cache") or "",
+            _flag(ALLOW_MISSING, bool(given.get("allow_missing", False))),
         )
 
 

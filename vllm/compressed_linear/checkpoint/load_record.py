@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Record of one load: which bytes of which tensors were written, and from which tensors of the files.
+"""Record of one load: which bytes of which parameters were written, from which of a file's tensors.
 
 Loaders of models cut, fuse, reorder and convert tensors in their own ways, so nothing is asked of
 them: the record observes PyTorch's operators. Meta tensors are recorded like others.
@@ -47,7 +47,7 @@ class Footprint:
         run = size
         while axes and axes[-1][0] == run:
             run *= axes.pop()[1]
-        first = tensor.storage_offset() * size
+        first = int(tensor.storage_offset()) * size
         return cls(first, tuple((count, stride) for stride, count in axes), run)
 
     @property
@@ -126,7 +126,7 @@ class _Storage:
     """
 
     reference: StorageWeakRef
-    target: bool = False
+    target: bool
     contents: dict[Footprint, frozenset[str]] = field(default_factory=dict)
 
     def names(self, tensor: torch.Tensor) -> frozenset[str]:
@@ -138,6 +138,8 @@ class _Storage:
         )
 
     def add(self, tensor: torch.Tensor, names: frozenset[str]) -> None:
+        if not tensor.numel():
+            return
         where = Footprint.of(tensor)
         self.contents[where] = self.contents.get(where, frozenset()) | names
 
@@ -150,16 +152,18 @@ class LoadRecord(TorchDispatchMode):
     """
 
     def __init__(self, targets: Iterable[torch.Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.held: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         """Tensors of the files that were given to the model: dtype and shape by name."""
         self.current = ""
         """Name of the tensor that was given last."""
         self.taken: set[str] = set()
         """Tensors of which at least a part was written to a target."""
+        self.zero_biases: set[str] = set()
+        """Biases without effect. Some tools write one for each layer."""
         self._storages: dict[int, _Storage] = {}
         for tensor in targets:
-            self._storage(tensor).target = True
+            self._storage(tensor, target=True)
 
     def weights(
         self, weights: Iterable[tuple[str, torch.Tensor]]
@@ -169,6 +173,8 @@ class LoadRecord(TorchDispatchMode):
             self.held[name] = (tensor.dtype, tuple(tensor.shape))
             self.current = name
             self._storage(tensor).add(tensor, frozenset((name,)))
+            if name.endswith(".bias") and not tensor.is_meta and not tensor.any():
+                self.zero_biases.add(name)
             yield name, tensor
 
     def fill(self, parameter: torch.Tensor) -> Fill | None:
@@ -222,12 +228,13 @@ class LoadRecord(TorchDispatchMode):
                     self._storage(tensor).add(tensor, names)
         return result
 
-    def _storage(self, tensor: torch.Tensor) -> _Storage:
+    def _storage(self, tensor: torch.Tensor, *, target: bool = False) -> _Storage:
         storage = tensor.untyped_storage()
-        found = self._storages.get(storage._cdata)
-        if found is None:
-            found = self._storages[storage._cdata] = _Storage(StorageWeakRef(storage))
-        return found
+        key = int(storage._cdata)
+        if key not in self._storages:
+            reference = StorageWeakRef(storage)
+            self._storages[key] = _Storage(reference, target)
+        return self._storages[key]
 
 
 def _key(tensor: torch.Tensor) -> int:

@@ -331,6 +331,15 @@ def _view(param: CheckpointParameter, region: Region, arrival: Arrival) -> torch
     return view.to(arrival.dtype) if widened and arrival.dtype.is_floating_point else view
 
 
+def never_arrived(param: CheckpointParameter) -> list[CheckpointError]:
+    """One error for each tensor that a shard needs and nothing was loaded for."""
+    return [
+        _never_arrived(param, region.source, region.stored)
+        for region in param.regions
+        if not region.stored.optional and region.shard not in param.record.arrivals
+    ]
+
+
 def _never_arrived(
     param: CheckpointParameter, source: ShardSource, stored: StoredTensor
 ) -> CheckpointError:

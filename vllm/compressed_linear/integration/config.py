@@ -66,6 +66,10 @@ class CompressedLinearConfig(QuantizationConfig):
     for the engine's process.
     """
 
+    _ignore_unexpected_suffixes = ("",)
+    """vLLM's loader does not stop at tensors that have no place in the model, whatever they are
+    called: what is left over on either side is reported once all is loaded (``completeness``)."""
+
     def __init__(self, found: Format | None = None) -> None:
         super().__init__()
         self.plan: Plan | None = None

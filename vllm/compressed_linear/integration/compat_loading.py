@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Access to vLLM's model loaders, and to what they leave out on purpose, by feature detection."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Loading:
+    """One model that vLLM is about to load: ``load_weights()`` does it."""
+
+    model: Any
+    model_config: Any
+    vllm_config: Any
+    load_weights: Callable[[], None]
+
+
+Around = Callable[[Loading], None]
+"""Called for each model that is loaded; has to call ``load_weights``."""
+
+
+def call_around_loading(around: Around) -> None:
+    """Let every loader of vLLM call ``around`` once the model is built, in place of its own
+    ``load_weights``. Idempotent.
+
+    Loaders that restore a model in their own way (``load_model``) are not affected.
+    """
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    original: Any = BaseModelLoader.load_model
+    if getattr(original, "compressed_linear", False):
+        return
+
+    @functools.wraps(original)
+    def load_model(
+        self: Any, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        own = self.load_weights
+
+        def load_weights(model: Any, config: Any) -> None:
+            around(Loading(model, config, vllm_config, lambda: own(model, config)))
+
+        self.load_weights = load_weights
+        try:
+            return original(self, vllm_config, model_config, *args, **kwargs)
+        finally:
+            del self.load_weights
+
+    load_model.compressed_linear = True  # type: ignore[attr-defined]
+    BaseModelLoader.load_model = load_model
+
+
+def quantization_configs(loading_model: Any, vllm_config: Any) -> list[Any]:
+    """The quantization configs of a model's layers. Drafters have one of their own."""
+    found = [getattr(vllm_config, "quant_config", None)]
+    found += [getattr(module, "quant_config", None) for module in loading_model.modules()]
+    return [c for c in dict.fromkeys(map(_Same, found)) for c in (c.value,) if c is not None]
+
+
+@dataclass(frozen=True, eq=False)
+class _Same:
+    value: Any
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.value is self.value
+
+
+def fills_itself(module: Any, name: str) -> bool:
+    """Whether vLLM gives the parameter ``name`` of ``module`` a value if the checkpoint has none:
+    scales of a KV cache, parameters built from the quantization config or while weights are
+    quantized online, and maps of experts to ranks."""
+    from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
+    from vllm.model_executor.model_loader import default_loader
+    from vllm.model_executor.model_loader.reload import meta
+
+    method = getattr(module, "quant_method", None)
+    loaded = {"e_score_correction_bias"}  # reloading has other reasons to leave it alone
+    built = set(getattr(default_loader, "_CONFIG_BUILT_PARAMS", ()))
+    built |= set(getattr(meta, "SKIP_LOAD_TENSORS", ())) - loaded
+    return (
+        isinstance(method, BaseKVCacheMethod)
+        or bool(getattr(method, "uses_meta_device", False))
+        or name in built
+    )
+
+
+def padding(parameter: torch.Tensor) -> int:
+    """Number of elements of ``parameter`` that are padding, as its creator declares."""
+    return parameter.numel() - int(getattr(parameter, "weight_loader_numel", parameter.numel()))
+
+
+def comes_from_target(model: Any, name: str, module: Any, loading: Loading) -> bool:
+    """Whether ``module``, of the drafter ``model``, is replaced by the target's after loading."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import (
+        ParallelLMHead,
+        VocabParallelEmbedding,
+    )
+
+    speculative = getattr(loading.vllm_config, "speculative_config", None)
+    if (
+        speculative is None
+        or loading.model_config is not getattr(speculative, "draft_model_config", None)
+        or getattr(speculative, "method", "") == "draft_model"
+    ):
+        return False
+    if name.endswith("draft_id_to_target_id"):
+        config = getattr(model, "config", None)
+        sizes = [getattr(config, size, None) for size in ("draft_vocab_size", "vocab_size")]
+        return sizes[0] == sizes[1]
+    if isinstance(module, ParallelLMHead):
+        return not getattr(model, "has_own_lm_head", False)
+    own = getattr(model, "has_own_embed_tokens", False)
+    return isinstance(module, VocabParallelEmbedding) and not own
+
+
+class LeftOut:
+    """What a model of vLLM leaves out of a checkpoint on purpose, by names in the files."""
+
+    def __init__(self, model: Any, config: Any, vllm_config: Any) -> None:
+        from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+        from vllm.model_executor.models import utils
+
+        mapper: Any = getattr(model, "hf_to_vllm_mapper", None) or utils.WeightsMapper()
+        for other in (
+            config.get_cache_scale_mapper(),
+            config.get_checkpoint_weight_mapper(),
+            getattr(utils.AutoWeightsLoader, "REMOVE_UNUSED_ROTARY_EMBEDS_MAPPER", None),
+        ):
+            mapper = mapper if other is None else mapper | other
+        self._map = mapper.map_name if hasattr(mapper, "map_name") else mapper._map_name
+        self._model = model
+        self._utils = utils
+        self._suffixes = tuple(getattr(QuantizationConfig, "_ignore_unexpected_suffixes", ()))
+        self._tied: Iterable[str] = getattr(utils, "_get_tied_embedding_params", lambda model: ())(
+            model
+        )
+        parallel = vllm_config.parallel_config
+        self._ranks_share_experts = bool(parallel.enable_expert_parallel)
+        model_config = vllm_config.model_config
+        self._hf_config = getattr(model_config, "hf_text_config", None)
+
+    def __contains__(self, name: str) -> bool:
+        mapped = self._map(name)
+        if mapped is None or mapped.endswith(self._suffixes):
+            return True
+        layer_of_drafter = getattr(self._utils, "get_spec_layer_idx_from_weight_name", None)
+        return (
+            mapped in self._tied
+            or self._utils.is_pp_missing_parameter(mapped, self._model)
+            or (self._ranks_share_experts and ".experts." in mapped)
+            or (
+                layer_of_drafter is not None
+                and self._hf_config is not None
+                and layer_of_drafter(self._hf_config, mapped) is not None
+            )
+        )
+
+
+def batch_statistics(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Buffers that vLLM's loader takes from files as if they were parameters: running means and
+    variances of batch norms."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            for buffer in ("running_mean", "running_var"):
+                if isinstance(tensor := getattr(module, buffer, None), torch.Tensor):
+                    yield f"{name}.{buffer}" if name else buffer, tensor
