@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 from vllm.compressed_linear.formats.awq import awq_gemm_scheme
 from vllm.compressed_linear.formats.base import Format, Hints, register_format, require
-from vllm.compressed_linear.formats.entries import Entries, pattern
+from vllm.compressed_linear.formats.entries import Entries
+from vllm.compressed_linear.formats.expressions import is_expression
 from vllm.compressed_linear.formats.file_view import FileView
 from vllm.compressed_linear.formats.gptq import gptq_scheme
 from vllm.compressed_linear.formats.resolution import (
@@ -44,7 +44,7 @@ class ExtraConfig(Entries):
         return True
 
     def selects(self, spelling: str, names: Sequence[str], kind: LayerKind | None) -> bool:
-        return any(spelling in _ends(name) for name in names) or _searched(spelling, names)
+        return any(spelling in _ends(name) for name in names) or self._searched(spelling, names)
 
     def deciding(self, names: Sequence[str], modules: Iterable[str]) -> str | None:
         """The entry, as written, that applies to a module: exact names have precedence over ends,
@@ -55,9 +55,15 @@ class ExtraConfig(Entries):
             if spelling in self.spellings:
                 return self.spellings[spelling]
         for spelling, entry in self.spellings.items():
-            if spelling not in modules and _searched(spelling, names):
+            if spelling not in modules and self._searched(spelling, names):
                 return entry
         return None
+
+    def _searched(self, spelling: str, names: Sequence[str]) -> bool:
+        """Whether a name contains a match; an invalid expression is skipped, as in the tool."""
+        if not is_expression(spelling):
+            return False
+        return self.expressions.matches(spelling, names, spelling, search=True)
 
 
 class Blocks(Entries):
@@ -163,14 +169,6 @@ def _ends(name: str) -> list[str]:
     """``a.b.c`` → ``a.b.c``, ``b.c``, ``c``."""
     parts = name.split(".")
     return [".".join(parts[first:]) for first in range(len(parts))]
-
-
-def _searched(expression: str, names: Sequence[str]) -> bool:
-    """Whether a regular expression is found in a name; invalid ones are skipped, as in the tool."""
-    try:
-        return any(pattern(expression).search(name) for name in names)
-    except re.error:
-        return False
 
 
 def _block_names(blocks: Any) -> list[str]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from vllm.compressed_linear.formats.base import Format, Hints, register_format
-from vllm.compressed_linear.formats.entries import Entries, pattern
+from vllm.compressed_linear.formats.entries import Entries
 from vllm.compressed_linear.formats.file_view import FileView
 from vllm.compressed_linear.formats.resolution import (
     ConfigError,
@@ -85,7 +85,7 @@ class Targets(Entries):
         if kind is not None and spelling == MODULE_CLASS[kind]:
             return True
         if spelling.startswith("re:"):
-            return any(pattern(spelling[3:]).match(name) for name in names)
+            return self.expressions.matches(spelling[3:], names, spelling)
         return spelling in names
 
     def deciding(self, names: Sequence[str], kind: LayerKind) -> str | None:

@@ -7,13 +7,13 @@ match is always reported as the entry that was written.
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cached_property
 from typing import Self
 
+from vllm.compressed_linear.formats.expressions import TimedMatching
 from vllm.compressed_linear.formats.resolution import LayerKind
 
 Rename = Callable[[str], str | None]
@@ -30,6 +30,11 @@ class Entries(ABC):
 
     field: str
     spellings: dict[str, str]
+
+    @cached_property
+    def expressions(self) -> TimedMatching:
+        """Matches the entries that are regular expressions, in bounded time."""
+        return TimedMatching(self.field)
 
     @classmethod
     def of(cls, field: str, entries: Iterable[str]) -> Self:
@@ -78,9 +83,3 @@ class PartsOfNames(Entries):
 
     def selects(self, spelling: str, names: Sequence[str], kind: LayerKind | None) -> bool:
         return spelling in names[0]
-
-
-@cache
-def pattern(text: str) -> re.Pattern[str]:
-    """A compiled regular expression. ``re`` forgets all but 512, and configurations have more."""
-    return re.compile(text)

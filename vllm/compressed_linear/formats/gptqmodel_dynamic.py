@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from vllm.compressed_linear.formats.entries import Entries, Rename, pattern
+from vllm.compressed_linear.formats.entries import Entries, Rename
 from vllm.compressed_linear.formats.resolution import ConfigError, LayerKind
 
 
@@ -33,15 +32,14 @@ class GptqModelDynamic(Entries):
             excluded = entry.startswith("-:")
             if not excluded and not isinstance(override or {}, dict):
                 raise ConfigError(f"dynamic pattern {entry!r}: {override!r} is not a map")
-            try:
-                pattern(_bare(entry))
-            except re.error as error:
-                raise ConfigError(f"dynamic pattern {entry!r}: {error}") from None
             overrides[entry] = None if excluded else dict(override or {})
-        return cls("dynamic", {entry: entry for entry in overrides}, overrides)
+        found = cls("dynamic", {entry: entry for entry in overrides}, overrides)
+        for entry in overrides:
+            found.expressions.compiled(_bare(entry), entry)
+        return found
 
     def selects(self, spelling: str, names: Sequence[str], kind: LayerKind | None) -> bool:
-        return any(pattern(_bare(spelling)).match(name) for name in names)
+        return self.expressions.matches(_bare(spelling), names, spelling)
 
     def renamed(self, rename: Rename) -> Self:
         return self
