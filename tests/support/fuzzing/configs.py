@@ -104,7 +104,9 @@ FIELDS += ("modules_in_block_to_quantize", "block_name_to_quantize", "to_quant_b
 
 def field_value(draw: Draw, mutant: Mutant) -> None:
     """Another value in any field, however deep, or no value."""
-    config = mutant.config["quantization_config"]
+    config = mutant.quantization
+    if not config:
+        return
     paths = sorted(_paths(config), key=str)
     path = draw(st.sampled_from(paths))
     parent, key = _parent(config, path), path[-1]
@@ -119,7 +121,7 @@ def field_value(draw: Draw, mutant: Mutant) -> None:
 
 def new_field(draw: Draw, mutant: Mutant) -> None:
     """A field that the configuration lacks."""
-    config = mutant.config["quantization_config"]
+    config = mutant.quantization
     names = ("bits", "w_bit", "group_size", "q_group_size", "sym", "zero_point", "desc_act")
     names += ("is_marlin_format", "lm_head", "pack_dtype", "format", "version", *FIELDS)
     names += ("sparsity_config", "transform_config", "kv_cache_scheme", "act_bits", "data_type")
@@ -129,24 +131,27 @@ def new_field(draw: Draw, mutant: Mutant) -> None:
 
 
 def hostile_expression(draw: Draw, mutant: Mutant) -> None:
-    config = mutant.config["quantization_config"]
+    config = mutant.quantization
     text = draw(st.sampled_from(HOSTILE))
     method = config.get("quant_method")
     if method == "compressed-tensors":
         entry = f"re:{text}"
         if draw(st.booleans()):
-            config["ignore"] = [*(config.get("ignore") or []), entry]
+            config["ignore"] = [*_list(config.get("ignore")), entry]
             path: tuple[Any, ...] = ("ignore",)
         else:
-            group = draw(st.sampled_from(sorted(config["config_groups"])))
-            config["config_groups"][group]["targets"] = [entry]
+            groups = config.get("config_groups")
+            group = next(iter(groups), None) if isinstance(groups, dict) else None
+            if group is None or not isinstance(groups[group], dict):
+                return
+            groups[group]["targets"] = [entry]
             path = ("config_groups", group, "targets")
     elif method == "auto-round":
-        config["extra_config"] = (config.get("extra_config") or {}) | {text: {"bits": 16}}
+        config["extra_config"] = _map(config.get("extra_config")) | {text: {"bits": 16}}
         path = ("extra_config",)
     else:
         sign = draw(st.sampled_from(["-:", "+:", ""]))
-        config["dynamic"] = {f"{sign}{text}": {}, **(config.get("dynamic") or {})}
+        config["dynamic"] = {f"{sign}{text}": {}, **_map(config.get("dynamic"))}
         path = ("dynamic",)
     _done(mutant, path, text)
 
@@ -157,6 +162,14 @@ def whole(draw: Draw, mutant: Mutant) -> None:
     value = draw(st.sampled_from(VALUES))
     mutant.config[key] = value
     _done(mutant, (key,), value)
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _map(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _done(mutant: Mutant, path: tuple[Any, ...], value: Any) -> None:

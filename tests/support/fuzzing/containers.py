@@ -99,9 +99,14 @@ def header_text(draw: Draw, mutant: Mutant) -> None:
         return text + b"}"
 
     def edit(directory: Path) -> None:
+        if not (directory / FILE).is_file():
+            return
         raw = (directory / FILE).read_bytes()
-        (length,) = struct.unpack("<Q", raw[:8])
-        text = change(raw[8 : 8 + length])
+        try:
+            (length,) = struct.unpack("<Q", raw[:8])
+            text = change(raw[8 : 8 + length])
+        except (struct.error, ValueError, LookupError, ZeroDivisionError):
+            return  # an earlier change left no such header
         (directory / FILE).write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
 
     mutant.edits.append(edit)
@@ -115,6 +120,8 @@ def header_length(draw: Draw, mutant: Mutant) -> None:
     length = draw(st.sampled_from([0, 1, 2**10, 2**31, 2**32, 2**50, 2**63, 2**64 - 1]))
 
     def edit(directory: Path) -> None:
+        if not (directory / FILE).is_file():
+            return
         raw = (directory / FILE).read_bytes()
         (directory / FILE).write_bytes(struct.pack("<Q", length) + raw[8:])
 
@@ -127,6 +134,8 @@ def cut_file(draw: Draw, mutant: Mutant) -> None:
     part = draw(st.sampled_from([0.0, 1e-6, 1e-4, 0.01, 0.5, 0.999, 1.001]))
 
     def edit(directory: Path) -> None:
+        if not (directory / FILE).is_file():
+            return
         raw = (directory / FILE).read_bytes()
         size = int(len(raw) * part)
         (directory / FILE).write_bytes(raw[:size] + bytes(max(size - len(raw), 0)))
@@ -145,6 +154,8 @@ def special_file(draw: Draw, mutant: Mutant) -> None:
 
     def edit(directory: Path) -> None:
         path = directory / name
+        if path.is_dir():
+            return
         path.unlink(missing_ok=True)
         if how == "directory":
             path.mkdir()
@@ -169,13 +180,13 @@ def split_with_index(draw: Draw, mutant: Mutant) -> None:
     other = "model-00002-of-00002.safetensors"
     mutant.index = {"weight_map": {n: other if n in moved else FILE for n in names}}
     mutant.more[other] = {name: mutant.tensors.pop(name) for name in moved}
-    mutant.must_read = not mutant.done
+    mutant.must_read = True
     mutant.done.append("two files with an index")
 
 
 def wrong_index(draw: Draw, mutant: Mutant) -> None:
     split_with_index(draw, mutant)
-    mutant.must_read = False
+    mutant.done.append("and then")
     if not isinstance(mutant.index, dict):
         return
     weight_map = mutant.index["weight_map"]
@@ -229,10 +240,15 @@ def duplicate(draw: Draw, mutant: Mutant) -> None:
 
 def _with_header(mutant: Mutant, change: Callable[[dict[str, Any]], None], what: str) -> None:
     def edit(directory: Path) -> None:
+        if not (directory / FILE).is_file():
+            return
         raw = (directory / FILE).read_bytes()
-        (length,) = struct.unpack("<Q", raw[:8])
-        header = json.loads(raw[8 : 8 + length])
-        change(header)
+        try:
+            (length,) = struct.unpack("<Q", raw[:8])
+            header = json.loads(raw[8 : 8 + length])
+            change(header)
+        except (struct.error, ValueError, LookupError, TypeError, RecursionError):
+            return  # an earlier change left no such header
         text = json.dumps(header).encode()
         (directory / FILE).write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
 

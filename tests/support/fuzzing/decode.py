@@ -47,7 +47,7 @@ def stored_layers(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> d
     """Layer → how it is stored, for every matrix but tables, from shapes alone."""
     quantization = config["quantization_config"]
     family = _family(quantization)
-    ordered, symmetric = bool(quantization.get("desc_act")), bool(quantization.get("sym"))
+    ordered, symmetric = flags(quantization)
     found = {}
     for module in dict.fromkeys(name.rpartition(".")[0] for name in tensors):
         own = {
@@ -70,6 +70,13 @@ def stored_layers(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> d
             bits = 4 if "awq" in family else shapes["qweight"][0] * 32 // k
             found[module] = Stored(family, n, k, bits, groups, shapes, ordered, symmetric)
     return found
+
+
+def flags(quantization: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Whether a configuration says that g_idx reorders channels, and that there are no zero
+    points."""
+    symmetric = bool(quantization.get("sym")) or quantization.get("zero_point") is False
+    return bool(quantization.get("desc_act")), symmetric
 
 
 def _family(quantization: Mapping[str, Any]) -> str:
@@ -105,6 +112,8 @@ def weight(layer: str, stored: Stored, tensors: Mapping[str, Tensor]) -> Array:
     own = {
         last: tensors[f"{layer}.{last}"] for last in stored.shapes if f"{layer}.{last}" in tensors
     }
+    # Some tools write an empty tensor where they have none.
+    own = {last: t for last, t in own.items() if t.data or last not in ("qzeros", "g_idx")}
     for last, tensor in own.items():
         if tensor.shape != stored.shapes[last]:
             raise NoMeaningError(f"{last} has another shape")
@@ -167,9 +176,12 @@ def _combine(
 
 
 def _gptq(stored: Stored, own: Mapping[str, Tensor]) -> Array:
-    bits, n, k, groups = stored.bits, stored.n, stored.k, stored.groups
+    bits, n, k = stored.bits, stored.n, stored.k
     planes = PLANES.get(bits, ()) if stored.family == "gptq_p" else ()
     codes = _codes(_words(own["qweight"]).T, bits, k, planes)
+    middle = 1 << (bits - 1)
+    if "qzeros" not in own and stored.symmetric:
+        return _combine(stored, codes, floats(own["scales"]).T, middle, _order(stored, own))
     fields = _words(own["qzeros"])
     if stored.family == "gptq" and 32 % bits == 0:
         # 1 was subtracted from every field of the whole word, so borrows cross fields.
@@ -178,18 +190,21 @@ def _gptq(stored: Stored, own: Mapping[str, Tensor]) -> Array:
     zero = _codes(fields, bits, n, planes).T
     if stored.family == "gptq" and 32 % bits:
         zero = (zero + 1) % (1 << bits)
-    index = None
+    return _combine(stored, codes, floats(own["scales"]).T, zero, _order(stored, own))
+
+
+def _order(stored: Stored, own: Mapping[str, Tensor]) -> Array | None:
+    """int [K]: the group of each channel, None for channels in order."""
     if "g_idx" in own:
         if own["g_idx"].dtype not in INTEGERS:
             raise NoMeaningError("g_idx is no integer")
         index = np.frombuffer(own["g_idx"].data, INTEGERS[own["g_idx"].dtype]).astype(np.int64)
-        if index.min() < 0 or index.max() >= groups:
+        if index.min() < 0 or index.max() >= stored.groups:
             raise NoMeaningError("g_idx is out of range")
-        if groups > 1 and not index.any():
-            index = None  # the tools' word for "no order"
-    elif stored.ordered:
+        return index if index.any() else None  # all zeros: the tools' word for "no order"
+    if stored.ordered and stored.groups > 1:
         raise NoMeaningError("desc_act without g_idx")
-    return _combine(stored, codes, floats(own["scales"]).T, zero, index)
+    return None
 
 
 def _awq_gemm(stored: Stored, own: Mapping[str, Tensor]) -> Array:
@@ -200,8 +215,10 @@ def _awq_gemm(stored: Stored, own: Mapping[str, Tensor]) -> Array:
         codes = _codes(words, 4, words.shape[1] * 8).reshape(len(words), -1, 8)
         return codes[:, :, inverse].reshape(len(words), -1)
 
-    scale = floats(own["scales"]).T
-    return _combine(stored, unpacked(own["qweight"]).T, scale, unpacked(own["qzeros"]).T)
+    zero: Array | int = 8
+    if "qzeros" in own or not stored.symmetric:
+        zero = unpacked(own["qzeros"]).T
+    return _combine(stored, unpacked(own["qweight"]).T, floats(own["scales"]).T, zero)
 
 
 def _awq_gemv(stored: Stored, own: Mapping[str, Tensor]) -> Array:

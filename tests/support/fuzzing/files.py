@@ -32,7 +32,8 @@ class Mutant:
     ``tensors``: of the main file, by name. ``more``: further files with their tensors. ``index``:
     tensor → file, None for a checkpoint without one. ``edits``: changes of what was written.
     ``about``: texts of which an error must name one. ``harmless``: it may also be read as if it was
-    not changed. ``must_read``: an error would be a false alarm. ``left``: what was done, in words.
+    not changed. ``must_read``: an error
+    would be a false alarm, if nothing else is changed. ``done``: what was changed, in words.
     """
 
     name: str
@@ -55,6 +56,12 @@ class Mutant:
             (directory / INDEX).write_text(json.dumps(self.index))
         for edit in self.edits:
             edit(directory)
+
+    @property
+    def quantization(self) -> dict[str, Any]:
+        """The quantization_config, to be changed; an empty map if an earlier change replaced it."""
+        found = self.config.get("quantization_config")
+        return found if isinstance(found, dict) else {}
 
     @property
     def all_tensors(self) -> dict[str, Tensor]:

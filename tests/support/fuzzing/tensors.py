@@ -121,7 +121,7 @@ def transpose(draw: Draw, mutant: Mutant) -> None:
 def permute_header(draw: Draw, mutant: Mutant) -> None:
     names = draw(st.permutations(sorted(mutant.tensors)))
     mutant.tensors = {name: mutant.tensors[name] for name in names}
-    mutant.must_read = not mutant.done
+    mutant.must_read = True
     mutant.done.append("order the tensors in another way")
 
 
@@ -167,7 +167,7 @@ def zero_points(draw: Draw, mutant: Mutant) -> None:
     else:
         array.view(np.uint32)[...] = fill
         # Tools also write constants that stand for "symmetric".
-        mutant.harmless = bool(mutant.config["quantization_config"].get("sym"))
+        mutant.harmless = bool(mutant.quantization.get("sym"))
     mutant.tensors[name] = replace(tensor, data=array.tobytes())
     mutant.done.append(f"zero points of {name}: {fill}")
 

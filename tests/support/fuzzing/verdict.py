@@ -6,15 +6,14 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hypothesis import strategies as st
 
-from tests.support.fuzzing import configs, containers, tensors
-from tests.support.fuzzing.decode import NoMeaningError, Stored, stored_layers, weight
+from tests.support.fuzzing.decode import NoMeaningError, Stored, flags, stored_layers, weight
 from tests.support.fuzzing.files import FILE, INDEX, Mutant, Tensor, unmutated
 from tests.support.fuzzing.reader import Found, equal
 from tests.support.fuzzing.tensors import Draw
@@ -27,7 +26,7 @@ MAX_MESSAGE = 2000
 MAX_SECONDS = 10.0
 """CPU time of one mutant; whole ones take some 0.05."""
 
-GROUPS = (tensors.MUTATORS, containers.MUTATORS, configs.MUTATORS)
+Mutators = Sequence[Callable[[Draw, Mutant], None]]
 Read = Callable[[Path, Mapping[str, Stored]], Found]
 
 
@@ -44,11 +43,11 @@ class Outcome:
     error: str = ""
 
 
-def draw_mutant(draw: Draw, directories: list[Path]) -> Mutant:
-    """One checkpoint with one or two changes."""
+def draw_mutant(draw: Draw, directories: list[Path], groups: Sequence[Mutators]) -> Mutant:
+    """One checkpoint with one or two changes, each of one of ``groups``."""
     mutant = unmutated(draw(st.sampled_from(directories)))
     for _ in range(draw(st.sampled_from([1, 1, 1, 2]))):
-        mutate = draw(st.sampled_from(draw(st.sampled_from(GROUPS))))
+        mutate = draw(st.sampled_from(draw(st.sampled_from(groups))))
         mutate(draw, mutant)
     return mutant
 
@@ -64,7 +63,7 @@ def try_mutant(mutant: Mutant, origin: Path, read: Read) -> Outcome:
         mutant.write(directory)
         found = read(directory, layers)
     except ERRORS as error:
-        _judge_error(mutant, str(error), what)
+        _judge_error(mutant, layers, str(error), what)
         return Outcome("refused", str(error))
     except Exception as error:
         raise WrongError(f"{what}: {type(error).__name__}: {str(error)[:500]}") from error
@@ -79,12 +78,12 @@ def try_mutant(mutant: Mutant, origin: Path, read: Read) -> Outcome:
     return Outcome("unfilled" if found.unfilled else "read")
 
 
-def _judge_error(mutant: Mutant, message: str, what: str) -> None:
-    if mutant.must_read:
+def _judge_error(mutant: Mutant, layers: Iterable[str], message: str, what: str) -> None:
+    if mutant.must_read and len(mutant.done) == 1:
         raise WrongError(f"{what}: refused without need: {message}")
     if "\n" in message or len(message) > MAX_MESSAGE or not message.isprintable():
         raise WrongError(f"{what}: not one clear line: {message[:MAX_MESSAGE]!r}")
-    names = [*mutant.about, FILE, INDEX, *mutant.more]
+    names = [*mutant.about, FILE, INDEX, *mutant.more, *layers]
     if not any(name and name in message for name in names):
         raise WrongError(f"{what}: names none of {sorted(set(names))}: {message}")
 
@@ -109,17 +108,20 @@ def _meanings(mutant: Mutant, whole: Mutant, stored: Stored) -> list[Stored]:
     version."""
     config = mutant.config.get("quantization_config")
     original = whole.config["quantization_config"]
-    if not isinstance(config, dict) or config == original or "gptq" not in stored.family:
+    if not isinstance(config, dict) or config == original or stored.family in ("plain", "packed"):
         return [stored]
-    ordered = replace(stored, ordered=bool(config.get("desc_act")))
+    ordered, symmetric = flags(config)
+    stored = replace(stored, ordered=ordered, symmetric=symmetric)
+    if "gptq" not in stored.family:
+        return [stored]
     stated = str(
         config.get("packing_format") or config.get("checkpoint_format") or config.get("format")
     )
     v2 = stated.lower() in ("gptq_v2", "auto_round", "auto_round:gptqmodel")
     keys = ("packing_format", "checkpoint_format", "format", "quant_method")
     if any(config.get(key) != original.get(key) for key in keys):
-        return [ordered, replace(ordered, family="gptq_v2" if v2 else "gptq")]
-    return [ordered]
+        return [stored, replace(stored, family="gptq_v2" if v2 else "gptq")]
+    return [stored]
 
 
 _WEIGHTS: dict[Any, Any] = {}
@@ -128,7 +130,7 @@ _WEIGHTS: dict[Any, Any] = {}
 def _weight(layer: str, stored: Stored, found: Mapping[str, Tensor]) -> Any:
     """The oracle's weight, or None; computed once for the same tensors."""
     own = tuple((last, found.get(f"{layer}.{last}")) for last in stored.shapes)
-    key = (layer, stored.family, stored.ordered, own)
+    key = (layer, stored.family, stored.ordered, stored.symmetric, own)
     if key not in _WEIGHTS:
         if len(_WEIGHTS) > 2000:
             _WEIGHTS.clear()

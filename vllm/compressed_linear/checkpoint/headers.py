@@ -94,7 +94,7 @@ def _check_file_name(index: Path, tensor: str, file: Any) -> None:
     if (
         not isinstance(file, str)
         or Path(file).name != file
-        or "\0" in file
+        or not file.isprintable()
         or not file.endswith(".safetensors")
     ):
         raise CheckpointError(

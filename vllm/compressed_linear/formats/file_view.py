@@ -85,6 +85,13 @@ class FileView:
         if found is None or self.headers is None:
             return
         if isinstance(resolution, Unquantized):
+            weight = self.headers.get(f"{module}.weight")
+            if weight is not None and not weight.dtype.startswith(("bfloat", "float")):
+                raise ConfigError(
+                    f"{layer}: tensor {module}.weight of {weight.file} is {weight.dtype}, but "
+                    f"{module} is unquantized ({resolution.reason}), expected a floating-point "
+                    "dtype"
+                )
             codes = sorted(found & set(self.marker_tensors))
             if codes:
                 tensor = f"{module}.{codes[0]}"

@@ -26,15 +26,26 @@ class Checkpoint:
 
     @property
     def quantization(self) -> dict[str, Any]:
-        """The ``quantization_config``, from the places where vLLM looks; empty if unquantized."""
-        inner = self.config.get("text_config") or {}
-        found = (
-            self.config.get("quantization_config")
-            or inner.get("quantization_config")
-            or self.config.get("compression_config")
-            or {}
-        )
-        return dict(found)
+        """The ``quantization_config``, from the places where vLLM looks; empty if unquantized.
+
+        Raises ``ExplainError`` if it is something else than a map.
+        """
+        inner = self.config.get("text_config")
+        places = {
+            "quantization_config": self.config,
+            "text_config.quantization_config": inner if isinstance(inner, dict) else {},
+            "compression_config": self.config,
+        }
+        for field, place in places.items():
+            found = place.get(field.rpartition(".")[2])
+            if found and not isinstance(found, dict):
+                raise ExplainError(
+                    f"{self.path / 'config.json'}: {field} is a {type(found).__name__}, expected "
+                    "a map"
+                )
+            if found:
+                return dict(found)
+        return {}
 
     @classmethod
     def open(cls, model: str) -> Checkpoint:
