@@ -13,7 +13,8 @@ from tests.support.repository import ROOT
 
 TESTS = ROOT / "tests"
 SUPPORT = {"tests.support"} | {
-    f"tests.support.{file.stem}" for file in (TESTS / "support").glob("*.py")
+    ".".join(file.relative_to(TESTS.parent).with_suffix("").parts).removesuffix(".__init__")
+    for file in (TESTS / "support").rglob("*.py")
 }
 
 

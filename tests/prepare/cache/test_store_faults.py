@@ -130,15 +130,15 @@ def test_a_directory_that_is_only_read_serves_what_it_has(
     tmp_path: Path, warnings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepared(PreparedCache(tmp_path))
-    opened = Path.open
+    opened = os.open
 
-    def read_only(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        if mode != "rb":
-            raise PermissionError(13, "Permission denied", str(self))
-        return opened(self, mode, *args, **kwargs)
+    def read_only(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+        if flags & os.O_CREAT:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, flags, *args, **kwargs)
 
     # The tests may run as root, who may write anywhere.
-    monkeypatch.setattr(Path, "open", read_only)
+    monkeypatch.setattr(os, "open", read_only)
     cache = PreparedCache(tmp_path)
     did = []
     for seed in (0, 1, 2):

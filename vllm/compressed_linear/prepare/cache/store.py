@@ -40,6 +40,7 @@ from vllm.compressed_linear.prepare.cache.entry import (
     verify_entry,
     write_entry,
 )
+from vllm.compressed_linear.prepare.cache.ownership import DIRECTORY_MODE, FILE_MODE, fault_of
 from vllm.compressed_linear.spec.elements import dtype_name
 
 SUFFIX = ".prepared"
@@ -122,7 +123,8 @@ class PreparedCache:
     """Reads and writes the entries of a directory, which is created if it is missing.
 
     No error here stops a server: an unreadable entry is prepared again, an entry that cannot be
-    written is not cached, with one warning. ``model`` is shown in listings.
+    written is not cached, and a directory that others can write to is not used, with one warning.
+    ``model`` is shown in listings.
     """
 
     def __init__(self, directory: Path, model: str = "") -> None:
@@ -130,16 +132,29 @@ class PreparedCache:
         self.model = model
         self._refused: set[str] = set()
         self._writable = True
+        self._trusted = True
         try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            directory.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
+            if fault := fault_of(directory.stat()):
+                self._trusted = self._writable = False
+                logger.warning(
+                    "Prepared-weights cache: %s %s. It is not used: who can write there decides "
+                    "what the server computes.",
+                    directory,
+                    fault,
+                )
         except OSError as error:
             self._stop_writing(error)
 
     def load(self, key: CacheKey) -> dict[str, torch.Tensor] | None:
         """The mapped tensors of ``key``, verified; None if there is no entry or a corrupt one."""
         path = self.directory / key.name
+        if not self._trusted:
+            return None
         try:
             with path.open("rb", buffering=0) as stream:
+                if fault := fault_of(os.fstat(stream.fileno())):
+                    raise EntryError(fault)
                 entry = read_entry(stream)
                 if entry.key != key.fields:
                     raise EntryError("has weights of another key than its name says")
@@ -213,7 +228,9 @@ def _write_atomically(
     """Write atomically: readers find no file, the earlier entry, or the complete new one."""
     while True:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{UNFINISHED}")
-        with temporary.open("xb") as stream:
+        # Nobody else reads it either while it is written.
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX)
                 if not os.fstat(stream.fileno()).st_nlink:
@@ -221,7 +238,7 @@ def _write_atomically(
                 write_entry(stream, key.fields, label, tensors)
                 stream.flush()
                 os.fsync(stream.fileno())
-                os.fchmod(stream.fileno(), os.fstat(stream.fileno()).st_mode & 0o444)
+                os.fchmod(stream.fileno(), FILE_MODE)
                 temporary.replace(path)
             except BaseException:
                 temporary.unlink(missing_ok=True)
