@@ -176,7 +176,7 @@ def test_every_field_of_every_format_is_bounded(field: str, config: dict[str, An
             "config_groups": {"group_0": group},
             "ignore": config.get("ignore", []),
         }
-    evil = "(?:a|a|[a-z])*$"
+    evil = "(a|a)*$"
     described = Described.of(_replaced(config, evil))
     with pytest.raises(ConfigError, match=saying(field, evil, "takes too long")):
         described.resolve("a" * 60 + "!")
