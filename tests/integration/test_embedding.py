@@ -177,9 +177,10 @@ def test_a_quantized_table_needs_a_backend_that_looks_up(
 READERS: dict[str, tuple[dict[str, Any], str]] = {
     "nothing": ({}, ""),
     "lora": ({"enable_lora": True}, ""),
-    "speculation": (
-        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
-        "speculative decoding",
+    "drafter": ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, ""),
+    "drafter-of-another-package": (
+        {"speculative_config": {"model": "package.module.Proposer", "num_speculative_tokens": 2}},
+        "a drafter of another package",
     ),
     "head-dtype": ({"hf_overrides": {"head_dtype": "float32"}}, "the head's dtype, float32"),
     "pooling": ({"runner": "pooling", "convert": "embed"}, "pooling"),

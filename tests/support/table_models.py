@@ -5,6 +5,7 @@ library's own decompression gives."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,17 +68,25 @@ class TableModel:
         return config
 
 
-def write(model: TableModel, path: Path) -> dict[str, torch.Tensor]:
+def shake(network: torch.nn.Module) -> None:
+    """Add noise, so that no tensor is what it would be if it were never loaded."""
+    for parameter in network.parameters():
+        parameter.add_(torch.randn(parameter.shape) * 0.05)
+
+
+def write(
+    model: TableModel, path: Path, set_weights: Callable[[Any], None] = shake
+) -> dict[str, torch.Tensor]:
     """Write the checkpoint; returns ``input_ids`` [2, 12], fp32 ``logits``, and ``table``, what the
-    table means in the model's dtype."""
+    table means in the model's dtype. ``set_weights`` changes the weights of transformers' model
+    before they are quantized."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(model.seed)
     config = model.hf_config()
     network = AutoModelForCausalLM.from_config(config, dtype=model.dtype).eval()
     with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(torch.randn(parameter.shape) * 0.05)
+        set_weights(network)
     groups = {"group_0": model.linear.scheme("Linear")}
     if model.table is not None:
         groups["group_1"] = model.table.scheme("Embedding")
@@ -88,11 +97,7 @@ def write(model: TableModel, path: Path) -> dict[str, torch.Tensor]:
         ignore=[] if model.head is not None else ["lm_head"],
         format="pack-quantized",
     )
-    apply_quantization_config(network, quantization)
-    for module in filter(is_module_quantized, network.modules()):
-        _calibrate(module)
-    compressor = ModelCompressor(quantization)
-    compressor.compress_model(network)
+    compressor = compress(network, quantization)
     tensors = {
         name: tensor.detach().contiguous().clone()
         for name, tensor in network.state_dict().items()
@@ -125,6 +130,16 @@ def write(model: TableModel, path: Path) -> dict[str, torch.Tensor]:
     (path / "reference").mkdir()
     save_file(reference, path / "reference" / "reference.safetensors")
     return reference
+
+
+def compress(network: torch.nn.Module, quantization: QuantizationConfig) -> ModelCompressor:
+    """Quantize the weights of ``network`` in place, as they are stored on disk."""
+    apply_quantization_config(network, quantization)
+    for module in filter(is_module_quantized, network.modules()):
+        _calibrate(module)
+    compressor = ModelCompressor(quantization)
+    compressor.compress_model(network)
+    return compressor
 
 
 def _calibrate(module: torch.nn.Module) -> None:

@@ -175,9 +175,10 @@ def reader_of_tables() -> str:
     """Name of vLLM code that reads the raw weights of embedding tables and output heads, and would
     break if they were freed; empty if there is none.
 
-    Speculative decoding compares them with the draft model's and shares them; a head with another
-    dtype than the model's is cast in every call; GPUs have fused kernels for them; pooling models
-    make classifiers from rows. LoRA needs only dtype and device.
+    Gemma 4's drafter multiplies with rows of its head; a head with another dtype than the model's
+    is cast in every call; GPUs have fused kernels for them; pooling models make classifiers from
+    rows. LoRA needs only dtype and device. Other speculative decoding compares a drafter's with the
+    target's, for which a ``StandIn`` is enough.
     """
     from vllm.config import get_current_vllm_config_or_none
 
@@ -187,8 +188,12 @@ def reader_of_tables() -> str:
     model = None if config is None else config.model_config
     if config is None or model is None:
         return ""
-    if config.speculative_config is not None:
-        return "speculative decoding"
+    if (speculative := config.speculative_config) is not None:
+        gemma = getattr(speculative, "use_gemma4_mtp", None)
+        if gemma is not None and gemma():
+            return "Gemma 4's drafter"
+        if speculative.method == "custom_class":
+            return "a drafter of another package"
     if getattr(model, "runner_type", "generate") != "generate":
         return "pooling"
     if getattr(model, "head_dtype", model.dtype) != model.dtype:

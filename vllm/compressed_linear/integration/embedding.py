@@ -26,9 +26,9 @@ from vllm.compressed_linear.integration.linear import (
     CompressedLinearMethod,
     DenseMethod,
     layer_context,
-    no_rows,
 )
 from vllm.compressed_linear.integration.preparation import ModelPreparation
+from vllm.compressed_linear.integration.stand_in import StandIn
 
 
 class TiedHeads:
@@ -94,8 +94,11 @@ class TiedHeadMethod(QuantizeMethodBase):
         raise NotImplementedError("a tied output head has no weights of its own")
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        device = next(self.table.parameters()).device
-        layer.register_parameter("weight", no_rows(layer, self.table.params_dtype, device))
+        table, method = self.table, self.table.quant_method
+        shape, device = (0, table.embedding_dim), next(table.parameters()).device
+        held = method.held_by(table)
+        weight = StandIn(method.plan_name, shape, method.params_dtype, device, held)
+        layer.register_parameter("weight", weight)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., K] → [..., N]."""
@@ -192,7 +195,7 @@ class CompressedUnquantizedEmbeddingMethod(DenseMethod, UnquantizedEmbeddingMeth
         assert self.prepared is not None
         if self.reader or (self.heads.layers and not self.prepared.looks_up):
             return
-        weight = no_rows(layer, layer.weight.dtype, layer.weight.device)
+        weight = self.stand_in(layer)
         for each in (layer, *self.heads.layers):
             each.weight = weight
 

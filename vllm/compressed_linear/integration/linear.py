@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
-from torch.nn import Parameter
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
     UnquantizedLinearMethod,
@@ -24,9 +25,10 @@ from vllm.compressed_linear.checkpoint.parameter import (
 from vllm.compressed_linear.checkpoint.shard import ShardSource, dense_shard
 from vllm.compressed_linear.formats.resolution import LayerKind, Unquantized
 from vllm.compressed_linear.integration import compat
-from vllm.compressed_linear.integration.preparation import ModelPreparation, Prepared
+from vllm.compressed_linear.integration.preparation import HeldWeight, ModelPreparation, Prepared
 from vllm.compressed_linear.integration.reload import ReloadedMethod
 from vllm.compressed_linear.integration.sharding import shard_geometry
+from vllm.compressed_linear.integration.stand_in import StandIn
 from vllm.compressed_linear.spec.elements import dtype_name
 from vllm.compressed_linear.spec.scheme import CheckpointScheme, dense_scheme
 
@@ -123,13 +125,18 @@ class CompressedLinearMethod(ReloadedMethod, LinearMethodBase):
         )
         for name in self.tensor_names:
             delattr(layer, name)
-        layer.register_parameter(
-            DEVICE_ANCHOR,
-            Parameter(torch.empty(0, dtype=torch.uint8, device=device), requires_grad=False),
-        )
-        if self.kind is not LayerKind.LINEAR:
-            layer.register_parameter("weight", no_rows(layer, self.params_dtype, device))
         self.prepared = prepared
+        held = self.held_by(layer)
+        anchor = StandIn(self.prefix, (0,), torch.uint8, device, held)
+        layer.register_parameter(DEVICE_ANCHOR, anchor)
+        if self.kind is not LayerKind.LINEAR:
+            shape = (0, layer.embedding_dim)
+            weight = StandIn(self.prefix, shape, self.params_dtype, device, held)
+            layer.register_parameter("weight", weight)
+
+    def held_by(self, layer: Any) -> Callable[[], HeldWeight | None]:
+        """What ``layer`` holds whenever it is asked."""
+        return partial(_held, self, ref(layer))
 
     @property
     def plan_name(self) -> str:
@@ -163,10 +170,10 @@ class CompressedLinearMethod(ReloadedMethod, LinearMethodBase):
         return layer
 
 
-def no_rows(layer: Any, dtype: torch.dtype, device: torch.device) -> Parameter:
-    """Empty stand-in [0, K] for the natural weight of a head or embedding table: exposes dtype and
-    device (for vLLM's LoRA), and makes accidental reads fail."""
-    return Parameter(torch.empty(0, layer.embedding_dim, dtype=dtype, device=device), False)
+def _held(
+    method: CompressedLinearMethod | DenseMethod, layer: ref[torch.nn.Module]
+) -> HeldWeight | None:
+    return None if method.prepared is None else HeldWeight(method.prepared, layer)
 
 
 def is_plain_matrix(layer: Any) -> bool:
@@ -257,7 +264,13 @@ class DenseMethod(ReloadedMethod):
 
     def drop_weight(self, layer: Any) -> None:
         """Free the natural weight, now that there is a prepared one."""
-        layer.weight = Parameter(layer.weight.data.new_empty(0), requires_grad=False)
+        layer.weight = self.stand_in(layer)
+
+    def stand_in(self, layer: Any) -> StandIn:
+        """What takes the place of the natural weight of ``layer``."""
+        natural, held = layer.weight, partial(_held, self, ref(layer))
+        shape = (0, *natural.shape[1:])
+        return StandIn(self.prefix, shape, natural.dtype, natural.device, held)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if self.prepared is None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import torch
 from torch.nn import Parameter
@@ -85,6 +86,34 @@ class Prepared:
         """ids [...] → rows [..., K]; of a layer whose descriptor says ``lookup``."""
         (executor,), (tensors,) = self.executors, self.tensors(layer)
         return executor.method.embedding(tensors, ids)
+
+
+@dataclass(frozen=True)
+class HeldWeight:
+    """The weight, and the bias, that ``layer`` holds prepared, to be compared with another's."""
+
+    prepared: Prepared
+    layer: ref[torch.nn.Module]
+
+    def same_as(self, other: HeldWeight) -> bool:
+        """Whether both give the same results: same backends, descriptors, tensors and biases."""
+        mine, theirs = self.layer(), other.layer()
+        if mine is None or theirs is None:
+            return False
+        if self._kinds(mine) != other._kinds(theirs):
+            return False
+        pairs = zip(self._tensors(mine), other._tensors(theirs), strict=True)
+        return all(torch.equal(a, b) for a, b in pairs)
+
+    def _kinds(self, layer: torch.nn.Module) -> list[Any]:
+        executors = zip(self.prepared.executors, self.prepared.names, strict=True)
+        kinds = [(e.method.name, e.descriptor, e.start, e.stop, n) for e, n in executors]
+        return [*kinds, getattr(layer, "bias", None) is None]
+
+    def _tensors(self, layer: torch.nn.Module) -> list[torch.Tensor]:
+        bias = getattr(layer, "bias", None)
+        prepared = [t for part in self.prepared.tensors(layer) for t in part.values()]
+        return prepared if bias is None else [*prepared, bias]
 
 
 @dataclass(frozen=True)
