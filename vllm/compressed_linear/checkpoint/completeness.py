@@ -102,6 +102,37 @@ def missing(
     return [Finding(severity, text, tuple(u.name for u in unfilled))]
 
 
+def missing_of_experts(tensors: Sequence[str]) -> list[Finding]:
+    """One finding about all ``tensors`` that other experts of their layers have."""
+    if not tensors:
+        return []
+    text = (
+        f"the checkpoint has no tensor {shortened(tensors)}, which other experts of the layer have "
+        "or the model needs. Download the files again"
+    )
+    return [Finding(Severity.ERROR, text, tuple(tensors))]
+
+
+def unlike_experts(tensors: Sequence[str]) -> list[Finding]:
+    """One finding about all ``tensors`` of experts that are not like those of most others."""
+    if not tensors:
+        return []
+    text = f"dtype or shape is not that of the other experts of the layer: {shortened(tensors)}"
+    return [Finding(Severity.WARNING, text, tuple(tensors))]
+
+
+def perhaps_biased(tensors: Sequence[str], model: str) -> list[Finding]:
+    """One finding about biases, of unknown values, that the class ``model`` takes nothing of."""
+    if not tensors:
+        return []
+    text = (
+        f"vLLM's {model} takes nothing of {_count(tensors, 'bias')} of the checkpoint: "
+        f"{shortened(tensors)}. The numbers are right only if they are all zero, as some tools "
+        "write them"
+    )
+    return [Finding(Severity.NOTE, text, tuple(tensors))]
+
+
 def never_arrived(errors: Sequence[CheckpointError]) -> list[Finding]:
     """One finding about all tensors that quantized layers need and that did not arrive: without
     them there is no weight at all, so nothing can allow it."""
@@ -151,7 +182,8 @@ def _more(count: int) -> str:
 
 
 def _count(names: Sequence[object], word: str) -> str:
-    return f"{len(names)} {word}{'s' if len(names) > 1 else ''}"
+    plural = word + ("es" if word.endswith("s") else "s")
+    return f"{len(names)} {plural if len(names) > 1 else word}"
 
 
 def _by_pattern(names: Iterable[str]) -> list[list[str]]:

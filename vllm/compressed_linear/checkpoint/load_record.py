@@ -112,6 +112,11 @@ class Fill:
     gaps: tuple[tuple[int, int], ...]
     names: tuple[str, ...]
 
+    def of_first(self, nbytes: int) -> Fill:
+        """The same for a parameter that ends after ``nbytes``."""
+        gaps = tuple((start, min(stop, nbytes)) for start, stop in self.gaps if start < nbytes)
+        return Fill(nbytes, gaps, self.names)
+
     @property
     def missing(self) -> int:
         """Number of bytes that nothing was written to."""
@@ -161,6 +166,8 @@ class LoadRecord(TorchDispatchMode):
         """Tensors of which at least a part was written to a target."""
         self.zero_biases: set[str] = set()
         """Biases without effect. Some tools write one for each layer."""
+        self.unread_biases: set[str] = set()
+        """Biases of which that is not known: meta tensors."""
         self._storages: dict[int, _Storage] = {}
         for tensor in targets:
             self._storage(tensor, target=True)
@@ -173,8 +180,11 @@ class LoadRecord(TorchDispatchMode):
             self.held[name] = (tensor.dtype, tuple(tensor.shape))
             self.current = name
             self._storage(tensor).add(tensor, frozenset((name,)))
-            if name.endswith(".bias") and not tensor.is_meta and not tensor.any():
-                self.zero_biases.add(name)
+            if name.endswith(".bias"):
+                if tensor.is_meta:
+                    self.unread_biases.add(name)
+                elif not tensor.any():
+                    self.zero_biases.add(name)
             yield name, tensor
 
     def fill(self, parameter: torch.Tensor) -> Fill | None:
@@ -202,7 +212,10 @@ class LoadRecord(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        if func is torch.ops.aten.copy_.default and args[1].is_meta and not args[0].is_meta:
+            result = args[0]  # there are no values, and the parameter keeps its own
+        else:
+            result = func(*args, **kwargs)
         written: list[torch.Tensor] = []
         for position, argument in _written(func):
             value = args[position] if position < len(args) else kwargs.get(argument)

@@ -8,6 +8,7 @@ that are left to vLLM, norms, biases and experts are covered like our own.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -32,6 +33,8 @@ from vllm.compressed_linear.spec.elements import dtype_name
 
 logger = compat.logger(__name__)
 
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+
 
 def load_and_check(loading: Loading) -> None:
     """Load a model; raise ``IncompleteCheckpointError`` if parameters have no values then.
@@ -48,7 +51,7 @@ def load_and_check(loading: Loading) -> None:
     if not configs:
         loading.load_weights()
         return
-    record = LoadRecord(_targets(model))
+    record = LoadRecord(targets(model))
     own = model.load_weights
 
     def load_weights(weights: Iterable[tuple[str, torch.Tensor]], *args: Any, **kwargs: Any) -> Any:
@@ -58,17 +61,17 @@ def load_and_check(loading: Loading) -> None:
     model.load_weights = load_weights
     try:
         loading.load_weights()
-    except _LOADERS_RAISE as error:
+    except LOADERS_RAISE as error:
         if isinstance(error, CheckpointError | ConfigError | torch.OutOfMemoryError):
             raise
-        raise _not_loadable(loading, record, error) from error
+        raise not_loadable(loading, record, error) from error
     finally:
         del model.load_weights
     if record.held:
         _report(findings_of(loading, record, configs[0]))
 
 
-_LOADERS_RAISE = (
+LOADERS_RAISE = (
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -83,7 +86,7 @@ LONGEST_ERROR = 300
 """Limit of characters for an error of vLLM: some list every parameter of the model."""
 
 
-def _not_loadable(loading: Loading, record: LoadRecord, error: Exception) -> CheckpointError:
+def not_loadable(loading: Loading, record: LoadRecord, error: Exception) -> CheckpointError:
     """The error of a model's loader, with the tensor that it was given last."""
     why = f"{type(error).__name__}: {' '.join(str(error).split())[:LONGEST_ERROR]}"
     where = f"vLLM's {type(loading.model).__name__} cannot load {loading.model_config.model}"
@@ -107,18 +110,24 @@ def _report(findings: Iterable[Finding]) -> None:
 
 
 def findings_of(
-    loading: Loading, record: LoadRecord, config: CompressedLinearConfig
+    loading: Loading,
+    record: LoadRecord,
+    config: CompressedLinearConfig,
+    *,
+    one_expert: bool = False,
 ) -> list[Finding]:
-    """What ``record`` says about the load that it observed."""
+    """What ``record`` says about the load that it observed. ``one_expert``: of the experts of a
+    layer that each have their own tensors, only the first was loaded."""
     model = type(loading.model).__name__
     left_out = LeftOut(loading.model, config, loading.vllm_config)
-    unfilled = list(_unfilled(loading, record, config))
+    unfilled = list(_unfilled(loading, record, config, one_expert))
     unused = [
         name
         for name in record.held
         if name not in record.taken and name not in record.zero_biases and name not in left_out
     ]
     unfilled = [replace(u, unused=_of_same_module(u, unused)) for u in unfilled]
+    biases = [name for name in unused if name in record.unread_biases]
     absent = [
         error
         for parameter in loading.model.parameters()
@@ -133,7 +142,8 @@ def findings_of(
             str(loading.model_config.model),
             allowed=config.settings.allow_missing,
         ),
-        *completeness.unused(unused, model),
+        *completeness.unused([name for name in unused if name not in biases], model),
+        *completeness.perhaps_biased(biases, model),
         *completeness.unmatched(config.unmatched_entries()),
     ]
 
@@ -143,14 +153,14 @@ def _of_same_module(unfilled: Unfilled, unused: Iterable[str]) -> tuple[str, ...
     return tuple(name for name in unused if name.rpartition(".")[0] in modules)
 
 
-def _targets(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+def targets(model: torch.nn.Module) -> Iterator[torch.Tensor]:
     for tensor in (*model.parameters(), *model.buffers()):
         if not torch.nn.parameter.is_lazy(tensor):
             yield tensor
 
 
 def _unfilled(
-    loading: Loading, record: LoadRecord, config: CompressedLinearConfig
+    loading: Loading, record: LoadRecord, config: CompressedLinearConfig, one_expert: bool
 ) -> Iterator[Unfilled]:
     model = loading.model
     tensors = {**dict(model.named_parameters()), **dict(compat_loading.batch_statistics(model))}
@@ -165,6 +175,9 @@ def _unfilled(
         tensor = tensors[name]
         path, _, last = name.rpartition(".")
         module = modules[path]
+        experts = tensor.shape[0] if compat.holds_experts(module) else 0
+        if fill is not None and one_expert and experts and _EXPERT.search(" ".join(fill.names)):
+            fill = fill.of_first(fill.nbytes // experts)
         if (
             fill is not None
             and not isinstance(tensor, CheckpointParameter)
@@ -173,7 +186,6 @@ def _unfilled(
             and not compat_loading.comes_from_target(model, name, module, loading)
         ):
             others = {other: found for other, found in names.items() if other != name}
-            experts = tensor.shape[0] if compat.holds_experts(module) else 0
             yield Unfilled(
                 name,
                 dtype_name(tensor.dtype),
