@@ -20,10 +20,19 @@ INDEX = "model.safetensors.index.json"
 
 
 class Headers(Mapping[str, TensorHeader]):
-    """Tensor name → header, over all files of a checkpoint."""
+    """Tensor name → header, over all files of a checkpoint.
 
-    def __init__(self, tensors: Mapping[str, TensorHeader]) -> None:
+    ``copies``: tensors that several files hold: name in the files → (the file that the index
+    means, the others).
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, TensorHeader],
+        copies: Mapping[str, tuple[str, tuple[str, ...]]] | None = None,
+    ) -> None:
         self._tensors = dict(tensors)
+        self.copies = copies or {}
         self._modules: dict[str, set[str]] = {}
         for name in self._tensors:
             module, _, last = name.rpartition(".")
@@ -45,23 +54,50 @@ class Headers(Mapping[str, TensorHeader]):
 
     def renamed(self, names: Mapping[str, str]) -> Headers:
         """The same tensors under other names; names that are not in the mapping stay."""
-        return Headers({names.get(k, k): v for k, v in self._tensors.items()})
+        return Headers({names.get(k, k): v for k, v in self._tensors.items()}, self.copies)
 
 
 def read_headers(directory: str | Path) -> Headers | None:
     """Headers of a local directory's safetensors files; None if it has none.
 
-    If there is an index, only the files it names are read, as in vLLM. Raises ``CheckpointError``
-    with the file, and the tensor if possible, when a file is missing, truncated or damaged.
+    If there is an index, only the files it names are read, as in vLLM, and it decides which one is
+    meant if several hold a tensor of one name. Raises ``CheckpointError`` with the file, and the
+    tensor if possible, when a file is missing, truncated or damaged, or if nothing decides.
     """
     path = Path(directory)
     if not path.is_dir():
         return None
+    files, indexed = _files(path)
     tensors: dict[str, TensorHeader] = {}
-    files = _files(path)
+    copies: dict[str, list[TensorHeader]] = {}
     for file in files:
-        tensors.update(read_file_header(file))
-    return Headers(tensors) if files else None
+        found = read_file_header(file)
+        for name in filter(tensors.__contains__, found):
+            copies.setdefault(name, [tensors[name]]).append(found[name])
+        tensors.update(found)
+    for name, same in copies.items():
+        tensors[name] = _meant(path, name, same, indexed)
+    decided = {
+        name: (meant, tuple(header.file for header in same if header.file != meant))
+        for name, same in copies.items()
+        for meant in (tensors[name].file,)
+    }
+    return Headers(tensors, decided) if files else None
+
+
+def _meant(
+    directory: Path, name: str, same: Sequence[TensorHeader], indexed: Mapping[str, str]
+) -> TensorHeader:
+    """The header, of several for one name, that is in the file of the index."""
+    for header in same:
+        if name in indexed and header.file == str(directory / indexed[name]):
+            return header
+    files = " and ".join(header.file for header in same)
+    index = f"{INDEX} does not say which one is meant" if indexed else f"there is no {INDEX}"
+    raise CheckpointError(
+        f"{files} both hold {name}, and {index}; vLLM would take whichever it reads last. Move the "
+        "files that are not meant to another directory"
+    )
 
 
 def headers_of(entries: Mapping[str, Mapping[str, Any]], origin: str) -> Headers:
@@ -69,10 +105,11 @@ def headers_of(entries: Mapping[str, Mapping[str, Any]], origin: str) -> Headers
     return Headers({name: read_entry(origin, name, entry) for name, entry in entries.items()})
 
 
-def _files(directory: Path) -> list[Path]:
+def _files(directory: Path) -> tuple[list[Path], dict[str, str]]:
+    """The files to be read, and the index: tensor → file; empty if there is none."""
     index = directory / INDEX
     if not index.is_file():
-        return sorted(directory.glob("*.safetensors"))
+        return sorted(directory.glob("*.safetensors")), {}
     found = read_json_file(index, "the index of tensors")
     weight_map = found.get("weight_map") if isinstance(found, dict) else None
     if not isinstance(weight_map, dict):
@@ -85,7 +122,7 @@ def _files(directory: Path) -> list[Path]:
             raise CheckpointError(
                 f"{directory / file} is missing; {INDEX} says that it holds {name}"
             )
-    return sorted(directory / file for file in first_tensor)
+    return sorted(directory / file for file in first_tensor), weight_map
 
 
 def _check_file_name(index: Path, tensor: str, file: Any) -> None:

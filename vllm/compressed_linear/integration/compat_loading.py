@@ -143,6 +143,8 @@ class LeftOut:
         self._tied: Iterable[str] = getattr(utils, "_get_tied_embedding_params", lambda model: ())(
             model
         )
+        self._modules = {name for name, _ in model.named_modules()}
+        self._towers = _towers(model)
         parallel = vllm_config.parallel_config
         self._ranks_share_experts = bool(parallel.enable_expert_parallel)
         model_config = vllm_config.model_config
@@ -153,8 +155,11 @@ class LeftOut:
         if mapped is None or mapped.endswith(self._suffixes):
             return True
         layer_of_drafter = getattr(self._utils, "get_spec_layer_idx_from_weight_name", None)
+        # Towers are built up to the layer whose output is used, and without heads.
+        in_tower = any(mapped.startswith(f"{tower}.") for tower in self._towers)
         return (
             mapped in self._tied
+            or (in_tower and mapped.rpartition(".")[0] not in self._modules)
             or self._utils.is_pp_missing_parameter(mapped, self._model)
             or (self._ranks_share_experts and ".experts." in mapped)
             or (
@@ -163,6 +168,15 @@ class LeftOut:
                 and layer_of_drafter(self._hf_config, mapped) is not None
             )
         )
+
+
+def _towers(model: Any) -> tuple[str, ...]:
+    """Names of the modules that encode images and sound, as the model's class tells."""
+    mapping = getattr(model, "get_mm_mapping", None)
+    if mapping is None:
+        return ()
+    found = getattr(mapping(), "tower_model", None) or ()
+    return (found,) if isinstance(found, str) else tuple(found)
 
 
 def batch_statistics(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -51,12 +51,14 @@ def load_and_check(loading: Loading) -> None:
     if not configs:
         loading.load_weights()
         return
+    superseded = configs[0].superseded()
+    _report(superseded.findings())
     record = LoadRecord(targets(model))
     own = model.load_weights
 
     def load_weights(weights: Iterable[tuple[str, torch.Tensor]], *args: Any, **kwargs: Any) -> Any:
         with record:
-            return own(record.weights(weights), *args, **kwargs)
+            return own(record.weights(superseded.left(weights)), *args, **kwargs)
 
     model.load_weights = load_weights
     try:

@@ -52,16 +52,18 @@ def findings_from_headers(
     says that nothing is known. Of the experts of a layer that each have their own tensors one is
     loaded, and the others are compared with it. Does not raise.
     """
+    superseded = config.superseded()
     thinned = _experts_are_rows_of_parameters(model)
     names = experts.one_of_each(headers) if thinned else list(headers)
+    names = [name for name in names if name not in superseded.plain]
     record = LoadRecord(targets(model))
     loading = Loading(model, vllm_config.model_config, vllm_config, lambda: None)
-    found: list[Finding] = []
+    found = superseded.findings()
     try:
         with record:
             model.load_weights(record.weights(_on_meta(names, headers)))  # type: ignore[operator]
     except LOADERS_RAISE as error:
-        return [_refusal(loading, record, error)]
+        return [*found, _refusal(loading, record, error)]
     found += findings_of(loading, record, config, one_expert=thinned)
     if thinned:
         found += _unlike_experts(headers, _number_of_experts(model))

@@ -27,6 +27,7 @@ from vllm.compressed_linear.checkpoint.headers import (
     read_headers,
     shard_names,
 )
+from vllm.compressed_linear.checkpoint.superseded import Superseded
 from vllm.compressed_linear.formats.base import Format
 from vllm.compressed_linear.formats.file_view import FileView
 from vllm.compressed_linear.formats.registry import format_of, parse, parse_in
@@ -117,6 +118,23 @@ class CompressedLinearConfig(QuantizationConfig):
         """(field, entry) of the configuration's entries that have selected neither a module of the
         files nor one of vLLM's so far."""
         return self.format.unmatched_entries(self.file, self._asked)
+
+    def superseded(self) -> Superseded:
+        """Tensors of the files that must not be loaded; call it when all layers are built."""
+        headers = self.file.headers
+        if headers is None:
+            return Superseded()
+        plain = set()
+        for module, kind in self._asked.items():
+            found = headers.modules.get(module, set())
+            if kind is None or "weight" not in found or not self.file.quantized_on_disk(module):
+                continue
+            scheme = self.format.resolve(module, kind, self.file)
+            if isinstance(scheme, CheckpointScheme) and all(
+                tensor.name != "weight" for tensor in scheme.tensors
+            ):
+                plain.add(f"{self.file.names_of(module)[-1]}.weight")
+        return Superseded(headers.copies, frozenset(plain))
 
     # vLLM's interface.
 
