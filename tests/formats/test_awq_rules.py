@@ -79,7 +79,6 @@ def test_awq_files_without_zero_points_need_no_tensor_of_them(
     ("change", "complaint"),
     [
         ({"bits": 8}, ("AWQ", 8)),
-        ({"version": "gemx"}, ("AWQ", "'gemx'")),
         ({"group_size": 0}, ("group size", 0)),
     ],
 )

@@ -89,7 +89,7 @@ def test_other_schemes_are_left_to_vllm(
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"num_bits": None}, ("num_bits", "None")),
+        ({"num_bits": None}, ("weights", "num_bits")),
         ({"num_bits": 12}, (12, "bits")),
         ({"group_size": "x"}, ("group_size", "'x'")),
         ({"group_size": 0}, ("group_size", 0)),

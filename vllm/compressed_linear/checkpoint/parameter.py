@@ -204,7 +204,7 @@ def _copy(
         raise CheckpointError(
             f"{param.layer_name}: tensor {name} {error} for {source.scheme}"
         ) from None
-    if not _dtype_fits(stored, region.dtype, loaded.dtype):
+    if not _dtype_fits(stored, packing, region.dtype, loaded.dtype):
         raise CheckpointError(
             f"{param.layer_name}: tensor {name} has dtype {loaded.dtype}, expected "
             f"{region.dtype if stored.packing else 'a dtype that ' + stored.dtype + ' holds'}"
@@ -240,7 +240,11 @@ def _part(
     return loaded
 
 
-def _dtype_fits(stored: StoredTensor, container: torch.dtype, found: torch.dtype) -> bool:
+def _dtype_fits(
+    stored: StoredTensor, packing: Packing | None, container: torch.dtype, found: torch.dtype
+) -> bool:
+    if packing is not None and packing.single:
+        return not found.is_floating_point
     if stored.role is Role.CODES and not found.is_floating_point:
         return found == container
     # No other dtype converts to eight bits without loss.

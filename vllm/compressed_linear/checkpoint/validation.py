@@ -7,7 +7,8 @@ import torch
 
 from vllm.compressed_linear.checkpoint.shard import CHUNK_BYTES, CheckpointError, LoadedShard
 from vllm.compressed_linear.spec.elements import widen_scale
-from vllm.compressed_linear.spec.scheme import Role
+from vllm.compressed_linear.spec.packing import Packing
+from vllm.compressed_linear.spec.scheme import Role, StoredTensor
 
 
 def check_values(
@@ -31,8 +32,10 @@ def check_values(
     scale = widen_scale(scale)
     _check_finite(shard, name, "scales", scale)
     points = shard.stored(Role.ZERO)
-    if points is not None and shard.packing(points) is None:
+    if points is not None and (packing := shard.packing(points)) is None:
         _check_finite(shard, f"{shard.source.name}.{points.name}", "zero points", stored_zero)
+    elif points is not None and packing is not None and packing.single:
+        _check_range(shard, points, packing)
     if not underflows and bool((scale == 0).any()):
         _check_dead_groups(shard, name, scale, zero)
 
@@ -95,6 +98,21 @@ def _check_dead_groups(
                 f"{int(index[channel])}, although its codes are not all zero; expected a scale "
                 "other than 0"
             )
+
+
+def _check_range(shard: LoadedShard, stored: StoredTensor, packing: Packing) -> None:
+    """Validate that values that are not packed have the bits that they are stated to have."""
+    values = shard.tensors[stored.name]
+    if not values.numel():
+        return
+    first = -(1 << (packing.bits - 1)) if packing.signed else 0
+    last = first + (1 << packing.bits) - 1
+    low, high = (int(value) for value in values.aminmax())
+    if low < first or high > last:
+        raise CheckpointError(
+            f"{shard.source.name}.{stored.name}: values run from {low} to {high}, expected {first} "
+            f"to {last} ({packing.bits} bits)"
+        )
 
 
 def _check_finite(shard: LoadedShard, name: str, what: str, values: torch.Tensor | None) -> None:

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from vllm.compressed_linear.formats.awq import awq_gemm_scheme
-from vllm.compressed_linear.formats.base import Format, Hints, register_format, require
+from vllm.compressed_linear.formats.awq import awq_gemm_scheme, checked_group
+from vllm.compressed_linear.formats.base import Format, Hints, register_format
 from vllm.compressed_linear.formats.entries import Entries
 from vllm.compressed_linear.formats.expressions import is_expression
+from vllm.compressed_linear.formats.fields import Fields
 from vllm.compressed_linear.formats.file_view import FileView
 from vllm.compressed_linear.formats.gptq import gptq_scheme
 from vllm.compressed_linear.formats.resolution import (
@@ -81,9 +82,9 @@ class Blocks(Entries):
 class AutoRound(Format):
     """``quant_method: auto-round`` with an integer packing.
 
-    ``extra``: the entries of ``extra_config`` that override settings of modules; 16 bits means
-    unquantized. Modules outside of ``blocks`` are unquantized, unless the file says otherwise
-    (auto_round ``inference/convert_model.py``, ``inference/utils.py``).
+    ``extra``: the entries of ``extra_config`` that override settings of modules, which are in
+    ``overrides``; 16 bits means unquantized. Modules outside of ``blocks`` are unquantized, unless
+    the file says otherwise (auto_round ``inference/convert_model.py``, ``inference/utils.py``).
     """
 
     aliases = ("inc", "auto-round", "auto_round")
@@ -93,44 +94,50 @@ class AutoRound(Format):
     bits: int
     group_size: int
     packing: str
+    symmetric: bool
     extra: ExtraConfig
+    overrides: dict[str, Fields]
     blocks: Blocks
 
     @classmethod
     def parse(cls, config: dict[str, Any]) -> Self:
-        bits = require(config, "bits", int)
-        group_size = require(config, "group_size", int)
-        packing = str(config.get("packing_format") or DEFAULT_PACKING)
+        fields = Fields(config)
+        bits, group_size = fields.integer("bits"), fields.integer("group_size")
+        packing = fields.word("packing_format") or DEFAULT_PACKING
         if packing not in (*GPTQ_VERSIONS, *AWQ_PACKINGS):
             raise ConfigError(
                 f"packing_format {packing!r} "
                 f"(supported: {', '.join((*GPTQ_VERSIONS, *AWQ_PACKINGS))})"
             )
-        extra = ExtraConfig.of("extra_config", config.get("extra_config") or {})
+        overrides = fields.maps("extra_config")
         field = "block_name_to_quantize"
         field = field if config.get(field) else "to_quant_block_names"
-        blocks = Blocks.of(field, _block_names(config.get(field)))
-        return cls(config, bits, group_size, packing, extra, blocks)
+        blocks = Blocks.of(field, _at_commas(fields.names(field)))
+        extra = ExtraConfig.of("extra_config", overrides)
+        symmetric = bool(fields.flag("sym"))
+        return cls(config, bits, group_size, packing, symmetric, extra, overrides, blocks)
 
     @classmethod
     def unsupported(cls, config: dict[str, Any]) -> str | None:
-        packing = str(config.get("packing_format") or DEFAULT_PACKING)
-        data_type = str(config.get("data_type") or "int")
+        fields = Fields(config)
+        packing = fields.word("packing_format") or DEFAULT_PACKING
+        data_type = fields.word("data_type") or "int"
         if packing not in (*GPTQ_VERSIONS, *AWQ_PACKINGS) or not data_type.startswith("int"):
             return f"AutoRound packing {packing} of {data_type}"
-        if int(config.get("act_bits") or 16) < 16:
+        if fields.integer("act_bits", default=16) < 16:
             return "AutoRound with quantized activations"
         return None
 
     def hints(self) -> Hints:
-        return Hints(symmetric=bool(self.config.get("sym")))
+        return Hints(symmetric=self.symmetric)
 
     def resolve(self, module: str, kind: LayerKind, file: FileView) -> Resolution:
         if kind is LayerKind.EMBEDDING:
             return Unquantized("AutoRound does not quantize embeddings")
         names = file.names_of(module)
         entry = self.extra.deciding(names, file.modules)
-        bits = self._number(entry, "bits", self.bits)
+        override = Fields({}) if entry is None else self.overrides[entry]
+        bits = override.integer("bits", default=self.bits)
         if bits >= 16:
             rule = "" if entry is None else f"extra_config {entry}: "
             return Unquantized(f"{rule}{bits} bits")
@@ -141,9 +148,9 @@ class AutoRound(Format):
                 return Unquantized("outside of block_name_to_quantize")
             if not self.blocks and kind is LayerKind.HEAD:
                 return Unquantized("lm_head is not quantized")
-        group_size = self._number(entry, "group_size", self.group_size)
-        sym = None if entry is None else self.config["extra_config"][entry].get("sym")
-        symmetric = "sym: true" if (self.config.get("sym") if sym is None else sym) else ""
+        group_size = override.integer("group_size", default=self.group_size)
+        sym = override.flag("sym")
+        symmetric = "sym: true" if (self.symmetric if sym is None else sym) else ""
         try:
             if self.packing not in AWQ_PACKINGS:
                 version = GPTQ_VERSIONS[self.packing]
@@ -152,17 +159,7 @@ class AutoRound(Format):
             raise ConfigError(f"{module}: {error}") from None
         if bits != 4:
             raise ConfigError(f"{module}: AWQ packing with {bits} bits (supported: 4)")
-        return awq_gemm_scheme(group_size, symmetric=symmetric)
-
-    def _number(self, entry: str | None, key: str, default: int) -> int:
-        """Value of ``key`` in ``entry`` of extra_config, or ``default``."""
-        value = None if entry is None else self.config["extra_config"][entry].get(key)
-        if value is None:
-            return default
-        try:
-            return int(value)
-        except (TypeError, ValueError):
-            raise ConfigError(f"extra_config {entry}: {key} is {value!r}, expected int") from None
+        return awq_gemm_scheme(checked_group(group_size), symmetric=symmetric)
 
 
 def _ends(name: str) -> list[str]:
@@ -171,10 +168,5 @@ def _ends(name: str) -> list[str]:
     return [".".join(parts[first:]) for first in range(len(parts))]
 
 
-def _block_names(blocks: Any) -> list[str]:
-    """Flatten a comma-separated text, a list, or a list of lists of names."""
-    if blocks is None:
-        return []
-    if isinstance(blocks, str):
-        return [name.strip() for name in blocks.split(",") if name.strip()]
-    return [name for block in blocks for name in _block_names(block)]
+def _at_commas(names: list[str]) -> list[str]:
+    return [part.strip() for name in names for part in name.split(",") if part.strip()]

@@ -6,13 +6,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Self
 
-from vllm.compressed_linear.formats.base import Format, Hints, register_format, require
+from vllm.compressed_linear.formats.base import Format, Hints, register_format
 from vllm.compressed_linear.formats.entries import PartsOfNames
+from vllm.compressed_linear.formats.fields import Fields
 from vllm.compressed_linear.formats.file_view import FileView
 from vllm.compressed_linear.formats.gptq import marlin_scheme
 from vllm.compressed_linear.formats.gptqmodel_dynamic import GptqModelDynamic
 from vllm.compressed_linear.formats.resolution import (
     ConfigError,
+    Delegated,
     LayerKind,
     Resolution,
     Unquantized,
@@ -126,30 +128,24 @@ class Awq(Format):
 
     @classmethod
     def parse(cls, config: dict[str, Any]) -> Self:
-        bits = require(config, "bits", int, "w_bit")
+        fields = Fields(config)
+        bits = fields.integer("bits", "w_bit")
         if bits != 4:
             raise ConfigError(f"AWQ with {bits} bits (supported: 4)")
-        group_size = require(config, "group_size", int, "q_group_size")
-        if group_size != -1 and group_size < 1:
-            raise ConfigError(
-                f"AWQ with group size {group_size} (expected -1 or a positive number)"
-            )
-        version = awq_version(config)
-        if version not in VERSIONS:
-            raise ConfigError(f"AWQ version {version!r} (supported: {', '.join(VERSIONS)})")
+        group_size = checked_group(fields.integer("group_size", "q_group_size"))
         field = "modules_to_not_convert"
         return cls(
             config,
             group_size,
-            symmetric=_symmetric(config),
-            version=version,
-            excluded=PartsOfNames.of(field, config.get(field) or ()),
-            dynamic=GptqModelDynamic.parse(config.get("dynamic")),
-            lm_head=bool(config.get("lm_head", False)),
+            symmetric=_symmetric(fields),
+            version=awq_version(fields),
+            excluded=PartsOfNames.of(field, fields.names(field)),
+            dynamic=GptqModelDynamic.parse(fields),
+            lm_head=bool(fields.flag("lm_head")),
         )
 
     def hints(self) -> Hints:
-        return Hints(symmetric=bool(self.symmetric or self.config.get("sym")))
+        return Hints(symmetric=bool(self.symmetric or Fields(self.config).flag("sym")))
 
     def resolve(self, module: str, kind: LayerKind, file: FileView) -> Resolution:
         if kind is LayerKind.EMBEDDING:
@@ -164,33 +160,64 @@ class Awq(Format):
             return found
         if kind is LayerKind.HEAD and not self.lm_head and not quantized:
             return Unquantized("lm_head is not quantized")
-        if int(override.get("bits", 4)) != 4:
-            raise ConfigError(f"{module}: AWQ with {override['bits']} bits (supported: 4)")
-        group_size = int(override.get("group_size", self.group_size))
+        bits = override.integer("bits", default=4)
+        if bits != 4:
+            raise ConfigError(f"{module}: AWQ with {bits} bits (supported: 4)")
         symmetric = self.symmetric
-        if (sym := override.get("sym")) is not None:
+        if (sym := override.flag("sym")) is not None:
             symmetric = "sym: true" if sym else ""
-        return self._scheme(group_size, symmetric, file.tensors_on_disk(module) or set())
-
-    def _scheme(self, group_size: int, symmetric: str, on_disk: set[str]) -> CheckpointScheme:
-        if self.version == "marlin":
-            return marlin_scheme(4, group_size, codes="qweight", scale="scales")
-        if self.version == "gemv":
-            return awq_gemv_scheme(group_size, symmetric=symmetric)
-        if self.version == "gemv_fast":
-            zeros = "scaled_zeros" if "scaled_zeros" in on_disk else "qzeros"
-            return awq_gemv_fast_scheme(group_size, zeros=zeros, symmetric=symmetric)
-        return awq_gemm_scheme(group_size, symmetric=symmetric)
+        version = self.version if self.version in VERSIONS else _version_on_disk(module, file)
+        if not version:
+            return Delegated(
+                f"AWQ version {self.version!r} (read here: {', '.join(VERSIONS)}, and others whose "
+                "tensors have the shapes of one of these)"
+            )
+        group_size = checked_group(override.integer("group_size", default=self.group_size))
+        zeros = "scaled_zeros" if "scaled_zeros" in (file.tensors_on_disk(module) or ()) else ""
+        return _scheme(version, group_size, symmetric, zeros or "qzeros")
 
 
-def _symmetric(config: dict[str, Any]) -> str:
+def _scheme(version: str, group_size: int, symmetric: str, zeros: str) -> CheckpointScheme:
+    if version == "marlin":
+        return marlin_scheme(4, group_size, codes="qweight", scale="scales")
+    if version == "gemv":
+        return awq_gemv_scheme(group_size, symmetric=symmetric)
+    if version == "gemv_fast":
+        return awq_gemv_fast_scheme(group_size, zeros=zeros, symmetric=symmetric)
+    return awq_gemm_scheme(group_size, symmetric=symmetric)
+
+
+def checked_group(group_size: int) -> int:
+    """``group_size``. Raises ``ConfigError`` for one that AWQ does not have."""
+    if group_size != -1 and group_size < 1:
+        raise ConfigError(f"AWQ with group size {group_size} (expected -1 or a positive number)")
+    return group_size
+
+
+def _version_on_disk(module: str, file: FileView) -> str:
+    """The version by dtype and shapes of the module's tensors; empty if they do not tell.
+
+    Other words than the versions name kernels (``exllama``, ``ipex``), for which tools do not
+    repack.
+    """
+    codes, scales = (file.header(module, name) for name in ("qweight", "scales"))
+    if codes is None or scales is None or len(codes.shape) != 2 or len(scales.shape) != 2:
+        return ""
+    if codes.dtype == "int16":
+        return "gemv_fast"
+    if scales.shape[1] == 8 * codes.shape[1]:
+        return "gemm"
+    return "gemv" if scales.shape[0] == codes.shape[0] else ""
+
+
+def _symmetric(config: Fields) -> str:
     """AutoAWQ's ``zero_point``, or GPTQModel's ``sym``, where they say that there are none."""
-    if config.get("zero_point") is not None:
-        return "" if config["zero_point"] else "zero_point: false"
-    return "sym: true" if config.get("sym") else ""
+    zero_point = config.flag("zero_point")
+    if zero_point is not None:
+        return "" if zero_point else "zero_point: false"
+    return "sym: true" if config.flag("sym") else ""
 
 
-def awq_version(config: dict[str, Any]) -> str:
+def awq_version(config: Fields) -> str:
     """AutoAWQ's ``version``, GPTQModel's ``checkpoint_format``, or "gemm"."""
-    named = (config.get(key) for key in ("version", "checkpoint_format", "format"))
-    return next((str(name).lower() for name in named if name), "gemm")
+    return config.word("version", "checkpoint_format", "format") or "gemm"

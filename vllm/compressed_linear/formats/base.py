@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self, TypeVar
 
 from vllm.compressed_linear.formats.entries import Entries, Rename
 from vllm.compressed_linear.formats.file_view import FileView
-from vllm.compressed_linear.formats.resolution import ConfigError, LayerKind, Resolution
+from vllm.compressed_linear.formats.resolution import LayerKind, Resolution
 
 
 @dataclass(frozen=True)
@@ -116,16 +116,3 @@ def register_format(*quant_methods: str) -> Callable[[F], F]:
 def quant_method_of(config: dict[str, Any]) -> str:
     """``quant_method`` in lower case; some tools wrote upper case."""
     return str(config.get("quant_method") or "").lower()
-
-
-def require(config: dict[str, Any], key: str, kind: type, *aliases: str) -> Any:
-    """``config[key]`` (or an alias) as ``kind``. ``ConfigError`` if absent or of another type."""
-    for name in (key, *aliases):
-        if name in config and config[name] is not None:
-            try:
-                return kind(config[name])
-            except (TypeError, ValueError):
-                raise ConfigError(
-                    f"quantization_config.{name} is {config[name]!r}, expected {kind.__name__}"
-                ) from None
-    raise ConfigError(f"quantization_config has no {key} (keys: {', '.join(config)})")

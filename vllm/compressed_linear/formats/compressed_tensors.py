@@ -10,10 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
 from typing import Any, Self
 
 from vllm.compressed_linear.formats.base import Format, Hints, register_format
 from vllm.compressed_linear.formats.entries import Entries
+from vllm.compressed_linear.formats.fields import Fields
 from vllm.compressed_linear.formats.file_view import FileView
 from vllm.compressed_linear.formats.resolution import (
     ConfigError,
@@ -34,42 +37,72 @@ MODULE_CLASS = {
 }
 """Class of the module during quantization, for targets that name classes."""
 
+PACK_QUANTIZED = "pack-quantized"
 DENSE_SINCE = (0, 18)
 
 
+class ZeroForm(StrEnum):
+    """How ``weight_zero_point`` is stored. ``SIGNED``: by early releases, one signed integer for
+    each zero point; ``UNKNOWN``: packed or signed, which the shape tells."""
+
+    NONE = ""
+    PACKED = "packed"
+    SIGNED = "signed"
+    UNKNOWN = "unknown"
+
+
 def pack_quantized_scheme(
-    bits: int, group_size: int, *, symmetric: bool, group_index: bool, dense_first: bool = True
+    bits: int,
+    group_size: int,
+    *,
+    symmetric: bool,
+    group_index: bool,
+    dense_first: bool = True,
+    zeros: ZeroForm | None = None,
 ) -> CheckpointScheme:
-    """Layout of one pack-quantized weight; ``group_size`` −1 means one scale per channel."""
+    """Layout of one pack-quantized weight; ``group_size`` −1 means one scale per channel.
+
+    ``zeros``: how zero points are stored; by default packed, and a symmetric weight has none.
+    """
     if bits not in range(1, 9):
         raise ConfigError(f"pack-quantized weights with {bits} bits (supported: 1 to 8)")
+    if zeros is None:
+        zeros = ZeroForm.NONE if symmetric else ZeroForm.PACKED
 
-    def packings(axis: str) -> tuple[Packing, tuple[Packing, ...]]:
+    def packings(axis: str) -> tuple[Packing, ...]:
         both = (Packing(bits, axis), Packing(bits, axis, dense=False))
         if 32 % bits == 0:
-            return both[0], ()
-        return (both[0], both[1:]) if dense_first else (both[1], both[:1])
+            return both[:1]
+        return both if dense_first else both[::-1]
 
-    codes, other_codes = packings("K")
-    zeros, other_zeros = packings("N")
+    codes = packings("K")
     tensors = [
-        StoredTensor("weight_packed", Role.CODES, "int32", ("N", "K"), codes, other_codes),
+        StoredTensor("weight_packed", Role.CODES, "int32", ("N", "K"), codes[0], codes[1:]),
         StoredTensor("weight_scale", Role.SCALE, "float32", ("N", "G")),
         StoredTensor("weight_shape", Role.SHAPE, "int64", (2,), optional=True),
     ]
-    if not symmetric:
+    if zeros is not ZeroForm.NONE:
+        forms = packings("N") if zeros is not ZeroForm.SIGNED else ()
+        if zeros is not ZeroForm.PACKED:
+            forms = (*forms, Packing(bits, "N", signed=True, single=True))
         tensors.append(
-            StoredTensor("weight_zero_point", Role.ZERO, "int32", ("N", "G"), zeros, other_zeros)
+            StoredTensor(
+                *("weight_zero_point", Role.ZERO, "int32", ("N", "G"), forms[0], forms[1:]),
+                optional=symmetric,
+            )
         )
     if group_index:
         tensors.append(
             StoredTensor("weight_g_idx", Role.GROUP_INDEX, "int32", ("K",), optional=True)
         )
     scale = ScaleSpec("bfloat16", "channel" if group_size == -1 else "group", group_size)
-    if symmetric:
+    if zeros is ZeroForm.NONE:
         return CheckpointScheme(WeightSpec(uint(bits, 1 << (bits - 1)), scale), tuple(tensors))
-    zero = ZeroSpec("integer", "uint8")
-    return CheckpointScheme(WeightSpec(uint(bits), scale, zero), tuple(tensors))
+    return CheckpointScheme(
+        WeightSpec(uint(bits), scale, ZeroSpec("integer", "uint8")),
+        tuple(tensors),
+        symmetric="symmetric: true" if symmetric else "",
+    )
 
 
 class Targets(Entries):
@@ -88,13 +121,60 @@ class Targets(Entries):
             return self.expressions.matches(spelling[3:], names, spelling)
         return spelling in names
 
-    def deciding(self, names: Sequence[str], kind: LayerKind) -> str | None:
-        """The target, as written, that the library's ``match_targets`` would choose: names have
-        precedence over expressions (in the order of their text), and these over classes."""
-        for spelling in sorted(self.spellings, key=lambda s: (s.startswith("re:"), s)):
-            if self.selects(spelling, names, None):
-                return self.spellings[spelling]
-        return self.spellings.get(MODULE_CLASS[kind])
+    def matching(self, names: Sequence[str], kind: LayerKind) -> list[str]:
+        """The targets, as written, that select a module, in the order in which the library's
+        ``match_targets`` would choose: names have precedence over expressions (in the order of
+        their text), and these over classes."""
+        found = [self.spellings[name] for name in names if name in self.spellings]
+        found += [self.spellings[s] for s in self._in_order if self.selects(s, names, None)]
+        if (name := MODULE_CLASS[kind]) in self.spellings:
+            found.append(self.spellings[name])
+        return list(dict.fromkeys(found))
+
+    @cached_property
+    def _in_order(self) -> list[str]:
+        return sorted(spelling for spelling in self.spellings if spelling.startswith("re:"))
+
+    def classes(self) -> list[str]:
+        """Targets that may be names of classes."""
+        return [s for s in self.spellings if s.isidentifier() and s[0].isupper()]
+
+
+@dataclass(frozen=True)
+class Group:
+    """One of ``config_groups``. ``reason``: why its modules are left to vLLM or not quantized;
+    ``refusal``: why they cannot run at all."""
+
+    name: str
+    weighted: bool = True
+    bits: int = 0
+    group_size: int = -1
+    symmetric: bool = True
+    group_index: bool = False
+    dense_first: bool = True
+    reason: str = ""
+    refusal: str = ""
+
+    def resolve(self, module: str, file: FileView) -> Resolution:
+        """What it says of one of its modules. The file tells how zero points are stored."""
+        if self.reason:
+            return Delegated(self.reason) if self.weighted else Unquantized(self.reason)
+        stored = file.tensors_on_disk(module)
+        zeros = ZeroForm.UNKNOWN
+        if stored is not None:
+            zeros = _zeros_on_disk(module, file)
+            if zeros is ZeroForm.NONE and not self.symmetric:
+                zeros = ZeroForm.PACKED
+        elif self.symmetric and file.headers is not None:
+            zeros = ZeroForm.NONE
+        return pack_quantized_scheme(
+            self.bits,
+            self.group_size,
+            symmetric=self.symmetric,
+            group_index=self.group_index,
+            dense_first=self.dense_first,
+            zeros=zeros,
+        )
 
 
 @register_format("compressed-tensors")
@@ -103,7 +183,8 @@ class CompressedTensors(Format):
     """``config_groups`` with targets and an ignore list
     (compressed_tensors ``utils/match.py``, ``quantization/lifecycle/apply.py``).
 
-    ``groups``: target → resolution; the last of the groups with the same target.
+    ``groups``: target → groups that have it, the last one first, as it decides in the library. Of
+    several groups for a module the one decides whose tensors the file has.
     """
 
     aliases = ("compressed-tensors",)
@@ -112,31 +193,31 @@ class CompressedTensors(Format):
 
     ignore: Targets
     targets: Targets
-    groups: dict[str, Resolution]
+    groups: dict[str, tuple[Group, ...]]
 
     @classmethod
     def parse(cls, config: dict[str, Any]) -> Self:
-        groups = config.get("config_groups")
-        if not isinstance(groups, dict) or not groups:
+        fields = Fields(config)
+        found = _groups(fields)
+        if not found:
             raise ConfigError("compressed-tensors: config_groups is missing or empty")
-        by_target: dict[str, Resolution] = {}
-        for name, group in groups.items():
-            resolution = _group_resolution(name, group, config)
-            by_target |= dict.fromkeys(group.get("targets") or (), resolution)
+        by_target: dict[str, tuple[Group, ...]] = {}
+        for group, targets in found:
+            for target in targets:
+                by_target[target] = (group, *by_target.get(target, ()))
         return cls(
             config,
-            ignore=Targets.of("ignore", config.get("ignore") or ()),
+            ignore=Targets.of("ignore", fields.names("ignore")),
             targets=Targets.of("targets", by_target),
             groups=by_target,
         )
 
     @classmethod
     def unsupported(cls, config: dict[str, Any]) -> str | None:
-        groups = config.get("config_groups") or {}
-        found = [_group_resolution(n, g, config) for n, g in groups.items()]
-        if any(isinstance(r, CheckpointScheme) for r in found):
+        found = [group for group, _ in _groups(Fields(config))]
+        if any(group.refusal or not group.reason for group in found):
             return None
-        reasons = [r.reason for r in found if isinstance(r, Delegated)]
+        reasons = [group.reason for group in found if group.weighted]
         return "; ".join(reasons) or "compressed-tensors without config_groups"
 
     def has_attention_scales(self) -> bool:
@@ -150,52 +231,135 @@ class CompressedTensors(Format):
         names = file.names_of(module)
         if (entry := self.ignore.first(names, kind)) is not None:
             return Unquantized(f"ignore: {entry}")
-        target = self.targets.deciding(names, kind)
-        if target is None:
+        targets = self.targets.matching(names, kind)
+        if not targets and file.quantized_on_disk(module):
+            # Which subclass of a layer was quantized is not known here.
+            targets = self.targets.classes()
+        groups = [group for target in targets for group in self.groups[target]]
+        if not groups:
             return Unquantized("no config group targets it")
-        found = self.groups[target]
+        chosen = _settled(groups, module, file)
+        found = chosen.resolve(module, file)
         quantized = isinstance(found, CheckpointScheme)
-        return (file.unquantized_on_disk(module) if quantized else None) or found
+        if quantized and (plain := file.unquantized_on_disk(module)) is not None:
+            return plain
+        if chosen.refusal:
+            raise ConfigError(f"{module}: {chosen.refusal}")
+        return found
 
 
-def _group_resolution(name: str, group: dict[str, Any], config: dict[str, Any]) -> Resolution:
-    """The scheme of one config group, or why it is left to vLLM's own code."""
-    weights = group.get("weights") or {}
-    form = group.get("format") or config.get("format") or "pack-quantized"
+def _settled(groups: Sequence[Group], module: str, file: FileView) -> Group:
+    """The first of ``groups`` that the module's tensors fit; the first one if none does."""
+    if all(group == groups[0] for group in groups) or file.headers is None:
+        return groups[0]
+    found = [(group, group.resolve(module, file)) for group in groups]
+    fitting = [
+        (group, resolution)
+        for group, resolution in found
+        if not isinstance(resolution, CheckpointScheme) or file.fits(module, resolution)
+    ]
+    # A symmetric weight may have zero points too, but an asymmetric one must.
+    exact = [g for g, r in fitting if not (isinstance(r, CheckpointScheme) and r.symmetric)]
+    return (exact or [group for group, _ in fitting] or list(groups))[0]
+
+
+def _zeros_on_disk(module: str, file: FileView) -> ZeroForm:
+    zeros, codes = (file.header(module, f"weight_{name}") for name in ("zero_point", "packed"))
+    if zeros is None:
+        return ZeroForm.NONE
+    if codes is None or not zeros.shape:
+        return ZeroForm.UNKNOWN
+    return ZeroForm.SIGNED if zeros.shape[0] == codes.shape[0] else ZeroForm.PACKED
+
+
+def _groups(config: Fields) -> list[tuple[Group, list[str]]]:
+    """All groups with their targets, in the order of the configuration."""
+    return [
+        (_group(name, group, config), group.names("targets"))
+        for name, group in config.maps("config_groups").items()
+    ]
+
+
+def _group(name: str, group: Fields, config: Fields) -> Group:
+    weights = group.fields("weights")
+    refusal = _refusal(name, group, config)
     if not weights:
-        return Unquantized(f"config group {name} has no weights entry")
+        return Group(name, False, reason=f"config group {name} has no weights", refusal=refusal)
+    form = group.word("format") or config.word("format") or PACK_QUANTIZED
     reasons = []
-    if form != "pack-quantized":
+    if form != PACK_QUANTIZED:
         reasons.append(f"format {form}")
-    if weights.get("type", "int") != "int":
-        reasons.append(f"{weights.get('type')} weights")
-    if group.get("input_activations"):
+    if (kind := weights.word("type") or "int") != "int":
+        reasons.append(f"{kind} weights")
+    if group.fields("input_activations"):
         reasons.append("quantized activations")
-    strategy = weights.get("strategy") or ("group" if weights.get("group_size") else "channel")
+    sized = weights.values.get("group_size") is not None
+    strategy = weights.word("strategy") or ("group" if sized else "channel")
     if strategy not in ("group", "channel"):
         reasons.append(f"strategy {strategy}")
-    if (config.get("transform_config") or {}).get("config_groups"):
+    if config.fields("transform_config").fields("config_groups"):
         reasons.append("transforms")
-    sparsity = config.get("sparsity_config") or {}
-    if sparsity.get("format") not in (None, "dense"):
-        reasons.append(f"sparsity {sparsity.get('format')}")
+    if (sparsity := config.fields("sparsity_config").word("format")) not in ("", "dense"):
+        reasons.append(f"sparsity {sparsity}")
     if reasons:
-        return Delegated(f"compressed-tensors {name}: {', '.join(reasons)}")
-    group_size = -1 if strategy == "channel" else weights.get("group_size")
-    if not isinstance(group_size, int) or isinstance(group_size, bool) or group_size == 0:
+        reason = f"compressed-tensors {name}: {', '.join(reasons)}"
+        return Group(name, reason=reason, refusal=refusal)
+    group_size = -1 if strategy == "channel" else weights.integer("group_size")
+    if group_size != -1 and group_size < 1:
         raise ConfigError(
-            f"compressed-tensors {name}: group_size {group_size!r}, expected a number"
+            f"{weights.where}.group_size is {group_size}, expected -1 or a positive number"
         )
-    bits = weights.get("num_bits")
-    if not isinstance(bits, int):
-        raise ConfigError(f"compressed-tensors {name}: num_bits {bits!r}, expected a number")
-    return pack_quantized_scheme(
-        bits,
-        group_size,
-        symmetric=bool(weights.get("symmetric", True)),
-        group_index=weights.get("actorder") not in (None, False, "weight", "static"),
-        dense_first=_version(config.get("version")) >= DENSE_SINCE,
+    symmetric = weights.flag("symmetric")
+    order = weights.values.get("actorder")
+    found = Group(
+        name,
+        bits=weights.integer("num_bits"),
+        group_size=group_size,
+        symmetric=True if symmetric is None else symmetric,
+        group_index=order is True or (order not in (None, False) and _by_channel(weights)),
+        dense_first=_version(config.values.get("version")) >= DENSE_SINCE,
+        refusal=refusal,
     )
+    found.resolve("", FileView())  # raises for widths that do not exist
+    return found
+
+
+def _refusal(name: str, group: Fields, config: Fields) -> str:
+    """Why no layer of a group that quantizes outputs can run; empty if it does not, or vLLM can:
+    integer weights between static 8-bit inputs and outputs (``CompressedTensorsWNA8O8Int``)."""
+    output = group.fields("output_activations")
+    if not output:
+        return ""
+    weights = group.fields("weights")
+    form = group.word("format") or config.word("format") or PACK_QUANTIZED
+    if (
+        form in (PACK_QUANTIZED, "int-quantized")
+        and (weights.word("type") or "int") == "int"
+        and (weights.word("strategy") or "group") in ("group", "channel")
+        and all(_static_int8(group.fields(f"{side}_activations")) for side in ("input", "output"))
+    ):
+        return ""
+    when = "dynamic" if output.values.get("dynamic") else "static"
+    return (
+        f"{output.where} asks for {when} {output.integer('num_bits', default=8)}-bit "
+        f"{output.word('type') or 'int'} outputs of the layer, which neither this package nor vLLM "
+        "computes; set it to null to run the layer with outputs that are not quantized"
+    )
+
+
+def _static_int8(activations: Fields) -> bool:
+    return (
+        (activations.word("type") or "int") == "int"
+        and activations.word("strategy") == "tensor"
+        and activations.integer("num_bits", default=8) == 8
+        and not activations.values.get("dynamic")
+        and bool(activations)
+    )
+
+
+def _by_channel(weights: Fields) -> bool:
+    """Whether ``actorder`` leaves groups of channels that are not next to each other."""
+    return weights.word("actorder") not in ("weight", "static")
 
 
 def _version(text: Any) -> tuple[int, ...]:

@@ -19,6 +19,9 @@ from vllm.compressed_linear.formats.resolution import LayerKind
 Rename = Callable[[str], str | None]
 """Map a name in the checkpoint to vLLM's; None if vLLM drops it."""
 
+TENSOR = ".weight"
+"""End of the name of a tensor that every module may have."""
+
 
 @dataclass(frozen=True)
 class Entries(ABC):
@@ -66,6 +69,10 @@ class Entries(ABC):
         for spelling, entry in self.spellings.items():
             if new := rename(spelling):
                 spellings[new] = entry
+            # Renaming is defined for tensors, and may be for whole components of their names only.
+            tensor = rename(f"{spelling}{TENSOR}") or ""
+            if tensor.endswith(TENSOR) and tensor != TENSOR:
+                spellings.setdefault(tensor.removesuffix(TENSOR), entry)
         kept = {s: entry for s, entry in self.spellings.items() if self.keeps(s)}
         return replace(self, spellings=spellings | kept)
 
@@ -79,7 +86,7 @@ class Entries(ABC):
 
 
 class PartsOfNames(Entries):
-    """Entries that select every module whose name in vLLM contains them."""
+    """Entries that select every module of which a name contains them."""
 
     def selects(self, spelling: str, names: Sequence[str], kind: LayerKind | None) -> bool:
-        return spelling in names[0]
+        return any(spelling in name for name in names)

@@ -4,13 +4,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
+from vllm.compressed_linear.checkpoint.file_header import TensorHeader
 from vllm.compressed_linear.checkpoint.headers import Headers, last_word
 from vllm.compressed_linear.formats.entries import Rename
 from vllm.compressed_linear.formats.resolution import ConfigError, Resolution, Unquantized
+from vllm.compressed_linear.formats.shapes import has_shape, possible_shapes
 from vllm.compressed_linear.spec.scheme import CheckpointScheme
+
+OUTER_NAMES = ("draft_model", "language_model")
+"""Names that vLLM puts before those of a checkpoint; they count where no file is known."""
 
 
 @dataclass(frozen=True)
@@ -19,11 +28,14 @@ class FileView:
 
     ``disk_names``: vLLM's name of a module → the checkpoint's, where they differ.
     ``marker_tensors``: last components of tensor names that only quantized modules have.
+    ``packed``: a model's ``packed_modules_mapping``, last component of a fused layer's name → those
+    of its members.
     """
 
     headers: Headers | None = None
     marker_tensors: tuple[str, ...] = ()
     disk_names: Mapping[str, str] = field(default_factory=dict)
+    packed: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def renamed(self, rename: Rename) -> FileView:
         """The same file with names mapped by ``rename``; unmapped tensors keep theirs."""
@@ -45,17 +57,89 @@ class FileView:
         """Module → last components of its tensors' names; empty if no file is known."""
         return {} if self.headers is None else self.headers.modules
 
-    def names_of(self, module: str) -> tuple[str, ...]:
-        """vLLM's name of ``module`` and, where a model renames its weights, the checkpoint's.
+    def stored_as(self, module: str) -> str:
+        """The module under whose name the file has the tensors of ``module``; itself if none is.
 
-        Regular expressions of a configuration were written for the latter.
+        vLLM puts names of its own before those of a drafter or of a language model in a larger one,
+        and counts the layers of a drafter on from the target's. Where a model has no values, keys
+        are its values (``attention_k_eq_v``).
         """
-        other = self.disk_names.get(module, module)
-        return (module,) if other == module else (module, other)
+        if self.headers is None or module in self.modules:
+            return module
+        parts = module.split(".")
+        for first in range(1, len(parts)):
+            if (name := ".".join(parts[first:])) in self.modules:
+                return name
+        numbers = [at for at, part in enumerate(parts) if part.isdigit()]
+        if numbers:
+            suffix = ".".join(parts[numbers[0] + 1 :])
+            same = self._by_suffix.get(suffix, []) if suffix else []
+            if len(same) == 1 and parts[numbers[0]] not in same[0].split("."):
+                return same[0]
+        parent, dot, last = module.rpartition(".")
+        if last == "v_proj" and self.stored_as(keys := f"{parent}{dot}k_proj") in self.modules:
+            return self.stored_as(keys)
+        return module
+
+    @cached_property
+    def _by_suffix(self) -> Mapping[str, list[str]]:
+        """What follows the layer (a number, or ``midlayer``) in a module's name → the modules."""
+        found: dict[str, list[str]] = {}
+        for module in self.modules:
+            parts = module.split(".")
+            layers = [at for at, part in enumerate(parts) if part.isdigit() or part == "midlayer"]
+            if layers:
+                found.setdefault(".".join(parts[layers[0] + 1 :]), []).append(module)
+        return found
+
+    def names_of(self, module: str) -> tuple[str, ...]:
+        """Names of ``module`` with which entries of a configuration are compared.
+
+        vLLM's, and where they differ, the checkpoint's: a model renames its weights, and regular
+        expressions were written for the latter. Then that of the layer in which vLLM fuses it.
+        """
+        stored = self.stored_as(module)
+        names = [module, stored, self.disk_names.get(stored, stored)]
+        if self.headers is None:
+            names += [module.removeprefix(f"{outer}.") for outer in OUTER_NAMES]
+        for name in tuple(names):
+            parent, dot, last = name.rpartition(".")
+            names += [f"{parent}{dot}{fused}" for fused, of in self.packed.items() if last in of]
+        return tuple(dict.fromkeys(names))
 
     def tensors_on_disk(self, module: str) -> set[str] | None:
         """Last components of the names of the module's tensors; None if the file does not say."""
-        return self.modules.get(module)
+        return self.modules.get(self.stored_as(module))
+
+    def header(self, module: str, tensor: str) -> TensorHeader | None:
+        """Dtype and shape of a tensor of the module; None if it is not there, or the file is not
+        known."""
+        if self.headers is None:
+            return None
+        return self.headers.get(f"{self.stored_as(module)}.{tensor}")
+
+    def fits(self, module: str, scheme: CheckpointScheme) -> bool:
+        """Whether the tensors of the module can be those of ``scheme``, by their shapes."""
+        found = {t.name: self.header(module, t.name) for t in scheme.tensors}
+        if any(found[t.name] is None and not t.optional for t in scheme.tensors):
+            return False
+        known = [(t, h) for t in scheme.tensors if (h := found[t.name]) is not None]
+        shape = self._shape_on_disk(module)
+        shapes = [shape] if shape else possible_shapes(scheme, known)
+        return any(has_shape(scheme, known, n, k) for n, k in shapes)
+
+    def _shape_on_disk(self, module: str) -> tuple[int, int] | None:
+        """[N, K] by the file's ``weight_shape``, for formats that have one."""
+        header, stored = self.header(module, "weight_shape"), self.stored_as(module)
+        if header is None or not Path(header.file).is_file():
+            return None
+        name = f"{self.disk_names.get(stored, stored)}.weight_shape"
+        try:
+            with safe_open(header.file, framework="pt") as file:
+                n, k = (int(length) for length in file.get_tensor(name))
+        except (SafetensorError, OSError, ValueError):
+            return None
+        return n, k
 
     def quantized_on_disk(self, module: str) -> bool:
         """Whether the file is known to hold codes for ``module``."""
@@ -75,7 +159,8 @@ class FileView:
             return None
         if "weight" not in found or self.quantized_on_disk(module):
             return None
-        if self.headers[f"{module}.weight"].dtype not in ("bfloat16", "float16", "float32"):
+        header = self.header(module, "weight")
+        if header is None or header.dtype not in ("bfloat16", "float16", "float32"):
             return None
         return Unquantized(f"the checkpoint holds a plain {module}.weight")
 
@@ -94,7 +179,7 @@ class FileView:
                 )
             codes = sorted(found & set(self.marker_tensors))
             if codes:
-                tensor = f"{module}.{codes[0]}"
+                tensor = f"{self.stored_as(module)}.{codes[0]}"
                 raise ConfigError(
                     f"{layer}: the configuration leaves {module} unquantized "
                     f"({resolution.reason}), but {self.headers[tensor].file} holds {tensor}"
@@ -103,7 +188,7 @@ class FileView:
             needed = [t.name for t in resolution.tensors if not t.optional]
             missing = [name for name in needed if name not in found]
             if missing:
-                file = self.headers[f"{module}.{min(found)}"].file
+                file = self.headers[f"{self.stored_as(module)}.{min(found)}"].file
                 raise ConfigError(
                     f"{layer}: tensor {module}.{missing[0]} is not in the checkpoint; {resolution} "
                     f"needs {', '.join(needed)}, but {file} holds {', '.join(sorted(found))}"

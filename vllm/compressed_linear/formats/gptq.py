@@ -15,13 +15,14 @@ from vllm.compressed_linear.formats.base import (
     Hints,
     quant_method_of,
     register_format,
-    require,
 )
 from vllm.compressed_linear.formats.entries import PartsOfNames
+from vllm.compressed_linear.formats.fields import Fields
 from vllm.compressed_linear.formats.file_view import FileView
 from vllm.compressed_linear.formats.gptqmodel_dynamic import GptqModelDynamic
 from vllm.compressed_linear.formats.resolution import (
     ConfigError,
+    Delegated,
     LayerKind,
     Resolution,
     Unquantized,
@@ -35,6 +36,8 @@ PLANES: dict[int, tuple[int, ...]] = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2,
 """Bit planes of gptq_p; its other widths are packed as in gptq."""
 
 VERSIONS = ("gptq", "gptq_v2", "gptq_p", "marlin")
+PLAIN = {"qweight", "scales"}
+"""Tensors of every version but Marlin's."""
 CONTAINERS = ("int8", "int16", "int32", "int64")
 
 
@@ -101,11 +104,11 @@ def marlin_scheme(bits: int, group_size: int, *, codes: str, scale: str) -> Chec
     )
 
 
-def gptq_version(config: dict[str, Any]) -> str:
+def gptq_version(config: Fields) -> str:
     """The version in a GPTQ configuration, perhaps not one of ``VERSIONS``; v1 by default."""
-    if config.get("is_marlin_format") or quant_method_of(config) == "marlin":
+    if config.flag("is_marlin_format") or quant_method_of(dict(config.values)) == "marlin":
         return "marlin"
-    return str(config.get("checkpoint_format") or config.get("format") or "gptq").lower()
+    return config.word("checkpoint_format", "format") or "gptq"
 
 
 @register_format("gptq", "marlin")
@@ -126,20 +129,27 @@ class Gptq(Format):
     group_size: int
     version: str
     container: str
+    symmetric: bool
+    reordered: bool
     lm_head: bool
     dynamic: GptqModelDynamic
     inside: PartsOfNames
 
     @classmethod
     def parse(cls, config: dict[str, Any]) -> Self:
-        bits = require(config, "bits", int, "w_bit", "wbits")
+        fields = Fields(config)
+        bits = fields.integer("bits", "w_bit", "wbits")
         null_group = "group_size" in config and config["group_size"] is None
-        group_size = -1 if null_group else require(config, "group_size", int, "q_group_size")
-        version = gptq_version(config)
-        if version not in VERSIONS:
-            raise ConfigError(f"checkpoint_format {version!r} (supported: {', '.join(VERSIONS)})")
-        container = str(config.get("pack_dtype") or "int32").removeprefix("torch.")
-        gptq_scheme(bits, group_size, version=version, container=container)
+        group_size = fields.integer(
+            "group_size", "q_group_size", default=-1 if null_group else None
+        )
+        version = gptq_version(fields)
+        symmetric = bool(fields.flag("sym"))
+        if version not in VERSIONS and not symmetric:
+            raise ConfigError(_unknown_version(version))
+        container = fields.word("pack_dtype") or "int32"
+        container = container.removeprefix("torch.")
+        gptq_scheme(bits, group_size, version=_layout(version), container=container)
         field = "modules_in_block_to_quantize"
         return cls(
             config,
@@ -147,15 +157,23 @@ class Gptq(Format):
             group_size,
             version,
             container,
-            lm_head=bool(config.get("lm_head", False)),
-            dynamic=GptqModelDynamic.parse(config.get("dynamic")),
-            inside=PartsOfNames.of(field, _flat(config.get(field))),
+            symmetric,
+            reordered=bool(fields.flag("desc_act")),
+            lm_head=bool(fields.flag("lm_head")),
+            dynamic=GptqModelDynamic.parse(fields),
+            inside=PartsOfNames.of(field, fields.names(field)),
         )
 
+    @classmethod
+    def unsupported(cls, config: dict[str, Any]) -> str | None:
+        fields = Fields(config)
+        version = gptq_version(fields)
+        if version not in VERSIONS and not fields.flag("sym"):
+            return _unknown_version(version)
+        return None
+
     def hints(self) -> Hints:
-        return Hints(
-            reordered=bool(self.config.get("desc_act")), symmetric=bool(self.config.get("sym"))
-        )
+        return Hints(reordered=self.reordered, symmetric=self.symmetric)
 
     def resolve(self, module: str, kind: LayerKind, file: FileView) -> Resolution:
         if kind is LayerKind.EMBEDDING:
@@ -171,20 +189,33 @@ class Gptq(Format):
                 return Unquantized("lm_head is not quantized")
             if self.inside and self.inside.first(names) is None:
                 return Unquantized("not in modules_in_block_to_quantize")
+        symmetric = self.symmetric if (sym := override.flag("sym")) is None else sym
+        if self.version not in VERSIONS:
+            stored = file.tensors_on_disk(module)
+            if not symmetric or not (PLAIN if stored is None else stored) >= PLAIN:
+                return Delegated(_unknown_version(self.version))
+        container = override.word("pack_dtype").removeprefix("torch.") or self.container
         try:
             return gptq_scheme(
-                int(override.get("bits", self.bits)),
-                int(override.get("group_size", self.group_size)),
-                version=self.version,
-                container=str(override.get("pack_dtype", self.container)).removeprefix("torch."),
-                symmetric="sym: true" if override.get("sym", self.config.get("sym")) else "",
+                override.integer("bits", default=self.bits),
+                override.integer("group_size", default=self.group_size),
+                version=_layout(self.version),
+                container=container,
+                symmetric="sym: true" if symmetric else "",
             )
-        except (ConfigError, TypeError, ValueError) as error:
+        except ConfigError as error:
             raise ConfigError(f"{module}: dynamic {pattern}: {error}") from None
 
 
-def _flat(names: Any) -> list[str]:
-    """Flatten a list of names or of lists of names (None: empty)."""
-    if isinstance(names, str):
-        return [names]
-    return [flat for name in names or () for flat in _flat(name)]
+def _layout(version: str) -> str:
+    """The version whose layout a file is taken to have. Words that are not known name kernels, for
+    which tools do not repack: the tensors are v1's, or v2's, which symmetric weights do not tell
+    apart."""
+    return version if version in VERSIONS else "gptq"
+
+
+def _unknown_version(version: str) -> str:
+    return (
+        f"checkpoint_format {version!r}, whose zero points are not known (read here: "
+        f"{', '.join(VERSIONS)}, and any symmetric weights in their layout)"
+    )

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 from vllm.compressed_linear.formats.entries import Entries, Rename
-from vllm.compressed_linear.formats.resolution import ConfigError, LayerKind
+from vllm.compressed_linear.formats.fields import Fields
+from vllm.compressed_linear.formats.resolution import LayerKind
 
 
 @dataclass(frozen=True)
@@ -20,19 +21,17 @@ class GptqModelDynamic(Entries):
     Patterns are also matched with the checkpoint's names, so they are never renamed.
     """
 
-    overrides: dict[str, dict[str, Any] | None]
+    overrides: dict[str, Fields | None]
 
     @classmethod
-    def parse(cls, rules: Any) -> Self:
-        """Raises ``ConfigError`` for anything but a map of valid patterns to maps."""
-        if not isinstance(rules or {}, dict):
-            raise ConfigError(f"dynamic is {rules!r}, expected a map from patterns to overrides")
-        overrides: dict[str, dict[str, Any] | None] = {}
-        for entry, override in (rules or {}).items():
+    def parse(cls, config: Fields) -> Self:
+        """The rules of a configuration. Raises ``ConfigError`` for anything but a map of valid
+        patterns to maps."""
+        overrides: dict[str, Fields | None] = {}
+        for key, override in config.fields("dynamic").values.items():
+            entry = str(key)
             excluded = entry.startswith("-:")
-            if not excluded and not isinstance(override or {}, dict):
-                raise ConfigError(f"dynamic pattern {entry!r}: {override!r} is not a map")
-            overrides[entry] = None if excluded else dict(override or {})
+            overrides[entry] = None if excluded else Fields.of(override, f"dynamic {entry}")
         found = cls("dynamic", {entry: entry for entry in overrides}, overrides)
         for entry in overrides:
             found.expressions.compiled(_bare(entry), entry)
@@ -44,13 +43,13 @@ class GptqModelDynamic(Entries):
     def renamed(self, rename: Rename) -> Self:
         return self
 
-    def find(self, names: Sequence[str]) -> tuple[str, dict[str, Any] | None]:
+    def find(self, names: Sequence[str]) -> tuple[str, Fields | None]:
         """(pattern, overrides) of the first rule that matches one of a module's ``names``.
 
-        Overrides are None if the rule excludes the module; ("", {}) if no rule matches.
+        Overrides are None if the rule excludes the module; ("", no fields) if no rule matches.
         """
         entry = self.first(names)
-        return ("", {}) if entry is None else (entry, self.overrides[entry])
+        return ("", Fields({})) if entry is None else (entry, self.overrides[entry])
 
 
 def _bare(entry: str) -> str:

@@ -7,6 +7,7 @@ each module, and a view of the checkpoint's files, which has precedence over the
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -212,6 +213,9 @@ class CompressedLinearConfig(QuantizationConfig):
             return self._delegate(layer, prefix, f"{type(layer).__name__} is not a linear layer")
         if kind is LayerKind.EMBEDDING and not prefix:
             prefix = self.file.only_table()
+        if self.file.packed is not self.packed_modules_mapping:
+            # By reference: some models update their mapping while they are built.
+            self.file = replace(self.file, packed=self.packed_modules_mapping)
         names = shard_names(prefix, self.packed_modules_mapping)
         resolved = [(name, self.resolve(name, kind)) for name in names]
         if kind is LayerKind.HEAD and not self.file.may_have(prefix):

@@ -40,6 +40,7 @@ class Packing:
     * ``planes``: bit planes, low bits first, e.g. (2, 1) for 3 bits; a run of ``container_bits``
       codes takes ``bits`` containers, the containers of the low plane first (GPTQModel gptq_p).
     * ``signed``: codes are two's complement; they are returned with 2^(bits−1) added.
+    * ``single``: not packed, each container holds one code; signed ones are sign extended.
     * ``zero_bump``: see ``ZeroBump``.
     """
 
@@ -51,6 +52,7 @@ class Packing:
     planes: tuple[int, ...] = ()
     signed: bool = False
     zero_bump: ZeroBump = ZeroBump.NONE
+    single: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
@@ -61,6 +63,8 @@ class Packing:
             )
         if self.container_bits < self.bits:
             raise ValueError(f"{self.bits}-bit codes do not fit a {self.container} container")
+        if self.single and (self.planes or self.order or self.zero_bump is not ZeroBump.NONE):
+            raise ValueError("codes that are not packed have neither planes, order nor a bump")
         if self.planes and sum(self.planes) != self.bits:
             raise ValueError(f"bit planes {self.planes} do not add up to {self.bits} bits")
         if self.order and (
@@ -77,6 +81,8 @@ class Packing:
     @property
     def run(self) -> int:
         """Codes in the smallest block of whole containers."""
+        if self.single:
+            return 1
         if self.planes:
             return self.container_bits
         if not self.dense:
@@ -86,6 +92,8 @@ class Packing:
     @property
     def run_words(self) -> int:
         """Containers in that block."""
+        if self.single:
+            return 1
         if self.planes:
             return self.bits
         return math.lcm(self.container_bits, self.bits) // self.container_bits if self.dense else 1
@@ -97,6 +105,8 @@ class Packing:
 
     def words(self, length: int) -> int:
         """Containers that hold ``length`` codes."""
+        if self.single:
+            return length
         if self.planes or not self.dense:
             return -(-length // self.run) * self.run_words
         return -(-length * self.bits // self.container_bits)
@@ -125,6 +135,8 @@ class Packing:
         parts = [f"{self.bits}-bit in {self.container} along {self.axis}"]
         if self.planes:
             parts.append("planes " + "+".join(map(str, self.planes)))
+        elif self.single:
+            parts.append("not packed")
         elif not self.dense:
             parts.append("not straddling")
         if self.order:
@@ -162,6 +174,8 @@ def unpack(stored: torch.Tensor, packing: Packing, length: int, dim: int = -1) -
         words = torch.nn.functional.pad(words, (0, pad))
     if packing.planes:
         codes = _unpack_planes(words, packing)
+    elif packing.single:
+        codes = (_as_unsigned64(words) & ((1 << packing.bits) - 1)).to(torch.uint8)
     elif 8 % packing.bits == 0:
         codes = _unpack_bytes(words, packing)
     else:
@@ -243,6 +257,10 @@ def pack(codes: torch.Tensor, packing: Packing, dim: int = -1) -> torch.Tensor:
     mask = (1 << packing.bits) - 1
     if packing.zero_bump is ZeroBump.FIELD:
         codes = (codes - 1) & mask
+    if packing.single:
+        middle = 1 << (packing.bits - 1) if packing.signed else 0
+        values = codes.to(torch.int64) - middle
+        return values.to(torch_dtype(packing.container)).movedim(-1, dim).contiguous()
     if packing.signed:
         codes = codes ^ (1 << (packing.bits - 1))
     codes = torch.nn.functional.pad(codes, (0, -length % packing.run))
