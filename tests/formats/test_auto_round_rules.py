@@ -4,6 +4,7 @@ wrote it."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -66,3 +67,43 @@ def test_auto_round_head_and_schemes_of_vllm() -> None:
     assert format_of({**AUTO_ROUND, "act_bits": 8}) is None
     with pytest.raises(ConfigError, match=saying("packing_format", "'x'")):
         parse({**AUTO_ROUND, "packing_format": "x"})
+
+
+def test_experts_are_left_to_vllms_class_for_the_tensors_that_they_have() -> None:
+    experts = "model.layers.1.mlp.experts"
+    extra = {
+        **{f"{experts}.{i}.up_proj": {"bits": 8, "group_size": 32} for i in range(4)},
+        "model.layers.2.mlp.experts.0.up_proj": {"bits": 16},
+        "lm_head": {"bits": 16},
+        r".*shared.*": {"bits": 8},
+    }
+    config = {**AUTO_ROUND, "sym": True, "packing_format": "auto_round", "extra_config": extra}
+    name, found = parse(config).delegated()
+    assert name == "auto_gptq"
+    dynamic = found.pop("dynamic")
+    assert found == {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq_v2",
+        "desc_act": False,
+        "bits": 4,
+        "group_size": 128,
+        "sym": True,
+    }
+
+    def decided(layer: str) -> tuple[str, Any] | None:
+        """As vLLM reads it: the first rule that matches from the name's beginning."""
+        for rule, override in dynamic.items():
+            if re.match(rule[2:], layer):
+                return rule[:2], override
+        return None
+
+    for prefix in ("", "language_model."):
+        assert decided(prefix + experts) == ("+:", {"bits": 8, "group_size": 32})
+        assert decided(f"{prefix}model.layers.2.mlp.experts") == ("-:", {"bits": 16})
+        assert decided(f"{prefix}model.layers.11.mlp.experts") is None
+        assert decided(f"{prefix}model.layers.3.shared_expert") == ("+:", {"bits": 8})
+
+    name, found = parse({**config, "packing_format": "auto_round:auto_awq"}).delegated()
+    assert name == "auto_awq"
+    assert (found["zero_point"], found["bits"], found["group_size"]) == (False, 4, 128)
+    assert "lm_head" in found["modules_to_not_convert"]

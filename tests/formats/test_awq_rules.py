@@ -9,9 +9,11 @@ import pytest
 
 from tests.support.described import Described
 from tests.support.format_configs import AWQ, Q, bits_and_group, resolve
-from tests.support.messages import saying
+from tests.support.messages import saying, says
+from vllm.compressed_linear.checkpoint.file_header import TensorHeader
+from vllm.compressed_linear.checkpoint.headers import Headers
 from vllm.compressed_linear.formats.registry import parse
-from vllm.compressed_linear.formats.resolution import ConfigError
+from vllm.compressed_linear.formats.resolution import ConfigError, Delegated
 from vllm.compressed_linear.spec.scheme import CheckpointScheme
 
 
@@ -52,6 +54,30 @@ def test_awq_exclusions_are_relative_to_a_block_so_the_file_decides() -> None:
 )
 def test_awq_configurations_of_other_tools_mean_the_same(change: dict[str, Any]) -> None:
     assert resolve({**AWQ, **change}) == resolve(AWQ)
+
+
+@pytest.mark.parametrize("word", ["exllama", "ipex", "gemx"])
+@pytest.mark.parametrize(
+    ("version", "dtype", "codes", "scales"),
+    [
+        ("gemm", "int32", (256, 16), (2, 128)),
+        ("gemv", "int32", (128, 32), (128, 8)),
+        ("gemv_fast", "int16", (32, 256), (8, 128)),
+    ],
+)
+def test_versions_that_name_kernels_are_read_as_the_tensors_are(
+    word: str, version: str, dtype: str, codes: tuple[int, ...], scales: tuple[int, ...]
+) -> None:
+    headers = {
+        f"{Q}.qweight": TensorHeader(dtype, codes, 0, "a"),
+        f"{Q}.qzeros": TensorHeader("int32", (1,), 0, "a"),
+        f"{Q}.scales": TensorHeader("float16", scales, 0, "a"),
+    }
+    found = Described.of({**AWQ, "version": word}, Headers(headers))
+    assert found.resolve(Q) == resolve({**AWQ, "version": version})
+    unknown = resolve({**AWQ, "version": word})
+    assert isinstance(unknown, Delegated)
+    assert says(unknown.reason, "AWQ", repr(word), version)
 
 
 @pytest.mark.parametrize("version", ["gemm", "gemv", "gemv_fast"])

@@ -4,15 +4,37 @@ library."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from tests.support.format_configs import INT4, INT8, Q, bits_and_group, groups, resolve
+from tests.support.described import Described
+from tests.support.format_configs import (
+    INT4,
+    INT8,
+    Q,
+    as_a_part,
+    bits_and_group,
+    groups,
+    resolve,
+)
 from tests.support.messages import saying
+from vllm.compressed_linear.checkpoint.file_header import TensorHeader
+from vllm.compressed_linear.checkpoint.headers import Headers
+from vllm.compressed_linear.formats.compressed_tensors import CompressedTensors
+from vllm.compressed_linear.formats.file_view import FileView
 from vllm.compressed_linear.formats.registry import format_of, parse
-from vllm.compressed_linear.formats.resolution import ConfigError, Delegated, LayerKind
+from vllm.compressed_linear.formats.resolution import (
+    ConfigError,
+    Delegated,
+    LayerKind,
+    Resolution,
+    Unquantized,
+)
+from vllm.compressed_linear.spec.scheme import CheckpointScheme
 
 
 @pytest.mark.parametrize(
@@ -100,3 +122,146 @@ def test_compressed_tensors_that_say_nothing_possible(
 ) -> None:
     with pytest.raises(ConfigError, match=saying(*complaint)):
         parse(groups((["Linear"], {**INT4, **change})))
+
+
+# Names that vLLM has for layers which it fuses.
+
+PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "fused_wqa_wkv": ["wq_a", "wkv"]}
+FUSED = Q.replace("q_proj", "qkv_proj")
+
+
+@pytest.mark.parametrize("entry", ["re:.*qkv_proj$", FUSED, r"re:.*layers\.1\..*qkv"])
+def test_targets_and_exclusions_in_names_of_fused_layers(entry: str) -> None:
+    targeted = parse(groups(([entry], INT8), (["Linear"], INT4)))
+    ignored = parse(groups((["Linear"], INT4), ignore=[entry]))
+    for file in (FileView(packed=PACKED), FileView(headers_of_packed(8), packed=PACKED)):
+        for last in ("q_proj", "k_proj", "v_proj"):
+            member = Q.replace("q_proj", last)
+            assert bits_of(targeted.resolve(member, LayerKind.LINEAR, file)) == 8
+            if file.headers is None:
+                found = ignored.resolve(member, LayerKind.LINEAR, file)
+                assert found == Unquantized(f"ignore: {entry}")
+        other = Q.replace("q_proj", "o_proj")
+        assert bits_of(targeted.resolve(other, LayerKind.LINEAR, FileView(packed=PACKED))) == 4
+    asked: dict[str, LayerKind | None] = {Q: LayerKind.LINEAR}
+    assert ignored.unmatched_entries(FileView(packed=PACKED), asked) == []
+
+
+def test_fused_names_of_any_model() -> None:
+    found = parse(groups((["re:.*fused_wqa_wkv"], INT8), (["Linear"], INT4)))
+    file = FileView(packed=PACKED)
+    assert bits_of(found.resolve("model.layers.0.attn.wkv", LayerKind.LINEAR, file)) == 8
+    assert bits_of(found.resolve("model.layers.0.attn.wo", LayerKind.LINEAR, file)) == 4
+
+
+def bits_of(resolution: Resolution) -> int:
+    assert isinstance(resolution, CheckpointScheme)
+    return resolution.weight.element.bits
+
+
+def headers_of_packed(
+    bits: int, group: int = 128, *, n: int = 64, k: int = 256, zero: bool = False
+) -> Headers:
+    """q, k and v of one layer, packed."""
+    found = {}
+    for last in ("q_proj", "k_proj", "v_proj"):
+        module = Q.replace("q_proj", last)
+        scales = (n, 1 if group == -1 else k // group)
+        found[f"{module}.weight_packed"] = TensorHeader("int32", (n, k * bits // 32), 0, "a")
+        found[f"{module}.weight_scale"] = TensorHeader("bfloat16", scales, 0, "a")
+        found[f"{module}.weight_shape"] = TensorHeader("int64", (2,), 0, "a")
+        if zero:
+            points = (n * bits // 32, scales[1])
+            found[f"{module}.weight_zero_point"] = TensorHeader("int32", points, 0, "a")
+    return Headers(found)
+
+
+INT4_64 = {**INT4, "group_size": 64}
+ASYMMETRIC = {**INT4, "symmetric": False}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ((["re:.*_proj"], INT4), (["re:.*q_proj"], {**INT4, "num_bits": 8})),
+        ((["re:.*_proj"], INT4), (["re:.*q_proj"], INT4_64)),
+        ((["re:.*q_proj"], ASYMMETRIC), (["re:.*_proj"], INT4)),
+        ((["Linear"], INT4), (["Linear"], {**INT4, "num_bits": 8})),
+        ((["Linear"], INT4), ([Q], {**INT4, "num_bits": 8})),
+    ],
+)
+def test_the_file_settles_which_of_several_groups_a_module_has(
+    first: tuple[list[str], dict[str, Any]], second: tuple[list[str], dict[str, Any]]
+) -> None:
+    """Whatever the order of the groups; the library and vLLM have different ones."""
+    for weights in (first[1], second[1]):
+        zero = weights.get("symmetric") is False
+        headers = headers_of_packed(weights["num_bits"], weights["group_size"], zero=zero)
+        for order in ((first, second), (second, first)):
+            found = Described.of(groups(*order), headers).resolve(Q)
+            assert bits_and_group(found) == (weights["num_bits"], weights["group_size"])
+            assert isinstance(found, CheckpointScheme)
+            assert (found.weight.zero is not None) == zero
+
+
+def test_where_shapes_fit_two_groups_the_stated_shape_settles_it(tmp_path: Path) -> None:
+    """Per channel, 4 bits of 256 channels and 8 bits of 128 are as wide."""
+    channel = {"strategy": "channel", "group_size": None}
+    config = groups((["re:.*_proj"], {**INT4, **channel}), (["re:.*q_proj"], {**INT8}))
+    for bits, k in ((4, 256), (8, 128)):
+        tensors = {
+            f"{Q}.weight_packed": torch.zeros(64, 32, dtype=torch.int32),
+            f"{Q}.weight_scale": torch.ones(64, 1),
+            f"{Q}.weight_shape": torch.tensor([64, k]),
+        }
+        save_file(tensors, tmp_path / "model.safetensors")
+        assert bits_and_group(Described.of(config).with_file(tmp_path).resolve(Q)) == (bits, -1)
+        renamed = Described.of(config).with_file(tmp_path).renamed(as_a_part)
+        assert bits_and_group(renamed.resolve(as_a_part(Q))) == (bits, -1)
+
+
+def test_a_target_that_is_another_class_counts_where_the_file_has_codes() -> None:
+    config = Described.of(groups((["ClippableLinear"], INT4)), headers_of_packed(4))
+    assert bits_and_group(config.resolve(Q)) == (4, 128)
+    assert isinstance(resolve(groups((["ClippableLinear"], INT4))), Unquantized)
+
+
+def test_a_head_inside_of_a_larger_model_without_headers() -> None:
+    """As pytorch_model.bin, of which no headers are known; vLLM's mapper needs the dot."""
+    config = Described.of(groups((["Linear"], INT4), ignore=["lm_head", "re:^visual"]))
+
+    def rename(name: str) -> str:
+        return f"language_model.{name}" if name.startswith(("model.", "lm_head.")) else name
+
+    for found in (config, config.renamed(rename), config.renamed(as_a_part)):
+        resolution = found.resolve("language_model.lm_head", LayerKind.HEAD)
+        assert resolution == Unquantized("ignore: lm_head")
+        assert bits_and_group(found.resolve(f"language_model.{Q}")) == (4, 128)
+
+
+# Outputs that are quantized.
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("form", ["pack-quantized", "int-quantized"])
+def test_quantized_outputs_are_refused_by_name(dynamic: bool, form: str) -> None:
+    config = groups((["Linear"], INT4), format=form)
+    output = {"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": dynamic}
+    config["config_groups"]["group_0"]["output_activations"] = output
+    assert format_of(config) is CompressedTensors
+    when = "dynamic" if dynamic else "static"
+    with pytest.raises(ConfigError, match=saying(Q, "group_0.output_activations", when, "null")):
+        resolve(config)
+    # What is excluded has no outputs to quantize.
+    assert resolve({**config, "ignore": [Q]}) == Unquantized(f"ignore: {Q}")
+
+
+def test_static_inputs_and_outputs_of_8_bits_are_vllms() -> None:
+    config = groups((["Linear"], INT4))
+    static = {"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": False}
+    group = config["config_groups"]["group_0"]
+    group |= {"input_activations": static, "output_activations": static}
+    assert format_of(config) is None
+    assert isinstance(resolve(config), Delegated)
+    group["output_activations"] = None
+    assert isinstance(resolve(config), Delegated)

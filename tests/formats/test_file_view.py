@@ -4,14 +4,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from tests.support.described import Described
+from tests.support.format_configs import (
+    AUTO_ROUND,
+    GPTQ,
+    INT4,
+    INT8,
+    bits_and_group,
+    groups,
+)
 from vllm.compressed_linear.checkpoint.file_header import TensorHeader
 from vllm.compressed_linear.checkpoint.headers import Headers
 from vllm.compressed_linear.formats.file_view import FileView
 from vllm.compressed_linear.formats.gptq import gptq_scheme
-from vllm.compressed_linear.formats.resolution import ConfigError, Unquantized
+from vllm.compressed_linear.formats.resolution import ConfigError, LayerKind, Unquantized
 
 Q = "model.layers.1.self_attn.q_proj"
 NOT_KNOWN = FileView()
@@ -129,3 +139,86 @@ def test_views_are_values() -> None:
     other = replace(file, marker_tensors=("weight_packed",))
     assert file.quantized_on_disk(Q)
     assert not other.quantized_on_disk(Q)
+
+
+# Modules that vLLM calls otherwise than the file.
+
+
+TARGET = (
+    *("model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj", "lm_head"),
+    *("model.layers.1.attn.k_proj", "model.layers.0.attn.v_proj"),
+)
+
+
+@pytest.mark.parametrize(
+    ("modules", "asked", "stored"),
+    [
+        # vLLM's own names before those of a drafter.
+        (TARGET, "draft_model.model.layers.0.mlp.up_proj", "model.layers.0.mlp.up_proj"),
+        (TARGET, "draft_model.lm_head", "lm_head"),
+        (("layers.0.q", "layers.1.q"), "model.layers.1.q", "layers.1.q"),
+        # Eagle3 counts on from the target's layers; its only layer has no number, or 0.
+        (("midlayer.mlp.q", "fc"), "model.layers.32.mlp.q", "midlayer.mlp.q"),
+        (("layers.0.q", "layers.0.experts.3.k"), "model.layers.32.q", "layers.0.q"),
+        (("layers.0.q", "layers.1.q"), "model.layers.32.q", ""),
+        # Keys are values.
+        (TARGET, "model.layers.1.attn.v_proj", "model.layers.1.attn.k_proj"),
+        (TARGET, "draft_model.model.layers.1.attn.v_proj", "model.layers.1.attn.k_proj"),
+        (("midlayer.k_proj",), "model.layers.32.v_proj", "midlayer.k_proj"),
+        # Of these the file has nothing.
+        (TARGET, "model.layers.2.attn.v_proj", ""),
+        (TARGET, "model.layers.32.mlp.up_proj", ""),
+        (TARGET, "head", ""),
+    ],
+)
+def test_where_the_file_has_the_tensors_of_a_module(
+    modules: tuple[str, ...], asked: str, stored: str
+) -> None:
+    file = view(*(f"{module}.qweight" for module in modules))
+    assert file.stored_as(asked) == (stored or asked)
+    assert file.names_of(asked) == tuple(dict.fromkeys((asked, stored or asked)))
+    assert file.quantized_on_disk(asked) == bool(stored)
+    assert (file.header(asked, "qweight") is not None) == bool(stored)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {**GPTQ, "dynamic": {r"^midlayer\.": {"bits": 8}}},
+        {**AUTO_ROUND, "extra_config": {"midlayer.q_proj": {"bits": 8}}},
+        {**AUTO_ROUND, "bits": 8, "block_name_to_quantize": "midlayer"},
+        groups(([r"re:^midlayer\..*"], INT8), (["Linear"], INT4)),
+        groups((["midlayer.q_proj"], INT8), (["Linear"], INT4)),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "draft_model."])
+def test_entries_written_for_the_file_select_the_layer_of_a_drafter(
+    config: dict[str, Any], prefix: str
+) -> None:
+    found = Described.of(config)
+    marker = found.format.marker_tensors[0]
+    found = found.with_file([f"midlayer.q_proj.{marker}", f"fc.{marker}"])
+    asked = f"{prefix}model.layers.32.q_proj"
+    resolution = bits_and_group(found.resolve(asked))
+    assert resolution is not None
+    assert resolution[0] == 8
+    unmatched = dict(found.format.unmatched_entries(found.file, {asked: LayerKind.LINEAR}))
+    assert unmatched == ({} if "config_groups" not in config else unmatched)
+
+
+def test_values_that_are_keys_are_resolved_as_keys() -> None:
+    """Groups by name have no entry for a projection that the quantized model did not have."""
+    k = Q.replace("q_proj", "k_proj")
+    config = Described.of(groups(([Q, k], INT8))).with_file(
+        [f"{module}.{name}" for module in (Q, k) for name in ("weight_packed", "weight_scale")]
+    )
+    values = Q.replace("q_proj", "v_proj")
+    assert config.resolve(values) == config.resolve(k)
+    config.file.check_against_file("layer", values, config.resolve(values))
+
+
+def test_names_in_which_vllm_fuses_a_module() -> None:
+    file = replace(view(f"{Q}.qweight"), packed={"qkv_proj": ["q_proj", "k_proj", "v_proj"]})
+    fused = Q.replace("q_proj", "qkv_proj")
+    assert file.names_of(Q) == (Q, fused)
+    assert file.names_of(Q.replace("q_proj", "o_proj")) == (Q.replace("q_proj", "o_proj"),)

@@ -9,10 +9,10 @@ import pytest
 
 from tests.support.described import Described
 from tests.support.format_configs import GPTQ, Q, bits_and_group, resolve
-from tests.support.messages import saying
-from vllm.compressed_linear.formats.gptq import Gptq
+from tests.support.messages import saying, says
+from vllm.compressed_linear.formats.gptq import PLAIN, Gptq
 from vllm.compressed_linear.formats.registry import format_of, parse
-from vllm.compressed_linear.formats.resolution import ConfigError, LayerKind
+from vllm.compressed_linear.formats.resolution import ConfigError, Delegated, LayerKind
 from vllm.compressed_linear.spec.scheme import CheckpointScheme
 
 
@@ -67,6 +67,26 @@ def test_gptq_in_marlins_layout(change: dict[str, Any]) -> None:
     assert isinstance(scheme, CheckpointScheme)
     assert [tensor.name for tensor in scheme.tensors] == ["B", "s"]
     assert format_of(config) is Gptq
+
+
+@pytest.mark.parametrize("word", ["exllama", "exllamav2", "bitblas", "gptq_v3", "x"])
+def test_words_that_name_no_layout_are_read_where_weights_are_symmetric(word: str) -> None:
+    config = {**GPTQ, "checkpoint_format": word, "sym": True}
+    expected = resolve({**GPTQ, "sym": True})
+    assert format_of(config) is Gptq
+    assert resolve(config) == expected
+    found = Described.of(config)
+    assert found.with_file([f"{Q}.{name}" for name in PLAIN]).resolve(Q) == expected
+    # Other tensors than those of the usual layout, or zero points of a version that is not known.
+    other = found.with_file([f"{Q}.qweight", f"{Q}.lut"]).resolve(Q)
+    assert isinstance(other, Delegated)
+    assert says(other.reason, repr(word))
+    asymmetric = {**config, "dynamic": {".*q_proj": {"sym": False}}}
+    assert isinstance(resolve(asymmetric), Delegated)
+    for sym in (False, None):
+        assert format_of({**config, "sym": sym}) is None
+        with pytest.raises(ConfigError, match=saying(repr(word), "zero points")):
+            parse({**config, "sym": sym})
 
 
 def test_gptq_lm_head() -> None:

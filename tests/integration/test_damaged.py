@@ -309,7 +309,6 @@ CONFIG_DAMAGES: dict[str, tuple[str, Config, tuple[object, ...]]] = {
     ),
     "unknown bits": (GPTQ, {"bits": 17}, ("GPTQ", 17)),
     "bits that are no number": (GPTQ, {"bits": "many"}, ("bits", "'many'", "int")),
-    "unknown layout": (GPTQ, {"checkpoint_format": "x"}, ("checkpoint_format", "'x'", "gptq")),
     "no bits": (AWQ, {"bits": None}, ("bits",)),
     "gemv, but written as gemm": (
         AWQ,

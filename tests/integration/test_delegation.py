@@ -295,6 +295,22 @@ def test_quantized_experts_are_left_to_vllm_which_says_where_it_cannot(
         pass
 
 
+def test_experts_of_auto_round_are_those_of_the_format_that_it_uses(
+    tmp_path: Path, no_int4_experts: None
+) -> None:
+    """vLLM's class for AutoRound cannot load experts; for GPTQ it has one."""
+    if torch.accelerator.is_available():
+        pytest.skip("vLLM runs quantized experts on accelerators")
+    checkpoint = write(QUANTIZED_EXPERTS, QUANTS["gptq"], tmp_path, reference=False)
+    packing = {"quant_method": "auto-round", "packing_format": "auto_round:gptqmodel"}
+    edit_config(checkpoint.quantized, {**packing, "dynamic": None, "checkpoint_format": None})
+    with (
+        pytest.raises(RefusedByVllmError, match=r"layers\.0\.\S+experts: .*auto_gptq.*WNA16"),
+        loaded(checkpoint.quantized, skip_tokenizer_init=True),
+    ):
+        pass
+
+
 @pytest.mark.skipif(
     not CPUExpertsInt4._supports_current_device(),
     reason="vLLM's class for quantized experts cannot run on this processor",

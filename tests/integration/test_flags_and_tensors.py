@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from tests.support.changed_checkpoints import Tensors, changed_copy
@@ -15,6 +17,8 @@ from tests.support.model_loading import loaded, logits
 from vllm.compressed_linear.integration.preparation import PROCESS_PLAN
 
 GPTQ = "gptqmodel-gptq-w4-g128-sym"
+AWQ = "autoawq-awq-gemm-g128-asym"
+PACKED = "llmcompressor-w4a16-asym-g32"
 Q, V = (f"model.layers.0.self_attn.{name}_proj" for name in "qv")
 DOWN = "model.layers.1.mlp.down_proj"
 
@@ -46,3 +50,32 @@ def test_zero_points_and_group_indices_that_say_nothing(tmp_path: Path) -> None:
     assert "; ".join(part.notes) in note
     assert part.descriptor.weight.zero is None
     assert read[DOWN].likely.parts[0].notes == ()
+
+
+WORDS: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "a kernel for GPTQ": (GPTQ, {"checkpoint_format": "exllama"}, False),
+    "numbers as text": (GPTQ, {"bits": "4", "group_size": "128.0", "sym": "true"}, False),
+    "a kernel for AWQ": (AWQ, {"version": "exllama", "modules_to_not_convert": "lm_head"}, False),
+    "a class that is no list": (PACKED, {"ignore": "lm_head"}, False),
+    "pickled": (PACKED, {}, True),
+    "pickled GPTQ": (GPTQ, {}, True),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "pickled"), [pytest.param(*case, id=what) for what, case in WORDS.items()]
+)
+def test_words_that_change_no_number(
+    name: str, words: dict[str, Any], pickled: bool, tmp_path: Path
+) -> None:
+    def write(config: dict[str, Any]) -> None:
+        config |= words
+        for group in config.get("config_groups", {}).values():
+            group["targets"] = "Linear"
+            group["weights"] |= {"num_bits": "4", "group_size": 32.0}
+
+    path = changed_copy(name, tmp_path, quantization=write, pickled=pickled)
+    reference = checkpoint_reference(name)
+    with loaded(path, load_format="auto") as model:
+        ours = torch.log_softmax(logits(model, reference["input_ids"]), -1)
+    assert float((ours - torch.log_softmax(reference["logits"], -1)).abs().max()) <= 1e-4

@@ -13,6 +13,7 @@ import torch
 
 from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
 from vllm.compressed_linear.checkpoint.symmetry import Counts
+from vllm.compressed_linear.spec.elements import torch_dtype
 from vllm.compressed_linear.spec.packing import Packing, ZeroBump
 from vllm.compressed_linear.spec.scheme import Role, StoredTensor
 
@@ -32,6 +33,8 @@ def count_values(
         return None
     if packing is None:
         return _only_value(tensor)
+    if packing.single:
+        tensor = tensor.to(torch_dtype(packing.container))
     plain = {stored.name: replace(packing, zero_bump=ZeroBump.NONE)}
     fields, n = LoadedShard(member, {stored.name: tensor}, plain), member.n
     if tensor.numel() and bool((tensor == tensor.flatten()[0]).all()):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -128,6 +129,42 @@ class AutoRound(Format):
             return "AutoRound with quantized activations"
         return None
 
+    def delegated(self) -> tuple[str | None, dict[str, Any]]:
+        """As GPTQ or AWQ, whose tensors these are: vLLM's class for AutoRound has no experts."""
+        if self.packing in AWQ_PACKINGS:
+            kept = [entry for entry, o in self.overrides.items() if _is_unquantized(o)]
+            return "auto_awq", {
+                "quant_method": "awq",
+                "version": "gemm",
+                "zero_point": not self.symmetric,
+                "bits": self.bits,
+                "group_size": self.group_size,
+                "modules_to_not_convert": kept,
+            }
+        return "auto_gptq", {
+            "quant_method": "gptq",
+            "checkpoint_format": GPTQ_VERSIONS[self.packing],
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "sym": self.symmetric,
+            "desc_act": False,
+            "dynamic": self._dynamic(),
+        }
+
+    def _dynamic(self) -> dict[str, dict[str, Any]]:
+        """``extra_config`` as GPTQModel's ``dynamic``: an expert's entry is one of its layer."""
+        rules: dict[str, dict[str, Any]] = {}
+        for entry, override in self.overrides.items():
+            layer = re.split(r"(?<=\.experts)\.\d+\.", entry)[0]
+            plain = re.fullmatch(r"[\w.]+", layer)
+            # Models have other names before those of their layers.
+            name = re.escape(layer[max(layer.find("layers."), 0) :]) if plain else layer
+            sign = "-:" if _is_unquantized(override) else "+:"
+            rules.setdefault(
+                f"{sign}.*{name}$" if plain else f"{sign}.*{name}", dict(override.values)
+            )
+        return rules
+
     def hints(self) -> Hints:
         return Hints(symmetric=self.symmetric)
 
@@ -160,6 +197,10 @@ class AutoRound(Format):
         if bits != 4:
             raise ConfigError(f"{module}: AWQ packing with {bits} bits (supported: 4)")
         return awq_gemm_scheme(checked_group(group_size), symmetric=symmetric)
+
+
+def _is_unquantized(override: Fields) -> bool:
+    return override.integer("bits", default=0) >= 16
 
 
 def _ends(name: str) -> list[str]:

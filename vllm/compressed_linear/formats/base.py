@@ -62,6 +62,10 @@ class Format(ABC):
         """Whether the checkpoint quantizes the KV cache; handled by vLLM's own config."""
         return False
 
+    def delegated(self) -> tuple[str | None, dict[str, Any]]:
+        """vLLM's own name and configuration for layers that are delegated."""
+        return self.vllm_name, self.config
+
     def hints(self) -> Hints:
         """Claims of the configuration about the data."""
         return Hints()

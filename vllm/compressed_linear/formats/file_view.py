@@ -71,26 +71,26 @@ class FileView:
             if (name := ".".join(parts[first:])) in self.modules:
                 return name
         numbers = [at for at, part in enumerate(parts) if part.isdigit()]
-        if numbers:
-            suffix = ".".join(parts[numbers[0] + 1 :])
-            same = self._by_suffix.get(suffix, []) if suffix else []
-            if len(same) == 1 and parts[numbers[0]] not in same[0].split("."):
-                return same[0]
+        if numbers and self._only_layer.rpartition(".")[2] not in ("", parts[numbers[0]]):
+            name = f"{self._only_layer}.{'.'.join(parts[numbers[0] + 1 :])}"
+            if name in self.modules:
+                return name
         parent, dot, last = module.rpartition(".")
         if last == "v_proj" and self.stored_as(keys := f"{parent}{dot}k_proj") in self.modules:
             return self.stored_as(keys)
         return module
 
     @cached_property
-    def _by_suffix(self) -> Mapping[str, list[str]]:
-        """What follows the layer (a number, or ``midlayer``) in a module's name → the modules."""
-        found: dict[str, list[str]] = {}
+    def _only_layer(self) -> str:
+        """The name of the file's only layer (a number, or ``midlayer``, is its last part); empty if
+        it has none or several."""
+        layers = set()
         for module in self.modules:
             parts = module.split(".")
-            layers = [at for at, part in enumerate(parts) if part.isdigit() or part == "midlayer"]
-            if layers:
-                found.setdefault(".".join(parts[layers[0] + 1 :]), []).append(module)
-        return found
+            ends = (at for at, part in enumerate(parts) if part.isdigit() or part == "midlayer")
+            if (end := next(ends, None)) is not None:
+                layers.add(".".join(parts[: end + 1]))
+        return layers.pop() if len(layers) == 1 else ""
 
     def names_of(self, module: str) -> tuple[str, ...]:
         """Names of ``module`` with which entries of a configuration are compared.

@@ -25,8 +25,7 @@ class Delegation:
     """vLLM's own config for one checkpoint, created for the first delegated layer."""
 
     def __init__(self, found: Format) -> None:
-        self.vllm_name = found.vllm_name
-        self._config = found.config
+        self.vllm_name, self._config = found.delegated()
         self._vllm_config: QuantizationConfig | None = None
         self._mappers: list[Any] = []
 
