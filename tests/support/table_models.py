@@ -21,7 +21,7 @@ from compressed_tensors.quantization import (
 from compressed_tensors.quantization.utils import calculate_qparams, is_module_quantized
 from safetensors.torch import save_file
 
-from tests.support.architectures import FAMILIES, Family
+from tests.support.architectures import FAMILIES, WITHOUT_LOGITS, Family
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ class TableModel:
     seed: int = 0
 
     def hf_config(self) -> Any:
-        base = FAMILIES.get(self.family, Family("llama", "LlamaForCausalLM"))
+        known = FAMILIES | WITHOUT_LOGITS
+        base = known.get(self.family, Family("llama", "LlamaForCausalLM"))
         changes = {"tie_word_embeddings": self.tied, "vocab_size": self.vocabulary}
         config = Family(base.model_type, base.architecture, base.config | changes).hf_config()
         config.dtype = self.dtype
@@ -77,9 +78,9 @@ def shake(network: torch.nn.Module) -> None:
 def write(
     model: TableModel, path: Path, set_weights: Callable[[Any], None] = shake
 ) -> dict[str, torch.Tensor]:
-    """Write the checkpoint; returns ``input_ids`` [2, 12], fp32 ``logits``, and ``table``, what the
-    table means in the model's dtype. ``set_weights`` changes the weights of transformers' model
-    before they are quantized."""
+    """Write the checkpoint; returns ``input_ids`` [2, 12], fp32 ``logits``, and what ``table``
+    and ``head`` mean in the model's dtype. ``set_weights`` changes the weights of transformers'
+    model before they are quantized."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(model.seed)
@@ -126,7 +127,8 @@ def write(
     input_ids = torch.randint(3, model.vocabulary, (2, 12), generator=generator)
     with torch.no_grad():
         logits = ideal(input_ids).logits
-    reference = {"input_ids": input_ids, "logits": logits, "table": table}
+    head = network.get_output_embeddings().weight.detach().clone()
+    reference = {"input_ids": input_ids, "logits": logits, "table": table, "head": head}
     (path / "reference").mkdir()
     save_file(reference, path / "reference" / "reference.safetensors")
     return reference

@@ -187,3 +187,25 @@ def batch_statistics(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor
             for buffer in ("running_mean", "running_var"):
                 if isinstance(tensor := getattr(module, buffer, None), torch.Tensor):
                     yield f"{name}.{buffer}" if name else buffer, tensor
+
+
+def renaming_of_weights(model: Any) -> Callable[[str], str]:
+    """Function from a module's name to the one under which the model loads its plain weight."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    rename = getattr(mapper, "map_name", None) or getattr(mapper, "_map_name", None)
+
+    def module_of(name: str) -> str:
+        renamed = None if rename is None else rename(f"{name}.weight")
+        return name if renamed is None else str(renamed).rpartition(".")[0]
+
+    return module_of
+
+
+def record_layout(layer: torch.nn.Module) -> None:
+    """Let a reload restore the parameters that ``layer`` has now."""
+    try:
+        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+        from vllm.model_executor.model_loader.reload.meta import capture_layer_to_meta
+    except ImportError:
+        return
+    get_layerwise_info(layer).restore_metadata = capture_layer_to_meta(layer)

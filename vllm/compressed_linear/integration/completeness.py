@@ -29,6 +29,7 @@ from vllm.compressed_linear.formats.resolution import ConfigError
 from vllm.compressed_linear.integration import compat, compat_loading
 from vllm.compressed_linear.integration.compat_loading import LeftOut, Loading
 from vllm.compressed_linear.integration.config import CompressedLinearConfig
+from vllm.compressed_linear.integration.unasked import ask_for_all, under_other_names
 from vllm.compressed_linear.spec.elements import dtype_name
 
 logger = compat.logger(__name__)
@@ -51,6 +52,7 @@ def load_and_check(loading: Loading) -> None:
     if not configs:
         loading.load_weights()
         return
+    moved = ask_for_all(model, configs[0])
     superseded = configs[0].superseded()
     _report(superseded.findings())
     record = LoadRecord(targets(model))
@@ -58,7 +60,8 @@ def load_and_check(loading: Loading) -> None:
 
     def load_weights(weights: Iterable[tuple[str, torch.Tensor]], *args: Any, **kwargs: Any) -> Any:
         with record:
-            return own(record.weights(superseded.left(weights)), *args, **kwargs)
+            given = under_other_names(superseded.left(weights), moved)
+            return own(record.weights(given), *args, **kwargs)
 
     model.load_weights = load_weights
     try:

@@ -27,6 +27,7 @@ from vllm.compressed_linear.integration.completeness import (
     targets,
 )
 from vllm.compressed_linear.integration.config import CompressedLinearConfig
+from vllm.compressed_linear.integration.unasked import ask_for_all, under_other_names
 
 _NEEDS_VALUES = re.compile(r"\bmeta\b|PretendGroup|fake tensor", re.IGNORECASE)
 """In errors of a loader that asks for what the meta device and one process do not have."""
@@ -52,16 +53,21 @@ def findings_from_headers(
     says that nothing is known. Of the experts of a layer that each have their own tensors one is
     loaded, and the others are compared with it. Does not raise.
     """
+    try:
+        moved = ask_for_all(model, config)
+    except (CheckpointError, ConfigError) as error:
+        return [Finding(Severity.ERROR, str(error))]
     superseded = config.superseded()
     thinned = _experts_are_rows_of_parameters(model)
     names = experts.one_of_each(headers) if thinned else list(headers)
     names = [name for name in names if name not in superseded.plain]
     record = LoadRecord(targets(model))
     loading = Loading(model, vllm_config.model_config, vllm_config, lambda: None)
+    given = under_other_names(_on_meta(names, headers), moved)
     found = superseded.findings()
     try:
         with record:
-            model.load_weights(record.weights(_on_meta(names, headers)))  # type: ignore[operator]
+            model.load_weights(record.weights(given))  # type: ignore[operator]
     except LOADERS_RAISE as error:
         return [*found, _refusal(loading, record, error)]
     found += findings_of(loading, record, config, one_expert=thinned)

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers that a model's class builds without asking the quantization config for a method.
+
+Many classes of vLLM build their embedding table or output head so. If the checkpoint quantizes one
+of them, its method is replaced before weights are loaded; other layers are refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from vllm.compressed_linear.formats.resolution import ConfigError
+from vllm.compressed_linear.integration import compat_loading
+from vllm.compressed_linear.integration.config import CompressedLinearConfig
+from vllm.compressed_linear.integration.embedding import (
+    CompressedEmbeddingMethod,
+    CompressedUnquantizedEmbeddingMethod,
+    TiedHeadMethod,
+)
+from vllm.compressed_linear.integration.linear import CompressedLinearMethod
+
+
+def ask_for_all(model: torch.nn.Module, config: CompressedLinearConfig) -> dict[str, str]:
+    """Give every table and head that the checkpoint quantizes a method of ``config``.
+
+    Returns the modules whose tensors the model's loader has to be given under other names: module
+    in the files → in the model. A class that renames its table may rename its plain weight only.
+    Raises ``ConfigError`` for other layers that the checkpoint quantizes and the model's class
+    builds as if it did not: nothing would load their codes, or codes would be taken for weights.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    layers: dict[str, Any] = dict(model.named_modules())
+    weight_of = compat_loading.renaming_of_weights(model)
+    moved = {}
+    for name in [module for module in config.file.modules if config.file.quantized_on_disk(module)]:
+        if ".experts." in name:
+            continue  # as many as hundreds of thousands, and their layer has asked
+        path = name if name in layers else weight_of(name)
+        layer = layers.get(path)
+        if layer is None or not _built_unquantized(layer, name, config):
+            continue
+        if not isinstance(layer, VocabParallelEmbedding):
+            raise _never_asked(model, name, layer, config)
+        _ask(model, name, layer, config)
+        if path != name:
+            moved[config.file.names_of(name)[-1]] = path
+    return moved
+
+
+def under_other_names(
+    weights: Iterable[tuple[str, torch.Tensor]], moved: Mapping[str, str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """``weights`` with the names that ``ask_for_all`` says the model's loader has to be given."""
+    for name, weight in weights:
+        module, dot, tensor = name.rpartition(".")
+        yield f"{moved.get(module, module)}{dot}{tensor}", weight
+
+
+def _built_unquantized(layer: Any, name: str, config: CompressedLinearConfig) -> bool:
+    """Whether ``layer`` has a natural weight and no parameter for codes."""
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+    method = getattr(layer, "quant_method", None)
+    parameters = dict(layer.named_parameters(recurse=False))
+    codes = (config.file.tensors_on_disk(name) or set()) & set(config.file.marker_tensors)
+    return (
+        "weight" in parameters
+        and not codes & parameters.keys()
+        and (
+            method is None
+            or isinstance(method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod)
+        )
+    )
+
+
+def _never_asked(
+    model: torch.nn.Module, name: str, layer: Any, config: CompressedLinearConfig
+) -> ConfigError:
+    headers = config.file.headers
+    found = config.file.tensors_on_disk(name) or set()
+    codes = min(found & set(config.file.marker_tensors))
+    file = "" if headers is None else headers[f"{name}.{codes}"].file
+    return ConfigError(
+        f"{name}: {file} holds {config.file.names_of(name)[-1]}.{codes}, but vLLM's "
+        f"{type(model).__name__} builds this {type(layer).__name__} without quantization, so the "
+        "codes have no place in it; leave this layer unquantized when the checkpoint is made, or "
+        "put its dequantized weight into the file"
+    )
+
+
+def _ask(model: Any, name: str, layer: Any, config: CompressedLinearConfig) -> None:
+    """Replace the method of one table or head, and of the heads that are tied to it."""
+    weight = layer.weight
+    tied = [
+        (path, other)
+        for path, other in model.named_modules()
+        if other is not layer and getattr(other, "weight", None) is weight
+    ]
+    method = config.get_quant_method(layer, name)
+    if not isinstance(method, CompressedLinearMethod):
+        raise _never_asked(model, name, layer, config)
+    del layer.weight
+    layer.quant_method = method
+    method.create_weights(
+        layer,
+        layer.input_size_per_partition,
+        layer.output_partition_sizes,
+        layer.input_size,
+        layer.output_size,
+        params_dtype=layer.params_dtype,
+        weight_loader=layer.weight_loader,
+    )
+    compat_loading.record_layout(layer)
+    for path, head in tied:
+        if not isinstance(method, CompressedEmbeddingMethod):
+            raise _never_asked(model, name, layer, config)
+        if isinstance(head.quant_method, CompressedUnquantizedEmbeddingMethod):
+            method.model.plan.withdraw(weight.nbytes)
+        del head.weight
+        head.quant_method = TiedHeadMethod(layer)
+        method.heads.add(head, path)
+        compat_loading.record_layout(head)
