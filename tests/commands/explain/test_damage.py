@@ -14,7 +14,6 @@ import pytest
 from tests.support.checkpoints import checkpoint
 from tests.support.explained import explained
 from tests.support.messages import saying
-from vllm.compressed_linear.checkpoint.shard import CheckpointError
 from vllm.compressed_linear.commands.explain.checkpoint import ExplainError
 from vllm.compressed_linear.commands.explain.explain import explain
 from vllm.compressed_linear.formats.resolution import ConfigError
@@ -45,10 +44,9 @@ def test_a_config_without_bits(damaged: Path) -> None:
 
 def test_a_config_that_contradicts_the_tensors(damaged: Path) -> None:
     change_config(damaged, group_size=32)
-    with pytest.raises(
-        CheckpointError, match=saying(re.compile(r"q_proj\.(qzeros|scales)"), "shape")
-    ):
-        explained(damaged)
+    errors = explained(damaged).errors
+    assert len(errors) == 8  # of every layer, not only of the first
+    assert re.search(saying(re.compile(r"q_proj\.(qzeros|scales)"), "shape"), errors[0])
 
 
 def test_a_truncated_file(damaged: Path) -> None:
@@ -67,8 +65,7 @@ def test_a_missing_tensor(damaged: Path) -> None:
     del tensors["model.layers.1.mlp.down_proj.scales"]
     save_file(tensors, file)
     missing = saying("model.layers.1.mlp.down_proj.scales", "checkpoint")
-    with pytest.raises((CheckpointError, ConfigError), match=missing):
-        explained(damaged)
+    assert re.search(missing, "\n".join(explained(damaged).errors))
 
 
 def test_values_are_checked_when_they_are_read(damaged: Path) -> None:
@@ -79,8 +76,8 @@ def test_values_are_checked_when_they_are_read(damaged: Path) -> None:
     tensors["model.layers.1.mlp.down_proj.scales"][0, 5] = float("nan")
     save_file(tensors, file)
     assert not explained(damaged).errors
-    with pytest.raises(CheckpointError, match=saying("1.mlp.down_proj.scales", "finite")):
-        explained(damaged, read_weights=True)
+    (error,) = explained(damaged, read_weights=True).errors
+    assert re.search(saying("1.mlp.down_proj.scales", "finite"), error)
 
 
 def test_a_missing_file(damaged: Path) -> None:

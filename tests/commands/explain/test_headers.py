@@ -1,96 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``explain`` of checkpoints that are made for a test: headers are written, data is a hole in the
-file."""
+"""``explain`` of checkpoints that are made for a test."""
 
 from __future__ import annotations
 
-import json
-import struct
 import time
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.explained import explained
-from tests.support.messages import saying, says
-from vllm.compressed_linear.commands.explain.checkpoint import ExplainError
+from tests.support.messages import says
+from tests.support.sparse_checkpoints import (
+    GPTQ,
+    gptq,
+    llama_config,
+    llama_tensors,
+    write_sparse,
+)
+from vllm.compressed_linear.checkpoint.headers import read_headers
 from vllm.compressed_linear.commands.explain.explain import explain
 from vllm.compressed_linear.commands.explain.layers import model_layers
 from vllm.compressed_linear.machine.platform import Platform
-
-_BYTES = {"I32": 4, "F16": 2}
-
-
-def write_sparse(path: Path, config: dict[str, Any], tensors: dict[str, Any], files: int) -> None:
-    """A checkpoint of the right sizes that takes no room on disk."""
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(json.dumps(config))
-    names = list(tensors)
-    step = -(-len(names) // files)
-    for index in range(files):
-        header, end = {}, 0
-        for name in names[index * step : (index + 1) * step]:
-            dtype, shape = tensors[name]
-            size = prod(shape) * _BYTES[dtype]
-            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
-            end += size
-        text = json.dumps(header).encode()
-        file = path / f"model-{index + 1:05d}-of-{files:05d}.safetensors"
-        with file.open("wb") as stream:
-            stream.write(struct.pack("<Q", len(text)) + text)
-            stream.truncate(8 + len(text) + end)
-
-
-def gptq(name: str, n: int, k: int, group: int = 128) -> dict[str, Any]:
-    return {
-        f"{name}.qweight": ("I32", [k // 8, n]),
-        f"{name}.qzeros": ("I32", [k // group, n // 8]),
-        f"{name}.scales": ("F16", [k // group, n]),
-        f"{name}.g_idx": ("I32", [k]),
-    }
-
-
-GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True, "sym": True}
-
-
-def llama_config(**changes: Any) -> dict[str, Any]:
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "torch_dtype": "bfloat16",
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "quantization_config": GPTQ,
-        **changes,
-    }
-
-
-def llama_tensors(hidden: int, inner: int, kv: int, layers: int, vocab: int) -> dict[str, Any]:
-    tensors: dict[str, Any] = {}
-    for index in range(layers):
-        prefix = f"model.layers.{index}."
-        for name, n in (("q", hidden), ("k", kv), ("v", kv), ("o", hidden)):
-            tensors |= gptq(f"{prefix}self_attn.{name}_proj", n, hidden)
-        tensors |= gptq(f"{prefix}mlp.gate_proj", inner, hidden)
-        tensors |= gptq(f"{prefix}mlp.up_proj", inner, hidden)
-        tensors |= gptq(f"{prefix}mlp.down_proj", hidden, inner)
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{prefix}{norm}.weight"] = ("F16", [hidden])
-    tensors["model.norm.weight"] = ("F16", [hidden])
-    tensors["model.embed_tokens.weight"] = ("F16", [vocab, hidden])
-    tensors["lm_head.weight"] = ("F16", [vocab, hidden])
-    return tensors
 
 
 @pytest.fixture
@@ -154,8 +85,9 @@ def test_weights_that_are_fused_on_disk(tmp_path: Path) -> None:
     assert found.layers[0].name == "model.layers.0.self_attn.qkv_proj"
     descriptor = found.layers[0].likely.parts[0].descriptor
     assert (descriptor.n, descriptor.k) == (256, 256)
-    architectures = config["architectures"]
-    first, _ = model_layers(tmp_path, architectures, tp_size=2, dtype="auto", quantized=True)
+    architectures, headers = config["architectures"], read_headers(tmp_path)
+    assert headers is not None
+    first, _ = model_layers(tmp_path, architectures, tp_size=2, dtype="auto", headers=headers)
     assert [source.n for source in first.layers[0].sources] == [128, 64, 64]
 
 
@@ -203,18 +135,24 @@ def test_a_model_vllm_does_not_know_is_explained_from_headers(tmp_path: Path) ->
     config = llama_config(architectures=["NoSuchModel"])
     write_sparse(tmp_path, config, tensors, 1)
     found = explained(tmp_path)
-    assert "headers alone" in found.notes[0]
+    assert any("headers alone" in note for note in found.notes)
+    assert says(found.errors[0], "NoSuchModel", "not supported")
     assert [layer.name for layer in found.layers] == [
         "blocks.0.mixer.in_proj",
         "blocks.0.mixer.out_proj",
     ]
     shapes = [layer.likely.parts[0].descriptor for layer in found.layers]
     assert [(d.n, d.in_features) for d in shapes] == [(512, 256), (256, 512)]
-    with pytest.raises(ExplainError, match=saying("2 ranks")):
-        explained(tmp_path, tp_size=2)
+    split = explained(tmp_path, tp_size=2)
+    assert split.errors == found.errors
+    assert any("not split among 2" in note for note in split.notes)
+    assert [layer.name for layer in split.layers] == [layer.name for layer in found.layers]
+    elsewhere = explain(str(tmp_path), platform=Platform.parse("cuda:90"))
+    assert not elsewhere.errors
+    assert any(says(note, "NoSuchModel", "not asked") for note in elsewhere.notes)
 
 
-def test_renamed_modules_are_shown_as_configured(tmp_path: Path) -> None:
+def test_layers_without_tensors_are_shown_as_configured_with_an_error(tmp_path: Path) -> None:
     config = llama_config(
         hidden_size=256,
         intermediate_size=512,
@@ -229,7 +167,8 @@ def test_renamed_modules_are_shown_as_configured(tmp_path: Path) -> None:
     }
     write_sparse(tmp_path, config, tensors, 1)
     found = explained(tmp_path)
-    assert says(found.notes[0], "model.layers.0.mlp.down_proj.*")
+    assert any("model.layers.0.mlp.down_proj" in error for error in found.errors)
+    assert any("model.layers.0.mlp.wo" in note for note in found.notes)
     down = next(layer for layer in found.layers if layer.name.endswith("down_proj"))
     assert len(down.cases) == 4
 

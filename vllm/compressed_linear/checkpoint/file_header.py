@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm.compressed_linear.checkpoint.bounded_read import (
     MAX_JSON_BYTES,
@@ -53,9 +52,9 @@ _MAX_NUMBER = 2**63 - 1
 _PREFIX = struct.Struct("<Q")
 
 
-@dataclass(frozen=True)
-class TensorHeader:
-    """One tensor of a file: dtype (torch's name), shape, bytes in the file."""
+class TensorHeader(NamedTuple):
+    """One tensor of a file: dtype (torch's name), shape, bytes in the file. A tuple, since a
+    mixture has hundreds of thousands."""
 
     dtype: str
     shape: tuple[int, ...]

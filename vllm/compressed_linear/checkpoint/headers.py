@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from vllm.compressed_linear.checkpoint.bounded_read import read_json_file
 from vllm.compressed_linear.checkpoint.file_header import (
@@ -20,7 +23,8 @@ INDEX = "model.safetensors.index.json"
 
 
 class Headers(Mapping[str, TensorHeader]):
-    """Tensor name → header, over all files of a checkpoint.
+    """Tensor name → header, over all files of a checkpoint. Immutable, so copies share it: a
+    mixture has hundreds of thousands of tensors.
 
     ``copies``: tensors that several files hold: name in the files → (the file that the index
     means, the others).
@@ -47,6 +51,9 @@ class Headers(Mapping[str, TensorHeader]):
     def __len__(self) -> int:
         return len(self._tensors)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Headers:
+        return self
+
     @property
     def modules(self) -> Mapping[str, set[str]]:
         """Module name → last parts of its tensors' names."""
@@ -68,6 +75,41 @@ def read_headers(directory: str | Path) -> Headers | None:
     if not path.is_dir():
         return None
     files, indexed = _files(path)
+    if not files:
+        return None
+    key = _version([*files, path / INDEX] if indexed else files)
+    if (known := _IN_USE.get(key)) is None:
+        with without_collection():
+            known = _IN_USE[key] = _read(path, files, indexed)
+    return known
+
+
+def _version(files: Sequence[Path]) -> Any:
+    """Changes if a file does; an object that equals no other if one cannot be looked at."""
+    try:
+        return tuple((str(f), stat.st_size, stat.st_mtime_ns) for f in files if (stat := f.stat()))
+    except OSError:  # reading it tells what is wrong
+        return object()
+
+
+_IN_USE: WeakValueDictionary[Any, Headers] = WeakValueDictionary()
+"""Headers that are referenced, by the names, sizes and times of their files and index."""
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Context without garbage collection, for work that makes many small objects: looking for
+    cycles among those of a large checkpoint doubles the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _read(directory: Path, files: Sequence[Path], indexed: Mapping[str, str]) -> Headers:
     tensors: dict[str, TensorHeader] = {}
     copies: dict[str, list[TensorHeader]] = {}
     for file in files:
@@ -76,13 +118,13 @@ def read_headers(directory: str | Path) -> Headers | None:
             copies.setdefault(name, [tensors[name]]).append(found[name])
         tensors.update(found)
     for name, same in copies.items():
-        tensors[name] = _meant(path, name, same, indexed)
+        tensors[name] = _meant(directory, name, same, indexed)
     decided = {
         name: (meant, tuple(header.file for header in same if header.file != meant))
         for name, same in copies.items()
         for meant in (tensors[name].file,)
     }
-    return Headers(tensors, decided) if files else None
+    return Headers(tensors, decided)
 
 
 def _meant(

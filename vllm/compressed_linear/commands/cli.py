@@ -143,6 +143,37 @@ def explain(
 
 
 @app.command()
+def check(
+    model: Annotated[
+        str, typer.Argument(help="Directory of a checkpoint, or the id of a downloaded one.")
+    ],
+    tp: Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel ranks.")] = 1,
+    platform: PlatformOption = "",
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the activations.")] = Dtype.AUTO,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what is wrong with MODEL, from its configuration and headers, without loading it.
+
+    The status is 1 if loading it must fail.
+    """
+    from rich.console import Console
+
+    from vllm.compressed_linear.commands import check as checking
+
+    machine = _platform(platform, tp)
+    try:
+        report = checking.check(model, platform=machine, tp_size=tp, dtype=dtype.value)
+    except ValueError as error:  # of the settings
+        _fail(error)
+    if as_json:
+        typer.echo(json.dumps(report.to_json(), indent=1))
+    else:
+        checking.print_report(report, Console())
+    if not report.loads:
+        raise typer.Exit(1)
+
+
+@app.command()
 def tune(
     model: Annotated[
         str, typer.Argument(help="Directory of a checkpoint, or the id of a downloaded one.")

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -36,6 +38,10 @@ class FileView:
     marker_tensors: tuple[str, ...] = ()
     disk_names: Mapping[str, str] = field(default_factory=dict)
     packed: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FileView:
+        """A copy for a config of its own, which changes nothing but ``packed``."""
+        return replace(self, packed=copy.deepcopy(self.packed, memo))
 
     def renamed(self, rename: Rename) -> FileView:
         """The same file with names mapped by ``rename``; unmapped tensors keep theirs."""
@@ -153,8 +159,7 @@ class FileView:
         found = self.tensors_on_disk(module)
         if found is None:
             name = last_word(module)
-            same_name = [m for m in self.modules if last_word(m) == name]
-            if same_name and not any(self.quantized_on_disk(m) for m in same_name):
+            if self._quantized_by_last_word.get(name) is False:
                 return Unquantized(f"no {name} of the checkpoint is quantized")
             return None
         if "weight" not in found or self.quantized_on_disk(module):
@@ -213,8 +218,29 @@ class FileView:
         any codes means "no".
         """
         for parent in (layer, layer.rpartition(".")[0]):
-            inside = [m for m in self.modules if f"{m}.".startswith(f"{parent}.")]
-            quantized = any(self.quantized_on_disk(module) for module in inside)
-            if inside and (parent == layer or not quantized):
+            quantized = self._quantized_inside.get(parent)
+            if quantized is not None and (parent == layer or not quantized):
                 return quantized
         return None
+
+    # Tables over all modules, of which a mixture has tens of thousands.
+
+    @cached_property
+    def _quantized_by_last_word(self) -> Mapping[str, bool]:
+        """Last word of modules' names → whether the file holds codes for one of them."""
+        found: dict[str, bool] = {}
+        for module in self.modules:
+            word = last_word(module)
+            found[word] = found.get(word, False) or self.quantized_on_disk(module)
+        return found
+
+    @cached_property
+    def _quantized_inside(self) -> Mapping[str, bool]:
+        """Every module and parent of one → whether the file holds codes for it or inside it."""
+        found: dict[str, bool] = {}
+        for module in self.modules:
+            quantized, parent = self.quantized_on_disk(module), module
+            while found.get(parent) is not True and (parent not in found or quantized):
+                found[parent] = quantized
+                parent = parent.rpartition(".")[0]
+        return found

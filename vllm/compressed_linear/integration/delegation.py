@@ -18,7 +18,12 @@ from vllm.compressed_linear.prepare.plan import DELEGATED, Plan, PlanEntry
 
 
 class RefusedByVllmError(RuntimeError):
-    """vLLM's own code cannot run a layer that is left to it."""
+    """vLLM's own code cannot run a layer that is left to it for ``reason``; the cause is its
+    error."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class Delegation:
@@ -57,7 +62,8 @@ class Delegation:
         except Exception as error:
             raise RefusedByVllmError(
                 f"{prefix}: {reason}, so it is left to vLLM's {self.vllm_name}, which cannot run "
-                f"it: {error}"
+                f"it: {error}",
+                reason,
             ) from error
         if method is not None:
             plan.add(

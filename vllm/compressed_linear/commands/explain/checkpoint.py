@@ -4,12 +4,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from vllm.compressed_linear.checkpoint.bounded_read import read_json_file
 from vllm.compressed_linear.checkpoint.headers import Headers, read_headers
 from vllm.compressed_linear.checkpoint.shard import CheckpointError
+from vllm.compressed_linear.formats.registry import formats
+from vllm.compressed_linear.formats.unquantized import CONFIG_FILES
+
+MODELOPT_FILE = "hf_quant_config.json"
+"""Name of the file that early ModelOpt wrote instead of changing config.json."""
+
+_UNQUANTIZED = ("float64", "float32", "float16", "bfloat16")
 
 
 class ExplainError(ValueError):
@@ -24,9 +32,9 @@ class Checkpoint:
     config: dict[str, Any]
     headers: Headers
 
-    @property
+    @cached_property
     def quantization(self) -> dict[str, Any]:
-        """The ``quantization_config``, from the places where vLLM looks; empty if unquantized.
+        """The ``quantization_config``, from the places where vLLM looks; empty if there is none.
 
         Raises ``ExplainError`` if it is something else than a map.
         """
@@ -45,7 +53,36 @@ class Checkpoint:
                 )
             if found:
                 return dict(found)
-        return {}
+        return self._of_modelopt()
+
+    def _of_modelopt(self) -> dict[str, Any]:
+        """The separate file of early ModelOpt, which vLLM reads if config.json says nothing."""
+        file = self.path / MODELOPT_FILE
+        if self.config.get("quantization_config") is not None or not file.is_file():
+            return {}
+        found = read_json_file(file, "the configuration of ModelOpt")
+        if not isinstance(found, dict):
+            raise ExplainError(f"{file} holds a {type(found).__name__}, expected a map")
+        return {"quant_method": "modelopt", **found}
+
+    @property
+    def separate_file(self) -> str:
+        """Name of the file that has the configuration although config.json does not."""
+        if any(self.config.get(key) for key in ("quantization_config", "compression_config")):
+            return ""
+        names = (MODELOPT_FILE, *CONFIG_FILES)
+        return next((name for name in names if (self.path / name).is_file()), "")
+
+    def modules_with_codes(self) -> list[str]:
+        """Modules whose tensors only a quantizer writes, whatever the configuration says."""
+        markers = {name for known in formats().values() for name in known.marker_tensors}
+        markers |= {"qweight", "weight_packed"}
+        return [
+            module
+            for module, names in self.headers.modules.items()
+            if names & markers
+            or ("weight" in names and self.headers[f"{module}.weight"].dtype not in _UNQUANTIZED)
+        ]
 
     @classmethod
     def open(cls, model: str) -> Checkpoint:

@@ -7,7 +7,7 @@ at load. Facts that depend on values are listed as alternatives (``possibilities
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -16,14 +16,18 @@ import torch
 
 from vllm.compressed_linear.backends import measurements
 from vllm.compressed_linear.backends.registry import NoBackendError
-from vllm.compressed_linear.checkpoint.headers import Headers
-from vllm.compressed_linear.commands.explain.checkpoint import Checkpoint, ExplainError
+from vllm.compressed_linear.checkpoint.completeness import Severity
+from vllm.compressed_linear.checkpoint.headers import Headers, without_collection
+from vllm.compressed_linear.checkpoint.shard import CheckpointError
+from vllm.compressed_linear.commands.explain.checkpoint import Checkpoint
+from vllm.compressed_linear.commands.explain.configuration import say_of_configuration
 from vllm.compressed_linear.commands.explain.explanation import (
     Explanation,
     LayerPlan,
     PartPlan,
     Possibility,
 )
+from vllm.compressed_linear.commands.explain.findings import About
 from vllm.compressed_linear.commands.explain.layers import (
     ModelLayer,
     ModelLayers,
@@ -35,7 +39,7 @@ from vllm.compressed_linear.commands.explain.possibilities import (
     read_possibility,
 )
 from vllm.compressed_linear.commands.explain.tensors import ReadTensor, assumed, load_shards, locate
-from vllm.compressed_linear.formats.base import Hints
+from vllm.compressed_linear.formats.base import Format, Hints
 from vllm.compressed_linear.formats.registry import format_of, formats, parse_in
 from vllm.compressed_linear.integration.preparation import detect_platform
 from vllm.compressed_linear.machine.platform import Platform
@@ -55,11 +59,12 @@ def explain(
 ) -> Explanation:
     """Explain a local checkpoint.
 
-    Raises ``ExplainError``, ``ConfigError`` for a contradictory quantization config,
-    ``CheckpointError`` for tensors that contradict it, ``TensorParallelError``. Layers that no
-    backend can or may run do not raise; they are in ``Explanation.errors``.
+    Raises ``ExplainError`` for a checkpoint that cannot be read, ``ConfigError`` for a
+    configuration that cannot, and ``TensorParallelError``. What is wrong with single layers does
+    not raise: tensors that contradict the configuration, refusals of vLLM's, layers that no
+    backend can or may run are in ``Explanation.findings``.
     """
-    with _one_thread():
+    with _one_thread(), without_collection():
         return _explain(model, platform, tp_size, dtype, read_weights, settings)
 
 
@@ -93,64 +98,136 @@ def _explain(
         tp_size=tp_size,
         this_machine=replace(platform, threads=0) == replace(detect_platform(), threads=0),
         weights_read=read_weights,
+        tensors=len(checkpoint.headers),
         file_bytes=sum(header.nbytes for header in checkpoint.headers.values()),
     )
     if not found.this_machine and (assumption := platform.assumption):
-        found.notes.append(assumption)
-    if not enabled():
-        found.notes.append(f"{ENABLE}=0 switches this package off: vLLM runs all of it")
-        return found
-    if format_of(quantization) is None:
-        found.notes.append(_not_ours(quantization))
-        return found
-    read_by = parse_in(checkpoint.path, quantization)
-    if not quantization:
-        found.notes.append(
-            "the model is not quantized: vLLM uses this package only with "
-            "--quantization compressed_linear"
+        found.say(Severity.NOTE, About.SERVING, assumption)
+    off = not enabled()
+    if off:
+        found.say(
+            Severity.NOTE,
+            About.SERVING,
+            f"{ENABLE}=0 switches this package off: vLLM runs all of it",
         )
-    try:
-        ranks = model_layers(
-            checkpoint.path,
-            architectures,
-            tp_size=tp_size,
-            dtype=dtype,
-            quantized=bool(quantization),
-        )
-    except ModelUnavailableError as error:
-        from vllm.compressed_linear.commands.explain.layers_from_headers import layers_from_headers
-
-        found.notes.append(
-            f"vLLM's model class was not used ({error}); names and shapes come from the headers "
-            "alone, so fused layers are shown as their parts"
-        )
-        if tp_size > 1:
-            raise ExplainError(
-                f"how the model is split among {tp_size} ranks is not known: vLLM's model class "
-                f"cannot be built here ({error})"
-            ) from error
-        ranks = [layers_from_headers(checkpoint.headers, checkpoint.config, read_by, dtype)]
+    ours = not off and format_of(quantization) is not None
+    read_by = parse_in(checkpoint.path, quantization) if ours else None
+    vllms_reason = ""
+    if off:
+        vllms_reason = f"{ENABLE}=0"
+    elif read_by is None:
+        vllms_reason = "all of the checkpoint is left to vLLM"
+        found.say(Severity.NOTE, About.SERVING, _not_ours(quantization))
+    say_of_configuration(found, checkpoint, read_by, platform)
+    ranks = _ranks(found, checkpoint, read_by, architectures, dtype, vllms_reason)
     settings = settings or Settings.read()
     if note := measurements.load(settings.tune_file, platform).note:
-        found.notes.append(note)
-    explainer = _Explainer(
-        platform,
-        settings,
-        read_by.hints(),
-        checkpoint.headers,
-        read_weights,
-    )
-    by_rank = [[explainer.layer(model, layer) for layer in model.layers] for model in ranks]
-    if explainer.not_found:
-        first, count = explainer.not_found[0], len(set(explainer.not_found))
-        found.notes.append(
-            f"the files have no tensors {first}.* ({count} such layers): either they are "
-            "missing, or the model class renames them while it loads; shown as configured"
-        )
-    found.layers = [_over_ranks(same) for same in zip(*by_rank, strict=True)]
-    found.left = ranks[0].left
-    found.dtype, found.model_class = ranks[0].dtype, ranks[0].model_class
+        found.say(Severity.NOTE, About.SERVING, note)
+    hints = Hints() if read_by is None else read_by.hints()
+    explainer = _Explainer(platform, settings, hints, checkpoint.headers, read_weights)
+    for same in zip(*(rank.layers for rank in ranks), strict=True):
+        try:
+            plans = [
+                explainer.layer(model, layer) for model, layer in zip(ranks, same, strict=True)
+            ]
+        except CheckpointError as error:
+            found.say(Severity.ERROR, About.CHECKPOINT, str(error), (same[0].name,))
+        else:
+            found.layers.append(_over_ranks(plans))
+    for refusal in (refusal for rank in ranks for refusal in rank.refused):
+        found.say(Severity.ERROR, About.CHECKPOINT, refusal.message, (refusal.name,))
+    _say_what_is_left_over(found, ranks, explainer.not_found)
+    if ranks:
+        found.left, found.others = ranks[0].left, ranks[0].others
+        found.dtype, found.model_class = ranks[0].dtype, ranks[0].model_class
+    if not found.this_machine:
+        _leave_unasked(found)
     return found
+
+
+def _ranks(
+    found: Explanation,
+    checkpoint: Checkpoint,
+    read_by: Format | None,
+    architectures: list[str],
+    dtype: str,
+    vllms_reason: str,
+) -> list[ModelLayers]:
+    """The layers of every rank, from the headers alone if vLLM cannot build the model here."""
+    try:
+        return model_layers(
+            checkpoint.path,
+            architectures,
+            tp_size=found.tp_size,
+            dtype=dtype,
+            vllms_reason=vllms_reason,
+            headers=checkpoint.headers,
+        )
+    except ModelUnavailableError as error:
+        if not found.this_machine:
+            found.say(
+                Severity.NOTE,
+                About.SERVING,
+                f"this machine cannot build vLLM's model class ({error}); whether "
+                f"{found.platform} can is not asked here",
+            )
+        elif error.certain:
+            found.say(Severity.ERROR, About.SERVING, f"vLLM cannot build this model here: {error}")
+        else:
+            found.say(
+                Severity.WARNING,
+                About.SERVING,
+                "vLLM's model class cannot be built without its weights, so whether it loads is "
+                f"not known ({error})",
+            )
+    if read_by is None:
+        return []
+    from vllm.compressed_linear.commands.explain.layers_from_headers import layers_from_headers
+
+    split = ""
+    if found.tp_size > 1:
+        split = f", and every layer as one rank has it, not split among {found.tp_size}"
+        found.tp_size = 1
+    found.say(
+        Severity.NOTE,
+        About.SERVING,
+        f"names and shapes come from the headers alone: fused layers are shown as parts{split}",
+    )
+    return [layers_from_headers(checkpoint.headers, checkpoint.config, read_by, dtype)]
+
+
+def _say_what_is_left_over(
+    found: Explanation, ranks: Sequence[ModelLayers], not_found: Sequence[str]
+) -> None:
+    """Add what a load would say of parameters without tensors, tensors that nothing takes and
+    entries that match nothing. Its errors are not said again of layers with errors of their own."""
+    left_over = [finding for rank in ranks for finding in rank.findings]
+    broken = any(f.about is About.CHECKPOINT and f.severity is Severity.ERROR for f in found.stated)
+    for finding in left_over:
+        if not (broken and finding.severity is Severity.ERROR):
+            found.say(finding.severity, About.CHECKPOINT, finding.message, finding.names)
+    if not_found and not found.errors:
+        first, count = not_found[0], len(set(not_found))
+        found.say(
+            Severity.NOTE,
+            About.CHECKPOINT,
+            f"the files have no tensors {first}.* ({count} such layers): the model class renames "
+            "them while it loads; shown as configured",
+        )
+
+
+def _leave_unasked(found: Explanation) -> None:
+    """Drop the refusals of this machine, which is not the one that was asked about."""
+    refused = [left for left in found.left if left.refusal]
+    if not refused:
+        return
+    found.left = [replace(left, refusal="") for left in found.left]
+    found.say(
+        Severity.NOTE,
+        About.SERVING,
+        f"whether vLLM's own code can run the {len(refused)} layers that are left to it on "
+        f"{found.platform} is not asked here",
+    )
 
 
 def _not_ours(quantization: dict[str, Any]) -> str:
@@ -162,7 +239,7 @@ def _not_ours(quantization: dict[str, Any]) -> str:
     return f"all of it is left to vLLM: {known.unsupported(quantization)}"
 
 
-def _over_ranks(plans: tuple[LayerPlan, ...]) -> LayerPlan:
+def _over_ranks(plans: Sequence[LayerPlan]) -> LayerPlan:
     """Rank 0, with what differs on others."""
     first = _shown(plans[0].cases)
     others = [(r, p.cases) for r, p in enumerate(plans) if r and _shown(p.cases) != first]

@@ -6,7 +6,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from vllm.compressed_linear.commands.explain.layers import LeftToVllm
+from vllm.compressed_linear.checkpoint.completeness import Severity
+from vllm.compressed_linear.commands.explain.findings import About, Finding
+from vllm.compressed_linear.commands.explain.left import LeftToVllm
+from vllm.compressed_linear.commands.text import compress_all
 from vllm.compressed_linear.prepare.plan import Rejection
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
 
@@ -73,7 +76,9 @@ class LayerPlan:
 
 @dataclass
 class Explanation:
-    """All output of ``explain``."""
+    """All output of ``explain``. ``left``: linear layers and experts that vLLM's own code runs;
+    ``others``: other modules with weights. ``stated``: findings that are not of a single layer's
+    choice of a backend."""
 
     model: str
     architecture: str
@@ -84,24 +89,65 @@ class Explanation:
     dtype: str = ""
     model_class: str = ""
     weights_read: bool = False
+    tensors: int = 0
     file_bytes: int = 0
     layers: list[LayerPlan] = field(default_factory=list)
     left: list[LeftToVllm] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    others: list[LeftToVllm] = field(default_factory=list)
+    stated: list[Finding] = field(default_factory=list)
+
+    def say(
+        self,
+        severity: Severity,
+        about: About,
+        message: str,
+        names: tuple[str, ...] = (),
+    ) -> None:
+        """Add a finding."""
+        self.stated.append(Finding(severity, about, message, names))
+
+    @property
+    def findings(self) -> list[Finding]:
+        """Everything that was found, errors first. Layers without a backend have a finding each,
+        equal refusals of vLLM's one together."""
+        found = [*self.stated, *self._without_backend(), *self._refused()]
+        order = list(Severity)
+        return sorted(dict.fromkeys(found), key=lambda finding: order.index(finding.severity))
 
     @property
     def errors(self) -> list[str]:
-        """Why loading would fail, one message per layer, for likely and certain cases."""
-        ranks = [case_list[0] for layer in self.layers for _, case_list in layer.other_ranks] + [
-            layer.likely for layer in self.layers
+        """Why loading would fail here, in the likely and the certain cases."""
+        messages = [f.message for f in self.findings if f.severity is Severity.ERROR]
+        return list(dict.fromkeys(messages))
+
+    @property
+    def notes(self) -> list[str]:
+        """Warnings and notes."""
+        return [f.message for f in self.findings if f.severity is not Severity.ERROR]
+
+    def _without_backend(self) -> list[Finding]:
+        return [
+            Finding(Severity.ERROR, About.SERVING, part.error, (layer.name,))
+            for layer in self.layers
+            for case in (layer.likely, *(cases[0] for _, cases in layer.other_ranks))
+            for part in case.parts
+            if part.error
         ]
-        errors = [p.error for case in ranks for p in case.parts if p.error]
-        if self.this_machine:
-            first: dict[str, str] = {}
-            for left in self.left:
-                first.setdefault(left.refusal, left.name)
-            errors += [f"{name} and equal layers: {why}" for why, name in first.items() if why]
-        return list(dict.fromkeys(errors))
+
+    def _refused(self) -> list[Finding]:
+        same: dict[str, list[str]] = {}
+        for left in self.left:
+            if left.refusal:
+                same.setdefault(left.refusal, []).append(left.name)
+        return [
+            Finding(
+                Severity.ERROR,
+                About.SERVING,
+                f"{', '.join(compress_all(names))}: vLLM's own code cannot run it here: {why}",
+                tuple(names),
+            )
+            for why, names in same.items()
+        ]
 
     def bytes_checkpoint(self) -> int:
         """Bytes in the checkpoint of the layers that would run here, on rank 0."""
@@ -113,16 +159,42 @@ class Explanation:
         return None if None in sizes else sum(size for size in sizes if size is not None)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, as plain values. Layers that differ by name only share an entry."""
-        data = asdict(replace(self, layers=[]))
+        """Everything, as plain values. Layers that differ by name only share an entry; ``runs`` has
+        every module with weights by its name."""
+        data = asdict(replace(self, layers=[], stated=[]))
+        del data["stated"]
         groups: dict[LayerPlan, list[str]] = {}
         for layer in self.layers:
             groups.setdefault(replace(layer, name=""), []).append(layer.name)
         data["layers"] = [_layers_json(plan, names) for plan, names in groups.items()]
+        data["runs"] = self._runs()
+        data["findings"] = [asdict(finding) for finding in self.findings]
         data["errors"] = self.errors
+        data["notes"] = self.notes
         data["bytes_checkpoint"] = self.bytes_checkpoint()
         data["bytes_prepared"] = self.bytes_prepared()
         return data
+
+    def _runs(self) -> dict[str, dict[str, Any]]:
+        """Module → who runs it (this package with a backend, or vLLM with a method) and its bytes
+        in the files: of this rank, or of all ranks if it is vLLM's."""
+        found: dict[str, dict[str, Any]] = {}
+        for layer in self.layers:
+            parts = layer.likely.parts
+            found[layer.name] = {
+                "by": "compressed_linear",
+                "with": list(dict.fromkeys(part.runs for part in parts)),
+                "reason": "",
+                "nbytes": sum(part.bytes_checkpoint for part in parts),
+            }
+        for left in (*self.left, *self.others):
+            found[left.name] = {
+                "by": "vllm",
+                "with": [left.method or left.kind],
+                "reason": left.reason,
+                "nbytes": left.nbytes,
+            }
+        return found
 
 
 def _layers_json(plan: LayerPlan, names: list[str]) -> dict[str, Any]:

@@ -15,11 +15,8 @@ from vllm.compressed_linear.checkpoint.describe import LayerContext
 from vllm.compressed_linear.checkpoint.file_header import TensorHeader
 from vllm.compressed_linear.checkpoint.headers import Headers, last_word
 from vllm.compressed_linear.checkpoint.shard import ShardSource, dense_shard
-from vllm.compressed_linear.commands.explain.layers import (
-    LeftToVllm,
-    ModelLayer,
-    ModelLayers,
-)
+from vllm.compressed_linear.commands.explain.layers import ModelLayer, ModelLayers
+from vllm.compressed_linear.commands.explain.left import LeftToVllm
 from vllm.compressed_linear.formats.base import Format
 from vllm.compressed_linear.formats.file_view import FileView
 from vllm.compressed_linear.formats.resolution import Delegated, LayerKind, Unquantized
@@ -37,6 +34,7 @@ def layers_from_headers(
     dtype = str(stated) if dtype == "auto" else dtype
     activations = getattr(torch, dtype)
     model = ModelLayers(headers=headers, dtype=dtype_name(activations))
+    experts: dict[str, int] = {}
     for module, names in headers.modules.items():
         kind = _kind(module)
         tensors = {name: headers[f"{module}.{name}" if module else name] for name in names}
@@ -45,10 +43,12 @@ def layers_from_headers(
         bias_dtype = model.dtype if bias else None
         context = LayerContext(model.dtype, model.dtype, bias_dtype, lookup=lookup)
         found = read_by.resolve(module, kind, file)
+        nbytes = sum(header.nbytes for header in tensors.values())
         if ".experts." in f".{module}.":
-            model.left.append(LeftToVllm(module, str(kind), "", "an expert of a mixture"))
+            mixture = f"{f'.{module}.'.partition('.experts.')[0]}.experts".strip(".")
+            experts[mixture] = experts.get(mixture, 0) + nbytes
         elif isinstance(found, Delegated):
-            model.left.append(LeftToVllm(module, str(kind), "", found.reason))
+            model.left.append(LeftToVllm(module, str(kind), "", found.reason, nbytes=nbytes))
         elif isinstance(found, CheckpointScheme) and (shape := _shape(found, tensors)):
             n, k = shape
             source = ShardSource(module, found, n, k, 0, n, 0, k)
@@ -59,6 +59,10 @@ def layers_from_headers(
             model.layers.append(
                 ModelLayer(module, module, kind, context, dense=shard, reasons=(found.reason,))
             )
+    model.left += [
+        LeftToVllm(name, "experts", "", "the experts of a mixture", nbytes=nbytes)
+        for name, nbytes in experts.items()
+    ]
     return model
 
 

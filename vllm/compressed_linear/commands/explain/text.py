@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,14 +15,22 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm.compressed_linear.backends.registry import REFERENCE
+from vllm.compressed_linear.checkpoint.completeness import Severity
 from vllm.compressed_linear.commands.explain.explanation import (
     Explanation,
     LayerPlan,
     PartPlan,
     Possibility,
 )
-from vllm.compressed_linear.commands.text import NUMBER, UNTESTED, compress_names, size
-from vllm.compressed_linear.prepare.plan import Rejection
+from vllm.compressed_linear.commands.explain.left import LeftToVllm
+from vllm.compressed_linear.commands.text import (
+    UNTESTED,
+    alike,
+    compress_names,
+    ranges,
+    size,
+    without_numbers,
+)
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
 
 
@@ -38,15 +47,36 @@ class LayerGroup:
 
 
 def group_layers(layers: Sequence[LayerPlan]) -> list[LayerGroup]:
-    """Like layers together, in the order of the first of each."""
+    """Like layers together, in the order of the first of each. Reasons and notes may differ in the
+    layer that they name."""
     groups: dict[Any, list[LayerPlan]] = {}
     for layer in layers:
-        key = (NUMBER.sub("#", layer.name), replace(layer, name=""))
-        groups.setdefault(key, []).append(layer)
+        groups.setdefault((without_numbers(layer.name), _without_name(layer)), []).append(layer)
     return [
         LayerGroup(compress_names([layer.name for layer in same]), tuple(same))
         for same in groups.values()
     ]
+
+
+def _without_name(layer: LayerPlan) -> LayerPlan:
+    """What like layers have in common."""
+    return replace(
+        layer,
+        name="",
+        unquantized=tuple(map(without_numbers, layer.unquantized)),
+        note=without_numbers(layer.note),
+        cases=tuple(map(_case_without_name, layer.cases)),
+        other_ranks=tuple(
+            (rank, tuple(map(_case_without_name, cases))) for rank, cases in layer.other_ranks
+        ),
+    )
+
+
+def _case_without_name(case: Possibility) -> Possibility:
+    if not any(part.error for part in case.parts):
+        return case
+    parts = (replace(part, error=without_numbers(part.error)) for part in case.parts)
+    return replace(case, parts=tuple(parts))
 
 
 def in_words(d: CompressedLinearDescriptor, dtype: str = "") -> str:
@@ -107,7 +137,7 @@ def print_explanation(explanation: Explanation, console: Console) -> None:
     _print_left(explanation, console)
     console.print()
     console.print(Text(_totals(explanation), style="bold"))
-    for error in explanation.errors:
+    for error in alike(explanation.errors):
         console.print(Text(f"Error: {error}", style="bold red"))
 
 
@@ -119,8 +149,10 @@ def _print_head(e: Explanation, console: Console) -> None:
     rank = f", rank 0 of {e.tp_size}" if e.tp_size > 1 else ""
     read = "codes not read" if e.weights_read else "no weights read"
     console.print(Text(f"on {e.platform}{rank}; {read}"))
-    for note in e.notes:
-        console.print(Text(f"Note: {note}"))
+    for finding in e.findings:
+        if finding.severity is not Severity.ERROR:
+            style = "yellow" if finding.severity is Severity.WARNING else ""
+            console.print(Text(f"{finding.severity.capitalize()}: {finding.message}", style=style))
 
 
 def _table(groups: Sequence[LayerGroup], dtype: str, width: int) -> Table:
@@ -148,11 +180,12 @@ def _table(groups: Sequence[LayerGroup], dtype: str, width: int) -> Table:
             table.add_row("", words, _runs(part, "\n"), disk, size(prepared))
             for note in part.notes:
                 table.add_row("", Text(note, style="dim"), "", "", "")
-        for reason in plan.unquantized:
+        for reasons in zip(*(layer.unquantized for layer in group.layers), strict=True):
+            reason = compress_names(reasons)
             table.add_row("", Text(f"not quantized: {reason}", style="dim"), "", "", "")
         if plan.note:
-            table.add_row("", Text(plan.note, style="dim"), "", "", "")
-        table.add_section()
+            note = compress_names([layer.note for layer in group.layers])
+            table.add_row("", Text(note, style="dim"), "", "", "")
     return table
 
 
@@ -183,7 +216,11 @@ def _print_facts(groups: Sequence[LayerGroup], dtype: str, console: Console) -> 
         return
     _print_title("* What only the data decides (--read-weights looks)", console)
     for key, numbers in found.items():
-        console.print(Text(" ".join(f"#{n}" for n in numbers), style="cyan"))
+        head = Text(f"{_numbers(numbers)} ", style="cyan")
+        if len(lines[key]) == 1:
+            console.print(head.append_text(lines[key][0]))
+            continue
+        console.print(head)
         for line in lines[key]:
             _print_line(line, console)
 
@@ -232,29 +269,51 @@ def _print_ranks(groups: Sequence[LayerGroup], dtype: str, console: Console) -> 
 
 
 def _print_rejected(groups: Sequence[LayerGroup], console: Console) -> None:
-    """Each backend's reasons once, with the numbers of the groups they are about."""
-    found: dict[Rejection, list[int]] = {}
+    """Each reason of a backend once, with the numbers of the groups it is about if they are not all
+    that the backend cannot run. What is made for another device has no other reason."""
+    reasons: dict[str, dict[str, list[int]]] = {}
+    able: dict[str, list[int]] = {}
     untested: set[str] = set()
     for number, group in enumerate(groups, 1):
         for part in group.plan.likely.parts:
             untested.update(part.untested_on_hardware)
             for rejection in part.rejected:
-                numbers = found.setdefault(rejection, [])
-                if number not in numbers:
-                    numbers.append(number)
-    if not found:
+                if not rejection.reasons:
+                    _note(able.setdefault(rejection.backend, []), number)
+                device = [r for r in rejection.reasons if r.startswith("device ")]
+                for reason in device or rejection.reasons:
+                    of_backend = reasons.setdefault(rejection.backend, {})
+                    _note(of_backend.setdefault(reason, []), number)
+    if not reasons and not able:
         return
     _print_title("Not taken", console)
-    for rejection, numbers in sorted(found.items(), key=lambda item: item[0].backend):
-        where = " ".join(f"#{n}" for n in numbers)
-        if rejection.reasons:
-            console.print(Text(f"{rejection.backend} cannot run {where}:", style="cyan"))
-            for reason in rejection.reasons:
-                _print_line(Text(reason), console)
-        else:
-            mark = f" ({UNTESTED})" if rejection.backend in untested else ""
-            text = f"{rejection.backend}{mark} could run {where}, but ranks lower"
-            console.print(Text(text, style="cyan"))
+    for backend, numbers in sorted(able.items()):
+        mark = f" ({UNTESTED})" if backend in untested else ""
+        text = f"{backend}{mark} could run {_numbers(numbers)}, but ranks lower"
+        console.print(Text(text, style="cyan"))
+    equal: dict[Any, list[str]] = {}
+    for backend, found in sorted(reasons.items()):
+        equal.setdefault(tuple((r, tuple(n)) for r, n in found.items()), []).append(backend)
+    for lines, backends in equal.items():
+        every = sorted({number for _, numbers in lines for number in numbers})
+        head = f"{', '.join(backends)} cannot run {_numbers(every)}:"
+        if len(lines) == 1 and len(head) + len(lines[0][0]) < console.width:
+            console.print(Text(f"{head} ", style="cyan").append(lines[0][0], style="not cyan"))
+            continue
+        console.print(Text(head, style="cyan"))
+        for reason, numbers in lines:
+            which = "" if list(numbers) == every else f" ({_numbers(numbers)})"
+            _print_line(Text(reason + which), console)
+
+
+def _note(numbers: list[int], number: int) -> None:
+    if number not in numbers:
+        numbers.append(number)
+
+
+def _numbers(numbers: Sequence[int]) -> str:
+    """``#1-4 #6``."""
+    return " ".join(f"#{part}" for part in ranges(sorted(numbers)))
 
 
 def _print_title(title: str, console: Console) -> None:
@@ -267,19 +326,27 @@ def _print_line(text: Text, console: Console) -> None:
 
 
 def _print_left(e: Explanation, console: Console) -> None:
-    if not e.left:
+    if not e.left and not e.others:
         return
     _print_title("Left to vLLM", console)
-    same: dict[Any, list[str]] = {}
+    same: dict[Any, list[LeftToVllm]] = {}
     for layer in e.left:
-        reason = f"{layer.reason}, {size(layer.nbytes)}" if layer.nbytes else layer.reason
-        key = (NUMBER.sub("#", layer.name), layer.method, reason, layer.refusal)
-        same.setdefault(key, []).append(layer.name)
-    for (_, method, reason, refusal), names in same.items():
-        by = f" ({method})" if method else ""
-        console.print(Text(f"{compress_names(names)}{by}: {reason}"))
-        if refusal:
-            _print_line(Text(f"which refuses it here: {refusal}", style="red"), console)
+        key = (layer.name, layer.method or layer.kind, layer.reason, layer.refusal)
+        same.setdefault(tuple(map(without_numbers, key)), []).append(layer)
+    for like in same.values():
+        first, nbytes = like[0], sum(layer.nbytes for layer in like)
+        reason = compress_names([layer.reason for layer in like])
+        held = f", {size(nbytes)}" if nbytes else ""
+        by = f" ({first.method})" if first.method else ""
+        console.print(Text(f"{compress_names([layer.name for layer in like])}{by}: {reason}{held}"))
+        if first.refusal:
+            _print_line(Text(f"which refuses it here: {first.refusal}", style="red"), console)
+    if e.others:
+        kinds = Counter(layer.kind for layer in e.others)
+        what = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(4))
+        more = f" and {len(kinds) - 4} other kinds" if len(kinds) > 4 else ""
+        held = size(sum(layer.nbytes for layer in e.others))
+        console.print(Text(f"modules that are not linear ({what}{more}), {held}"))
 
 
 def _totals(e: Explanation) -> str:

@@ -25,8 +25,10 @@ from vllm.compressed_linear.backends.measurements import (
     Measurements,
 )
 from vllm.compressed_linear.backends.registry import REFERENCE, Candidate, backends, rank
+from vllm.compressed_linear.checkpoint.completeness import Severity
 from vllm.compressed_linear.commands.explain.explain import explain
 from vllm.compressed_linear.commands.explain.explanation import LayerPlan
+from vllm.compressed_linear.commands.explain.findings import About
 from vllm.compressed_linear.commands.tune.random_weights import random_weights
 from vllm.compressed_linear.machine import timing
 from vllm.compressed_linear.machine.cost import mix
@@ -174,6 +176,13 @@ def tune(
         read_weights=True,
         settings=Settings(),
     )
+    damage = [
+        finding.message
+        for finding in found.findings
+        if finding.severity is Severity.ERROR and finding.about is About.CHECKPOINT
+    ]
+    if damage:
+        raise TuneError(damage[0])
     wanted = descriptors(found.layers)
     if not wanted:
         raise TuneError(f"{model} has no layer that this package runs: {'; '.join(found.notes)}")
