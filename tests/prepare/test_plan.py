@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from weakref import ref
 
 import pytest
 
@@ -75,17 +76,50 @@ def test_other_ranks_write_files_of_their_own(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["plan.json", "plan.rank1.json"]
 
 
+class Layer:
+    """Stands for one of vLLM's."""
+
+
+def test_a_layer_that_is_dropped_before_it_is_prepared_is_not_waited_for() -> None:
+    plan, kept, dropped = Plan(), Layer(), Layer()
+    plan.expect(kept, 1000)
+    plan.expect(dropped, 1000)
+    del dropped
+    assert plan.expected == 1
+    assert plan.layer_finished(kept)
+
+
+def test_a_drafter_s_layer_is_removed_when_only_it_is_dropped(tmp_path: Path) -> None:
+    target = Plan()
+    plan = target.drafter("drafter")
+    plan.plan_file = str(tmp_path / "plan.json")
+    plan.add(ENTRY)
+    plan.add(replace(ENTRY, name="lm_head"))
+    target.add(replace(ENTRY, name="lm_head"))
+    before, model = target.fingerprint(), Layer()
+    plan.owner = ref(model)
+    plan.remove("lm_head")
+    assert [e.name for e in plan.entries.values()] == [ENTRY.name]
+    assert [e.name for e in target.entries.values()] == ["lm_head"]
+    assert target.fingerprint() != before
+    (written,) = json.loads((tmp_path / "plan.json").read_text())["drafters"]
+    assert [e["name"] for e in written["layers"]] == [ENTRY.name]
+    del model
+    plan.remove(ENTRY.name)
+    assert len(plan.entries) == 1, "the whole model is gone, not a layer of it"
+
+
 @pytest.mark.parametrize("large", [False, True])
 def test_a_progress_bar_for_large_models_only(
     large: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan = Plan()
-    for _ in range(3):
-        plan.expect(plan_module.PROGRESS_FROM_BYTES if large else 1000)
+    plan, layers = Plan(), [Layer() for _ in range(3)]
+    for layer in layers:
+        plan.expect(layer, plan_module.PROGRESS_FROM_BYTES if large else 1000)
     done = []
-    for _ in range(3):
+    for layer in layers:
         plan.layer_started()
-        done.append(plan.layer_finished())
+        done.append(plan.layer_finished(layer))
     assert done == [False, False, True]
     assert ("Preparing weights" in capsys.readouterr().err) == large
 

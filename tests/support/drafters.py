@@ -9,6 +9,7 @@ token after the next: with the target's head, every draft is wrong.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,10 +22,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tests.support.model_loading import LoadedModel, loaded, plain_attention
+from tests.support.synthetic import Model, Quant, random_weight
 from tests.support.table_models import Bits, TableModel, compress, write
+from vllm.compressed_linear.integration.preparation import PROCESS_PLAN
 
 HIDDEN, VOCABULARY, HOUR = 128, 512, 8
 """Tokens of one hour follow each other in a circle."""
+Meanings = dict[str, torch.Tensor]
 FOUR_BITS, EIGHT_BITS = Bits(4, 32), Bits(8)
 
 
@@ -63,21 +67,26 @@ def write_clock(path: Path, model: TableModel) -> None:
 
 @dataclass(frozen=True)
 class Eagle3:
-    """An Eagle3 drafter of the clock. None leaves linears or the head unquantized. ``own_head``,
+    """An Eagle3 drafter of the clock. None leaves linears, head or table unquantized. ``own_head``,
     ``own_table``: whether its file has them. ``tells``: how far its head sees. ``tokens``: its
     reduced vocabulary.
 
-    ``layer``: name of its layer on disk; ``named``: whether the configuration names each module.
+    ``layer``: name of its layer on disk. ``targets``: what the configuration selects its linears
+    by. ``gptq``: how the linears are quantized, with random codes, instead of ``linear``;
+    ``dynamic``: its rules, and the Quant for linears of other bits.
     """
 
     linear: Bits | None = FOUR_BITS
     head: Bits | None = EIGHT_BITS
     own_head: bool = True
     own_table: bool = False
+    table: Bits | None = None
     tells: int = 2
     tokens: torch.Tensor | None = None
     layer: str = "midlayer"
-    named: bool = False
+    targets: tuple[str, ...] = ("Linear",)
+    gptq: Quant | None = None
+    dynamic: tuple[tuple[str, Quant], ...] = ()
     dtype: torch.dtype = torch.float32
 
     @property
@@ -126,17 +135,16 @@ def _network(drafter: Eagle3) -> nn.Module:
     return network.to(drafter.dtype)
 
 
-def _quantization(drafter: Eagle3, network: nn.Module) -> QuantizationConfig | None:
-    linears = [n for n, m in network.named_modules() if isinstance(m, nn.Linear)]
-    linears = [name for name in linears if name != "lm_head"]
+def _quantization(drafter: Eagle3) -> QuantizationConfig | None:
     groups = {}
-    if drafter.linear is not None:
-        scheme = drafter.linear.scheme("Linear")
-        scheme.targets = linears if drafter.named else ["Linear"]
-        groups["group_0"] = scheme
+    if drafter.linear is not None and drafter.gptq is None:
+        groups["group_0"] = drafter.linear.scheme("")
+        groups["group_0"].targets = list(drafter.targets)
     if drafter.head is not None and drafter.own_head:
         groups["group_1"] = drafter.head.scheme("re:.*lm_head")
-    if not groups:
+    if drafter.table is not None:
+        groups["group_2"] = drafter.table.scheme("Embedding")
+    if not groups or drafter.gptq is not None:
         return None
     return QuantizationConfig(
         config_groups=groups,
@@ -145,12 +153,35 @@ def _quantization(drafter: Eagle3, network: nn.Module) -> QuantizationConfig | N
     )
 
 
-def write_eagle3(path: Path, drafter: Eagle3) -> None:
-    """Write the drafter with the compressed-tensors library, under the names of published ones."""
+def _gptq(drafter: Eagle3, network: nn.Module) -> tuple[dict[str, torch.Tensor], Meanings]:
+    """Tensors of the quantized linears of ``network``, which are taken out of it."""
+    assert drafter.gptq is not None
+    generator = torch.Generator().manual_seed(4)
+    tensors, meanings = {}, {}
+    for name, linear in list(network.named_modules()):
+        if not isinstance(linear, nn.Linear) or name == "lm_head":
+            continue
+        others = (q for part, q in drafter.dynamic if re.fullmatch(part, name))
+        n, k = linear.weight.shape
+        order = torch.randperm(k, generator=generator) if drafter.gptq.act_order else None
+        stored, meanings[name] = random_weight(next(others, drafter.gptq), n, k, generator, order)
+        tensors |= {f"{name}.{key}": tensor for key, tensor in stored.items()}
+        del linear.weight
+    return tensors, meanings
+
+
+def write_eagle3(path: Path, drafter: Eagle3) -> Meanings:
+    """Write the drafter under the names of published ones, with the compressed-tensors library
+    unless it is GPTQ. Returns what its linears mean, by their names on disk."""
     network = _network(drafter)
-    quantization = _quantization(drafter, network)
-    compressor = None if quantization is None else compress(network, quantization)
-    tensors = {k: v.detach().contiguous().clone() for k, v in network.state_dict().items()}
+    quantization, compressor = _quantization(drafter), None
+    tensors: dict[str, torch.Tensor] = {}
+    meanings: Meanings = {}
+    if drafter.gptq is not None:
+        tensors, meanings = _gptq(drafter, network)
+    elif quantization is not None:
+        compressor = compress(network, quantization)
+    tensors |= {k: v.detach().contiguous().clone() for k, v in network.state_dict().items()}
     if drafter.tokens is not None:
         tensors["d2t"] = drafter.tokens - torch.arange(len(drafter.tokens))
         tensors["t2d"] = torch.isin(torch.arange(VOCABULARY), drafter.tokens)
@@ -167,9 +198,18 @@ def write_eagle3(path: Path, drafter: Eagle3) -> None:
             "dtype": drafter.dtype,
         }
     )
+    if drafter.gptq is not None:
+        rules = {rf"+:^{part}$": {"bits": q.bits} for part, q in drafter.dynamic}
+        found = Model(drafter.gptq).quantization_config() | {"dynamic": rules}
+        config.update({"quantization_config": found})
     config.save_pretrained(path)
     if compressor is not None:
         compressor.update_config(str(path))
+        compressor.decompress_model(network)
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear) and name not in meanings:
+            meanings[name] = module.weight.detach().float()
+    return meanings
 
 
 @contextmanager
@@ -187,6 +227,8 @@ def loaded_with_drafter(
         kind = DraftModelProposer if own.uses_draft_model() else EagleProposer
         proposer = kind(model.config, torch.device("cpu"))
         proposer.load_model(model.model)
+        for plan in PROCESS_PLAN.drafters.values():
+            assert not plan.pending, "a layer of the drafter was announced and never prepared"
         yield model, proposer
 
 

@@ -55,7 +55,7 @@ class TableModel:
     tied: bool = True
     table: Bits | None = Bits(8)
     head: Bits | None = None
-    linear: Bits = Bits(4, 32)
+    linear: Bits | None = Bits(4, 32)
     vocabulary: int = 512
     dtype: torch.dtype = torch.float32
     seed: int = 0
@@ -88,7 +88,9 @@ def write(
     network = AutoModelForCausalLM.from_config(config, dtype=model.dtype).eval()
     with torch.no_grad():
         set_weights(network)
-    groups = {"group_0": model.linear.scheme("Linear")}
+    groups = {}
+    if model.linear is not None:
+        groups["group_0"] = model.linear.scheme("Linear")
     if model.table is not None:
         groups["group_1"] = model.table.scheme("Embedding")
     if model.head is not None:

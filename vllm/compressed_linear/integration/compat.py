@@ -18,6 +18,7 @@ import torch
 
 from vllm.compressed_linear import settings
 from vllm.compressed_linear.backends.vllm_native.classes import process
+from vllm.compressed_linear.integration import compat_loading
 from vllm.compressed_linear.spec.elements import dtype_name
 
 SUPPORTED = ((0, 32), (0, 34))
@@ -102,6 +103,9 @@ def loads_dummy_weights() -> bool:
     """Whether the model is being built with ``--load-format dummy``."""
     from vllm.config import get_current_vllm_config_or_none
 
+    loading = compat_loading.being_loaded()
+    if loading is not None:  # a drafter may have a load format of its own
+        return str(loading.load_config.load_format) == "dummy"
     config = get_current_vllm_config_or_none()
     return config is not None and str(config.load_config.load_format) == "dummy"
 
@@ -110,6 +114,9 @@ def model_name() -> str:
     """The model that is being built, as named by the user; empty without a current vLLM config."""
     from vllm.config import get_current_vllm_config_or_none
 
+    loading = compat_loading.being_loaded()
+    if loading is not None:
+        return str(loading.model_config.model)
     config = get_current_vllm_config_or_none()
     return str(getattr(getattr(config, "model_config", None), "model", ""))
 

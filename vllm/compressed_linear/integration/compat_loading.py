@@ -21,6 +21,25 @@ class Loading:
     load_weights: Callable[[], None]
 
 
+@dataclass
+class BeingLoaded:
+    """The model that vLLM builds and loads now, in this process: the drafter while a target's
+    drafter is loaded. ``model``: None while it is built."""
+
+    vllm_config: Any
+    model_config: Any
+    load_config: Any
+    model: Any = None
+
+
+_BEING_LOADED: list[BeingLoaded] = []
+
+
+def being_loaded() -> BeingLoaded | None:
+    """None outside of vLLM's loaders."""
+    return _BEING_LOADED[-1] if _BEING_LOADED else None
+
+
 Around = Callable[[Loading], None]
 """Called for each model that is loaded; has to call ``load_weights``."""
 
@@ -44,12 +63,16 @@ def call_around_loading(around: Around) -> None:
         own = self.load_weights
 
         def load_weights(model: Any, config: Any) -> None:
+            loading.model = model
             around(Loading(model, config, vllm_config, lambda: own(model, config)))
 
         self.load_weights = load_weights
+        loading = BeingLoaded(vllm_config, model_config, self.load_config)
+        _BEING_LOADED.append(loading)
         try:
             return original(self, vllm_config, model_config, *args, **kwargs)
         finally:
+            _BEING_LOADED.pop()
             del self.load_weights
 
     load_model.compressed_linear = True  # type: ignore[attr-defined]

@@ -47,11 +47,12 @@ def load_and_check(loading: Loading) -> None:
     configs = [
         config
         for config in compat_loading.quantization_configs(model, loading.vllm_config)
-        if isinstance(config, CompressedLinearConfig)
+        if isinstance(config, CompressedLinearConfig) and config.describes_model_being_built()
     ]
     if not configs:
         loading.load_weights()
         return
+    configs[0].name_table()
     moved = ask_for_all(model, configs[0])
     superseded = configs[0].superseded()
     _report(superseded.findings())

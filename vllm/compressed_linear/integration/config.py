@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
@@ -41,6 +41,7 @@ from vllm.compressed_linear.formats.resolution import (
 )
 from vllm.compressed_linear.integration import compat
 from vllm.compressed_linear.integration.delegation import Delegation
+from vllm.compressed_linear.integration.drafter import Drafter, drafter_being_built
 from vllm.compressed_linear.integration.embedding import (
     CompressedEmbeddingMethod,
     CompressedUnquantizedEmbeddingMethod,
@@ -68,6 +69,8 @@ class CompressedLinearConfig(QuantizationConfig):
     for the engine's process.
     """
 
+    packed_modules_mapping: dict[str, list[str]]
+
     _ignore_unexpected_suffixes = ("",)
     """vLLM's loader does not stop at tensors that have no place in the model, whatever they are
     called: what is left over on either side is reported once all is loaded (``completeness``)."""
@@ -80,6 +83,8 @@ class CompressedLinearConfig(QuantizationConfig):
         self._settings: Settings | None = None
         self._reorders_rows: compat.RowReordering | None = None
         self._asked: dict[str, LayerKind | None] = {}
+        self._checkpoint = ""
+        self._of_drafters: dict[str, Any] = {}
         self._use(parse({}) if found is None else found, FileView())
 
     def _use(self, found: Format, file: FileView) -> None:
@@ -102,7 +107,9 @@ class CompressedLinearConfig(QuantizationConfig):
 
     @property
     def _plan(self) -> Plan:
-        return PROCESS_PLAN if self.plan is None else self.plan
+        plan = PROCESS_PLAN if self.plan is None else self.plan
+        drafter = drafter_being_built()
+        return plan if drafter is None else plan.drafter(drafter.model)
 
     @property
     def kv_cache_scheme(self) -> dict[str, Any] | None:
@@ -136,6 +143,18 @@ class CompressedLinearConfig(QuantizationConfig):
             ):
                 plain.add(f"{self.file.names_of(module)[-1]}.weight")
         return Superseded(headers.copies, frozenset(plain))
+
+    def describes_model_being_built(self) -> bool:
+        """Whether this is the config of the checkpoint that vLLM loads now: a drafter may have one
+        of its own."""
+        drafter = drafter_being_built()
+        return drafter is None or self._checkpoint in ("", drafter.model)
+
+    def name_table(self) -> None:
+        """Give a drafter's table, which may be built without asking this config, vLLM's name."""
+        drafter = drafter_being_built()
+        if drafter is not None and not drafter.is_draft_model:
+            self.file = drafter.named(self.file, "model", ["embed_tokens"], self._asked)
 
     # vLLM's interface.
 
@@ -181,6 +200,7 @@ class CompressedLinearConfig(QuantizationConfig):
     ) -> None:
         """Read the headers of a checkpoint, local or on the hub, and the separate configuration
         file of tools that write one."""
+        self._checkpoint = model_name
         headers = read_headers(model_name)
         if headers is None and (listed := compat.hub_tensors(model_name, revision)):
             headers = headers_of(listed, model_name)
@@ -201,6 +221,9 @@ class CompressedLinearConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         prefix = prefix.strip(".")  # some models prepend the dot of an empty prefix
+        drafter = drafter_being_built()
+        if drafter is not None and not self.describes_model_being_built():
+            return self._method_of_drafter(drafter, layer, prefix)
         if isinstance(layer, ParallelLMHead):
             kind = LayerKind.HEAD
         elif isinstance(layer, VocabParallelEmbedding):
@@ -213,10 +236,19 @@ class CompressedLinearConfig(QuantizationConfig):
             return self._delegate(layer, prefix, f"{type(layer).__name__} is not a linear layer")
         if kind is LayerKind.EMBEDDING and not prefix:
             prefix = self.file.only_table()
+        if drafter is not None and not drafter.is_draft_model:
+            if kind is not LayerKind.LINEAR and not self.file.may_have(prefix):
+                return None  # it takes its target's
+            if not self.packed_modules_mapping:
+                self.packed_modules_mapping = drafter.packed_modules(self.file)
         if self.file.packed is not self.packed_modules_mapping:
             # By reference: some models update their mapping while they are built.
             self.file = replace(self.file, packed=self.packed_modules_mapping)
         names = shard_names(prefix, self.packed_modules_mapping)
+        if drafter is not None:
+            members = [name.rpartition(".")[2] for name in names]
+            parent = prefix.rpartition(".")[0]
+            self.file = drafter.named(self.file, parent, members, self._asked)
         resolved = [(name, self.resolve(name, kind)) for name in names]
         if kind is LayerKind.HEAD and not self.file.may_have(prefix):
             resolved = [(name, Unquantized("tied to the embedding table")) for name in names]
@@ -240,6 +272,20 @@ class CompressedLinearConfig(QuantizationConfig):
         if kind is not LayerKind.LINEAR:
             return CompressedUnquantizedEmbeddingMethod(prefix, self.model)
         return CompressedUnquantizedLinearMethod(prefix, self.model)
+
+    def _method_of_drafter(
+        self, drafter: Drafter, layer: torch.nn.Module, prefix: str
+    ) -> QuantizeMethodBase | None:
+        """vLLM asks the target's config for a layer of a drafter that has a checkpoint of its own:
+        what that checkpoint's config says."""
+        if drafter.model not in self._of_drafters:
+            self._of_drafters[drafter.model] = drafter.own_config()
+        own = self._of_drafters[drafter.model]
+        if own is None:
+            return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+        own.packed_modules_mapping = dict(self.packed_modules_mapping)
+        method: QuantizeMethodBase | None = own.get_quant_method(layer, prefix)
+        return method
 
     def _delegate(
         self, layer: torch.nn.Module, prefix: str, reason: str
@@ -283,6 +329,4 @@ class CompressedLinearConfig(QuantizationConfig):
         return not all(isinstance(resolution, Unquantized) for resolution in resolved)
 
     def _vllm_unquantized(self, kind: LayerKind) -> QuantizeMethodBase | None:
-        from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-
         return UnquantizedLinearMethod() if kind is LayerKind.LINEAR else None

@@ -125,14 +125,14 @@ class CompressedUnquantizedEmbeddingMethod(DenseMethod, UnquantizedEmbeddingMeth
         super().create_weights(layer, *args, **kwargs)
         self.reader = compat.reader_of_tables()
         self.announced = isinstance(layer, ParallelLMHead)
-        if not self.announced:  # counted by the head, tied or not
-            self.model.plan.withdraw(layer.weight.nbytes)
+        if not self.announced:  # until a head is tied to it
+            self.model.plan.withdraw(layer)
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
         """Tie the head ``layer`` to the table. Returns the layer to be used as the head."""
         method = embed_tokens.quant_method
         if isinstance(method, CompressedEmbeddingMethod):
-            self.model.plan.withdraw(layer.weight.nbytes)
+            self.model.plan.withdraw(layer)
             del layer.weight
             layer.quant_method = TiedHeadMethod(embed_tokens)
             method.heads.add(layer, self.prefix)
@@ -148,8 +148,8 @@ class CompressedUnquantizedEmbeddingMethod(DenseMethod, UnquantizedEmbeddingMeth
             method.reader, method.dummy = self.reader, self.dummy
             embed_tokens.quant_method = method
         if isinstance(method, CompressedUnquantizedEmbeddingMethod):
-            if method.heads.layers:  # one head is enough for the table
-                self.model.plan.withdraw(layer.weight.nbytes)
+            self.model.plan.withdraw(layer)
+            self.model.plan.expect(embed_tokens, layer.weight.nbytes)
             method.heads.add(layer, self.prefix)
             self.table = embed_tokens
         return layer
@@ -185,7 +185,7 @@ class CompressedUnquantizedEmbeddingMethod(DenseMethod, UnquantizedEmbeddingMeth
             return
         UnquantizedEmbeddingMethod.process_weights_after_loading(self, layer)
         if self.announced:  # embedding models wrap their head in a layer of another type
-            self.model.layer_finished()
+            self.model.layer_finished(layer)
 
     def context(self, layer: Any) -> LayerContext:
         lookup = bool(self.heads.layers) and not self.reader

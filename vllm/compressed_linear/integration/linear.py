@@ -104,7 +104,7 @@ class CompressedLinearMethod(ReloadedMethod, LinearMethodBase):
         for name, parameter in parameters.items():
             layer.register_parameter(name, parameter)
         self.tensor_names = list(parameters)
-        self.model.plan.expect(sum(p.nbytes for p in parameters.values()))
+        self.model.plan.expect(layer, sum(p.nbytes for p in parameters.values()))
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Describe, select, prepare, check; then free the checkpoint's tensors."""
@@ -216,14 +216,14 @@ class DenseMethod(ReloadedMethod):
     def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
         super().create_weights(layer, *args, **kwargs)  # type: ignore[misc]
         self.dummy = compat.loads_dummy_weights()
-        self.model.plan.expect(layer.weight.nbytes)
+        self.model.plan.expect(layer, layer.weight.nbytes)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         if self.prepared is not None and layer.weight.numel() == 0:
             return
         if layer.weight.is_meta or not self.could_take(layer):
             super().process_weights_after_loading(layer)  # type: ignore[misc]
-            self.model.layer_finished()
+            self.model.layer_finished(layer)
             return
         self.prepared = self.prepare(layer)
         self.drop_weight(layer)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
-from weakref import ref
+from weakref import finalize, ref
 
 import torch
 from torch.nn import Parameter
@@ -20,7 +20,7 @@ from vllm.compressed_linear.backends import measurements
 from vllm.compressed_linear.checkpoint.describe import LayerContext
 from vllm.compressed_linear.checkpoint.shard import LoadedShard
 from vllm.compressed_linear.formats.resolution import LayerKind
-from vllm.compressed_linear.integration import compat
+from vllm.compressed_linear.integration import compat, compat_loading
 from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.prepare.cache.store import PreparedCache
 from vllm.compressed_linear.prepare.layer import Executor, prepare, run, settle_lookup
@@ -153,7 +153,11 @@ class ModelPreparation:
         )
         prepared = Prepared(layer, parts)
         if earlier is None:
-            self.layer_finished()
+            self.layer_finished(layer)
+            loading = compat_loading.being_loaded()
+            if loading is not None and loading.model is not None and self.plan.target is not None:
+                self.plan.owner = ref(loading.model)
+                finalize(layer, self.plan.remove, name).atexit = False
         return prepared
 
     def settle_lookup(
@@ -162,10 +166,10 @@ class ModelPreparation:
         """``context`` without ``lookup`` if the best backend does not support it."""
         return settle_lookup(name, shards, context, detect_platform(), self.settings)
 
-    def layer_finished(self) -> None:
+    def layer_finished(self, layer: Any) -> None:
         """Count one finished layer; after the last one log the choices, once for each process."""
         plan = self.plan
-        if not plan.layer_finished():
+        if not plan.layer_finished(layer):
             return
         plan.rank, size = compat.tensor_parallel_rank()
         where = f"rank {plan.rank}: " if size > 1 else ""

@@ -120,7 +120,7 @@ def _ask(model: Any, name: str, layer: Any, config: CompressedLinearConfig) -> N
         if not isinstance(method, CompressedEmbeddingMethod):
             raise _never_asked(model, name, layer, config)
         if isinstance(head.quant_method, CompressedUnquantizedEmbeddingMethod):
-            method.model.plan.withdraw(weight.nbytes)
+            method.model.plan.withdraw(head)
         del head.weight
         head.quant_method = TiedHeadMethod(layer)
         method.heads.add(head, path)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 from tqdm.auto import tqdm
 
@@ -69,41 +70,69 @@ def rejections(selection: Selection) -> tuple[Rejection, ...]:
 
 @dataclass
 class Plan:
-    """Entries in the order layers were prepared. ``platform``: for which they were chosen."""
+    """The layers of one model, in the order in which they were prepared, and plans of its drafters.
 
+    ``model``: name of a drafter; empty in the plan of a target, which writes the file and has the
+    fingerprint for all of them. ``platform``: for which they were chosen. ``owner``: the
+    model itself. ``pending``: layers that are not prepared yet, with their bytes in the checkpoint;
+    without those that vLLM drops, as some classes build layers in place of their base's.
+    """
+
+    model: str = ""
+    target: Plan | None = None
+    drafters: dict[str, Plan] = field(default_factory=dict)
     entries: dict[tuple[str, int], PlanEntry] = field(default_factory=dict)
-    expected: int = 0
     prepared: int = 0
-    expected_bytes: int = 0
     started: float = 0.0
     plan_file: str = ""
     rank: int = 0
     platform: Platform | None = None
+    owner: ref[Any] | None = None
+    pending: WeakKeyDictionary[Any, int] = field(default_factory=WeakKeyDictionary)
     _progress: Any = None
 
-    def expect(self, nbytes: int) -> None:
-        """A layer of ``nbytes`` in the checkpoint will be prepared."""
-        self.expected += 1
-        self.expected_bytes += nbytes
+    def drafter(self, model: str) -> Plan:
+        """The plan of this model's drafter ``model``."""
+        return self.drafters.setdefault(model, Plan(model, self))
 
-    def withdraw(self, nbytes: int) -> None:
-        """An expected layer of ``nbytes`` is not prepared: it is tied to another."""
-        self.expected -= 1
-        self.expected_bytes -= nbytes
+    @property
+    def expected(self) -> int:
+        """Number of the layers that are prepared or will be."""
+        return self.prepared + len(self.pending)
+
+    def expect(self, layer: Any, nbytes: int) -> None:
+        """``layer``, of ``nbytes`` in the checkpoint, will be prepared."""
+        self.pending[layer] = nbytes
+
+    def withdraw(self, layer: Any) -> None:
+        """``layer`` will not be prepared: it is tied to another."""
+        self.pending.pop(layer, None)
 
     def add(self, entry: PlanEntry, part: int = 0) -> None:
         """Record what runs (part ``part`` of) a layer; a reload replaces the entry."""
         self.entries[(entry.name, part)] = entry
 
+    def remove(self, name: str) -> None:
+        """The prepared layer ``name`` is gone. If its model, a drafter, is still there, vLLM uses
+        the target's layer in its place."""
+        target = self.target
+        if target is None or target.drafters.get(self.model) is not self:
+            return
+        if self.owner is not None and self.owner() is not None:
+            for key in [key for key in self.entries if key[0] == name]:
+                del self.entries[key]
+            self.write()
+
     def layer_started(self) -> None:
         """Called before a layer is prepared; opens the progress bar of a large model."""
         if not self.prepared and self._progress is None:
             self.started = time.perf_counter()
-            if self.expected_bytes >= PROGRESS_FROM_BYTES:
+            if sum(self.pending.values()) >= PROGRESS_FROM_BYTES:
                 self._progress = tqdm(total=self.expected, desc="Preparing weights", unit="layer")
 
-    def layer_finished(self) -> bool:
-        """Called after a layer is prepared; returns whether it was the last expected one."""
+    def layer_finished(self, layer: Any) -> bool:
+        """Called after ``layer`` is prepared; returns whether it was the last expected one."""
+        self.pending.pop(layer, None)
         self.prepared += 1
         if self._progress is not None:
             self._progress.update()
@@ -114,11 +143,12 @@ class Plan:
         return done
 
     def fingerprint(self) -> str:
-        """Hash of name, backend, code path and descriptor of every entry."""
-        text = json.dumps(
-            [(e.name, e.backend, e.variant, e.descriptor) for e in self.entries.values()]
-        )
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        """Hash of name, backend, code path and descriptor of every entry, drafters' included."""
+        return hashlib.sha256(json.dumps(self._identity()).encode()).hexdigest()[:16]
+
+    def _identity(self) -> list[Any]:
+        own = [(e.name, e.backend, e.variant, e.descriptor) for e in self.entries.values()]
+        return own + [(plan.model, plan._identity()) for plan in self.drafters.values()]
 
     def summary(self) -> str:
         """One line: how many layers each backend runs."""
@@ -129,9 +159,10 @@ class Plan:
         parts = ", ".join(f"{n} on {name}" for name, n in counts.most_common())
         cached = Counter(entry.cache for entry in self.entries.values())
         found = f", {cached[CACHE_HIT]} from the cache" if cached.keys() - {""} else ""
+        whose = f"drafter {self.model}: " if self.model else ""
         return (
-            f"{len(self.entries)} layers: {parts}; {before / 2**20:.1f} MiB of weights became "
-            f"{after / 2**20:.1f} MiB in {seconds:.2f} s{found}"
+            f"{whose}{len(self.entries)} layers: {parts}; {before / 2**20:.1f} MiB of weights "
+            f"became {after / 2**20:.1f} MiB in {seconds:.2f} s{found}"
         )
 
     def slow_layers(self) -> list[PlanEntry]:
@@ -157,10 +188,19 @@ class Plan:
             "machine": _machine(self.platform),
             "fingerprint": self.fingerprint(),
             "layers": [asdict(entry) for entry in self.entries.values()],
+            "drafters": [
+                {"model": name, "layers": [asdict(entry) for entry in plan.entries.values()]}
+                for name, plan in self.drafters.items()
+            ],
         }
 
     def write(self) -> None:
         """Write the plan file, if requested; ranks above 0 append their number to the name."""
+        if self.target is not None:
+            self.target.plan_file = self.plan_file or self.target.plan_file
+            self.target.rank = self.rank
+            self.target.write()
+            return
         if not self.plan_file:
             return
         path = Path(self.plan_file)
