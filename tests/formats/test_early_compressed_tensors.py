@@ -65,7 +65,8 @@ def read(
         (refined,) = refine([shard], CONTEXT)
         got = refined.weights.dequantize(0, len(own))
         torch.testing.assert_close(got, own, rtol=0, atol=0)
-        assert (refined.descriptor.weight.zero is None) == bool(scheme.symmetric)
+        symmetric = scheme.symmetric or scheme.weight.zero is None
+        assert (refined.descriptor.weight.zero is None) == bool(symmetric)
     return scheme
 
 
@@ -131,3 +132,20 @@ def test_zero_points_that_cannot_be(
     assert isinstance(resolved, CheckpointScheme)
     with pytest.raises(CheckpointError, match=saying(f"{NAME}.weight_zero_point", *complaint)):
         refine([load(source_of(NAME, resolved, N, K), tensors)], CONTEXT)
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("order", [None, "weight", "group"])
+def test_an_order_of_channels_counts_whatever_the_configuration_says(
+    order: str | None, known: bool, tmp_path: Path
+) -> None:
+    """``-1`` throughout is how the library writes that there is none."""
+    tensors, values, scale = file(4, 64)
+    settings = config(4, 64, symmetric=True)
+    settings["config_groups"]["group_0"]["weights"]["actorder"] = order
+    tensors[f"{NAME}.weight_g_idx"] = torch.full((K,), -1, dtype=torch.int32)
+    read(settings, tensors, tmp_path if known else None, values.float() * scale)
+    index = torch.arange(K)[torch.randperm(K, generator=torch.Generator().manual_seed(2))] // 64
+    tensors[f"{NAME}.weight_g_idx"] = index.to(torch.int32)
+    expected = values.float() * tensors[f"{NAME}.weight_scale"][:, index]
+    read(settings, tensors, tmp_path if known else None, expected)

@@ -171,7 +171,8 @@ class Group:
             self.bits,
             self.group_size,
             symmetric=self.symmetric,
-            group_index=self.group_index,
+            # Whatever the configuration says, an order that is there counts.
+            group_index=self.group_index or stored is None or "weight_g_idx" in stored,
             dense_first=self.dense_first,
             zeros=zeros,
         )
