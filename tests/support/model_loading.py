@@ -88,6 +88,7 @@ def loaded(path: Path, dtype: str = "float32", **options: Any) -> Iterator[Loade
     with set_current_vllm_config(config):
         model = get_model(vllm_config=config)
         # Else the plan is never written, and nothing says what was chosen.
+        assert not PROCESS_PLAN.is_open, "vLLM processed no model"
         assert PROCESS_PLAN.prepared == PROCESS_PLAN.expected, (
             "a layer was announced and never prepared"
         )

@@ -52,6 +52,7 @@ from vllm.compressed_linear.integration.linear import (
 )
 from vllm.compressed_linear.integration.preparation import PROCESS_PLAN, ModelPreparation
 from vllm.compressed_linear.integration.reload import guard_reloads
+from vllm.compressed_linear.integration.whole_model import watch_models
 from vllm.compressed_linear.prepare.plan import Plan
 from vllm.compressed_linear.settings import Settings
 from vllm.compressed_linear.spec.scheme import CheckpointScheme
@@ -102,7 +103,6 @@ class CompressedLinearConfig(QuantizationConfig):
     @property
     def model(self) -> ModelPreparation:
         """State that the methods of all layers share."""
-        guard_reloads()
         return ModelPreparation(self.settings, self._plan)
 
     @property
@@ -220,6 +220,7 @@ class CompressedLinearConfig(QuantizationConfig):
         return WeightsMapper(orig_to_new_regex={regex.compile(r"\.experts\..*\.g_idx$"): None})
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        self._announce()
         prefix = prefix.strip(".")  # some models prepend the dot of an empty prefix
         drafter = drafter_being_built()
         if drafter is not None and not self.describes_model_being_built():
@@ -286,6 +287,13 @@ class CompressedLinearConfig(QuantizationConfig):
         own.packed_modules_mapping = dict(self.packed_modules_mapping)
         method: QuantizeMethodBase | None = own.get_quant_method(layer, prefix)
         return method
+
+    def _announce(self) -> None:
+        """A model of this config is being built in this process."""
+        if self.plan is None:
+            watch_models()
+            guard_reloads()
+            self._plan.open(self.settings.plan_file)
 
     def _delegate(
         self, layer: torch.nn.Module, prefix: str, reason: str

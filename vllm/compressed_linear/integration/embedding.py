@@ -8,7 +8,7 @@ and for products. The natural weight of an unquantized table is freed unless vLL
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -43,6 +43,15 @@ class TiedHeads:
         self.layers.append(layer)
         self.names.append(name)
 
+    def keep(self, layers: Set[torch.nn.Module]) -> None:
+        """Forget heads that are not among ``layers``: pooling models drop theirs."""
+        kept = [
+            (layer, name)
+            for layer, name in zip(self.layers, self.names, strict=True)
+            if layer in layers
+        ]
+        self.layers, self.names = [layer for layer, _ in kept], [name for _, name in kept]
+
     @property
     def plan_name(self) -> str:
         """Name of the shared copy in the plan: that of the head, which dominates the time."""
@@ -59,6 +68,9 @@ class CompressedEmbeddingMethod(CompressedLinearMethod):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.heads = TiedHeads(self.prefix)
+
+    def settle(self, layers: Set[torch.nn.Module]) -> None:
+        self.heads.keep(layers)
 
     def context(self, layer: Any) -> LayerContext:
         return replace(self.heads.context(layer, self.params_dtype), lookup=True)
@@ -119,20 +131,15 @@ class CompressedUnquantizedEmbeddingMethod(DenseMethod, UnquantizedEmbeddingMeth
         self.heads = TiedHeads(prefix)
         self.table: Any = None
         self.reader = ""
-        self.announced = False
 
     def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
         super().create_weights(layer, *args, **kwargs)
         self.reader = compat.reader_of_tables()
-        self.announced = isinstance(layer, ParallelLMHead)
-        if not self.announced:  # until a head is tied to it
-            self.model.plan.withdraw(layer)
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
         """Tie the head ``layer`` to the table. Returns the layer to be used as the head."""
         method = embed_tokens.quant_method
         if isinstance(method, CompressedEmbeddingMethod):
-            self.model.plan.withdraw(layer)
             del layer.weight
             layer.quant_method = TiedHeadMethod(embed_tokens)
             method.heads.add(layer, self.prefix)
@@ -148,11 +155,12 @@ class CompressedUnquantizedEmbeddingMethod(DenseMethod, UnquantizedEmbeddingMeth
             method.reader, method.dummy = self.reader, self.dummy
             embed_tokens.quant_method = method
         if isinstance(method, CompressedUnquantizedEmbeddingMethod):
-            self.model.plan.withdraw(layer)
-            self.model.plan.expect(embed_tokens, layer.weight.nbytes)
             method.heads.add(layer, self.prefix)
             self.table = embed_tokens
         return layer
+
+    def settle(self, layers: Set[torch.nn.Module]) -> None:
+        self.heads.keep(layers)
 
     def absent(self, layer: Any, arrived: Sequence[tuple[str, Any]]) -> str:
         return "" if self.table is not None else super().absent(layer, arrived)
@@ -184,8 +192,6 @@ class CompressedUnquantizedEmbeddingMethod(DenseMethod, UnquantizedEmbeddingMeth
             super().process_weights_after_loading(layer)
             return
         UnquantizedEmbeddingMethod.process_weights_after_loading(self, layer)
-        if self.announced:  # embedding models wrap their head in a layer of another type
-            self.model.layer_finished(layer)
 
     def context(self, layer: Any) -> LayerContext:
         lookup = bool(self.heads.layers) and not self.reader

@@ -26,9 +26,9 @@ from vllm.compressed_linear.checkpoint.shard import ShardSource, dense_shard
 from vllm.compressed_linear.formats.resolution import LayerKind, Unquantized
 from vllm.compressed_linear.integration import compat
 from vllm.compressed_linear.integration.preparation import HeldWeight, ModelPreparation, Prepared
-from vllm.compressed_linear.integration.reload import ReloadedMethod
 from vllm.compressed_linear.integration.sharding import shard_geometry
 from vllm.compressed_linear.integration.stand_in import StandIn
+from vllm.compressed_linear.integration.whole_model import OurMethod
 from vllm.compressed_linear.spec.elements import dtype_name
 from vllm.compressed_linear.spec.scheme import CheckpointScheme, dense_scheme
 
@@ -48,7 +48,7 @@ def layer_context(layer: Any, params_dtype: torch.dtype) -> LayerContext:
     )
 
 
-class CompressedLinearMethod(ReloadedMethod, LinearMethodBase):
+class CompressedLinearMethod(OurMethod, LinearMethodBase):
     """Linear layer or output head of which at least one shard is quantized.
 
     ``schemes``: for each logical weight of the layer, its name in the checkpoint and its
@@ -104,7 +104,10 @@ class CompressedLinearMethod(ReloadedMethod, LinearMethodBase):
         for name, parameter in parameters.items():
             layer.register_parameter(name, parameter)
         self.tensor_names = list(parameters)
-        self.model.plan.expect(layer, sum(p.nbytes for p in parameters.values()))
+
+    def waiting(self, layer: Any) -> list[torch.Tensor]:
+        tensors = [getattr(layer, name, None) for name in self.tensor_names]
+        return [tensor for tensor in tensors if isinstance(tensor, CheckpointParameter)]
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Describe, select, prepare, check; then free the checkpoint's tensors."""
@@ -187,7 +190,7 @@ def is_plain_matrix(layer: Any) -> bool:
     )
 
 
-class DenseMethod(ReloadedMethod):
+class DenseMethod(OurMethod):
     """Mixin of our methods for unquantized weights, whose base classes are vLLM's.
 
     ``could_take``: whether our kernels can run a layer; all others are left to vLLM.
@@ -216,14 +219,18 @@ class DenseMethod(ReloadedMethod):
     def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
         super().create_weights(layer, *args, **kwargs)  # type: ignore[misc]
         self.dummy = compat.loads_dummy_weights()
-        self.model.plan.expect(layer, layer.weight.nbytes)
+
+    def waiting(self, layer: Any) -> list[torch.Tensor]:
+        empty = self.prepared is not None and layer.weight.numel() == 0
+        if empty or layer.weight.is_meta or not self.could_take(layer):
+            return []
+        return [layer.weight]
 
     def process_weights_after_loading(self, layer: Any) -> None:
         if self.prepared is not None and layer.weight.numel() == 0:
             return
         if layer.weight.is_meta or not self.could_take(layer):
             super().process_weights_after_loading(layer)  # type: ignore[misc]
-            self.model.layer_finished(layer)
             return
         self.prepared = self.prepare(layer)
         self.drop_weight(layer)

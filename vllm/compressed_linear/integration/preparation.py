@@ -143,9 +143,6 @@ class ModelPreparation:
         settings, kept = self.settings, None
         if not dummy and settings.cache:
             kept = _opened_cache(settings.cache, compat.model_name())
-        if earlier is None:
-            self.plan.plan_file = settings.plan_file
-            self.plan.layer_started()
         pinned = () if earlier is None else earlier.executors
         self.plan.platform = platform = detect_platform()
         parts = prepare(
@@ -153,7 +150,7 @@ class ModelPreparation:
         )
         prepared = Prepared(layer, parts)
         if earlier is None:
-            self.layer_finished(layer)
+            self.plan.layer_finished()
             loading = compat_loading.being_loaded()
             if loading is not None and loading.model is not None and self.plan.target is not None:
                 self.plan.owner = ref(loading.model)
@@ -166,26 +163,27 @@ class ModelPreparation:
         """``context`` without ``lookup`` if the best backend does not support it."""
         return settle_lookup(name, shards, context, detect_platform(), self.settings)
 
-    def layer_finished(self, layer: Any) -> None:
-        """Count one finished layer; after the last one log the choices, once for each process."""
-        plan = self.plan
-        if not plan.layer_finished(layer):
-            return
-        plan.rank, size = compat.tensor_parallel_rank()
-        where = f"rank {plan.rank}: " if size > 1 else ""
-        logger.info("compressed_linear: %s%s", where, plan.summary())
-        if note := measurements.load(self.settings.tune_file, detect_platform()).note:
-            logger.warning("%s%s", where, note)
-        if size > 1:
-            for line in disagreements(compat.gather_from_ranks(plan.choices())):
-                logger.warning("Ranks run a layer on different backends: %s", line)
-        if slow := plan.slow_layers():
-            logger.warning(
-                "%d of them run on the reference backend, which dequantizes the whole weight to "
-                "fp32 for every call and is slow, because no other backend can: %s: %s. "
-                "VLLM_COMPRESSED_LINEAR_STRICT=1 refuses to start like this.",
-                len(slow),
-                slow[0].name,
-                "; ".join(f"{r.backend}: {', '.join(r.reasons)}" for r in slow[0].rejected),
-            )
+
+def report(plan: Plan, tune_file: str) -> None:
+    """Log the choices of the models that this process has loaded so far, and write the plan."""
+    plan.rank, size = compat.tensor_parallel_rank()
+    where = f"rank {plan.rank}: " if size > 1 else ""
+    logger.info("compressed_linear: %s%s", where, plan.summary())
+    if note := measurements.load(tune_file, detect_platform()).note:
+        logger.warning("%s%s", where, note)
+    if size > 1:
+        for line in disagreements(compat.gather_from_ranks(plan.choices())):
+            logger.warning("Ranks run a layer on different backends: %s", line)
+    if slow := plan.slow_layers():
+        logger.warning(
+            "%d of them run on the reference backend, which dequantizes the whole weight to "
+            "fp32 for every call and is slow, because no other backend can: %s: %s. "
+            "VLLM_COMPRESSED_LINEAR_STRICT=1 refuses to start like this.",
+            len(slow),
+            slow[0].name,
+            "; ".join(f"{r.backend}: {', '.join(r.reasons)}" for r in slow[0].rejected),
+        )
+    try:
         plan.write()
+    except OSError as error:
+        logger.warning("The plan was not written to %s: %s", plan.plan_file, error)

@@ -10,7 +10,7 @@ addresses.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
@@ -20,7 +20,8 @@ import torch
 
 from vllm.compressed_linear.checkpoint.parameter import CheckpointParameter
 from vllm.compressed_linear.checkpoint.shard import CheckpointError
-from vllm.compressed_linear.integration import compat, compat_reload
+from vllm.compressed_linear.integration import compat, compat_weights
+from vllm.compressed_linear.integration.whole_model import is_ours, method_of
 from vllm.compressed_linear.machine import memory
 
 logger = compat.logger(__name__)
@@ -37,20 +38,11 @@ class ReloadRefusedError(ValueError):
     """New weights were refused; the model has its old ones."""
 
 
-class ReloadedMethod:
-    """Mixin of the quantization methods whose layers take part in a reload."""
-
-    def absent(self, layer: Any, arrived: Sequence[tuple[str, Any]]) -> str:
-        """The first tensor of ``layer`` that a whole checkpoint has and that has not ``arrived``;
-        empty if there is none. ``arrived``: name of the parameter and shard id of each load."""
-        return "" if arrived else ", ".join(layer._parameters)
-
-
 @cache
 def guard_reloads() -> None:
     """Make reloads of our models complete or without effect, in this process."""
-    if compat_reload.wrap_reload(_initialize, _finalize, _reload_weights):
-        compat_reload.end_of_weight_update(_abandon)
+    if compat_weights.wrap_reload(_initialize, _finalize, _reload_weights):
+        compat_weights.end_of_weight_update(_abandon)
 
 
 class _Layer:
@@ -58,16 +50,15 @@ class _Layer:
 
     def __init__(self, layer: torch.nn.Module) -> None:
         self.layer = layer
-        self.record = compat_reload.LayerRecord(layer)
-        self.method = getattr(layer, "quant_method", None)
+        self.record = compat_weights.LayerRecord(layer)
         self.non_persistent = set(layer._non_persistent_buffers_set)
         # Methods keep more than tensors: executors, or handles of packed copies (oneDNN).
         self._attributes = [
             (owner, dict(vars(owner)))
-            for owner in (layer, self.method)
+            for owner in (layer, getattr(layer, "quant_method", None))
             if owner is not None and hasattr(owner, "__dict__")
         ]
-        self.tensors: compat_reload.Tensors | None = None
+        self.tensors: compat_weights.Tensors | None = None
         self.arrivals: list[tuple[str, Any]] = []
         self._written: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -83,7 +74,9 @@ class _Layer:
                 self._written.append((old, old.detach().clone()))
             elif isinstance(now, CheckpointParameter):
                 now.record.arrivals.clear()  # of a reload that was refused half way
-        if compat_reload.is_deferred_attention(self.layer):  # its scales are overwritten at the end
+        if compat_weights.is_deferred_attention(
+            self.layer
+        ):  # its scales are overwritten at the end
             self._written += [(old, old.detach().clone()) for old in parameters.values()]
 
     def give(self) -> None:
@@ -216,7 +209,7 @@ class Reload:
             record = layer.record
             if not record.is_open:
                 continue
-            if compat_reload.is_deferred_attention(layer.layer):
+            if compat_weights.is_deferred_attention(layer.layer):
                 layer.give()
             elif record.elements_loaded:
                 self._check_arrivals(layer)
@@ -240,9 +233,10 @@ class Reload:
     def _check_arrivals(self, layer: _Layer) -> None:
         """Raise ``CheckpointError`` for a tensor of one of our layers that has not arrived."""
         arrived = layer.arrived()
-        if not isinstance(layer.method, ReloadedMethod) or not (arrived or self.whole):
+        method = method_of(layer.layer)
+        if method is None or not (arrived or self.whole):
             return
-        if absent := layer.method.absent(layer.layer, arrived):
+        if absent := method.absent(layer.layer, arrived):
             raise CheckpointError(
                 f"{layer.name}: the new weights have no tensor {layer.name}.{absent}"
             )
@@ -279,13 +273,6 @@ class Reload:
         return ReloadRefusedError(f"Reload refused. {end}. {error}")
 
 
-def _ours(model: torch.nn.Module) -> bool:
-    return any(
-        isinstance(getattr(layer, "quant_method", None), ReloadedMethod)
-        for layer in model.modules()
-    )
-
-
 @contextmanager
 def _undone_on_error(model: torch.nn.Module) -> Iterator[None]:
     try:
@@ -305,7 +292,7 @@ def _initialize(original: Callable[..., Any], model: torch.nn.Module) -> None:
     reload = _OPEN.get(model)
     if reload is None or reload.layers:
         _abandon(model)  # a trainer began an update and died
-        if not _ours(model):
+        if not is_ours(model):
             original(model)
             return
         reload = _OPEN[model] = Reload(model, whole=False, every_rank=False)
@@ -335,10 +322,10 @@ def _reload_weights(
     is_checkpoint_format: bool,
 ) -> Any:
     """Wrapper of vLLM's ``reload_weights``."""
-    if not _ours(model):
+    if not is_ours(model):
         return original(vllm_config, model, weights_iterator, weights_path, is_checkpoint_format)
     _abandon(model)
-    source = compat_reload.named_source(vllm_config.model_config)
+    source = compat_weights.named_source(vllm_config.model_config)
     if is_checkpoint_format:
         _OPEN[model] = Reload(model, whole=weights_iterator is None, every_rank=True)
     try:

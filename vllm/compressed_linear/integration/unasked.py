@@ -17,7 +17,6 @@ from vllm.compressed_linear.integration import compat_loading
 from vllm.compressed_linear.integration.config import CompressedLinearConfig
 from vllm.compressed_linear.integration.embedding import (
     CompressedEmbeddingMethod,
-    CompressedUnquantizedEmbeddingMethod,
     TiedHeadMethod,
 )
 from vllm.compressed_linear.integration.linear import CompressedLinearMethod
@@ -119,8 +118,6 @@ def _ask(model: Any, name: str, layer: Any, config: CompressedLinearConfig) -> N
     for path, head in tied:
         if not isinstance(method, CompressedEmbeddingMethod):
             raise _never_asked(model, name, layer, config)
-        if isinstance(head.quant_method, CompressedUnquantizedEmbeddingMethod):
-            method.model.plan.withdraw(head)
         del head.weight
         head.quant_method = TiedHeadMethod(layer)
         method.heads.add(head, path)

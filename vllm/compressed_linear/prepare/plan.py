@@ -6,13 +6,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 from tqdm.auto import tqdm
 
@@ -74,39 +73,54 @@ class Plan:
 
     ``model``: name of a drafter; empty in the plan of a target, which writes the file and has the
     fingerprint for all of them. ``platform``: for which they were chosen. ``owner``: the
-    model itself. ``pending``: layers that are not prepared yet, with their bytes in the checkpoint;
-    without those that vLLM drops, as some classes build layers in place of their base's.
+    model itself. ``expected``: number of the layers that are prepared or about to be.
     """
 
     model: str = ""
     target: Plan | None = None
     drafters: dict[str, Plan] = field(default_factory=dict)
     entries: dict[tuple[str, int], PlanEntry] = field(default_factory=dict)
+    expected: int = 0
     prepared: int = 0
-    started: float = 0.0
     plan_file: str = ""
     rank: int = 0
     platform: Platform | None = None
     owner: ref[Any] | None = None
-    pending: WeakKeyDictionary[Any, int] = field(default_factory=WeakKeyDictionary)
+    is_open: bool = False
+    """Whether a model is being loaded, so that entries may come that nobody has reported."""
     _progress: Any = None
 
     def drafter(self, model: str) -> Plan:
         """The plan of this model's drafter ``model``."""
         return self.drafters.setdefault(model, Plan(model, self))
 
-    @property
-    def expected(self) -> int:
-        """Number of the layers that are prepared or will be."""
-        return self.prepared + len(self.pending)
+    def loading(self) -> list[Plan]:
+        """This plan and those of drafters, as far as a model of them is being loaded."""
+        return [plan for plan in (self, *self.drafters.values()) if plan.is_open]
 
-    def expect(self, layer: Any, nbytes: int) -> None:
-        """``layer``, of ``nbytes`` in the checkpoint, will be prepared."""
-        self.pending[layer] = nbytes
+    def open(self, plan_file: str) -> None:
+        """A model is being built. ``plan_file``: where to write the plan; empty for nowhere."""
+        self.is_open, self.plan_file = True, plan_file
 
-    def withdraw(self, layer: Any) -> None:
-        """``layer`` will not be prepared: it is tied to another."""
-        self.pending.pop(layer, None)
+    def begin(self, layers: int, nbytes: int) -> None:
+        """``layers`` layers of ``nbytes`` in the checkpoint are about to be prepared. Opens the
+        progress bar of a large model."""
+        self.expected += layers
+        if nbytes >= PROGRESS_FROM_BYTES:
+            self._progress = tqdm(total=layers, desc="Preparing weights", unit="layer")
+
+    def layer_finished(self) -> None:
+        """Called after a layer is prepared."""
+        self.prepared += 1
+        if self._progress is not None:
+            self._progress.update()
+
+    def end(self) -> None:
+        """No more layers come from this model, all prepared or not. Closes the progress bar."""
+        self.is_open = False
+        if self._progress is not None:
+            self._progress.close()
+            self._progress = None
 
     def add(self, entry: PlanEntry, part: int = 0) -> None:
         """Record what runs (part ``part`` of) a layer; a reload replaces the entry."""
@@ -122,25 +136,6 @@ class Plan:
             for key in [key for key in self.entries if key[0] == name]:
                 del self.entries[key]
             self.write()
-
-    def layer_started(self) -> None:
-        """Called before a layer is prepared; opens the progress bar of a large model."""
-        if not self.prepared and self._progress is None:
-            self.started = time.perf_counter()
-            if sum(self.pending.values()) >= PROGRESS_FROM_BYTES:
-                self._progress = tqdm(total=self.expected, desc="Preparing weights", unit="layer")
-
-    def layer_finished(self, layer: Any) -> bool:
-        """Called after ``layer`` is prepared; returns whether it was the last expected one."""
-        self.pending.pop(layer, None)
-        self.prepared += 1
-        if self._progress is not None:
-            self._progress.update()
-        done = self.prepared == self.expected
-        if done and self._progress is not None:
-            self._progress.close()
-            self._progress = None
-        return done
 
     def fingerprint(self) -> str:
         """Hash of name, backend, code path and descriptor of every entry, drafters' included."""

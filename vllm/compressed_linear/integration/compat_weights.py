@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Access to vLLM's layer-wise reload: its entry points and its record of each layer.
+"""Access to what vLLM does with the weights of a whole model: process them after loading, reload
+them layer by layer, save them.
 
-vLLM has no hook around a reload. Its functions are wrapped where they are bound by name, and only
-in a process that holds a model of ours.
+vLLM has no hooks around these. Its functions are wrapped where they are bound by name, and only in
+a process that builds a model of ours.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -36,6 +38,39 @@ def wrap_reload(
     _rebind(layerwise, "finalize_layerwise_reload", finalize, package)
     _rebind(inplace, "reload_weights", reload, inplace)
     return True
+
+
+def wrap_processing(process: Callable[..., Any]) -> None:
+    """Wrap vLLM's function that processes the layers of a model after loading. ``process`` gets the
+    original function, the model, and further arguments."""
+    from vllm.model_executor.model_loader import utils
+
+    _rebind(utils, "process_weights_after_loading", process, utils)
+
+
+def before_saving(check: Callable[[torch.nn.Module, str], None]) -> None:
+    """Call ``check`` with the model and the name of the form before vLLM saves the tensors of a
+    running model."""
+    from vllm.model_executor.model_loader import sharded_state_loader, tensorizer_loader
+
+    for form, loader in (
+        ("sharded state", sharded_state_loader.ShardedStateLoader),
+        ("tensorizer", tensorizer_loader.TensorizerLoader),
+    ):
+        _check_before_saving(loader, form, check)
+
+
+def _check_before_saving(
+    loader: Any, form: str, check: Callable[[torch.nn.Module, str], None]
+) -> None:
+    original = loader.save_model
+
+    @functools.wraps(original)
+    def save_model(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        check(model, form)
+        return original(model, *args, **kwargs)
+
+    loader.save_model = staticmethod(save_model)
 
 
 def _rebind(home: Any, name: str, wrapper: Callable[..., Any], public: Any) -> None:
