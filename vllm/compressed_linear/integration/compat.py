@@ -99,15 +99,26 @@ def hub_tensors(model: str, revision: str | None) -> Mapping[str, Mapping[str, A
         return {}
 
 
-def loads_dummy_weights() -> bool:
-    """Whether the model is being built with ``--load-format dummy``."""
+def load_format() -> str:
+    """``--load-format`` of the model that is being built; empty without a current vLLM config."""
     from vllm.config import get_current_vllm_config_or_none
 
     loading = compat_loading.being_loaded()
     if loading is not None:  # a drafter may have a load format of its own
         return str(loading.load_config.load_format) == "dummy"
     config = get_current_vllm_config_or_none()
-    return config is not None and str(config.load_config.load_format) == "dummy"
+    return "" if config is None else str(config.load_config.load_format)
+
+
+def loads_dummy_weights() -> bool:
+    """Whether the model is being built with ``--load-format dummy``."""
+    return load_format() == "dummy"
+
+
+RESTORING_FORMATS = ("sharded_state", "runai_streamer_sharded")
+"""Load formats that restore parameters as a running vLLM had them, by the names in the model."""
+UNPROCESSED_FORMATS = ("tensorizer",)
+"""Load formats whose loader does not process weights after loading."""
 
 
 def model_name() -> str:

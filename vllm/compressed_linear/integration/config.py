@@ -7,6 +7,7 @@ each module, and a view of the checkpoint's files, which has precedence over the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -265,6 +266,7 @@ class CompressedLinearConfig(QuantizationConfig):
             reason = f"{type(layer).__name__} has its own weight loader"
             return self._delegate(layer, prefix, reason)
         schemes = [(n, r) for n, r in resolved if not isinstance(r, Delegated)]
+        self._check_load_format(prefix, [r for _, r in schemes])
         if any(isinstance(r, CheckpointScheme) for _, r in schemes):
             method = (
                 CompressedEmbeddingMethod if kind is LayerKind.EMBEDDING else CompressedLinearMethod
@@ -302,6 +304,23 @@ class CompressedLinearConfig(QuantizationConfig):
         return self.delegation.create_quant_method(
             layer, prefix, reason, self.packed_modules_mapping, self._plan
         )
+
+    def _check_load_format(self, layer: str, resolutions: Sequence[Resolution]) -> None:
+        """Raise ``ConfigError`` if the loader does not give our layers the checkpoint's tensors."""
+        form = compat.load_format()
+        if form in compat.UNPROCESSED_FORMATS:
+            raise ConfigError(
+                f"{layer}: --load-format {form} does not prepare weights after loading, which "
+                "compressed_linear has to; load the checkpoint's safetensors files, or set "
+                "VLLM_COMPRESSED_LINEAR=0"
+            )
+        if form in compat.RESTORING_FORMATS and any(
+            isinstance(resolution, CheckpointScheme) for resolution in resolutions
+        ):
+            raise ConfigError(
+                f"{layer}: --load-format {form} restores weights in the form of the kernels that "
+                "saved them, which compressed_linear cannot read; load the original checkpoint"
+            )
 
     def _check_row_order(self, layer: str, module: str, resolution: Resolution) -> None:
         """Raise ``ConfigError`` if vLLM's model reorders some, but not all tensors of a weight."""
