@@ -15,7 +15,7 @@ from tests.support.model_loading import loaded
 from tests.support.synthetic import Model, Quant, write
 from tests.support.table_models import Bits, TableModel
 from tests.support.table_models import write as write_table_model
-from tests.support.tokenizers import write_tokenizer
+from tests.support.word_tokenizer import write_tokenizer
 from vllm.compressed_linear import settings
 from vllm.compressed_linear.integration import preparation
 from vllm.compressed_linear.integration.config import NAME
