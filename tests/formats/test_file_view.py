@@ -222,3 +222,18 @@ def test_names_in_which_vllm_fuses_a_module() -> None:
     fused = Q.replace("q_proj", "qkv_proj")
     assert file.names_of(Q) == (Q, fused)
     assert file.names_of(Q.replace("q_proj", "o_proj")) == (Q.replace("q_proj", "o_proj"),)
+
+
+@pytest.mark.parametrize(
+    ("module", "found"),
+    [
+        ("decoder.layers.0.layers.fc1", "model.decoder.layers.0.fc1"),
+        ("layers.0.layers.fc1", "layers.0.layers.fc1"),  # of the encoder or the decoder
+        ("decoder.layers.1.layers.fc1", "decoder.layers.1.layers.fc1"),
+        ("model.decoder.layers.0.fc1", "model.decoder.layers.0.fc1"),
+        ("lm_head", "lm_head"),
+    ],
+)
+def test_a_list_that_a_model_names_twice_is_found(module: str, found: str) -> None:
+    file = view("model.decoder.layers.0.fc1.qweight", "model.encoder.layers.0.fc1.qweight")
+    assert file.stored_as(module) == found

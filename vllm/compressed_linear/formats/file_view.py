@@ -23,6 +23,9 @@ from vllm.compressed_linear.spec.scheme import CheckpointScheme
 OUTER_NAMES = ("draft_model", "language_model")
 """Names that vLLM puts before those of a checkpoint; they count where no file is known."""
 
+_LIST_TWICE = re.compile(r"\.(\w+)\.(\d+)\.\1\.")
+"""A list whose name follows the index in it once more."""
+
 
 @dataclass(frozen=True)
 class FileView:
@@ -68,7 +71,8 @@ class FileView:
 
         vLLM puts names of its own before those of a drafter or of a language model in a larger one,
         and counts the layers of a drafter on from the target's. Where a model has no values, keys
-        are its values (``attention_k_eq_v``).
+        are its values (``attention_k_eq_v``). Whisper's decoder says
+        ``decoder.layers.0.layers.fc1`` to ``model.decoder.layers.0.fc1``.
         """
         if self.headers is None or module in self.modules:
             return module
@@ -81,6 +85,11 @@ class FileView:
             name = f"{self._only_layer}.{'.'.join(parts[numbers[0] + 1 :])}"
             if name in self.modules:
                 return name
+        plain = _LIST_TWICE.sub(r".\1.\2.", f".{module}")
+        if plain != f".{module}":
+            found = [name for name in self.modules if f".{name}".endswith(plain)]
+            if len(found) == 1:
+                return found[0]
         parent, dot, last = module.rpartition(".")
         if last == "v_proj" and self.stored_as(keys := f"{parent}{dot}k_proj") in self.modules:
             return self.stored_as(keys)

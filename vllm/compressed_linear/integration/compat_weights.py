@@ -34,9 +34,9 @@ def wrap_reload(
         return False
     if not hasattr(layerwise, "LAYERWISE_INFO"):
         return False
-    _rebind(layerwise, "initialize_layerwise_reload", initialize, package)
-    _rebind(layerwise, "finalize_layerwise_reload", finalize, package)
-    _rebind(inplace, "reload_weights", reload, inplace)
+    rebind(layerwise, "initialize_layerwise_reload", initialize, package)
+    rebind(layerwise, "finalize_layerwise_reload", finalize, package)
+    rebind(inplace, "reload_weights", reload, inplace)
     return True
 
 
@@ -45,7 +45,7 @@ def wrap_processing(process: Callable[..., Any]) -> None:
     original function, the model, and further arguments."""
     from vllm.model_executor.model_loader import utils
 
-    _rebind(utils, "process_weights_after_loading", process, utils)
+    rebind(utils, "process_weights_after_loading", process, utils)
 
 
 def before_saving(check: Callable[[torch.nn.Module, str], None]) -> None:
@@ -73,7 +73,7 @@ def _check_before_saving(
     loader.save_model = staticmethod(save_model)
 
 
-def _rebind(home: Any, name: str, wrapper: Callable[..., Any], public: Any) -> None:
+def rebind(home: Any, name: str, wrapper: Callable[..., Any], public: Any) -> None:
     """Replace function ``name`` of ``home`` in ``public`` and in each module that imported it. The
     binding in ``home`` itself stays, for callers that undo what they begin (a dry run)."""
     original = getattr(home, name)

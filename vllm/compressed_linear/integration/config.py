@@ -40,7 +40,7 @@ from vllm.compressed_linear.formats.resolution import (
     Resolution,
     Unquantized,
 )
-from vllm.compressed_linear.integration import compat
+from vllm.compressed_linear.integration import compat, compat_models
 from vllm.compressed_linear.integration.delegation import Delegation
 from vllm.compressed_linear.integration.drafter import Drafter, drafter_being_built
 from vllm.compressed_linear.integration.embedding import (
@@ -294,6 +294,7 @@ class CompressedLinearConfig(QuantizationConfig):
         """A model of this config is being built in this process."""
         if self.plan is None:
             watch_models()
+            compat_models.complete_zero_biases()
             guard_reloads()
             self._plan.open(self.settings.plan_file)
 

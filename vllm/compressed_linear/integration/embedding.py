@@ -138,7 +138,7 @@ class CompressedUnquantizedEmbeddingMethod(DenseMethod, UnquantizedEmbeddingMeth
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
         """Tie the head ``layer`` to the table. Returns the layer to be used as the head."""
-        method = embed_tokens.quant_method
+        method = getattr(embed_tokens, "quant_method", None)
         if isinstance(method, CompressedEmbeddingMethod):
             del layer.weight
             layer.quant_method = TiedHeadMethod(embed_tokens)
@@ -150,6 +150,9 @@ class CompressedUnquantizedEmbeddingMethod(DenseMethod, UnquantizedEmbeddingMeth
                 f"whose {type(method).__name__} has no natural weight to share"
             )
         layer.weight = embed_tokens.weight
+        if method is None:  # a plain table, as Whisper's: it looks up in the natural weight
+            self.plain_table = embed_tokens
+            return layer
         if type(method) is UnquantizedEmbeddingMethod:  # the model's table has no quant_method
             method = type(self)(embed_tokens.prefix, self.model)
             method.reader, method.dummy = self.reader, self.dummy
@@ -163,13 +166,16 @@ class CompressedUnquantizedEmbeddingMethod(DenseMethod, UnquantizedEmbeddingMeth
         self.heads.keep(layers)
 
     def absent(self, layer: Any, arrived: Sequence[tuple[str, Any]]) -> str:
-        return "" if self.table is not None else super().absent(layer, arrived)
+        tied = self.table is not None or self.plain_table is not None
+        return "" if tied else super().absent(layer, arrived)
 
     @property
     def plan_name(self) -> str:
         return self.heads.plan_name
 
     def plan_note(self, *, lookup: bool) -> str:
+        if self.plain_table is not None:
+            return "tied: the embedding table looks up in the natural weight"
         if not self.heads.names:
             return f"the natural weight stays for {self.reader}" if self.reader else ""
         kept = f", which stays for {self.reader}" if self.reader else ""

@@ -79,6 +79,9 @@ class _Layer:
         ):  # its scales are overwritten at the end
             self._written += [(old, old.detach().clone()) for old in parameters.values()]
 
+    def take_again(self) -> None:
+        self.record.take_running_tensors()
+
     def give(self) -> None:
         """Let vLLM have the running tensors back: to place them, or to write to them itself."""
         self.record.give_running_tensors(self.tensors)
@@ -218,17 +221,32 @@ class Reload:
                 if record.elements_expected:
                     self._check_arrivals(layer)
                 layer.give()
+        retied = [layer for layer in self.layers if self._retie(layer)]
         if self.keeps_both:
             accepted = [(layer, layer.pairs()) for layer in self._processed()]
             self._agree(None)
             for layer, pairs in accepted:
                 layer.commit(pairs)
+        for layer in retied:
+            layer.commit(layer.pairs())
         return finalize(self.model, *args, **kwargs)
 
     def _processed(self) -> list[_Layer]:
         return [
             layer for layer in self.layers if not layer.record.is_open and layer.tensors is not None
         ]
+
+    def _retie(self, layer: _Layer) -> bool:
+        """Prepare a head anew whose weight is that of a reloaded table."""
+        method = method_of(layer.layer)
+        table = None if method is None else method.plain_table
+        if method is None or table is None or table.weight.is_meta or not layer.record.is_open:
+            return False
+        layer.take_again()
+        del layer.layer.weight
+        layer.layer.weight = table.weight
+        layer.layer.quant_method.process_weights_after_loading(layer.layer)  # type: ignore[union-attr, operator]
+        return True
 
     def _check_arrivals(self, layer: _Layer) -> None:
         """Raise ``CheckpointError`` for a tensor of one of our layers that has not arrived."""

@@ -21,6 +21,8 @@ class OurMethod:
     """Base of our quantization methods, as far as the whole model is concerned."""
 
     model: ModelPreparation
+    plain_table: Any = None
+    """The embedding table, of torch's class, whose weight is the layer's."""
 
     def settle(self, layers: Set[torch.nn.Module]) -> None:
         """The model is built and loaded, and has these ``layers``: forget others."""
