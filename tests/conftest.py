@@ -112,6 +112,9 @@ def torchvision() -> Iterator[None]:
     if importlib.util.find_spec("torchvision") is not None:
         yield
         return
+    # The transformers library asks for the version when this module is first imported.
+    import transformers.models.auto.image_processing_auto  # noqa: F401
+
     finder = NoTorchvision()
     sys.meta_path.insert(0, finder)
     yield

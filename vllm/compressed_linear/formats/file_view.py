@@ -178,6 +178,23 @@ class FileView:
             return None
         return Unquantized(f"the checkpoint holds a plain {module}.weight")
 
+    def rows(self, module: str, resolution: Resolution) -> int | None:
+        """Number of rows (output channels) of the module's weight; None if the file does not say,
+        for example of packed codes alone."""
+        if self.headers is None:
+            return None
+        if not isinstance(resolution, CheckpointScheme):
+            weight = self.headers.get(f"{module}.weight")
+            return weight.shape[0] if weight is not None and weight.shape else None
+        for stored in resolution.tensors:
+            found = self.headers.get(f"{module}.{stored.name}")
+            packed = stored.packing is not None and stored.packing.axis == "N"
+            if found is None or packed or stored.interleave or "N" not in stored.axes:
+                continue
+            if len(found.shape) == len(stored.axes):
+                return found.shape[stored.axes.index("N")]
+        return None
+
     def check_against_file(self, layer: str, module: str, resolution: Resolution) -> None:
         """Raise ``ConfigError`` if the configuration contradicts the tensors of the file."""
         found = self.tensors_on_disk(module)

@@ -53,6 +53,7 @@ from vllm.compressed_linear.integration.linear import (
 )
 from vllm.compressed_linear.integration.preparation import PROCESS_PLAN, ModelPreparation
 from vllm.compressed_linear.integration.reload import guard_reloads
+from vllm.compressed_linear.integration.sharding import Member
 from vllm.compressed_linear.integration.whole_model import watch_models
 from vllm.compressed_linear.prepare.plan import Plan
 from vllm.compressed_linear.settings import Settings
@@ -265,13 +266,17 @@ class CompressedLinearConfig(QuantizationConfig):
                 return self._vllm_unquantized(kind)
             reason = f"{type(layer).__name__} has its own weight loader"
             return self._delegate(layer, prefix, reason)
-        schemes = [(n, r) for n, r in resolved if not isinstance(r, Delegated)]
-        self._check_load_format(prefix, [r for _, r in schemes])
-        if any(isinstance(r, CheckpointScheme) for _, r in schemes):
+        members = [
+            Member(name, resolution, self.file.rows(name, resolution))
+            for name, resolution in resolved
+            if not isinstance(resolution, Delegated)
+        ]
+        self._check_load_format(prefix, [member.resolution for member in members])
+        if any(isinstance(member.resolution, CheckpointScheme) for member in members):
             method = (
                 CompressedEmbeddingMethod if kind is LayerKind.EMBEDDING else CompressedLinearMethod
             )
-            return method(prefix, kind, schemes, self.model)
+            return method(prefix, kind, members, self.model)
         if kind is not LayerKind.LINEAR:
             return CompressedUnquantizedEmbeddingMethod(prefix, self.model)
         return CompressedUnquantizedLinearMethod(prefix, self.model)

@@ -23,10 +23,10 @@ from vllm.compressed_linear.checkpoint.parameter import (
     shard_indices,
 )
 from vllm.compressed_linear.checkpoint.shard import ShardSource, dense_shard
-from vllm.compressed_linear.formats.resolution import LayerKind, Unquantized
+from vllm.compressed_linear.formats.resolution import LayerKind
 from vllm.compressed_linear.integration import compat
 from vllm.compressed_linear.integration.preparation import HeldWeight, ModelPreparation, Prepared
-from vllm.compressed_linear.integration.sharding import shard_geometry
+from vllm.compressed_linear.integration.sharding import Member, assign, shard_geometry
 from vllm.compressed_linear.integration.stand_in import StandIn
 from vllm.compressed_linear.integration.whole_model import OurMethod
 from vllm.compressed_linear.spec.elements import dtype_name
@@ -51,20 +51,19 @@ def layer_context(layer: Any, params_dtype: torch.dtype) -> LayerContext:
 class CompressedLinearMethod(OurMethod, LinearMethodBase):
     """Linear layer or output head of which at least one shard is quantized.
 
-    ``schemes``: for each logical weight of the layer, its name in the checkpoint and its
-    resolution. With one scheme, all partitions share it (fused on disk).
+    ``members``: the logical weights that the layer fuses. With one scheme, all partitions share it.
     """
 
     def __init__(
         self,
         prefix: str,
         kind: LayerKind,
-        schemes: Sequence[tuple[str, CheckpointScheme | Unquantized]],
+        members: Sequence[Member],
         model: ModelPreparation,
     ) -> None:
         self.prefix = prefix
         self.kind = kind
-        self.schemes = list(schemes)
+        self.members = list(members)
         self.model = model
         self.sources: list[ShardSource] = []
         self.prepared: Prepared | None = None
@@ -83,22 +82,17 @@ class CompressedLinearMethod(OurMethod, LinearMethodBase):
         geometry = shard_geometry(
             layer, input_size_per_partition, output_partition_sizes, input_size
         )
-        schemes = self.schemes
-        if len(schemes) != len(geometry):
-            if len({scheme for _, scheme in schemes}) != 1:
-                names = ", ".join(name for name, _ in schemes)
-                raise ValueError(
-                    f"{self.prefix}: {len(geometry)} partitions, but the model fuses {names}, "
-                    "whose quantization differs, so their assignment is ambiguous"
-                )
-            schemes = [(self.prefix, schemes[0][1])] * len(geometry)
+        members = assign(self.prefix, self.members, geometry)
         self.params_dtype = params_dtype
         self.dummy = compat.loads_dummy_weights()
         self.sources = [
             part.source(
-                name, scheme if isinstance(scheme, CheckpointScheme) else dense_scheme(params_dtype)
+                member.name,
+                member.resolution
+                if isinstance(member.resolution, CheckpointScheme)
+                else dense_scheme(params_dtype),
             )
-            for part, (name, scheme) in zip(geometry, schemes, strict=True)
+            for part, member in zip(geometry, members, strict=True)
         ]
         parameters = create_parameters(self.sources, self.prefix)
         for name, parameter in parameters.items():

@@ -4,11 +4,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm.compressed_linear.checkpoint.shard import ShardSource
+from vllm.compressed_linear.formats.resolution import ConfigError, Unquantized
 from vllm.compressed_linear.spec.scheme import CheckpointScheme
+
+
+@dataclass(frozen=True)
+class Member:
+    """A logical weight that a layer fuses: its name in the checkpoint, its resolution, and its
+    number of rows there; None if no file tells."""
+
+    name: str
+    resolution: CheckpointScheme | Unquantized
+    rows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +84,42 @@ def shard_geometry(
     if not split:
         return [_geometry(n, 0, n, k) for n in output_partition_sizes]
     return [_geometry(n * size, rank * n, n, k) for n in output_partition_sizes]
+
+
+def assign(
+    layer: str, members: Sequence[Member], geometry: Sequence[ShardGeometry]
+) -> list[Member]:
+    """The member of each partition of ``layer``.
+
+    A member may span several partitions, as q, k and v of a linear attention that are one tensor in
+    the file. If the members differ, their rows tell which. Raises ``ConfigError`` if they do not.
+    """
+    if len(members) == len(geometry):
+        return list(members)
+    if len({member.resolution for member in members}) == 1:
+        return [replace(members[0], name=layer)] * len(geometry)
+    out: list[Member] = []
+    rest = list(geometry)
+    for member in members:
+        rows = 0
+        while member.rows is not None and rows < member.rows and rest:
+            rows += rest.pop(0).full_n
+            out.append(member)
+        if rows != member.rows:
+            break
+    if len(out) == len(geometry) and out[-1] is members[-1]:
+        return out
+    found = ", ".join(
+        f"{member.name} ({'unknown' if member.rows is None else member.rows} rows, "
+        f"{member.resolution})"
+        for member in members
+    )
+    raise ConfigError(
+        f"{layer}: the model has {len(geometry)} partitions of "
+        f"{', '.join(str(part.full_n) for part in geometry)} rows and fuses {found}, whose "
+        "quantization differs; expected members that end at the border of a partition, so it is "
+        "not known which scheme each partition has"
+    )
 
 
 def _geometry(

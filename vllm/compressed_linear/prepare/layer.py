@@ -188,7 +188,7 @@ def _composite_note(parts: Sequence[Part], part: Part) -> str:
     if len(parts) == 1:
         return ""
     names = [s.source.name.rpartition(".")[2] for s in part.weights.shards]
-    return f"{' + '.join(names)} of a fused layer whose shards differ"
+    return f"{' + '.join(dict.fromkeys(names))} of a fused layer whose shards differ"
 
 
 def contract_note(method: QuantLinearMethod) -> str:
