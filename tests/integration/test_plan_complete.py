@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.support.messages import says
 from tests.support.model_loading import loaded
 from tests.support.synthetic import Model, Quant, write
 from tests.support.table_models import Bits, TableModel
@@ -91,6 +92,20 @@ def test_the_plan_is_logged_and_written(
     names = {layer["name"] for layer in json.loads(plan_file.read_text())["layers"]}
     assert {name for name in names if "layers." not in name} == others
     assert sum("layers.0" in name for name in names) == 4
+
+
+def test_a_plan_file_that_cannot_be_written_is_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(UNTIED, tmp_path / "model")
+    plan_file = tmp_path / "no such directory" / "plan.json"
+    monkeypatch.setenv(settings.PLAN_FILE, str(plan_file))
+    said: list[str] = []
+    monkeypatch.setattr(preparation.logger, "warning", lambda text, *args: said.append(text % args))
+    with loaded(tmp_path / "model", skip_tokenizer_init=True):
+        pass
+    assert len(said) == 1
+    assert says(said[0], plan_file, "No such file or directory")
 
 
 def _dequantized(path: Path) -> None:

@@ -68,6 +68,27 @@ def test_the_file_holds_every_rejection_with_its_reasons(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == [tmp_path / "plan.json"]
 
 
+def test_a_plan_that_cannot_be_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan()
+    plan.plan_file = str(tmp_path / "plan.json")
+    plan.add(ENTRY)
+    plan.write()
+    before = (tmp_path / "plan.json").read_text()
+
+    def full(self: Path, text: str) -> int:
+        with self.open("w") as stream:
+            stream.write(text[:10])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        plan.write()
+    assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
+    assert (tmp_path / "plan.json").read_text() == before
+
+
 def test_other_ranks_write_files_of_their_own(tmp_path: Path) -> None:
     for rank in range(2):
         plan = Plan()

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -161,3 +163,74 @@ def test_a_disk_that_cannot_be_read_is_a_bad_entry(
     prepared(PreparedCache(tmp_path))
     assert what_the_cache_did() == "miss"
     assert "Input/output error" in warnings[0]
+
+
+def test_a_directory_that_vanishes_is_one_warning(tmp_path: Path, warnings: list[str]) -> None:
+    """What was mapped before stays; what comes later is prepared and not kept."""
+    directory = tmp_path / "cache"
+    prepared(PreparedCache(directory))
+    cache = PreparedCache(directory)
+    mapped = prepared(cache).tensors
+    assert what_the_cache_did() == "hit"
+    shutil.rmtree(directory)
+    for seed in (0, 1, 2):
+        assert equal(prepared(cache, shard(seed)).tensors, prepared(None, shard(seed)).tensors)
+    assert equal(mapped, prepared(None).tensors)
+    assert len(warnings) == 1
+    assert says(warnings[0], directory, "No such file or directory")
+
+
+@pytest.mark.parametrize("call", ["fsync", "fchmod", "open"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
+def test_any_error_of_the_disk_is_one_warning_and_leaves_nothing(
+    call: str,
+    number: int,
+    tmp_path: Path,
+    warnings: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cache = PreparedCache(tmp_path)
+    right = getattr(os, call)
+
+    def fails(first: Any, *args: Any, **kwargs: Any) -> Any:
+        if call == "open" and ".unfinished" not in str(first):
+            return right(first, *args, **kwargs)
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fails)
+        for seed in (0, 1):
+            assert equal(prepared(cache, shard(seed)).tensors, prepared(None, shard(seed)).tensors)
+    assert list(tmp_path.iterdir()) == []
+    assert len(warnings) == 1
+    assert says(warnings[0], tmp_path, os.strerror(number))
+
+
+def test_an_entry_that_cannot_be_mapped_is_prepared_again(
+    tmp_path: Path, warnings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared(PreparedCache(tmp_path))
+
+    def fails(*_: Any, **__: Any) -> torch.Tensor:
+        raise RuntimeError("unable to mmap 4096 bytes: Cannot allocate memory (12)")
+
+    monkeypatch.setattr(torch, "from_file", fails)
+    cache = PreparedCache(tmp_path)
+    assert equal(prepared(cache).tensors, prepared(None).tensors)
+    assert len(warnings) == 1
+    assert says(warnings[0], "unable to mmap")
+
+
+@pytest.mark.parametrize("length", [0, 1, 15, 16, 40, -1])
+def test_a_truncated_entry_is_prepared_again(
+    length: int, tmp_path: Path, warnings: list[str]
+) -> None:
+    expected = prepared(PreparedCache(tmp_path)).tensors
+    (file,) = entries(tmp_path)
+    good = file.read_bytes()
+    file.chmod(0o644)
+    file.write_bytes(good[:length])
+    assert equal(prepared(PreparedCache(tmp_path)).tensors, expected)
+    assert len(warnings) == 1
+    (file,) = entries(tmp_path)
+    assert len(file.read_bytes()) == len(good)

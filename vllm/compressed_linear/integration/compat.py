@@ -261,6 +261,16 @@ def tensor_parallel_rank() -> tuple[int, int]:
     return get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
 
 
+def model_rank() -> tuple[int, int]:
+    """This process's rank among all that hold a part of its model, stage by stage, and their
+    number."""
+    from vllm.distributed import get_pp_group
+
+    stage = get_pp_group()
+    rank, size = tensor_parallel_rank()
+    return stage.rank_in_group * size + rank, stage.world_size * size
+
+
 def gather_from_ranks(value: Any) -> list[Any]:
     """``value`` of every rank of this process's tensor-parallel group, by rank."""
     import torch.distributed as dist

@@ -6,6 +6,7 @@ The method of each layer gets the ``ModelPreparation``; ``Prepared`` remains on 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -47,7 +48,7 @@ def detect_platform() -> Platform:
 @cache
 def _opened_cache(directory: str, model: str) -> PreparedCache:
     """The cache of a directory; shared by all layers of a model, so that warnings appear once."""
-    return PreparedCache(Path(directory).expanduser(), model)
+    return PreparedCache(Path(os.path.expanduser(directory)), model)
 
 
 class Prepared:
@@ -166,12 +167,12 @@ class ModelPreparation:
 
 def report(plan: Plan, tune_file: str) -> None:
     """Log the choices of the models that this process has loaded so far, and write the plan."""
-    plan.rank, size = compat.tensor_parallel_rank()
+    plan.rank, size = compat.model_rank()
     where = f"rank {plan.rank}: " if size > 1 else ""
     logger.info("compressed_linear: %s%s", where, plan.summary())
     if note := measurements.load(tune_file, detect_platform()).note:
         logger.warning("%s%s", where, note)
-    if size > 1:
+    if compat.tensor_parallel_rank()[1] > 1:
         for line in disagreements(compat.gather_from_ranks(plan.choices())):
             logger.warning("Ranks run a layer on different backends: %s", line)
     if slow := plan.slow_layers():

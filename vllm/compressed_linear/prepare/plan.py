@@ -8,6 +8,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -190,7 +191,10 @@ class Plan:
         }
 
     def write(self) -> None:
-        """Write the plan file, if requested; ranks above 0 append their number to the name."""
+        """Write the plan file, if requested; ranks above 0 append their number to the name.
+
+        Raises ``OSError``, and leaves nothing half written.
+        """
         if self.target is not None:
             self.target.plan_file = self.plan_file or self.target.plan_file
             self.target.rank = self.rank
@@ -202,8 +206,13 @@ class Plan:
         if self.rank:
             path = path.with_name(f"{path.stem}.rank{self.rank}{path.suffix}")
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(self.to_json(), indent=1))
-        temporary.replace(path)
+        try:
+            temporary.write_text(json.dumps(self.to_json(), indent=1))
+            temporary.replace(path)
+        except OSError:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
 
     def reset(self) -> None:
         """Clear everything, before another model is loaded into this process."""

@@ -166,7 +166,7 @@ class PreparedCache:
         except PermissionError as error:
             self._stop_writing(error)
             return None
-        except (EntryError, OSError) as error:
+        except (EntryError, OSError, RuntimeError) as error:  # torch's, of a file it cannot map
             self.refuse(key, str(error))
             return None
         return tensors
