@@ -19,6 +19,7 @@ from tests.support.format_configs import (
 )
 from vllm.compressed_linear.checkpoint.file_header import TensorHeader
 from vllm.compressed_linear.checkpoint.headers import Headers
+from vllm.compressed_linear.formats.compressed_tensors import Targets
 from vllm.compressed_linear.formats.file_view import FileView
 from vllm.compressed_linear.formats.gptq import gptq_scheme
 from vllm.compressed_linear.formats.resolution import ConfigError, LayerKind, Unquantized
@@ -220,8 +221,30 @@ def test_values_that_are_keys_are_resolved_as_keys() -> None:
 def test_names_in_which_vllm_fuses_a_module() -> None:
     file = replace(view(f"{Q}.qweight"), packed={"qkv_proj": ["q_proj", "k_proj", "v_proj"]})
     fused = Q.replace("q_proj", "qkv_proj")
-    assert file.names_of(Q) == (Q, fused)
-    assert file.names_of(Q.replace("q_proj", "o_proj")) == (Q.replace("q_proj", "o_proj"),)
+    members = [Q.replace("q_proj", member) for member in ("q_proj", "k_proj", "v_proj")]
+    assert file.names_of(Q) == (Q,)
+    assert file.names_of(Q).fused == {fused: members}
+    assert file.names_of(Q.replace("q_proj", "o_proj")).fused == {}
+
+
+@pytest.mark.parametrize(
+    ("entry", "selected"),
+    [
+        (r"re:.*qkv_proj$", {"q_proj", "k_proj", "v_proj"}),
+        (r"re:.*v_proj$", {"v_proj"}),  # the end of qkv_proj, too
+        (r"re:.*(q|k)_proj$", {"q_proj", "k_proj"}),
+    ],
+)
+@pytest.mark.parametrize("known", [True, False])
+def test_an_entry_for_a_member_is_not_one_for_the_fused_layer(
+    entry: str, selected: set[str], known: bool
+) -> None:
+    names = [Q.replace("q_proj", member) for member in ("q_proj", "k_proj", "v_proj")]
+    file = view(*(f"{name}.weight_packed" for name in names)) if known else FileView()
+    file = replace(file, packed={"qkv_proj": ["q_proj", "k_proj", "v_proj"]})
+    ignore = Targets.of("ignore", [entry])
+    found = {name.rpartition(".")[2] for name in names if ignore.first(file.names_of(name))}
+    assert found == selected
 
 
 @pytest.mark.parametrize(

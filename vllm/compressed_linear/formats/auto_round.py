@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from vllm.compressed_linear.formats.awq import awq_gemm_scheme, checked_group
 from vllm.compressed_linear.formats.base import Format, Hints, register_format
-from vllm.compressed_linear.formats.entries import Entries
+from vllm.compressed_linear.formats.entries import Entries, ModuleNames
 from vllm.compressed_linear.formats.expressions import is_expression
 from vllm.compressed_linear.formats.fields import Fields
 from vllm.compressed_linear.formats.file_view import FileView
@@ -52,12 +52,13 @@ class ExtraConfig(Entries):
         """The entry, as written, that applies to a module: exact names have precedence over ends,
         and these over expressions, in their order. An entry that names one of the file's
         ``modules`` is not an expression."""
-        ends = [_ends(name) for name in names]
+        fused = names.fused if isinstance(names, ModuleNames) else ()
+        ends = [_ends(name) for name in (*names, *fused)]
         for spelling in (*(e[0] for e in ends), *(end for e in ends for end in e[1:])):
             if spelling in self.spellings:
                 return self.spellings[spelling]
         for spelling, entry in self.spellings.items():
-            if spelling not in modules and self._searched(spelling, names):
+            if spelling not in modules and self.select(spelling, names, None):
                 return entry
         return None
 

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any, Self
 
 from vllm.compressed_linear.formats.base import Format, Hints, register_format
-from vllm.compressed_linear.formats.entries import Entries
+from vllm.compressed_linear.formats.entries import Entries, ModuleNames
 from vllm.compressed_linear.formats.fields import Fields
 from vllm.compressed_linear.formats.file_view import FileView
 from vllm.compressed_linear.formats.resolution import (
@@ -125,8 +125,9 @@ class Targets(Entries):
         """The targets, as written, that select a module, in the order in which the library's
         ``match_targets`` would choose: names have precedence over expressions (in the order of
         their text), and these over classes."""
-        found = [self.spellings[name] for name in names if name in self.spellings]
-        found += [self.spellings[s] for s in self._in_order if self.selects(s, names, None)]
+        fused = names.fused if isinstance(names, ModuleNames) else ()
+        found = [self.spellings[name] for name in (*names, *fused) if name in self.spellings]
+        found += [self.spellings[s] for s in self._in_order if self.select(s, names, None)]
         if (name := MODULE_CLASS[kind]) in self.spellings:
             found.append(self.spellings[name])
         return list(dict.fromkeys(found))

@@ -8,7 +8,7 @@ match is always reported as the entry that was written.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
@@ -21,6 +21,19 @@ Rename = Callable[[str], str | None]
 
 TENSOR = ".weight"
 """End of the name of a tensor that every module may have."""
+
+
+class ModuleNames(tuple[str, ...]):
+    """Names of one module. ``fused``: the layers in which vLLM fuses it → all of their members."""
+
+    fused: Mapping[str, Sequence[str]]
+
+    def __new__(
+        cls, names: Iterable[str], fused: Mapping[str, Sequence[str]] | None = None
+    ) -> ModuleNames:
+        self = super().__new__(cls, names)
+        self.fused = fused or {}
+        return self
 
 
 @dataclass(frozen=True)
@@ -49,6 +62,18 @@ class Entries(ABC):
         """Whether an entry selects a module. ``names``: vLLM's name of the module and, where it
         differs, the checkpoint's (``FileView.names_of``). ``kind``: None where it is not known."""
 
+    def select(self, spelling: str, names: Sequence[str], kind: LayerKind | None) -> bool:
+        """Whether an entry selects a module by its own names, or is written for the layer in which
+        vLLM fuses it: ``v_proj$`` ends ``qkv_proj`` too, but is written for one of its members."""
+        if self.selects(spelling, names, kind):
+            return True
+        fused = names.fused if isinstance(names, ModuleNames) else {}
+        return any(
+            self.selects(spelling, (layer,), None)
+            and not any(self.selects(spelling, (member,), None) for member in members)
+            for layer, members in fused.items()
+        )
+
     def keeps(self, spelling: str) -> bool:
         """Whether a spelling is still compared after it was renamed."""
         return False
@@ -59,7 +84,7 @@ class Entries(ABC):
     def first(self, names: Sequence[str], kind: LayerKind | None = None) -> str | None:
         """The first entry, as written, that selects a module; None if none does."""
         for spelling, entry in self.spellings.items():
-            if self.selects(spelling, names, kind):
+            if self.select(spelling, names, kind):
                 return entry
         return None
 
@@ -80,7 +105,7 @@ class Entries(ABC):
         """Entries, as written, that select none of ``modules``, each given by names and kind."""
         matched: set[str] = set()
         for spelling, entry in self.spellings.items():
-            if entry not in matched and any(self.selects(spelling, *module) for module in modules):
+            if entry not in matched and any(self.select(spelling, *module) for module in modules):
                 matched.add(entry)
         return [entry for entry in dict.fromkeys(self.spellings.values()) if entry not in matched]
 

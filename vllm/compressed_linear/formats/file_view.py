@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from vllm.compressed_linear.checkpoint.file_header import TensorHeader
 from vllm.compressed_linear.checkpoint.headers import Headers, last_word
-from vllm.compressed_linear.formats.entries import Rename
+from vllm.compressed_linear.formats.entries import ModuleNames, Rename
 from vllm.compressed_linear.formats.resolution import ConfigError, Resolution, Unquantized
 from vllm.compressed_linear.formats.shapes import has_shape, possible_shapes
 from vllm.compressed_linear.spec.scheme import CheckpointScheme
@@ -107,20 +107,23 @@ class FileView:
                 layers.add(".".join(parts[: end + 1]))
         return layers.pop() if len(layers) == 1 else ""
 
-    def names_of(self, module: str) -> tuple[str, ...]:
+    def names_of(self, module: str) -> ModuleNames:
         """Names of ``module`` with which entries of a configuration are compared.
 
         vLLM's, and where they differ, the checkpoint's: a model renames its weights, and regular
-        expressions were written for the latter. Then that of the layer in which vLLM fuses it.
+        expressions were written for the latter. And the layers in which vLLM fuses it.
         """
         stored = self.stored_as(module)
         names = [module, stored, self.disk_names.get(stored, stored)]
         if self.headers is None:
             names += [module.removeprefix(f"{outer}.") for outer in OUTER_NAMES]
-        for name in tuple(names):
+        fused = {}
+        for name in names:
             parent, dot, last = name.rpartition(".")
-            names += [f"{parent}{dot}{fused}" for fused, of in self.packed.items() if last in of]
-        return tuple(dict.fromkeys(names))
+            for layer, members in self.packed.items():
+                if last in members and layer not in members:
+                    fused[f"{parent}{dot}{layer}"] = [f"{parent}{dot}{m}" for m in members]
+        return ModuleNames(dict.fromkeys(names), fused)
 
     def tensors_on_disk(self, module: str) -> set[str] | None:
         """Last components of the names of the module's tensors; None if the file does not say."""
