@@ -228,7 +228,8 @@ def loaded_with_drafter(
         proposer = kind(model.config, torch.device("cpu"))
         proposer.load_model(model.model)
         for plan in PROCESS_PLAN.drafters.values():
-            assert not plan.pending, "a layer of the drafter was announced and never prepared"
+            assert not plan.is_open, "vLLM did not process the drafter"
+            assert plan.prepared == plan.expected
         yield model, proposer
 
 

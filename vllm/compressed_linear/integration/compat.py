@@ -105,7 +105,7 @@ def load_format() -> str:
 
     loading = compat_loading.being_loaded()
     if loading is not None:  # a drafter may have a load format of its own
-        return str(loading.load_config.load_format) == "dummy"
+        return str(loading.load_config.load_format)
     config = get_current_vllm_config_or_none()
     return "" if config is None else str(config.load_config.load_format)
 

@@ -266,17 +266,17 @@ class CompressedLinearConfig(QuantizationConfig):
                 return self._vllm_unquantized(kind)
             reason = f"{type(layer).__name__} has its own weight loader"
             return self._delegate(layer, prefix, reason)
-        members = [
+        fused = [
             Member(name, resolution, self.file.rows(name, resolution))
             for name, resolution in resolved
             if not isinstance(resolution, Delegated)
         ]
-        self._check_load_format(prefix, [member.resolution for member in members])
-        if any(isinstance(member.resolution, CheckpointScheme) for member in members):
+        self._check_load_format(prefix, [member.resolution for member in fused])
+        if any(isinstance(member.resolution, CheckpointScheme) for member in fused):
             method = (
                 CompressedEmbeddingMethod if kind is LayerKind.EMBEDDING else CompressedLinearMethod
             )
-            return method(prefix, kind, members, self.model)
+            return method(prefix, kind, fused, self.model)
         if kind is not LayerKind.LINEAR:
             return CompressedUnquantizedEmbeddingMethod(prefix, self.model)
         return CompressedUnquantizedLinearMethod(prefix, self.model)
