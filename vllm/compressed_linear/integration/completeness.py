@@ -129,8 +129,12 @@ def findings_of(
     unfilled = list(_unfilled(loading, record, config, one_expert))
     unused = [
         name
-        for name in record.held
-        if name not in record.taken and name not in record.zero_biases and name not in left_out
+        for name, (_, shape) in record.held.items()
+        if name not in record.taken
+        and name not in record.zero_biases
+        and name not in left_out
+        # Some tools write an empty tensor where they have none.
+        and 0 not in shape
     ]
     unfilled = [replace(u, unused=_of_same_module(u, unused)) for u in unfilled]
     biases = [name for name in unused if name in record.unread_biases]
