@@ -40,8 +40,8 @@ _EXPERT = re.compile(r"\.experts\.\d+\.")
 def load_and_check(loading: Loading) -> None:
     """Load a model; raise ``IncompleteCheckpointError`` if parameters have no values then.
 
-    Models without a config of ours are left alone, and so are loaders that give the model no
-    tensors (dummy weights).
+    Models without a config of ours for their own files are left alone (a drafter is built with its
+    target's too), and so are loaders that give the model no tensors (dummy weights).
     """
     model = loading.model
     configs = [
