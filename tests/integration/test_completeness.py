@@ -32,6 +32,7 @@ FAMILY = {
     "norms": FAMILIES["qwen3-qk-norm"],
     "experts": FAMILIES["mixtral"],
     "tied": FAMILIES["gemma-tied"],
+    "buffers": FAMILIES["gemma4"],
 }
 
 
@@ -75,6 +76,7 @@ def load(path: Path, **options: Any) -> None:
         ("experts", "gptq", {}),
         ("experts", "", OPTED_IN),
         ("tied", "gptq", {}),
+        ("buffers", "gptq", {}),
         ("tied", "", OPTED_IN),
     ],
 )
@@ -132,6 +134,8 @@ EXPERTS = f"{LAYER}.block_sparse_moe.experts"
             [f"{EXPERTS}.routed_experts.w2_weight", "row 3", f"expected {EXPERTS}.3.w2.weight"],
         ),
         ("tied", "gptq", ["model.embed_tokens.weight"], ["model.embed_tokens.weight"]),
+        # A factor of each layer, for which vLLM's class has a buffer.
+        ("buffers", "gptq", [f"{LAYER}.layer_scalar"], [f"{LAYER}.layer_scalar"]),
     ],
 )
 def test_a_parameter_that_nothing_filled_is_an_error_by_name(

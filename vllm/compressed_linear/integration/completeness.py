@@ -169,11 +169,28 @@ def targets(model: torch.nn.Module) -> Iterator[torch.Tensor]:
             yield tensor
 
 
+def _like_loaded_ones(
+    model: torch.nn.Module, record: LoadRecord
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Buffers that take no values, though buffers of that name in like modules do: only then is it
+    known that the checkpoint has them."""
+    buffers = dict(model.named_buffers())
+    fills = {name: record.fill(buffer) for name, buffer in buffers.items() if buffer.numel()}
+    loaded = {re.sub(r"\d+", "*", name) for name, fill in fills.items() if fill and fill.names}
+    for name in fills:
+        if re.sub(r"\d+", "*", name) in loaded:
+            yield name, buffers[name]
+
+
 def _unfilled(
     loading: Loading, record: LoadRecord, config: CompressedLinearConfig, one_expert: bool
 ) -> Iterator[Unfilled]:
     model = loading.model
-    tensors = {**dict(model.named_parameters()), **dict(compat_loading.batch_statistics(model))}
+    tensors = {
+        **dict(model.named_parameters()),
+        **dict(compat_loading.batch_statistics(model)),
+        **dict(_like_loaded_ones(model, record)),
+    }
     modules = dict(model.named_modules())
     fills = {
         name: record.fill(tensor)
