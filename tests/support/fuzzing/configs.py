@@ -4,6 +4,7 @@ field of ``quantization_config``, and in the fields of config.json that the pack
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -115,7 +116,7 @@ def field_value(draw: Draw, mutant: Mutant) -> None:
         del parent[key]
         value: Any = "dropped"
     else:
-        value = parent[key] = draw(st.sampled_from(VALUES))
+        value = parent[key] = _value(draw)
     _done(mutant, path, value)
 
 
@@ -126,7 +127,7 @@ def new_field(draw: Draw, mutant: Mutant) -> None:
     names += ("is_marlin_format", "lm_head", "pack_dtype", "format", "version", *FIELDS)
     names += ("sparsity_config", "transform_config", "kv_cache_scheme", "act_bits", "data_type")
     name = draw(st.sampled_from([name for name in names if name not in config]))
-    config[name] = draw(st.sampled_from(VALUES))
+    config[name] = _value(draw)
     _done(mutant, (name,), config[name])
 
 
@@ -159,9 +160,13 @@ def hostile_expression(draw: Draw, mutant: Mutant) -> None:
 def whole(draw: Draw, mutant: Mutant) -> None:
     """The configuration itself is something else, or config.json has other fields that we read."""
     key = draw(st.sampled_from(["quantization_config", "text_config", "compression_config"]))
-    value = draw(st.sampled_from(VALUES))
+    value = _value(draw)
     mutant.config[key] = value
     _done(mutant, (key,), value)
+
+
+def _value(draw: Draw) -> Any:
+    return copy.deepcopy(draw(st.sampled_from(VALUES)))
 
 
 def _list(value: Any) -> list[Any]:

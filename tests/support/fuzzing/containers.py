@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import struct
@@ -24,7 +25,7 @@ def header_field(draw: Draw, mutant: Mutant) -> None:
     """Another value in an entry of the header: dtype, a length, an offset, or the entry itself."""
     name = draw(st.sampled_from(sorted(mutant.tensors)))
     where = draw(st.sampled_from(["entry", "dtype", "shape", "data_offsets", "length", "offset"]))
-    value = draw(st.sampled_from(VALUES))
+    value = copy.deepcopy(draw(st.sampled_from(VALUES)))
     at = draw(st.integers(0, 1))
 
     def change(header: dict[str, Any]) -> None:
@@ -206,14 +207,14 @@ def wrong_index(draw: Draw, mutant: Mutant) -> None:
     if how == "path":
         value = weight_map[name] = draw(st.sampled_from(bad))
     elif how == "value":
-        value = weight_map[name] = draw(st.sampled_from(VALUES))
+        value = weight_map[name] = copy.deepcopy(draw(st.sampled_from(VALUES)))
     elif how == "drop":
         del weight_map[name]
     elif how == "swap":
         files = sorted({FILE, *mutant.more})
         weight_map[name] = next(f for f in files if f != weight_map[name])
     else:
-        value = draw(st.sampled_from(VALUES))
+        value = copy.deepcopy(draw(st.sampled_from(VALUES)))
         mutant.index = draw(st.sampled_from([value, {"weight_map": value}]))
     mutant.about += [INDEX, name, name.rpartition(".")[0]]
     mutant.harmless = True

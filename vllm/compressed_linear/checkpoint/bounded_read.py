@@ -42,7 +42,11 @@ def regular_file(path: Path) -> Iterator[tuple[BinaryIO, int]]:
         raise _unreadable(path, error) from None
     with stream:
         try:
-            yield stream, os.fstat(stream.fileno()).st_size
+            # By the open file, which may be another by now.
+            found = os.fstat(stream.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise CheckpointError(f"{path} is {_kind(found.st_mode)}, expected a regular file")
+            yield stream, found.st_size
         except OSError as error:
             raise _unreadable(path, error) from None
 
