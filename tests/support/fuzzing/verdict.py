@@ -63,7 +63,7 @@ def try_mutant(mutant: Mutant, origin: Path, read: Read) -> Outcome:
         mutant.write(directory)
         found = read(directory, layers)
     except ERRORS as error:
-        _judge_error(mutant, layers, str(error), what)
+        judge_error(mutant, layers, str(error), what)
         return Outcome("refused", str(error))
     except Exception as error:
         raise WrongError(f"{what}: {type(error).__name__}: {str(error)[:500]}") from error
@@ -78,7 +78,8 @@ def try_mutant(mutant: Mutant, origin: Path, read: Read) -> Outcome:
     return Outcome("unfilled" if found.unfilled else "read")
 
 
-def _judge_error(mutant: Mutant, layers: Iterable[str], message: str, what: str) -> None:
+def judge_error(mutant: Mutant, layers: Iterable[str], message: str, what: str) -> None:
+    """Raise ``WrongError`` unless a refusal is justified and one clear line."""
     if mutant.must_read and len(mutant.done) == 1:
         raise WrongError(f"{what}: refused without need: {message}")
     if "\n" in message or len(message) > MAX_MESSAGE or not message.isprintable():
