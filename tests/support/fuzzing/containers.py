@@ -190,7 +190,9 @@ def wrong_index(draw: Draw, mutant: Mutant) -> None:
     mutant.done.append("and then")
     if not isinstance(mutant.index, dict):
         return
-    weight_map = mutant.index["weight_map"]
+    weight_map = mutant.index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        return
     name = draw(st.sampled_from(sorted(weight_map)))
     how = draw(st.sampled_from(["path", "value", "drop", "swap", "whole"]))
     bad = [

@@ -20,6 +20,7 @@ Array = npt.NDArray[Any]
 INTEGERS = {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"}
 INTEGERS |= {"U64": "<u8", "U32": "<u4", "U16": "<u2"}
 FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
+OPTIONAL = ("qzeros", "g_idx", "weight_shape")
 PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -113,7 +114,7 @@ def weight(layer: str, stored: Stored, tensors: Mapping[str, Tensor]) -> Array:
         last: tensors[f"{layer}.{last}"] for last in stored.shapes if f"{layer}.{last}" in tensors
     }
     # Some tools write an empty tensor where they have none.
-    own = {last: t for last, t in own.items() if t.data or last not in ("qzeros", "g_idx")}
+    own = {last: t for last, t in own.items() if t.data or last not in OPTIONAL}
     for last, tensor in own.items():
         if tensor.shape != stored.shapes[last]:
             raise NoMeaningError(f"{last} has another shape")
