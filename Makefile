@@ -38,6 +38,7 @@ help:
 	@echo 'make test-native-arm   the native tests for 64-bit Arm in qemu; says what it needs'
 	@echo 'make test-cuda-build   CUDA kernels for every GPU, what ptxas says of them; needs nvcc'
 	@echo 'make test-triton  the Triton kernel: all of the kit interpreted, every architecture compiled'
+	@echo 'make test-fuzz N=10000  that many damaged checkpoints: right, or one clear error'
 	@echo 'make test-slow    what make test leaves out: every architecture of vLLM, minutes'
 	@echo 'make test-next-vllm    the Python sources of vLLM 0.33, or of VLLM_NEXT=...; downloads its wheel'
 	@echo 'make demo         quantize Gemma 3 270M, serve it, ask it, show the plan'
@@ -108,6 +109,10 @@ test-triton: setup
 
 test-e2e: setup
 	$(PYTEST) -m 'e2e and not slow'
+
+N ?= 10000
+test-fuzz: setup
+	COMPRESSED_LINEAR_MUTANTS=$(N) $(PYTEST) tests/fuzzing -n 2 --dist worksteal -rP
 
 test-slow: setup
 	$(PYTEST) -m slow

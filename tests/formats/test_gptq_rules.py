@@ -137,3 +137,20 @@ def test_an_impossible_override_names_the_module_and_the_rule() -> None:
     config = {**GPTQ, "dynamic": {"+:.*q_proj": {"bits": 12}}}
     with pytest.raises(ConfigError, match=saying(Q, "dynamic", "+:.*q_proj", "GPTQ", 12)):
         resolve(config)
+
+
+@pytest.mark.parametrize("dynamic", [{}, {".*": {"desc_act": True}}])
+def test_reordered_channels_need_the_order(dynamic: dict[str, Any]) -> None:
+    """Without ``g_idx`` every weight would be read with the scale of another group."""
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": not dynamic}
+    described = Described.of(config | {"dynamic": dynamic})
+    whole = ["a.qweight", "a.qzeros", "a.scales", "a.g_idx"]
+    assert isinstance(described.with_file(whole).resolve("a"), CheckpointScheme)
+    with pytest.raises(ConfigError, match=saying("a", "desc_act", "a.g_idx")):
+        described.with_file(whole[:-1]).resolve("a")
+
+
+def test_one_group_has_no_order() -> None:
+    config = {"quant_method": "gptq", "bits": 4, "group_size": -1, "desc_act": True}
+    described = Described.of(config).with_file(["a.qweight", "a.qzeros", "a.scales"])
+    assert isinstance(described.resolve("a"), CheckpointScheme)

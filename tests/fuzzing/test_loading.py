@@ -22,7 +22,7 @@ from tests.support.fuzzing.files import Mutant, Tensor, unmutated
 from tests.support.fuzzing.verdict import ERRORS, draw_mutant, judge_error
 from tests.support.model_loading import loaded, logits
 
-MUTANTS = int(os.environ.get("COMPRESSED_LINEAR_MUTANTS", "300")) // 25
+MUTANTS = int(os.environ.get("COMPRESSED_LINEAR_MUTANTS", "300")) // 15
 DIRECTORIES = [
     COPIES / name
     for name in (
@@ -34,6 +34,7 @@ DIRECTORIES = [
 ]
 GROUPS = [
     tensors.MUTATORS,
+    [tensors.codes, tensors.scales, tensors.group_index, tensors.zero_points, tensors.add],
     # vLLM itself, and transformers, read config.json and meet a pipe in its place.
     [m for m in containers.MUTATORS if m is not containers.special_file],
     [configs.hostile_expression],

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import faulthandler
 import os
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -38,7 +40,7 @@ def end_what_hangs() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("directory", DIRECTORIES, ids=lambda path: path.name)
-def test_a_checkpoint_without_changes_is_read(directory: object) -> None:
+def test_a_checkpoint_without_changes_is_read(directory: Path) -> None:
     mutant = unmutated(directory)
     mutant.must_read = True
     outcome = try_mutant(mutant, directory, read)
@@ -47,6 +49,8 @@ def test_a_checkpoint_without_changes_is_read(directory: object) -> None:
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_mutants_are_read_right_or_refused_clearly(group: str) -> None:
+    kinds: Counter[str] = Counter()
+
     @settings(
         max_examples=MUTANTS // len(GROUPS),
         deadline=None,
@@ -57,6 +61,9 @@ def test_mutants_are_read_right_or_refused_clearly(group: str) -> None:
     def run(data: st.DataObject) -> None:
         faulthandler.dump_traceback_later(120, exit=True)
         mutant = draw_mutant(data.draw, DIRECTORIES, GROUPS[group])
-        try_mutant(mutant, COPIES / mutant.name, read)
+        kinds[try_mutant(mutant, COPIES / mutant.name, read).kind] += 1
 
     run()
+    print(f"mutants of {group}: {dict(kinds)}")
+    assert kinds["read"] > MUTANTS // 50
+    assert kinds["refused"] > MUTANTS // 50

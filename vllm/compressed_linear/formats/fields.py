@@ -15,6 +15,7 @@ from typing import Any, Self
 from vllm.compressed_linear.formats.resolution import ConfigError
 
 TOP = "quantization_config"
+LONGEST_WORD = 100
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Fields:
         name, value = self._found(names)
         if value is None:
             if default is None:
-                keys = ", ".join(map(str, self.values))
+                keys = _cut(", ".join(map(str, self.values)))
                 raise ConfigError(f"{self.where} has no {names[0]} (keys: {keys})")
             return default
         if (number := whole(value)) is None:
@@ -69,8 +70,8 @@ class Fields:
         name, value = self._found(names)
         if value is None:
             return ""
-        if not isinstance(value, str):
-            raise wrong(name, value, "a text")
+        if not isinstance(value, str) or len(value) > LONGEST_WORD or not value.isprintable():
+            raise wrong(name, value, f"a text of at most {LONGEST_WORD} printable characters")
         return value.strip().lower()
 
     def names(self, name: str) -> list[str]:
@@ -107,9 +108,12 @@ def whole(value: Any) -> int | None:
 
 def wrong(name: str, value: Any, expected: str) -> ConfigError:
     """The error for a field of another type. Long values are cut."""
-    text = repr(value)
-    shown = text if len(text) <= 80 else f"{text[:77]}..."
-    return ConfigError(f"{name} is {shown}, expected {expected}")
+    return ConfigError(f"{name} is {_cut(ascii(value), 80)}, expected {expected}")
+
+
+def _cut(text: str, length: int = 400) -> str:
+    text = text if text.isprintable() else ascii(text)
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def _flat(name: str, value: Any, depth: int = 0) -> list[str]:

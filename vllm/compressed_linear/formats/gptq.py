@@ -59,7 +59,9 @@ def gptq_scheme(
         return marlin_scheme(bits, group_size, codes="B", scale="s")
     planes = PLANES.get(bits, ()) if version == "gptq_p" else ()
     if bits in (5, 6, 7) and not planes:
-        raise ConfigError(f"GPTQ with {bits} bits exists as gptq_p only, but the file is {version}")
+        raise ConfigError(
+            f"GPTQ with {bits} bits exists as gptq_p only, but checkpoint_format is {version}"
+        )
     bump = ZeroBump.NONE
     if version == "gptq":
         bump = ZeroBump.FIELD if bits == 3 else ZeroBump.WORD
@@ -195,6 +197,7 @@ class Gptq(Format):
             if not symmetric or not (PLAIN if stored is None else stored) >= PLAIN:
                 return Delegated(_unknown_version(self.version))
         container = override.word("pack_dtype").removeprefix("torch.") or self.container
+        self._check_order(module, override, file)
         try:
             return gptq_scheme(
                 override.integer("bits", default=self.bits),
@@ -205,6 +208,22 @@ class Gptq(Format):
             )
         except ConfigError as error:
             raise ConfigError(f"{module}: dynamic {pattern}: {error}") from None
+
+    def _check_order(self, module: str, override: Fields, file: FileView) -> None:
+        """Raise ``ConfigError`` if channels were reordered and the file does not say how."""
+        found = file.tensors_on_disk(module)
+        reordered = override.flag("desc_act")
+        reordered = self.reordered if reordered is None else reordered
+        size = override.integer("group_size", default=self.group_size)
+        if not reordered or size == -1 or file.headers is None or "qweight" not in (found or ()):
+            return
+        index = file.headers.get(f"{module}.g_idx")
+        if index is None or 0 in index.shape:
+            raise ConfigError(
+                f"{module}: desc_act is true, so channels have the order that g_idx says, but "
+                f"{file.headers[f'{module}.qweight'].file} has no {module}.g_idx; expected one, or "
+                "desc_act: false for channels in order"
+            )
 
 
 def _layout(version: str) -> str:
