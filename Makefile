@@ -27,7 +27,7 @@ CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.hpp
 export VLLM_CPU_KVCACHE_SPACE ?= 2
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: help setup test lint test-quick test-unit test-native test-native-tsan test-native-arm test-triton test-e2e test-slow test-next-vllm test-cuda-build demo serve bench bench-serve bench-step docs clean
+.PHONY: help setup test lint test-quick test-unit test-native test-native-tsan test-native-arm test-triton test-e2e test-fuzz test-slow test-next-vllm test-cuda-build demo serve bench bench-serve bench-step docs clean
 
 help:
 	@echo 'make setup        make .venv, install vLLM and this project, build csrc'

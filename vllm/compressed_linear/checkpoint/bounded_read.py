@@ -70,7 +70,7 @@ def parse_json(data: bytes, origin: str, *, unique: bool = False) -> Any:
         entries = dict(found)
         if unique and len(entries) < len(found):
             twice = Counter(key for key, _ in found).most_common(1)[0][0]
-            raise CheckpointError(f"{origin} has the key {twice!r} twice")
+            raise CheckpointError(f"{origin} has the key {shortened(twice)} twice")
         return entries
 
     def constant(name: str) -> NoReturn:
@@ -84,6 +84,12 @@ def parse_json(data: bytes, origin: str, *, unique: bool = False) -> Any:
         raise CheckpointError(f"{origin} is nested too deeply for JSON") from None
     except ValueError as error:
         raise CheckpointError(f"{origin} is invalid JSON: {error}") from None
+
+
+def shortened(value: Any) -> str:
+    """A value of a file in a message: printable, and not too long."""
+    text = ascii(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def _check_link(path: Path) -> None:

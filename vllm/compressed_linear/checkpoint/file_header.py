@@ -17,6 +17,7 @@ from vllm.compressed_linear.checkpoint.bounded_read import (
     MAX_JSON_BYTES,
     parse_json,
     regular_file,
+    shortened,
 )
 from vllm.compressed_linear.checkpoint.shard import CheckpointError
 
@@ -92,7 +93,9 @@ def read_file_header(file: Path) -> dict[str, TensorHeader]:
 def read_entry(origin: Path | str, name: str, entry: Any) -> TensorHeader:
     """Parse the entry of one tensor; ``origin`` is for messages."""
     if not name.isprintable():
-        raise CheckpointError(f"{origin}: a tensor is called {name!r}, expected printable text")
+        raise CheckpointError(
+            f"{origin}: a tensor is called {shortened(name)}, expected printable text"
+        )
     numbers: list[Any] = []
     code = None
     if isinstance(entry, Mapping):
@@ -112,8 +115,8 @@ def read_entry(origin: Path | str, name: str, entry: Any) -> TensorHeader:
         or any(type(number) is not int or not 0 <= number <= _MAX_NUMBER for number in numbers)
     ):
         raise CheckpointError(
-            f"{origin}: tensor {name} is described as {_short(entry)}, expected dtype, shape and "
-            "two data_offsets (whole numbers, not negative)"
+            f"{origin}: tensor {name} is described as {shortened(entry)}, expected dtype, shape "
+            "and two data_offsets (whole numbers, not negative)"
         )
     if code not in _DTYPES:
         raise CheckpointError(
@@ -135,7 +138,7 @@ def _check_metadata(file: Path, metadata: Any) -> None:
         return
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(
-            f"{file}: __metadata__ is {_short(metadata)}, expected a map from text to text"
+            f"{file}: __metadata__ is {shortened(metadata)}, expected a map from text to text"
         )
 
 
@@ -163,9 +166,3 @@ def _check_positions(file: Path, header: Mapping[str, Any], begin: int, size: in
         raise CheckpointError(
             f"{file}: {size - begin - end} bytes after {before}, expected the end of the file"
         )
-
-
-def _short(value: Any) -> str:
-    """A value in a message: enough of it to find it in the file."""
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}…"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-from vllm.compressed_linear.checkpoint.bounded_read import read_json_file
+from vllm.compressed_linear.checkpoint.bounded_read import read_json_file, shortened
 from vllm.compressed_linear.checkpoint.file_header import (
     TensorHeader,
     read_entry,
@@ -20,6 +20,8 @@ from vllm.compressed_linear.checkpoint.shard import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 """Tensor name → file, for checkpoints of several files."""
+LONGEST_NAME = 255
+"""Bytes of a file's name, on Linux."""
 
 
 class Headers(Mapping[str, TensorHeader]):
@@ -154,8 +156,10 @@ def _files(directory: Path) -> tuple[list[Path], dict[str, str]]:
         return sorted(directory.glob("*.safetensors")), {}
     found = read_json_file(index, "the index of tensors")
     weight_map = found.get("weight_map") if isinstance(found, dict) else None
-    if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{index}: not an index of tensors: no map called weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f"{index}: not an index of tensors: no map called weight_map, or nothing in it"
+        )
     for name, file in weight_map.items():
         _check_file_name(index, name, file)
     first_tensor = {file: name for name, file in reversed(weight_map.items())}
@@ -175,10 +179,12 @@ def _check_file_name(index: Path, tensor: str, file: Any) -> None:
         or Path(file).name != file
         or not file.isprintable()
         or not file.endswith(".safetensors")
+        or len(file.encode()) > LONGEST_NAME
+        or not tensor.isprintable()
     ):
         raise CheckpointError(
-            f"{index}: tensor {tensor} is said to be in {file!r}, expected the name of a "
-            ".safetensors file in the same directory"
+            f"{index}: tensor {shortened(tensor)} is said to be in {shortened(file)}, expected the "
+            "name of a .safetensors file in the same directory"
         )
 
 

@@ -24,6 +24,8 @@ from vllm.compressed_linear.spec.packing import Packing
 from vllm.compressed_linear.spec.scheme import Role, StoredTensor
 
 QKV_SHARDS = {"q": 0, "k": 1, "v": 2}
+_INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+"""Of indexes and shapes; torch computes with no others."""
 _ALIGNMENT = 16
 """Bytes; regions of different dtypes share one byte buffer."""
 
@@ -244,13 +246,15 @@ def _dtype_fits(
     stored: StoredTensor, packing: Packing | None, container: torch.dtype, found: torch.dtype
 ) -> bool:
     if packing is not None and packing.single:
-        return not found.is_floating_point
+        return found in _INTEGERS
     if stored.role is Role.CODES and not found.is_floating_point:
         return found == container
     # No other dtype converts to eight bits without loss.
     if stored.packing is not None or container in (torch.float8_e4m3fn, torch.float8_e5m2):
         return found == container
-    return found.is_floating_point == container.is_floating_point
+    if found.is_floating_point or container.is_floating_point:
+        return found.is_floating_point and container.is_floating_point
+    return found in _INTEGERS
 
 
 def collect_shards(
