@@ -103,19 +103,17 @@ def _explain(
     )
     if not found.this_machine and (assumption := platform.assumption):
         found.say(Severity.NOTE, About.SERVING, assumption)
-    off = not enabled()
-    if off:
+    if not enabled():
         found.say(
             Severity.NOTE,
             About.SERVING,
             f"{ENABLE}=0 switches this package off: vLLM runs all of it",
         )
-    ours = not off and format_of(quantization) is not None
+        return found
+    ours = format_of(quantization) is not None
     read_by = parse_in(checkpoint.path, quantization) if ours else None
     vllms_reason = ""
-    if off:
-        vllms_reason = f"{ENABLE}=0"
-    elif read_by is None:
+    if read_by is None:
         vllms_reason = "all of the checkpoint is left to vLLM"
         found.say(Severity.NOTE, About.SERVING, _not_ours(quantization))
     say_of_configuration(found, checkpoint, read_by, platform)
