@@ -83,7 +83,7 @@ def _in_braces(numbers: Sequence[int]) -> str:
     texts, runs = ranges(numbers), _runs(numbers)
     steps = {(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(runs)}
     if len(runs) > MOST_RANGES and len(steps) == 1:
-        texts = [*texts[:3], "…", texts[-1]]
+        texts = [*texts[:2], "…", texts[-1]]
     return ",".join(texts)
 
 

@@ -65,13 +65,17 @@ def locate(
     found: dict[str, tuple[Located, ...]] = {}
     for name in dict.fromkeys(t.name for source in sources for t in source.scheme.tensors):
         parts = _separate(name, path, sources, headers)
-        for fused in () if parts else dict.fromkeys((f"{layer}.{name}", f"{path}.{name}")):
-            if fused in headers:
+        held = {index for part in parts for index in _indices(part.shard)}
+        for fused in dict.fromkeys((f"{layer}.{name}", f"{path}.{name}")):
+            if fused in headers and not parts:
                 parts = [Located(fused, headers[fused], None, tuple(sources))]
                 break
+            # One tensor may be the values of several shards (k and v of Gemma 4).
             for part, shard in stacked.get(fused, ()):
-                held = tuple(sources[i] for i in _indices(shard))
-                parts.append(Located(part, headers[part], shard, held))
+                indices = _indices(shard)
+                if held.isdisjoint(indices):
+                    of = tuple(sources[i] for i in indices)
+                    parts.append(Located(part, headers[part], shard, of))
         if parts:
             found[name] = tuple(parts)
     return found

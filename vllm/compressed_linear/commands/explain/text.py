@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -63,13 +64,19 @@ def _without_name(layer: LayerPlan) -> LayerPlan:
     return replace(
         layer,
         name="",
-        unquantized=tuple(map(without_numbers, layer.unquantized)),
+        unquantized=_reasons(layer),
         note=without_numbers(layer.note),
         cases=tuple(map(_case_without_name, layer.cases)),
         other_ranks=tuple(
             (rank, tuple(map(_case_without_name, cases))) for rank, cases in layer.other_ranks
         ),
     )
+
+
+def _reasons(layer: LayerPlan) -> tuple[str, ...]:
+    """Why its shards are not quantized, without their names where the reason is the same."""
+    found = [re.sub(r"\b(plain) \S+\.weight$", r"\1 weight", text) for text in layer.unquantized]
+    return tuple(dict.fromkeys(without_numbers(text) for text in found))
 
 
 def _case_without_name(case: Possibility) -> Possibility:
@@ -130,6 +137,7 @@ def print_explanation(explanation: Explanation, console: Console) -> None:
     groups = group_layers(explanation.layers)
     _print_head(explanation, console)
     if groups:
+        console.print()
         console.print(_table(groups, explanation.dtype, console.width))
         _print_facts(groups, explanation.dtype, console)
         _print_ranks(groups, explanation.dtype, console)
@@ -157,7 +165,7 @@ def _print_head(e: Explanation, console: Console) -> None:
 
 def _table(groups: Sequence[LayerGroup], dtype: str, width: int) -> Table:
     """A heading and one row for each part of each group of layers."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("#", no_wrap=True)
     table.add_column("Layers and their weights", overflow="fold")
     # On a narrow terminal the name of the code path goes below that of the backend.
@@ -172,7 +180,7 @@ def _table(groups: Sequence[LayerGroup], dtype: str, width: int) -> Table:
         for part in plan.likely.parts:
             words = in_words(part.descriptor, dtype)
             if plan.likely.from_sample:
-                words += " (an example: K follows the order)"
+                words += " (K follows the order)"
             if len(plan.likely.parts) > 1:
                 words = f"{' + '.join(part.shards)}: {words}"
             prepared = None if part.bytes_prepared is None else part.bytes_prepared * count
@@ -180,8 +188,7 @@ def _table(groups: Sequence[LayerGroup], dtype: str, width: int) -> Table:
             table.add_row("", words, _runs(part, "\n"), disk, size(prepared))
             for note in part.notes:
                 table.add_row("", Text(note, style="dim"), "", "", "")
-        for reasons in zip(*(layer.unquantized for layer in group.layers), strict=True):
-            reason = compress_names(reasons)
+        for reason in _reasons(plan):
             table.add_row("", Text(f"not quantized: {reason}", style="dim"), "", "", "")
         if plan.note:
             note = compress_names([layer.note for layer in group.layers])
@@ -229,7 +236,7 @@ def _facts_of(cases: Sequence[Possibility], dtype: str) -> list[Text]:
     everywhere = {part.runs for case in cases for part in case.parts}
     likely = [case for case in cases if case.likely] or list(cases[:1])
     if len(everywhere) == 1:
-        text = Text(f"likely {_fact(likely[0])}; all {len(cases)} cases run on ")
+        text = Text(f"likely {_fact(likely[0])}; every case runs on ")
         return [text.append_text(_runs(likely[0].parts[0]))]
     others = [case for case in cases if not case.uniform and not case.likely]
     texts = [_case_text(case, dtype) for case in cases if case not in others]
