@@ -20,14 +20,18 @@ from tests.support.drafters import (
     drafts,
     loaded_with_drafter,
     write_clock,
+    write_clock_with_mtp,
     write_eagle3,
 )
+from tests.support.lora import activate, with_adapters
 from tests.support.messages import says
-from tests.support.model_loading import LoadedModel, logits
+from tests.support.model_loading import LoadedModel, loaded, logits
+from tests.support.reloading import reload
 from tests.support.synthetic import Quant
 from tests.support.table_models import Bits, TableModel
 from vllm.compressed_linear import settings
-from vllm.compressed_linear.integration.preparation import PROCESS_PLAN
+from vllm.compressed_linear.commands.explain.explain import explain
+from vllm.compressed_linear.integration.preparation import PROCESS_PLAN, detect_platform
 from vllm.compressed_linear.prepare.plan import Plan
 
 QUANTIZED_HEAD = TableModel("llama", tied=False, table=None, head=Bits(8))
@@ -259,6 +263,71 @@ def test_an_unquantized_model_and_its_drafter_opt_in_separately(tmp_path: Path) 
             assert drafts(model, proposer, EVERY_TOKEN).tolist() == after(EVERY_TOKEN, 2).tolist()
             assert bool(PROCESS_PLAN.entries) == bool(target)
             assert any(map(names, PROCESS_PLAN.drafters.values())) == bool(drafter)
+
+
+MTP = {
+    "quantized-head": replace(QUANTIZED_HEAD, family="qwen2-qkv-bias"),
+    "quantized-table-and-head": replace(QUANTIZED_TABLE, family="qwen2-qkv-bias"),
+    "plain-head": replace(PLAIN_HEAD, family="qwen2-qkv-bias"),
+}
+
+
+@pytest.mark.parametrize("case", MTP)
+def test_multi_token_prediction_uses_the_target_s_head_and_table(case: str, tmp_path: Path) -> None:
+    """vLLM's MiMo builds head and table without asking, and calls its layer otherwise than the file
+    does, which is the target's."""
+    write_clock_with_mtp(tmp_path / "target", MTP[case])
+    drafter = {"method": "mtp", "num_speculative_tokens": 1}
+    with loaded_with_drafter(tmp_path / "target", drafter) as (model, proposer):
+        assert proposer.model.lm_head is model.model.lm_head
+        assert proposer.model.model.embed_tokens is model.model.model.embed_tokens
+        found = drafts(model, proposer, EVERY_TOKEN)
+        gc.collect()
+        (plan,) = PROCESS_PLAN.drafters.values()
+        parts = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+        assert names(plan) == {f"model.layers.2.{part}" for part in parts}
+        assert all("uint4b8" in entry.descriptor for entry in plan.entries.values())
+    assert found.tolist() == after(EVERY_TOKEN, 2).tolist()
+
+
+def test_a_drafter_is_explained_by_its_own_files(tmp_path: Path) -> None:
+    """vLLM cannot build it without a target, which is no fault of it."""
+    write_eagle3(tmp_path / "drafter", Eagle3())
+    found = explain(str(tmp_path / "drafter"), platform=detect_platform())
+    assert {f"midlayer.{name}" for name in LAYER} < {layer.name for layer in found.layers}
+    assert says(" ".join(found.notes), "LlamaForCausalLMEagle3", "drafter", "--speculative-config")
+    assert not found.errors
+
+
+@pytest.mark.parametrize("case", ["both-quantized", "both-plain"])
+def test_a_target_with_a_drafter_reloads_its_weights(case: str, tmp_path: Path) -> None:
+    target, drafter = OWN_HEAD[case]
+    write_clock(tmp_path / "target", target)
+    write_eagle3(tmp_path / "drafter", drafter)
+    with loaded_with_drafter(tmp_path / "target", speculative(tmp_path / "drafter")) as (
+        model,
+        proposer,
+    ):
+        before = PROCESS_PLAN.fingerprint()
+        reload(model, tmp_path / "target")
+        assert drafts(model, proposer, EVERY_TOKEN).tolist() == after(EVERY_TOKEN, 2).tolist()
+        assert PROCESS_PLAN.fingerprint() == before
+
+
+@pytest.mark.parametrize("case", ["both-quantized", "both-plain"])
+def test_a_target_with_adapters_has_a_drafter(case: str, tmp_path: Path) -> None:
+    from vllm.v1.spec_decode.eagle import EagleProposer
+
+    target, drafter = OWN_HEAD[case]
+    write_clock(tmp_path / "target", target)
+    write_eagle3(tmp_path / "drafter", drafter)
+    options = {"skip_tokenizer_init": True, "enable_lora": True, "max_lora_rank": 8}
+    own = speculative(tmp_path / "drafter")
+    with loaded(tmp_path / "target", speculative_config=own, **options) as model:
+        activate(with_adapters(model), None, VOCABULARY)
+        proposer = EagleProposer(model.config, torch.device("cpu"))
+        proposer.load_model(model.model)
+        assert drafts(model, proposer, EVERY_TOKEN).tolist() == after(EVERY_TOKEN, 2).tolist()
 
 
 def test_a_head_is_prepared_once_and_its_natural_weight_is_freed(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ token after the next: with the target's head, every draft is wrong.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,13 +103,14 @@ class _Scale(nn.Module):
         self.weight = nn.Parameter(torch.ones(HIDDEN))
 
 
-def _layer() -> nn.Module:
+def _layer(k: int) -> nn.Module:
+    """A layer of Llama that adds nothing; its attention is given ``k`` channels."""
     layer = nn.Module()
     layer.self_attn, layer.mlp = nn.Module(), nn.Module()
-    for name, n, k in (("q", 128, 256), ("k", 64, 256), ("v", 64, 256), ("o", 128, 128)):
-        setattr(layer.self_attn, f"{name}_proj", nn.Linear(k, n, bias=False))
-    for name, n, k in (("gate", 256, 128), ("up", 256, 128), ("down", 128, 256)):
-        setattr(layer.mlp, f"{name}_proj", nn.Linear(k, n, bias=False))
+    for name, channels, n in (("q", k, 128), ("k", k, 64), ("v", k, 64), ("o", 128, 128)):
+        setattr(layer.self_attn, f"{name}_proj", nn.Linear(channels, n, bias=False))
+    for name, channels, n in (("gate", 128, 256), ("up", 128, 256), ("down", 256, 128)):
+        setattr(layer.mlp, f"{name}_proj", nn.Linear(channels, n, bias=False))
     layer.self_attn.o_proj.weight.data.zero_()
     layer.mlp.down_proj.weight.data.zero_()
     for name in ("input_layernorm", "hidden_norm", "post_attention_layernorm"):
@@ -120,9 +122,9 @@ def _network(drafter: Eagle3) -> nn.Module:
     torch.manual_seed(3)
     network = nn.Module()
     if drafter.layer == "midlayer":
-        network.midlayer = _layer()
+        network.midlayer = _layer(2 * HIDDEN)
     else:
-        network.layers = nn.ModuleList([_layer()])
+        network.layers = nn.ModuleList([_layer(2 * HIDDEN)])
     network.fc = nn.Linear(HIDDEN, HIDDEN, bias=False)
     network.fc.weight.data.copy_(torch.eye(HIDDEN))
     network.norm = _Scale()
@@ -235,12 +237,39 @@ def loaded_with_drafter(
 
 @torch.inference_mode()
 def drafts(model: LoadedModel, proposer: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """What an Eagle3 drafter of the clock expects to follow, given the hidden states of ``tokens``
-    and the tokens after them."""
+    """What a drafter of the clock expects to follow, given the hidden states of ``tokens`` and the
+    tokens after them."""
     from vllm.forward_context import set_forward_context
 
     draft = proposer.model
     with set_forward_context(None, model.config), plain_attention(draft):
-        hidden = draft.combine_hidden_states(rows_of_tokens()[tokens])
-        hidden, _ = draft(after(tokens), torch.zeros_like(tokens), hidden)
+        hidden, positions = rows_of_tokens()[tokens], torch.ones_like(tokens)
+        if hasattr(draft, "combine_hidden_states"):
+            hidden, _ = draft(after(tokens), positions, draft.combine_hidden_states(hidden))
+        else:
+            hidden = draft(after(tokens), positions, hidden)
         return draft.compute_logits(hidden).argmax(-1)
+
+
+def write_clock_with_mtp(path: Path, model: TableModel) -> None:
+    """Write a target with a layer for multi-token prediction in the same file, as MiMo has it. The
+    layer sees the newest token's row, so with the target's head it tells the next token."""
+
+    def set_weights(network: Any) -> None:
+        set_clock(network)
+        layer = _layer(HIDDEN)
+        for name in ("q", "k", "v"):
+            projection = getattr(layer.self_attn, f"{name}_proj")
+            projection.bias = nn.Parameter(torch.zeros(projection.out_features))
+        del layer.hidden_norm
+        for name in ("token_layernorm", "hidden_layernorm", "final_layernorm"):
+            setattr(layer, name, _Scale())
+        layer.input_proj = _Scale()  # vLLM does not build it for quantized weights
+        newest = torch.cat([torch.zeros(HIDDEN, HIDDEN), torch.eye(HIDDEN)], 1)
+        layer.input_proj.weight = nn.Parameter(newest)
+        network.model.mtp_layers = nn.ModuleList([layer])
+
+    write(model, path, set_weights)
+    config = json.loads((path / "config.json").read_text())
+    config |= {"architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1}
+    (path / "config.json").write_text(json.dumps(config))

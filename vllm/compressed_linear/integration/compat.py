@@ -220,6 +220,14 @@ def reader_of_tables() -> str:
     return _READS_TABLES.get(str(getattr(hf_config, "model_type", "")), "")
 
 
+def drafter_among(architectures: Iterable[str]) -> str | None:
+    """The first of these classes that vLLM builds for a target only; None if there is none."""
+    from vllm.model_executor.models import registry
+
+    known = getattr(registry, "_SPECULATIVE_DECODING_MODELS", {})
+    return next((name for name in architectures if name in known), None)
+
+
 def holds_experts(layer: torch.nn.Module) -> bool:
     """Whether ``layer`` holds the experts of a mixture-of-experts layer."""
     from vllm.model_executor.layers import fused_moe

@@ -41,6 +41,7 @@ from vllm.compressed_linear.commands.explain.possibilities import (
 from vllm.compressed_linear.commands.explain.tensors import ReadTensor, assumed, load_shards, locate
 from vllm.compressed_linear.formats.base import Format, Hints
 from vllm.compressed_linear.formats.registry import format_of, formats, parse_in
+from vllm.compressed_linear.integration import compat
 from vllm.compressed_linear.integration.preparation import detect_platform
 from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.prepare.layer import choose, settle_lookup
@@ -153,13 +154,20 @@ def _ranks(
 ) -> list[ModelLayers]:
     """The layers of every rank, from the headers alone if vLLM cannot build the model here."""
     try:
-        return model_layers(
-            checkpoint.path,
-            architectures,
-            tp_size=found.tp_size,
-            dtype=dtype,
-            vllms_reason=vllms_reason,
-            headers=checkpoint.headers,
+        if (drafter := compat.drafter_among(architectures)) is None:
+            return model_layers(
+                checkpoint.path,
+                architectures,
+                tp_size=found.tp_size,
+                dtype=dtype,
+                vllms_reason=vllms_reason,
+                headers=checkpoint.headers,
+            )
+        found.say(
+            Severity.NOTE,
+            About.SERVING,
+            f"{drafter} is a drafter, which vLLM builds for a target only (--speculative-config): "
+            "layers and names are those of its files",
         )
     except ModelUnavailableError as error:
         if not found.this_machine:
