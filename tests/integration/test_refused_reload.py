@@ -62,6 +62,12 @@ DAMAGES: dict[str, tuple[Callable[[Tensors], None], tuple[object, ...]]] = {
     ),
     "missing-layer": (_remove(f"{LAST}.self_attn.o_proj"), (f"{LAST}.self_attn.o_proj", "qweight")),
     "missing-part-of-a-dense-layer": (_remove(f"{LAST}.self_attn.k_proj.weight"), ("part 2 of 3",)),
+    "missing-norm": (_remove("model.norm"), ("model.norm.weight",)),
+    "missing-norm-of-a-layer": (
+        _remove(f"{LAST}.input_layernorm"),
+        (f"{LAST}.input_layernorm.weight",),
+    ),
+    "missing-table": (_remove("model.embed_tokens"), ("model.embed_tokens.weight",)),
     "missing-head": (_remove("lm_head"), ("lm_head", "weight")),
     "other-shape": (
         _put(f"{LAST}.mlp.down_proj.qweight", lambda t: t[:, :64]),

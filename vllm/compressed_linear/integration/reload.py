@@ -20,8 +20,8 @@ import torch
 
 from vllm.compressed_linear.checkpoint.parameter import CheckpointParameter
 from vllm.compressed_linear.checkpoint.shard import CheckpointError
-from vllm.compressed_linear.integration import compat, compat_weights
-from vllm.compressed_linear.integration.whole_model import is_ours, method_of
+from vllm.compressed_linear.integration import compat, compat_loading, compat_weights
+from vllm.compressed_linear.integration.whole_model import allows_missing, is_ours, method_of
 from vllm.compressed_linear.machine import memory
 
 logger = compat.logger(__name__)
@@ -48,7 +48,8 @@ def guard_reloads() -> None:
 class _Layer:
     """One layer during a reload: what it was before, and vLLM's record of what arrives."""
 
-    def __init__(self, layer: torch.nn.Module) -> None:
+    def __init__(self, name: str, layer: torch.nn.Module) -> None:
+        self.name = name
         self.layer = layer
         self.record = compat_weights.LayerRecord(layer)
         self.non_persistent = set(layer._non_persistent_buffers_set)
@@ -123,10 +124,6 @@ class _Layer:
             out.append((name, old, new))
         return out
 
-    @property
-    def name(self) -> str:
-        return str(getattr(self.layer, "prefix", "") or type(self.layer).__name__)
-
     def commit(self, pairs: Iterable[tuple[str, torch.Tensor, torch.Tensor]]) -> None:
         """Overwrite the old tensors with the new, keep what they held, and place them."""
         for _, old, new in pairs:
@@ -175,7 +172,7 @@ class Reload:
 
     def begin(self, initialize: Callable[..., Any]) -> None:
         """vLLM's own beginning; then set the running tensors aside."""
-        layers = [_Layer(layer) for layer in self.model.modules()]
+        layers = [_Layer(name, layer) for name, layer in self.model.named_modules()]
         try:
             initialize(self.model)
         finally:
@@ -218,8 +215,8 @@ class Reload:
                 self._check_arrivals(layer)
                 record.process()
             else:
-                if record.elements_expected:
-                    self._check_arrivals(layer)
+                if self.whole:
+                    self._check_unloaded(layer)
                 layer.give()
         retied = [layer for layer in self.layers if self._retie(layer)]
         if self.keeps_both:
@@ -249,15 +246,31 @@ class Reload:
         return True
 
     def _check_arrivals(self, layer: _Layer) -> None:
-        """Raise ``CheckpointError`` for a tensor of one of our layers that has not arrived."""
-        arrived = layer.arrived()
+        """Raise ``CheckpointError`` for a part of one of our layers that has not arrived."""
         method = method_of(layer.layer)
-        if method is None or not (arrived or self.whole):
-            return
-        if absent := method.absent(layer.layer, arrived):
+        if method is not None and (absent := method.absent(layer.layer, layer.arrived())):
             raise CheckpointError(
                 f"{layer.name}: the new weights have no tensor {layer.name}.{absent}"
             )
+
+    def _check_unloaded(self, layer: _Layer) -> None:
+        """Raise ``CheckpointError`` for a layer of which nothing has arrived, although a checkpoint
+        has to have it: with its old weights it would be a stranger among new ones."""
+        if layer.record.elements_expected and method_of(layer.layer) is not None:
+            self._check_arrivals(layer)
+            return
+        loaded = {
+            tensor.data_ptr()
+            for other in self.layers
+            if other.record.elements_loaded or not other.record.is_open
+            for tensor in (other.tensors or ({}, {}))[0].values()
+        }
+        for name, tensor in (layer.tensors or ({}, {}))[0].items():
+            tied = tensor.data_ptr() in loaded
+            if tensor.numel() and not tied and not compat_loading.fills_itself(layer.layer, name):
+                raise CheckpointError(
+                    f"{layer.name}: the new weights have no tensor for {layer.name}.{name}"
+                )
 
     def _agree(self, error: BaseException | None) -> None:
         """Tell the other ranks whether this one accepts; raise if another one does not."""
@@ -345,7 +358,8 @@ def _reload_weights(
     _abandon(model)
     source = compat_weights.named_source(vllm_config.model_config)
     if is_checkpoint_format:
-        _OPEN[model] = Reload(model, whole=weights_iterator is None, every_rank=True)
+        whole = weights_iterator is None and not allows_missing(model)
+        _OPEN[model] = Reload(model, whole=whole, every_rank=True)
     try:
         with _undone_on_error(model):
             return original(

@@ -52,6 +52,12 @@ def is_ours(model: torch.nn.Module) -> bool:
     return any(method_of(layer) is not None for layer in model.modules())
 
 
+def allows_missing(model: torch.nn.Module) -> bool:
+    """Whether the user lets ``model`` be loaded without some of its tensors."""
+    methods = (method_of(layer) for layer in model.modules())
+    return any(m.model.settings.allow_missing for m in methods if m is not None)
+
+
 @cache
 def watch_models() -> None:
     """Follow the models that vLLM processes and saves in this process."""
