@@ -92,7 +92,9 @@ def pack_quantized_scheme(
             )
         )
     if group_index:
-        tensors.append(StoredTensor("weight_g_idx", Role.GROUP_INDEX, "int32", ("K",)))
+        tensors.append(
+            StoredTensor("weight_g_idx", Role.GROUP_INDEX, "int32", ("K",), optional=True)
+        )
     scale = ScaleSpec("bfloat16", "channel" if group_size == -1 else "group", group_size)
     if zeros is ZeroForm.NONE:
         return CheckpointScheme(WeightSpec(uint(bits, 1 << (bits - 1)), scale), tuple(tensors))
