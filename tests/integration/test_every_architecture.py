@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.header_checkpoints import default_configs
 from tests.support.model_loading import engine_args, init_distributed
 from vllm.compressed_linear.integration.config import NAME
 from vllm.compressed_linear.integration.delegation import RefusedByVllmError
@@ -40,28 +41,6 @@ ALL_ARCHITECTURES_AT_LEAST = 60
 """A run that could build fewer has something amiss."""
 WITHOUT_QUANTIZATION = ("MambaForCausalLM", "FalconMambaForCausalLM")
 """vLLM builds these without asking any quantization config."""
-
-
-def default_configs() -> dict[str, dict[str, Any]]:
-    """Architecture → configuration, for those of vLLM that the transformers library has too."""
-    import transformers.models.auto.modeling_auto as mappings
-    from transformers import CONFIG_MAPPING
-    from vllm.model_executor.models.registry import ModelRegistry
-
-    model_types: dict[str, str] = {}
-    for name, mapping in vars(mappings).items():
-        if name.startswith("MODEL_") and name.endswith("_MAPPING_NAMES"):
-            for model_type, classes in mapping.items():
-                for architecture in [classes] if isinstance(classes, str) else classes:
-                    model_types.setdefault(architecture, model_type)
-    configs = {}
-    for architecture in sorted(set(ModelRegistry.get_supported_archs()) & set(model_types)):
-        try:
-            config = CONFIG_MAPPING[model_types[architecture]]().to_dict()
-        except Exception:  # no defaults, or a library that is not installed
-            continue
-        configs[architecture] = config | {"architectures": [architecture]}
-    return configs
 
 
 def build(path: Path, config: dict[str, Any], **options: Any) -> torch.nn.Module:

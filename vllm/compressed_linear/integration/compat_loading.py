@@ -121,6 +121,13 @@ def padding(parameter: torch.Tensor) -> int:
     return parameter.numel() - int(getattr(parameter, "weight_loader_numel", parameter.numel()))
 
 
+def is_head_without_use(model: Any, module: Any) -> bool:
+    """Whether ``module`` is the output head of a model that pools, so nothing computes with it."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    return isinstance(module, ParallelLMHead) and bool(getattr(model, "is_pooling_model", False))
+
+
 def comes_from_target(model: Any, name: str, module: Any, loading: Loading) -> bool:
     """Whether ``module``, of the drafter ``model``, is replaced by the target's after loading."""
     from vllm.model_executor.layers.vocab_parallel_embedding import (

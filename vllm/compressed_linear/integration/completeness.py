@@ -189,6 +189,7 @@ def _unfilled(
             and not isinstance(tensor, CheckpointParameter)
             and fill.missing > compat_loading.padding(tensor) * tensor.element_size()
             and not compat_loading.fills_itself(module, last)
+            and not (compat_loading.is_head_without_use(model, module) and not fill.names)
             and not compat_loading.comes_from_target(model, name, module, loading)
         ):
             others = {other: found for other, found in names.items() if other != name}
