@@ -90,7 +90,7 @@ def test_reasons_are_the_real_ones(tmp_path: Path) -> None:
 def test_a_refusal_while_weights_are_created_is_an_error(tp: int, no_nvfp4: None) -> None:
     found = explained("llmcompressor-nvfp4", tp_size=tp)
     (error,) = found.errors
-    assert says(error, "NVFP4", "model.layers.{0-1}.self_attn.qkv_proj")
+    assert says(error, "model.layers.{0-1}.self_attn.qkv_proj", "NVFP4")
     methods = {left.name: left.method for left in found.left}
     assert methods["lm_head"]
 
