@@ -122,7 +122,9 @@ inline void read_code_source(const char* op, cpu::CodeSource& source, const Tens
     fail(op, "widths add up to ", bits, " bits, expected ", element.bits, " for ", element_name);
   if (flip < 0 || flip >> bits != 0) fail(op, "flip is ", flip, ", expected ", bits, " bits");
   source.flip = static_cast<uint8_t>(flip);
-  if (rows < 0 || blank < 0 || n_first < 0)
+  // Their sums, and with them every test of a range below, stay far from overflow.
+  constexpr int64_t kMost = int64_t{1} << 48;
+  if (rows < 0 || blank < 0 || n_first < 0 || rows > kMost || blank > kMost || n_first > kMost)
     fail(op, "rows, blank and n_first are ", rows, ", ", blank, " and ", n_first,
          ", expected 0 or more");
   source.rows = rows;
