@@ -212,3 +212,17 @@ def test_nowhere() -> None:
     result = call("/nowhere/at/all")
     assert result.exit_code == 1
     assert says(result.stdout, "/nowhere/at/all", "does not exist")
+
+
+@pytest.mark.parametrize("command", ["check", "explain"])
+def test_pickled_weights_are_neither_unpickled_nor_called_broken(
+    command: str, tmp_path: Path
+) -> None:
+    """vLLM loads such files, so status 1 would be wrong, and status 0 would be a guess."""
+    shutil.copy(checkpoint(GPTQ) / "config.json", tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"never read")
+    result = CliRunner().invoke(app, [command, str(tmp_path)])
+    assert result.exit_code == 2
+    words = " ".join(result.output.split())
+    assert "pytorch_model.bin: not examined" in words
+    assert "convert the weights to safetensors" in words

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from vllm.compressed_linear.checkpoint.completeness import Severity
 from vllm.compressed_linear.checkpoint.shard import CheckpointError
-from vllm.compressed_linear.commands.explain.checkpoint import ExplainError
+from vllm.compressed_linear.commands.explain.checkpoint import ExplainError, PickledError
 from vllm.compressed_linear.commands.explain.explain import explain
 from vllm.compressed_linear.commands.explain.explanation import Explanation
 from vllm.compressed_linear.commands.explain.findings import About, Finding
@@ -30,12 +30,16 @@ _STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.NOTE
 
 @dataclass
 class Report:
-    """What was looked at in the checkpoint ``model`` and what was found, errors first."""
+    """What was looked at in the checkpoint ``model`` and what was found, errors first.
+
+    ``examined``: whether its weights are in files whose headers can be read.
+    """
 
     model: str
     platform: str
     looked_at: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+    examined: bool = True
 
     def of(self, severity: Severity) -> list[Finding]:
         return [finding for finding in self.findings if finding.severity is severity]
@@ -48,6 +52,8 @@ class Report:
     @property
     def verdict(self) -> str:
         """One sentence."""
+        if not self.examined:
+            return "The weights were not examined, so whether they load is not known."
         about = {finding.about for finding in self.of(Severity.ERROR)}
         if About.CHECKPOINT in about:
             return "The checkpoint is damaged or contradicts itself; loading it fails."
@@ -66,7 +72,8 @@ class Report:
             "model": self.model,
             "platform": self.platform,
             "looked_at": self.looked_at,
-            "loads": self.loads,
+            "examined": self.examined,
+            "loads": self.loads if self.examined else None,
             "verdict": self.verdict,
             "findings": [asdict(finding) for finding in self.findings],
         }
@@ -79,6 +86,9 @@ def check(model: str, *, platform: Platform, tp_size: int = 1, dtype: str = "aut
         found = explain(model, platform=platform, tp_size=tp_size, dtype=dtype)
     except TensorParallelError as error:
         report.findings = [Finding(Severity.ERROR, About.SERVING, str(error))]
+    except PickledError as error:
+        report.findings = [Finding(Severity.NOTE, About.CHECKPOINT, str(error))]
+        report.examined = False
     except (ExplainError, ConfigError, CheckpointError) as error:
         report.findings = [Finding(Severity.ERROR, About.CHECKPOINT, str(error))]
     else:

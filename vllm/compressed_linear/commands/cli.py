@@ -55,9 +55,13 @@ def root(
     """Options of the command itself."""
 
 
-def _fail(message: object) -> NoReturn:
+NOT_EXAMINED = 2
+"""Exit status if the weights cannot be examined, although loading them may succeed."""
+
+
+def _fail(message: object, status: int = 1) -> NoReturn:
     typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(1)
+    raise typer.Exit(status)
 
 
 def _platform(name: str, tp: int = 1, threads: int | None = None) -> Platform:
@@ -101,13 +105,13 @@ def explain(
     """Show which backend would run each layer of MODEL and why, without loading it.
 
     The status is 1 if loading would fail: damaged files, a contradictory configuration, or layers
-    that no backend can or may run.
+    that no backend can or may run. It is 2 if the weights are pickled and were not examined.
     """
     from rich.console import Console
 
     from vllm.compressed_linear.checkpoint.shard import CheckpointError
     from vllm.compressed_linear.commands.explain import explain as explaining
-    from vllm.compressed_linear.commands.explain.checkpoint import ExplainError
+    from vllm.compressed_linear.commands.explain.checkpoint import ExplainError, PickledError
     from vllm.compressed_linear.commands.explain.layers import TensorParallelError
     from vllm.compressed_linear.commands.explain.text import print_explanation
     from vllm.compressed_linear.formats.resolution import ConfigError
@@ -123,6 +127,8 @@ def explain(
             read_weights=read_weights,
             settings=Settings.read(),
         )
+    except PickledError as error:
+        _fail(error, NOT_EXAMINED)
     except (
         ExplainError,
         ConfigError,
@@ -154,7 +160,7 @@ def check(
 ) -> None:
     """Say what is wrong with MODEL, from its configuration and headers, without loading it.
 
-    The status is 1 if loading it must fail.
+    The status is 1 if loading it must fail, and 2 if its weights are pickled and were not examined.
     """
     from rich.console import Console
 
@@ -169,6 +175,8 @@ def check(
         typer.echo(json.dumps(report.to_json(), indent=1))
     else:
         checking.print_report(report, Console())
+    if not report.examined:
+        raise typer.Exit(NOT_EXAMINED)
     if not report.loads:
         raise typer.Exit(1)
 

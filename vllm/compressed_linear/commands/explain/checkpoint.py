@@ -17,11 +17,19 @@ from vllm.compressed_linear.formats.unquantized import CONFIG_FILES
 MODELOPT_FILE = "hf_quant_config.json"
 """Name of the file that early ModelOpt wrote instead of changing config.json."""
 
+PICKLED = (".bin", ".pt", ".pth")
+"""Suffixes of files of weights that are read by unpickling."""
+
 _UNQUANTIZED = ("float64", "float32", "float16", "bfloat16")
 
 
 class ExplainError(ValueError):
     """The checkpoint cannot be explained: it is missing or would not load."""
+
+
+class PickledError(ExplainError):
+    """The weights are in files that only unpickling reads. vLLM may load them; we do not unpickle
+    a file in order to describe it."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,8 @@ class Checkpoint:
     def open(cls, model: str) -> Checkpoint:
         """``model``: a directory, or a model id whose files huggingface_hub has in its cache.
 
-        Raises ``ExplainError`` if it or one of its files is missing or damaged.
+        Raises ``ExplainError`` if it or one of its files is missing or damaged, ``PickledError`` if
+        its weights are pickled.
         """
         path = _local_directory(model)
         file = path / "config.json"
@@ -102,7 +111,12 @@ class Checkpoint:
         if not isinstance(config, dict):
             raise ExplainError(f"{file} holds a {type(config).__name__}, expected a map")
         if headers is None:
-            others = sorted(f.name for f in path.iterdir() if f.suffix in (".gguf", ".bin", ".pt"))
+            others = sorted(f.name for f in path.iterdir() if f.suffix in (".gguf", *PICKLED))
+            if pickled := [name for name in others if name.endswith(PICKLED)]:
+                raise PickledError(
+                    f"{path / pickled[0]}: not examined, because only unpickling would read it. "
+                    "vLLM may load it; convert the weights to safetensors to examine them"
+                )
             found = f" (it has {', '.join(others[:3])})" if others else ""
             raise ExplainError(f"{path} has no *.safetensors file{found}")
         return cls(path, config, headers)
