@@ -224,5 +224,5 @@ def test_pickled_weights_are_neither_unpickled_nor_called_broken(
     result = CliRunner().invoke(app, [command, str(tmp_path)])
     assert result.exit_code == 2
     words = " ".join(result.output.split())
-    assert "pytorch_model.bin: not examined" in words
+    assert "not examined, because only unpickling would read it" in words
     assert "convert the weights to safetensors" in words

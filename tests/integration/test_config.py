@@ -29,6 +29,7 @@ COMPRESSED_TENSORS = {
     "format": "pack-quantized",
     "config_groups": {"group_0": {"targets": [r"re:^model\.layers.*"], "weights": INT8}},
 }
+GPTQ_TENSORS = ("qweight", "qzeros", "scales", "g_idx")
 Q = "model.layers.1.self_attn.q_proj"
 
 
@@ -151,3 +152,17 @@ def test_entries_that_a_module_of_the_files_matches_are_matched(tmp_path: Path) 
     config.maybe_update_config(str(tmp_path))
     config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."}))
     assert config.unmatched_entries() == [("modules_to_not_convert", "mlp")]
+
+
+def test_packed_files_of_mistrals_own_format_are_refused(tmp_path: Path) -> None:
+    """vLLM permutes the rows of ``wq.weight`` and ``wk.weight`` while it renames them, and of no
+    other tensor, so packed queries and keys would be in another order than the model's."""
+    from vllm.model_executor.layers.linear import ColumnParallelLinear
+
+    tensors = [f"layers.0.attention.w{part}.{name}" for part in "qk" for name in GPTQ_TENSORS]
+    write(tmp_path, "tok_embeddings.weight", *tensors)
+    config = CompressedLinearConfig.from_config(GPTQ)
+    config.maybe_update_config(str(tmp_path))
+    layer = object.__new__(ColumnParallelLinear)
+    with pytest.raises(ConfigError, match=saying("Mistral", "k_proj", "qweight")):
+        config.get_quant_method(layer, "model.layers.0.self_attn.k_proj")

@@ -8,7 +8,7 @@ The folder ``backends/vllm_native/classes`` does the same for the kernel classes
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -180,8 +180,15 @@ _REORDERING = {
 the first axis of any tensor. Other models use a parameter's ``output_dim``."""
 
 
-def row_reordering(hf_config: Any) -> RowReordering | None:
-    """Reordering of rows by the model of this configuration that may not fit quantized tensors."""
+_MISTRAL_NAMES = RowReordering("Mistral", ("q_proj", "k_proj"), ("weight",))
+"""Of files in Mistral's own format: ``maybe_remap_mistral`` permutes ``wq.weight``, no codes."""
+
+
+def row_reordering(hf_config: Any, modules: Container[str]) -> RowReordering | None:
+    """Reordering of rows by the model of this configuration that may not fit quantized tensors.
+    ``modules``: names of the modules in the files."""
+    if "tok_embeddings" in modules and "layers.0.attention.wq" in modules:
+        return _MISTRAL_NAMES
     return _REORDERING.get(str(getattr(hf_config, "model_type", "")))
 
 

@@ -207,7 +207,7 @@ class CompressedLinearConfig(QuantizationConfig):
         if headers is None and (listed := compat.hub_tensors(model_name, revision)):
             headers = headers_of(listed, model_name)
         self._use(parse_in(model_name, self.format.config), FileView(headers))
-        self._reorders_rows = compat.row_reordering(hf_config)
+        self._reorders_rows = compat.row_reordering(hf_config, self.file.modules)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self.delegation.add_mapper(hf_to_vllm_mapper)
