@@ -17,6 +17,7 @@ from tests.support.shards import load, source_of
 from vllm.compressed_linear.checkpoint.describe import LayerContext
 from vllm.compressed_linear.checkpoint.parts import refine
 from vllm.compressed_linear.checkpoint.shard import CheckpointError
+from vllm.compressed_linear.formats.resolution import ConfigError
 from vllm.compressed_linear.spec.packing import Packing, pack
 from vllm.compressed_linear.spec.scheme import CheckpointScheme
 
@@ -149,3 +150,14 @@ def test_an_order_of_channels_counts_whatever_the_configuration_says(
     tensors[f"{NAME}.weight_g_idx"] = index.to(torch.int32)
     expected = values.float() * tensors[f"{NAME}.weight_scale"][:, index]
     read(settings, tensors, tmp_path if known else None, expected)
+
+
+def test_an_order_of_channels_that_the_file_does_not_have_is_refused(tmp_path: Path) -> None:
+    """Without it the channels would be read in order, which is wrong for every group."""
+    tensors, _, _ = file(4, 64)
+    save_file(tensors, tmp_path / "model.safetensors")
+    settings = config(4, 64, symmetric=True)
+    settings["config_groups"]["group_0"]["weights"]["actorder"] = "group"
+    described = Described.of(settings).with_file(tmp_path)
+    with pytest.raises(ConfigError, match=saying(NAME, "actorder", "weight_g_idx")):
+        described.resolve(NAME)

@@ -161,6 +161,7 @@ class Group:
         if self.reason:
             return Delegated(self.reason) if self.weighted else Unquantized(self.reason)
         stored = file.tensors_on_disk(module)
+        self._check_order(module, stored)
         zeros = ZeroForm.UNKNOWN
         if stored is not None:
             zeros = _zeros_on_disk(module, file)
@@ -177,6 +178,17 @@ class Group:
             dense_first=self.dense_first,
             zeros=zeros,
         )
+
+    def _check_order(self, module: str, stored: set[str] | None) -> None:
+        """Raise ``ConfigError`` if channels were reordered and the file does not say how."""
+        if stored is None or not self.group_index or self.group_size == -1:
+            return
+        if "weight_packed" in stored and "weight_g_idx" not in stored:
+            raise ConfigError(
+                f"{module}: actorder of {self.name} says that channels have the order of "
+                f"weight_g_idx, but the file has no {module}.weight_g_idx; expected one, or "
+                'actorder: "static" for channels in order'
+            )
 
 
 @register_format("compressed-tensors")
