@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.support.architectures import (
     BLOOM,
@@ -174,3 +177,17 @@ def test_models_that_see(
     checkpoint = checkpoint_of(name, form)
     assert_same_layers(checkpoint)
     assert_same_logits(checkpoint)
+
+
+@pytest.mark.usefixtures("torchvision")
+@pytest.mark.parametrize("name", SEEING)
+def test_models_that_see_without_headers(
+    name: str, checkpoint_of: Callable[[str, str], Checkpoint], tmp_path: Path
+) -> None:
+    """Pickled, so that the configuration alone says what is quantized: in names of the checkpoint,
+    such as ``lm_head``, which are not vLLM's."""
+    checkpoint = checkpoint_of(name, "compressed-tensors")
+    tensors = load_file(checkpoint.quantized / "model.safetensors")
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    shutil.copy(checkpoint.quantized / "config.json", tmp_path)
+    assert_same_logits(replace(checkpoint, quantized=tmp_path), load_format="auto")

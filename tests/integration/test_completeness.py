@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from tests.support.architectures import FAMILIES, WITHOUT_LOGITS, write
+from tests.support.drafters import Eagle3, loaded_with_drafter, write_clock, write_eagle3
 from tests.support.edited import edited
 from tests.support.messages import saying, says
 from tests.support.model_loading import loaded
 from tests.support.synthetic import Quant
+from tests.support.table_models import Bits, TableModel
 from vllm.compressed_linear import settings
 from vllm.compressed_linear.checkpoint.completeness import IncompleteCheckpointError
 from vllm.compressed_linear.checkpoint.shard import CheckpointError
@@ -30,6 +32,7 @@ FAMILY = {
     "norms": FAMILIES["qwen3-qk-norm"],
     "experts": FAMILIES["mixtral"],
     "tied": FAMILIES["gemma-tied"],
+    "buffers": FAMILIES["gemma4"],
 }
 
 
@@ -73,6 +76,7 @@ def load(path: Path, **options: Any) -> None:
         ("experts", "gptq", {}),
         ("experts", "", OPTED_IN),
         ("tied", "gptq", {}),
+        ("buffers", "gptq", {}),
         ("tied", "", OPTED_IN),
     ],
 )
@@ -130,6 +134,8 @@ EXPERTS = f"{LAYER}.block_sparse_moe.experts"
             [f"{EXPERTS}.routed_experts.w2_weight", "row 3", f"expected {EXPERTS}.3.w2.weight"],
         ),
         ("tied", "gptq", ["model.embed_tokens.weight"], ["model.embed_tokens.weight"]),
+        # A factor of each layer, for which vLLM's class has a buffer.
+        ("buffers", "gptq", [f"{LAYER}.layer_scalar"], [f"{LAYER}.layer_scalar"]),
     ],
 )
 def test_a_parameter_that_nothing_filled_is_an_error_by_name(
@@ -245,3 +251,24 @@ def test_experts_of_a_mixture_with_shared_ones_and_latent_attention(
     missing = ["model.layers.1.mlp.gate.e_score_correction_bias"]
     with pytest.raises(IncompleteCheckpointError, match=saying(*missing)):
         load(edited(path, tmp_path / "edited", drop=missing))
+
+
+@pytest.mark.parametrize("own_head", [True, False])
+def test_drafters_are_checked_against_their_own_files(
+    own_head: bool, tmp_path: Path, warnings: list[str]
+) -> None:
+    """A head or table that the target shares is not missing; any other parameter is."""
+    write_clock(tmp_path / "target", TableModel("llama", tied=False, table=None, head=Bits(8)))
+    write_eagle3(tmp_path / "drafter", Eagle3(own_head=own_head))
+    speculative = {"method": "eagle3", "model": "", "num_speculative_tokens": 1}
+    complete = speculative | {"model": str(tmp_path / "drafter")}
+    with loaded_with_drafter(tmp_path / "target", complete):
+        pass
+    assert warnings == []
+    edited(tmp_path / "drafter", tmp_path / "edited", drop=["norm.weight"])
+    incomplete = speculative | {"model": str(tmp_path / "edited")}
+    with (
+        pytest.raises(IncompleteCheckpointError, match=saying(tmp_path / "edited", "norm.weight")),
+        loaded_with_drafter(tmp_path / "target", incomplete),
+    ):
+        pass

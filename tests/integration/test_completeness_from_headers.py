@@ -60,9 +60,8 @@ def findings(
     config = meta_model.engine_config(
         str(path), dtype="float32", tp_size=tp_size, quantization=None if quantized else NAME
     )
-    model, quant_config = meta_model.build_on_meta(config, 0, lambda copied: None)
     headers = headers or read_headers(path) or {}
-    with meta_model.as_while_building(config, 0):
+    with meta_model.built_on_meta(config, 0, lambda copied: None) as (model, quant_config):
         return findings_from_headers(model, config, quant_config, headers)
 
 
@@ -184,16 +183,14 @@ def test_a_large_mixture_takes_no_longer_than_its_layers(tmp_path: Path) -> None
     init_distributed()
     path, headers = large_mixture(tmp_path)
     config = meta_model.engine_config(str(path), dtype="float32", tp_size=1, quantization=NAME)
-    model, quant_config = meta_model.build_on_meta(config, 0, lambda copied: None)
-    begin = time.process_time()
-    with meta_model.as_while_building(config, 0):
+    with meta_model.built_on_meta(config, 0, lambda copied: None) as (model, quant_config):
+        begin = time.process_time()
         found = findings_from_headers(model, config, quant_config, headers)
-    assert time.process_time() - begin < SECONDS
+        assert time.process_time() - begin < SECONDS
     assert found == []
     missing = "model.layers.33.mlp.experts.200.up_proj.weight"
     without = Headers({name: header for name, header in headers.items() if name != missing})
-    model, quant_config = meta_model.build_on_meta(config, 0, lambda copied: None)
-    with meta_model.as_while_building(config, 0):
+    with meta_model.built_on_meta(config, 0, lambda copied: None) as (model, quant_config):
         (finding,) = findings_from_headers(model, config, quant_config, without)
     assert finding.severity is Severity.ERROR
     assert finding.names == (missing,)

@@ -52,6 +52,22 @@ def test_zero_points_and_group_indices_that_say_nothing(tmp_path: Path) -> None:
     assert read[DOWN].likely.parts[0].notes == ()
 
 
+def empty(tensors: Tensors) -> None:
+    for name in tensors:
+        if name.endswith((".qzeros", ".g_idx")):
+            tensors[name] = torch.empty(0, dtype=torch.int32)
+
+
+def test_empty_tensors_are_none(tmp_path: Path) -> None:
+    path = changed_copy(GPTQ, tmp_path, empty)
+    reference = checkpoint_reference(GPTQ)
+    with loaded(path) as model:
+        ours = torch.log_softmax(logits(model, reference["input_ids"]), -1)
+    assert float((ours - torch.log_softmax(reference["logits"], -1)).abs().max()) <= 1e-4
+    plan = explained(path)
+    assert (plan.errors, plan.notes) == ([], [])
+
+
 WORDS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "a kernel for GPTQ": (GPTQ, {"checkpoint_format": "exllama"}, False),
     "numbers as text": (GPTQ, {"bits": "4", "group_size": "128.0", "sym": "true"}, False),

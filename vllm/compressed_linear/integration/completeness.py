@@ -40,8 +40,8 @@ _EXPERT = re.compile(r"\.experts\.\d+\.")
 def load_and_check(loading: Loading) -> None:
     """Load a model; raise ``IncompleteCheckpointError`` if parameters have no values then.
 
-    Models without a config of ours are left alone, and so are loaders that give the model no
-    tensors (dummy weights).
+    Models without a config of ours for their own files are left alone (a drafter is built with its
+    target's too), and so are loaders that give the model no tensors (dummy weights).
     """
     model = loading.model
     configs = [
@@ -129,8 +129,12 @@ def findings_of(
     unfilled = list(_unfilled(loading, record, config, one_expert))
     unused = [
         name
-        for name in record.held
-        if name not in record.taken and name not in record.zero_biases and name not in left_out
+        for name, (_, shape) in record.held.items()
+        if name not in record.taken
+        and name not in record.zero_biases
+        and name not in left_out
+        # Some tools write an empty tensor where they have none.
+        and 0 not in shape
     ]
     unfilled = [replace(u, unused=_of_same_module(u, unused)) for u in unfilled]
     biases = [name for name in unused if name in record.unread_biases]
@@ -165,11 +169,28 @@ def targets(model: torch.nn.Module) -> Iterator[torch.Tensor]:
             yield tensor
 
 
+def _like_loaded_ones(
+    model: torch.nn.Module, record: LoadRecord
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Buffers that take no values, though buffers of that name in like modules do: only then is it
+    known that the checkpoint has them."""
+    buffers = dict(model.named_buffers())
+    fills = {name: record.fill(buffer) for name, buffer in buffers.items() if buffer.numel()}
+    loaded = {re.sub(r"\d+", "*", name) for name, fill in fills.items() if fill and fill.names}
+    for name in fills:
+        if re.sub(r"\d+", "*", name) in loaded:
+            yield name, buffers[name]
+
+
 def _unfilled(
     loading: Loading, record: LoadRecord, config: CompressedLinearConfig, one_expert: bool
 ) -> Iterator[Unfilled]:
     model = loading.model
-    tensors = {**dict(model.named_parameters()), **dict(compat_loading.batch_statistics(model))}
+    tensors = {
+        **dict(model.named_parameters()),
+        **dict(compat_loading.batch_statistics(model)),
+        **dict(_like_loaded_ones(model, record)),
+    }
     modules = dict(model.named_modules())
     fills = {
         name: record.fill(tensor)

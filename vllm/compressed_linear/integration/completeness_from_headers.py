@@ -43,9 +43,9 @@ def findings_from_headers(
 
     ``model``: built on the meta device, with nothing loaded, and not used for loading afterwards;
     ``config``: its quantization config, which built it; ``headers``: with the names of the files,
-    not vLLM's. Call it in the contexts in which the model was built (``vllm_config`` as vLLM's
-    current config, the parallel groups, meta as the default device, the model's default dtype), and
-    not for a model of which a layer was refused.
+    not vLLM's. Call it in the contexts in which the model was built (``built_on_meta`` of the
+    command ``explain``: current config, parallel groups, meta as the default device, the model's
+    dtype), and not for a model of which a layer was refused.
 
     Each ``Finding`` has a severity, a message for people and all names it is about. Missing
     parameters are errors (warnings, if the settings of ``config`` allow them); tensors that nothing

@@ -23,7 +23,7 @@ from vllm.compressed_linear.integration.linear import CompressedLinearMethod
 
 
 def ask_for_all(model: torch.nn.Module, config: CompressedLinearConfig) -> dict[str, str]:
-    """Give every table and head that the checkpoint quantizes a method of ``config``.
+    """Give every table and head that the checkpoint quantizes a method of ``config``. Idempotent.
 
     Returns the modules whose tensors the model's loader has to be given under other names: module
     in the files → in the model. A class that renames its table may rename its plain weight only.
@@ -40,13 +40,15 @@ def ask_for_all(model: torch.nn.Module, config: CompressedLinearConfig) -> dict[
             continue  # as many as hundreds of thousands, and their layer has asked
         path = name if name in layers else weight_of(name)
         layer = layers.get(path)
-        if layer is None or not _built_unquantized(layer, name, config):
+        if layer is None:
+            continue
+        if path != name and isinstance(layer, VocabParallelEmbedding):
+            moved[config.file.names_of(name)[-1]] = path
+        if not _built_unquantized(layer, name, config):
             continue
         if not isinstance(layer, VocabParallelEmbedding):
             raise _never_asked(model, name, layer, config)
         _ask(model, name, layer, config)
-        if path != name:
-            moved[config.file.names_of(name)[-1]] = path
     return moved
 
 

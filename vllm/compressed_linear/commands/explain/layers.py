@@ -31,6 +31,7 @@ from vllm.compressed_linear.integration import compat
 from vllm.compressed_linear.integration.completeness_from_headers import findings_from_headers
 from vllm.compressed_linear.integration.config import NAME, CompressedLinearConfig
 from vllm.compressed_linear.integration.registration import register_with_vllm
+from vllm.compressed_linear.integration.unasked import ask_for_all
 from vllm.compressed_linear.prepare.plan import DELEGATED, Plan, PlanEntry
 
 
@@ -145,6 +146,7 @@ def _layers_of_rank(config: Any, rank: int, vllms_reason: str, headers: Headers)
                 model_class=type(model).__name__,
             )
             if isinstance(quant_config, CompressedLinearConfig):
+                ask_for_all(model, quant_config)
                 found.headers = quant_config.file.headers or headers
                 found.stacked = meta_model.stacked_names(model, headers, found.headers)
             delegated = {e.name: e for e in plan.entries.values() if e.backend == DELEGATED}

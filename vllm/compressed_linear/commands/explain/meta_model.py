@@ -228,17 +228,3 @@ def stacked_names(
                 for one in shard if isinstance(shard, list) else [shard]:
                     found.setdefault(prefix + fused, []).append((part, one))
     return found
-
-
-@contextmanager
-def as_while_building(config: Any, rank: int) -> Iterator[None]:
-    """The contexts in which ``build_on_meta`` builds a model, for more work on it."""
-    from vllm.config import set_current_vllm_config
-
-    with (
-        pretend_parallel(rank, config.parallel_config.tensor_parallel_size),
-        set_current_vllm_config(config),
-        _default_dtype(config.model_config.dtype),
-        torch.device("meta"),
-    ):
-        yield
