@@ -13,13 +13,16 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.checkpoints import checkpoint, checkpoint_reference
 from tests.support.drafters import (
     VOCABULARY,
     Eagle3,
     after,
     write_clock,
+    write_clock_with_mtp,
     write_eagle3,
 )
+from tests.support.model_loading import loaded, logits
 from tests.support.repository import environment
 from tests.support.table_models import Bits, TableModel
 
@@ -76,3 +79,29 @@ def test_eagle3_with_a_quantized_head_of_half_the_vocabulary(tmp_path: Path) -> 
     result = draft(tmp_path / "target", tmp_path, drafter, prompts=prompts)
     assert_all_accepted(result, ticks(prompts))
     assert "lm_head" in layers_of_drafter(result)
+
+
+@pytest.mark.slow
+def test_multi_token_prediction_from_the_target_s_file(tmp_path: Path) -> None:
+    prompts = [[3, 200, 8 * hour + 5] for hour in range(4)]
+    case = TableModel("qwen2-qkv-bias", tied=False, table=Bits(8), head=Bits(8))
+    write_clock_with_mtp(tmp_path / "target", case)
+    drafter = {"method": "mtp", "num_speculative_tokens": 1}
+    result = draft(tmp_path / "target", tmp_path, drafter, prompts=prompts)
+    assert_all_accepted(result, ticks(prompts))
+    assert "model.layers.2.self_attn.qkv_proj" in layers_of_drafter(result)
+
+
+@pytest.mark.slow
+def test_a_draft_model_equal_to_its_target(tmp_path: Path) -> None:
+    path = checkpoint("gptqmodel-gptq-w4-g64-sym-lmhead")
+    prompts = checkpoint_reference(path.name)["input_ids"][:, :8]
+    drafter = {"method": "draft_model", "model": str(path), "num_speculative_tokens": 3}
+    result = draft(path, tmp_path, drafter, prompts=prompts.tolist())
+    tokens = prompts
+    with loaded(path) as model:
+        for _ in range(TOKENS):
+            newest = logits(model, tokens)[:, -1].argmax(-1)
+            tokens = torch.cat([tokens, newest[:, None]], 1)
+    assert_all_accepted(result, tokens[:, prompts.shape[1] :].tolist())
+    assert "draft_model.lm_head" in layers_of_drafter(result)
