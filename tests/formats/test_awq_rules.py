@@ -105,7 +105,7 @@ def test_awq_files_without_zero_points_need_no_tensor_of_them(
     ("change", "complaint"),
     [
         ({"bits": 8}, ("AWQ", 8)),
-        ({"group_size": 0}, ("group size", 0)),
+        ({"group_size": 0}, ("group_size", 0)),
     ],
 )
 def test_awq_configurations_that_say_nothing_possible(

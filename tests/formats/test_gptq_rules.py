@@ -116,7 +116,7 @@ def test_gptq_module_list_counts_where_the_file_does_not_tell() -> None:
         ({"bits": "four"}, ("bits", "'four'", "int")),
         ({"bits": None}, ("bits",)),
         ({"bits": 5}, (5, "gptq_p")),
-        ({"group_size": 0}, ("group size", 0)),
+        ({"group_size": 0}, ("group_size", 0)),
         ({"group_size": "all"}, ("group_size", "'all'")),
         ({"checkpoint_format": "gptq_v9"}, ("checkpoint_format", "'gptq_v9'")),
         ({"checkpoint_format": "marlin", "bits": 8}, ("Marlin", 8)),
@@ -154,3 +154,22 @@ def test_one_group_has_no_order() -> None:
     config = {"quant_method": "gptq", "bits": 4, "group_size": -1, "desc_act": True}
     described = Described.of(config).with_file(["a.qweight", "a.qzeros", "a.scales"])
     assert isinstance(described.resolve("a"), CheckpointScheme)
+
+
+@pytest.mark.parametrize(
+    "module", ["model.layers.0.self_attn.k_proj", "draft_model.model.layers.0.self_attn.k_proj"]
+)
+def test_an_order_is_looked_for_where_the_file_has_the_module(module: str) -> None:
+    """vLLM's names of a drafter's modules, and of values that are stored as keys, are not those of
+    the file."""
+    stored = "model.layers.0.self_attn.k_proj"
+    names = ("qweight", "qzeros", "scales", "g_idx")
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True}
+    described = Described.of(config)
+    file = described.with_file([f"{stored}.{name}" for name in names])
+    for asked in (module, module.replace("k_proj", "v_proj")):
+        assert isinstance(file.resolve(asked), CheckpointScheme)
+    without = described.with_file([f"{stored}.{name}" for name in names[:-1]])
+    for asked in (module, module.replace("k_proj", "v_proj")):
+        with pytest.raises(ConfigError, match=saying("desc_act", "model.safetensors", "g_idx")):
+            without.resolve(asked)

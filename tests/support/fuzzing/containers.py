@@ -93,7 +93,10 @@ def header_text(draw: Draw, mutant: Mutant) -> None:
         if how == "deep":
             return text.rstrip()[:-1] + b', "x": ' + b"[" * DEEP + b"]" * DEEP + b"}"
         if how == "twice":
-            name, entry = next(iter(json.loads(text).items()))
+            try:
+                name, entry = next(iter(json.loads(text).items()))
+            except RecursionError:  # it is nested too deeply by now
+                return text
             return text.rstrip()[:-1] + f", {json.dumps(name)}: {json.dumps(entry)}}}".encode()
         if how == "nan":
             return text.rstrip()[:-1] + b', "x": NaN}'

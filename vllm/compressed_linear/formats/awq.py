@@ -190,7 +190,7 @@ def _scheme(version: str, group_size: int, symmetric: str, zeros: str) -> Checkp
 def checked_group(group_size: int) -> int:
     """``group_size``. Raises ``ConfigError`` for one that AWQ does not have."""
     if group_size != -1 and group_size < 1:
-        raise ConfigError(f"AWQ with group size {group_size} (expected -1 or a positive number)")
+        raise ConfigError(f"AWQ with group_size {group_size} (expected -1 or a positive number)")
     return group_size
 
 

@@ -187,7 +187,7 @@ class FileView:
         if self.headers is None:
             return None
         if not isinstance(resolution, CheckpointScheme):
-            weight = self.headers.get(f"{module}.weight")
+            weight = self.header(module, "weight")
             return weight.shape[0] if weight is not None and weight.shape else None
         for stored in resolution.tensors:
             found = self.headers.get(f"{module}.{stored.name}")
@@ -204,7 +204,7 @@ class FileView:
         if found is None or self.headers is None:
             return
         if isinstance(resolution, Unquantized):
-            weight = self.headers.get(f"{module}.weight")
+            weight = self.header(module, "weight")
             if weight is not None and not weight.dtype.startswith(("bfloat", "float")):
                 raise ConfigError(
                     f"{layer}: tensor {module}.weight of {weight.file} is {weight.dtype}, but "

@@ -50,9 +50,9 @@ def gptq_scheme(
     Raises ``ConfigError`` for widths that the version does not support.
     """
     if bits not in range(2, 9):
-        raise ConfigError(f"GPTQ with {bits} bits (supported: 2 to 8)")
+        raise ConfigError(f"GPTQ with {bits} bits (bits, supported: 2 to 8)")
     if group_size != -1 and group_size < 1:
-        raise ConfigError(f"GPTQ with group size {group_size} (expected -1 or a positive number)")
+        raise ConfigError(f"GPTQ with group_size {group_size} (expected -1 or a positive number)")
     if container not in CONTAINERS:
         raise ConfigError(f"pack_dtype {container!r} (supported: {', '.join(CONTAINERS)})")
     if version == "marlin":
@@ -96,7 +96,10 @@ def marlin_scheme(bits: int, group_size: int, *, codes: str, scale: str) -> Chec
     """Weights saved in Marlin's layout under the names ``codes`` int32 [K/16, 2·N] and ``scale``
     fp16 [G, N]: symmetric, 4 bits, without activation order."""
     if bits != 4:
-        raise ConfigError(f"Marlin's layout with {bits} bits (supported: 4)")
+        raise ConfigError(
+            "Marlin's layout (is_marlin_format, or checkpoint_format marlin) with "
+            f"{bits} bits (supported: 4)"
+        )
     return CheckpointScheme(
         WeightSpec(uint(4, 8), ScaleSpec("float16", "group", group_size)),
         (
@@ -211,17 +214,16 @@ class Gptq(Format):
 
     def _check_order(self, module: str, override: Fields, file: FileView) -> None:
         """Raise ``ConfigError`` if channels were reordered and the file does not say how."""
-        found = file.tensors_on_disk(module)
+        codes, index = file.header(module, "qweight"), file.header(module, "g_idx")
         reordered = override.flag("desc_act")
         reordered = self.reordered if reordered is None else reordered
         size = override.integer("group_size", default=self.group_size)
-        if not reordered or size == -1 or file.headers is None or "qweight" not in (found or ()):
+        if not reordered or size == -1 or codes is None:
             return
-        index = file.headers.get(f"{module}.g_idx")
         if index is None or 0 in index.shape:
             raise ConfigError(
                 f"{module}: desc_act is true, so channels have the order that g_idx says, but "
-                f"{file.headers[f'{module}.qweight'].file} has no {module}.g_idx; expected one, or "
+                f"{codes.file} has no {module}.g_idx; expected one, or "
                 "desc_act: false for channels in order"
             )
 

@@ -82,10 +82,10 @@ def _built_unquantized(layer: Any, name: str, config: CompressedLinearConfig) ->
 def _never_asked(
     model: torch.nn.Module, name: str, layer: Any, config: CompressedLinearConfig
 ) -> ConfigError:
-    headers = config.file.headers
     found = config.file.tensors_on_disk(name) or set()
     codes = min(found & set(config.file.marker_tensors))
-    file = "" if headers is None else headers[f"{name}.{codes}"].file
+    header = config.file.header(name, codes)
+    file = "the checkpoint" if header is None else header.file
     return ConfigError(
         f"{name}: {file} holds {config.file.names_of(name)[-1]}.{codes}, but vLLM's "
         f"{type(model).__name__} builds this {type(layer).__name__} without quantization, so the "
