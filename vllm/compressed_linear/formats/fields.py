@@ -16,6 +16,8 @@ from vllm.compressed_linear.formats.resolution import ConfigError
 
 TOP = "quantization_config"
 LONGEST_WORD = 100
+LARGEST = 1 << 31
+"""Limit of a number: no axis is longer."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Fields:
                 keys = _cut(", ".join(map(str, self.values)))
                 raise ConfigError(f"{self.where} has no {names[0]} (keys: {keys})")
             return default
-        if (number := whole(value)) is None:
+        if (number := whole(value)) is None or abs(number) > LARGEST:
             raise wrong(name, value, "int")
         return number
 
