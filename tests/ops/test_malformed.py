@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Malformed arguments straight into the ops that pack and unpack: taken or refused, no crash.
 
-``test_arguments.py`` does it for the products. Under the address sanitizer (``docs/security.md``)
+``test_arguments.py`` does it for the products. Under the address sanitizer (``docs/verification.md``)
 these tests also find accesses outside of a tensor.
 """
 

@@ -97,7 +97,7 @@ def marlin_scheme(bits: int, group_size: int, *, codes: str, scale: str) -> Chec
     fp16 [G, N]: symmetric, 4 bits, without activation order."""
     if bits != 4:
         raise ConfigError(
-            "Marlin's layout (is_marlin_format, or checkpoint_format marlin) with "
+            "Marlin's layout (quant_method or checkpoint_format marlin, or is_marlin_format) with "
             f"{bits} bits (supported: 4)"
         )
     return CheckpointScheme(
