@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Malformed arguments straight into the ops that pack and unpack: taken or refused, no crash.
 
-``test_arguments.py`` does it for the products. Under the address sanitizer (``docs/verification.md``)
-these tests also find accesses outside of a tensor.
+``test_arguments.py`` does it for the products. Under the address sanitizer
+(``docs/verification.md``) these tests also find accesses outside of a tensor.
 """
 
 from __future__ import annotations
