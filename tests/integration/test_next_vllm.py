@@ -28,7 +28,7 @@ SUITE = (
 )
 """What meets vLLM in this process."""
 
-OTHERS = {"__file__", "_fields", "is_meta", "weight_loader"}
+OTHERS = {"__file__", "compressed_linear", "_fields", "is_meta", "weight_loader"}
 """Probed names that are Python's, torch's or ours."""
 
 pytestmark = pytest.mark.slow
