@@ -42,7 +42,7 @@ def unpack(wheel: Path, target: Path) -> None:
 
 
 def link_operators(target: Path) -> None:
-    """Link the libraries of the installed vLLM beside the sources."""
+    """Link the libraries of the installed vLLM next to the sources."""
     spec = find_spec("vllm")
     if spec is None or spec.origin is None:
         raise SystemExit("error: no vLLM is installed whose compiled operators could be used")

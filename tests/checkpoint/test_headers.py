@@ -215,7 +215,11 @@ DAMAGES: list[tuple[str, Callable[[Path], object], tuple[object, ...]]] = [
         lambda f: renamed(f, "b.weight", "\x1b[2Jb"),
         ("x1b[2Jb", "printable"),
     ),
-    ("a name that is no text", lambda f: renamed(f, "b.weight", "\ud800"), ("ud800", "printable")),
+    (
+        "a name without UTF-8",
+        lambda f: renamed(f, "b.weight", "\ud800"),
+        ("ud800", "printable"),
+    ),
     (
         "metadata of numbers",
         lambda f: with_header(f, lambda h: h | {"__metadata__": {"a": 1}}),

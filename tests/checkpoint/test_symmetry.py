@@ -7,13 +7,13 @@ nothing of the package decides what is right.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from tests.support.bit_streams import words
 from tests.support.checkpoints import (
     assert_matches_reference,
     checkpoint_reference,
@@ -42,23 +42,6 @@ GPTQ_FILES = [
     *((version, bits) for version in ("gptq", "gptq_v2") for bits in (2, 3, 4, 8)),
     *(("gptq_p", bits) for bits in range(2, 9)),
 ]
-
-
-def words(values: torch.Tensor, bits: int, planes: Sequence[int] = ()) -> torch.Tensor:
-    """Values [rows, n] as a little-endian stream of bits along n, int32 [rows, n·bits / 32]; with
-    ``planes``, those of each 32 values one after the other."""
-    rows = []
-    for row in values.tolist():
-        stream = total = 0
-        for begin in range(0, len(row), 32):
-            below = 0
-            for width in planes or (bits,):
-                for value in row[begin : begin + 32]:
-                    stream |= (value >> below & ((1 << width) - 1)) << total
-                    total += width
-                below += width
-        rows.append([stream >> at & 0xFFFFFFFF for at in range(0, total, 32)])
-    return torch.tensor(rows, dtype=torch.int64).to(torch.int32)
 
 
 def config(version: str, bits: int, **other: Any) -> dict[str, Any]:

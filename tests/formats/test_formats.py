@@ -22,7 +22,7 @@ from tests.support.checkpoints import (
 )
 from tests.support.described import Described
 from tests.support.messages import saying
-from tests.support.shards import kind_of, linears, load, read_config, source_of
+from tests.support.shards import in_file_order, kind_of, linears, load, read_config, source_of
 from vllm.compressed_linear.checkpoint.describe import LayerContext
 from vllm.compressed_linear.checkpoint.parameter import collect_shards, create_parameters
 from vllm.compressed_linear.checkpoint.parts import refine
@@ -34,22 +34,9 @@ CONTEXT = LayerContext("bfloat16", "bfloat16")
 
 
 def standard(shard: LoadedShard) -> torch.Tensor:
-    """fp32 [N, K] from what a backend gets: refined rows in standard layout, channels put back."""
+    """fp32 [N, K] from what a backend gets."""
     (part,) = refine([shard], CONTEXT)
-    rows = part.weights.rows(0, part.weights.n)
-    assert rows.scale is not None
-    size = part.descriptor.group_size
-    values = part.descriptor.weight.element.decode(rows.codes)
-    if rows.zero is not None:
-        values = values - rows.zero.to(torch.float32).repeat_interleave(size, 1)
-    values = values * rows.scale.to(torch.float32).repeat_interleave(size, 1)
-    order = part.weights.permutation
-    if order is None:
-        return values
-    out = torch.zeros(part.weights.n, part.descriptor.in_features)
-    kept = order >= 0
-    out[:, order[kept].to(torch.int64)] = values[:, kept]
-    return out
+    return in_file_order(part)
 
 
 @pytest.mark.parametrize("name", checkpoints(is_ours))

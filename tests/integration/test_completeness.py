@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from tests.support.messages import saying, says
 from tests.support.model_loading import loaded
 from tests.support.synthetic import Quant
 from tests.support.table_models import Bits, TableModel
+from tests.support.written_families import CheckpointOf, written_once
 from vllm.compressed_linear import settings
 from vllm.compressed_linear.checkpoint.completeness import IncompleteCheckpointError
 from vllm.compressed_linear.checkpoint.shard import CheckpointError
@@ -37,18 +38,8 @@ FAMILY = {
 
 
 @pytest.fixture(scope="module")
-def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """Directory of a family's checkpoint in a form: "gptq", "ct", or "" for unquantized."""
-    written: dict[tuple[str, str], Path] = {}
-
-    def get(family: str, form: str) -> Path:
-        if (family, form) not in written:
-            where = tmp_path_factory.mktemp(family)
-            found = write(FAMILY[family], Quant(form or "gptq"), where, reference=False)
-            written[family, form] = found.quantized if form else found.ideal
-        return written[family, form]
-
-    return get
+def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> CheckpointOf:
+    return written_once(FAMILY, tmp_path_factory)
 
 
 @pytest.fixture
@@ -84,7 +75,7 @@ def test_complete_checkpoints_load_without_a_warning(
     family: str,
     form: str,
     options: dict[str, Any],
-    checkpoint_of: Callable[[str, str], Path],
+    checkpoint_of: CheckpointOf,
     warnings: list[str],
 ) -> None:
     load(checkpoint_of(family, form), **options)
@@ -143,7 +134,7 @@ def test_a_parameter_that_nothing_filled_is_an_error_by_name(
     form: str,
     dropped: Collection[str],
     said: Collection[str],
-    checkpoint_of: Callable[[str, str], Path],
+    checkpoint_of: CheckpointOf,
     tmp_path: Path,
 ) -> None:
     path = edited(checkpoint_of(family, form), tmp_path / "incomplete", drop=dropped)
@@ -155,7 +146,7 @@ def test_a_parameter_that_nothing_filled_is_an_error_by_name(
 @pytest.mark.parametrize("by", ["variable", "config"])
 def test_one_setting_turns_the_error_into_a_warning(
     by: str,
-    checkpoint_of: Callable[[str, str], Path],
+    checkpoint_of: CheckpointOf,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     warnings: list[str],
@@ -189,7 +180,7 @@ def test_one_setting_turns_the_error_into_a_warning(
 def test_a_tensor_that_nothing_took_is_said_once(
     add: Mapping[str, torch.Tensor],
     said: Collection[str] | None,
-    checkpoint_of: Callable[[str, str], Path],
+    checkpoint_of: CheckpointOf,
     tmp_path: Path,
     warnings: list[str],
 ) -> None:
@@ -199,7 +190,7 @@ def test_a_tensor_that_nothing_took_is_said_once(
 
 
 def test_an_entry_that_matched_nothing_is_said_once(
-    checkpoint_of: Callable[[str, str], Path], warnings: list[str]
+    checkpoint_of: CheckpointOf, warnings: list[str]
 ) -> None:
     config = {
         "quant_method": "gptq",
@@ -216,7 +207,7 @@ def test_an_entry_that_matched_nothing_is_said_once(
 
 
 def test_dummy_weights_are_not_checked(
-    checkpoint_of: Callable[[str, str], Path], tmp_path: Path, warnings: list[str]
+    checkpoint_of: CheckpointOf, tmp_path: Path, warnings: list[str]
 ) -> None:
     path = edited(checkpoint_of("dense", "gptq"), tmp_path / "edited", drop=["model.norm.weight"])
     load(path, load_format="dummy")
@@ -224,7 +215,7 @@ def test_dummy_weights_are_not_checked(
 
 
 def test_a_tensor_that_vllms_loader_refuses_is_named(
-    checkpoint_of: Callable[[str, str], Path], tmp_path: Path
+    checkpoint_of: CheckpointOf, tmp_path: Path
 ) -> None:
     norm = {"model.norm.weight": torch.ones(96)}
     path = edited(checkpoint_of("dense", "gptq"), tmp_path / "edited", add=norm)
@@ -233,7 +224,7 @@ def test_a_tensor_that_vllms_loader_refuses_is_named(
 
 
 def test_models_without_a_config_of_ours_are_left_alone(
-    checkpoint_of: Callable[[str, str], Path], tmp_path: Path, warnings: list[str]
+    checkpoint_of: CheckpointOf, tmp_path: Path, warnings: list[str]
 ) -> None:
     added = {f"{LAYER}.mlp.down_proj.bias": torch.ones(128)}
     load(edited(checkpoint_of("dense", ""), tmp_path / "edited", add=added))

@@ -5,18 +5,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.support.architectures import FAMILIES, WITHOUT_LOGITS, write
+from tests.support.architectures import FAMILIES, WITHOUT_LOGITS
 from tests.support.edited import edited
 from tests.support.messages import says
 from tests.support.model_loading import init_distributed
-from tests.support.synthetic import Quant
+from tests.support.written_families import CheckpointOf, written_once
 from vllm.compressed_linear.checkpoint.completeness import Finding, Severity
 from vllm.compressed_linear.checkpoint.file_header import TensorHeader
 from vllm.compressed_linear.checkpoint.headers import Headers, read_headers
@@ -36,18 +36,8 @@ FAMILY = {
 
 
 @pytest.fixture(scope="module")
-def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """Directory of a family's checkpoint in a form: "gptq", or "" for unquantized."""
-    written: dict[tuple[str, str], Path] = {}
-
-    def get(family: str, form: str) -> Path:
-        if (family, form) not in written:
-            where = tmp_path_factory.mktemp(family)
-            found = write(FAMILY[family], Quant(form or "gptq"), where, reference=False)
-            written[family, form] = found.quantized if form else found.ideal
-        return written[family, form]
-
-    return get
+def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> CheckpointOf:
+    return written_once(FAMILY, tmp_path_factory)
 
 
 def findings(
@@ -67,7 +57,7 @@ def findings(
 @pytest.mark.parametrize("form", ["gptq", ""])
 @pytest.mark.parametrize("family", FAMILY)
 def test_nothing_is_found_in_complete_checkpoints(
-    family: str, form: str, tp_size: int, checkpoint_of: Callable[[str, str], Path]
+    family: str, form: str, tp_size: int, checkpoint_of: CheckpointOf
 ) -> None:
     assert findings(checkpoint_of(family, form), tp_size=tp_size) == []
 
@@ -105,7 +95,7 @@ def test_what_is_missing_is_an_error(
     form: str,
     dropped: Collection[str],
     said: Collection[str],
-    checkpoint_of: Callable[[str, str], Path],
+    checkpoint_of: CheckpointOf,
     tmp_path: Path,
 ) -> None:
     found = findings(edited(checkpoint_of(family, form), tmp_path / "edited", drop=dropped))
@@ -125,7 +115,7 @@ def test_what_is_left_over_or_refused(
     add: Mapping[str, torch.Tensor],
     severity: Severity,
     said: str,
-    checkpoint_of: Callable[[str, str], Path],
+    checkpoint_of: CheckpointOf,
     tmp_path: Path,
 ) -> None:
     (finding,) = findings(edited(checkpoint_of("dense", "gptq"), tmp_path / "edited", add=add))

@@ -44,7 +44,7 @@ CASES = {
     "eagle-of-two-layers": Case(
         "model.layers.33.self_attn", QKV, layers("layers.", 0, 1), "layers.1.self_attn"
     ),
-    "mtp-beside-its-target": Case(
+    "mtp-next-to-its-target": Case(
         "model.layers.32.self_attn",
         QKV,
         layers("model.layers.", 0, 1) + layers("model.mtp_layers.", 0),

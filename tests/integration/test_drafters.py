@@ -291,7 +291,7 @@ def test_multi_token_prediction_uses_the_target_s_head_and_table(case: str, tmp_
 
 
 def test_a_drafter_is_explained_by_its_own_files(tmp_path: Path) -> None:
-    """vLLM cannot build it without a target, which is no fault of it."""
+    """vLLM cannot build it without a target, so the checkpoint is not at fault."""
     write_eagle3(tmp_path / "drafter", Eagle3())
     found = explain(str(tmp_path / "drafter"), platform=detect_platform())
     assert {f"midlayer.{name}" for name in LAYER} < {layer.name for layer in found.layers}

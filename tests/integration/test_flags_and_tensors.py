@@ -72,7 +72,7 @@ WORDS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "a kernel for GPTQ": (GPTQ, {"checkpoint_format": "exllama"}, False),
     "numbers as text": (GPTQ, {"bits": "4", "group_size": "128.0", "sym": "true"}, False),
     "a kernel for AWQ": (AWQ, {"version": "exllama", "modules_to_not_convert": "lm_head"}, False),
-    "a class that is no list": (PACKED, {"ignore": "lm_head"}, False),
+    "a class instead of a list": (PACKED, {"ignore": "lm_head"}, False),
     "pickled": (PACKED, {}, True),
     "pickled GPTQ": (GPTQ, {}, True),
 }

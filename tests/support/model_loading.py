@@ -29,8 +29,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def init_distributed(rank: int = 0, size: int = 1, port: int | None = None) -> None:
-    """One tensor-parallel group of ``size`` ranks on loopback (gloo)."""
+def init_distributed(
+    rank: int = 0, size: int = 1, port: int | None = None, *, pipeline: bool = False
+) -> None:
+    """One tensor-parallel group, or one ``pipeline``, of ``size`` ranks on loopback (gloo)."""
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import (
         init_distributed_environment,
@@ -48,7 +50,10 @@ def init_distributed(rank: int = 0, size: int = 1, port: int | None = None) -> N
             distributed_init_method=f"tcp://127.0.0.1:{port or free_port()}",
             backend="gloo",
         )
-        initialize_model_parallel(tensor_model_parallel_size=size)
+        initialize_model_parallel(
+            tensor_model_parallel_size=1 if pipeline else size,
+            pipeline_model_parallel_size=size if pipeline else 1,
+        )
 
 
 @dataclass

@@ -15,25 +15,14 @@ from unittest import mock
 
 import torch
 
-from tests.support.model_loading import engine_args
+from tests.support.model_loading import engine_args, init_distributed
 from vllm.compressed_linear.integration import completeness
 from vllm.compressed_linear.integration.preparation import PROCESS_PLAN
 
 
 def main(rank: int, size: int, port: int, paths: list[str]) -> None:
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.distributed import init_distributed_environment, initialize_model_parallel
-
     torch.accelerator.empty_cache = lambda: None
-    with set_current_vllm_config(VllmConfig()):
-        init_distributed_environment(
-            world_size=size,
-            rank=rank,
-            local_rank=rank,
-            distributed_init_method=f"tcp://127.0.0.1:{port}",
-            backend="gloo",
-        )
-        initialize_model_parallel(pipeline_model_parallel_size=size)
+    init_distributed(rank, size, port, pipeline=True)
     print(json.dumps([_loaded(path) for path in paths]))
 
 

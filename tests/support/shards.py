@@ -13,6 +13,7 @@ from tests.support.checkpoints import (
 )
 from tests.support.described import Described
 from vllm.compressed_linear.checkpoint.parameter import collect_shards, create_parameters
+from vllm.compressed_linear.checkpoint.parts import Part
 from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
 from vllm.compressed_linear.formats.resolution import LayerKind
 from vllm.compressed_linear.spec.scheme import CheckpointScheme
@@ -51,3 +52,21 @@ def load(source: ShardSource, tensors: dict[str, torch.Tensor]) -> LoadedShard:
         if tensor is not None:
             parameter.weight_loader(parameter, tensor)
     return collect_shards(parameters, [source])[0]
+
+
+def in_file_order(part: Part) -> torch.Tensor:
+    """fp32 [N, K] of the rows in standard layout, with channels put back."""
+    rows = part.weights.rows(0, part.weights.n)
+    assert rows.scale is not None
+    size = part.descriptor.group_size
+    values = part.descriptor.weight.element.decode(rows.codes)
+    if rows.zero is not None:
+        values = values - rows.zero.to(torch.float32).repeat_interleave(size, 1)
+    values = values * rows.scale.to(torch.float32).repeat_interleave(size, 1)
+    order = part.weights.permutation
+    if order is None:
+        return values
+    out = torch.zeros(part.weights.n, part.descriptor.in_features)
+    kept = order >= 0
+    out[:, order[kept].to(torch.int64)] = values[:, kept]
+    return out

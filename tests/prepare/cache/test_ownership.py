@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prepared weights that somebody else could have written are not used, and nobody reads ours."""
+"""Prepared weights that another user could have written are not used, and no other reads ours."""
 
 from __future__ import annotations
 

@@ -170,7 +170,7 @@ def special_file(draw: Draw, mutant: Mutant) -> None:
 
     mutant.edits.append(edit)
     mutant.about += [name, "config.json", ".safetensors"]
-    # An index that cannot be followed is no index.
+    # An index that cannot be followed does not count.
     mutant.harmless = name == INDEX
     mutant.done.append(f"{name} is {how}")
 

@@ -132,7 +132,7 @@ def floats(tensor: Tensor) -> Array:
     elif tensor.dtype in FLOATS:
         values = np.frombuffer(tensor.data, FLOATS[tensor.dtype]).astype(np.float64)
     else:
-        raise NoMeaningError(f"{tensor.dtype} is no float")
+        raise NoMeaningError(f"{tensor.dtype} is not a float")
     return values.reshape(tensor.shape)
 
 
@@ -198,7 +198,7 @@ def _order(stored: Stored, own: Mapping[str, Tensor]) -> Array | None:
     """int [K]: the group of each channel, None for channels in order."""
     if "g_idx" in own:
         if own["g_idx"].dtype not in INTEGERS:
-            raise NoMeaningError("g_idx is no integer")
+            raise NoMeaningError("g_idx is not an integer")
         index = np.frombuffer(own["g_idx"].data, INTEGERS[own["g_idx"].dtype]).astype(np.int64)
         if index.min() < 0 or index.max() >= stored.groups:
             raise NoMeaningError("g_idx is out of range")

@@ -14,10 +14,11 @@ import torch
 from safetensors import safe_open
 
 from tests.support.fuzzing.decode import Stored
+from tests.support.shards import in_file_order
 from vllm.compressed_linear.checkpoint.describe import LayerContext
 from vllm.compressed_linear.checkpoint.headers import Headers
 from vllm.compressed_linear.checkpoint.parameter import collect_shards, create_parameters
-from vllm.compressed_linear.checkpoint.parts import Part, refine
+from vllm.compressed_linear.checkpoint.parts import refine
 from vllm.compressed_linear.checkpoint.shard import ShardSource
 from vllm.compressed_linear.commands.explain.checkpoint import Checkpoint
 from vllm.compressed_linear.formats.file_view import FileView
@@ -109,26 +110,8 @@ def _weight(
             if name in tensors:
                 parameter.weight_loader(parameter, tensors[name])
         (part,) = refine(collect_shards(parameters, [source]), CONTEXT)
-        _KNOWN[key] = _rows(part)
+        _KNOWN[key] = in_file_order(part).numpy()
     return _KNOWN[key]
-
-
-def _rows(part: Part) -> npt.NDArray[Any]:
-    """The rows in standard layout, with channels put back."""
-    rows = part.weights.rows(0, part.weights.n)
-    assert rows.scale is not None
-    size = part.descriptor.group_size
-    values = part.descriptor.weight.element.decode(rows.codes)
-    if rows.zero is not None:
-        values = values - rows.zero.to(torch.float32).repeat_interleave(size, 1)
-    values = values * rows.scale.to(torch.float32).repeat_interleave(size, 1)
-    order = part.weights.permutation
-    if order is None:
-        return values.numpy()
-    out = torch.zeros(part.weights.n, part.descriptor.in_features)
-    kept = order >= 0
-    out[:, order[kept].to(torch.int64)] = values[:, kept]
-    return out.numpy()
 
 
 def equal(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> bool:

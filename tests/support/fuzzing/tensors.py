@@ -199,7 +199,7 @@ def group_index(draw: Draw, mutant: Mutant) -> None:
 
 
 def add(draw: Draw, mutant: Mutant) -> None:
-    """A tensor that nobody needs."""
+    """A tensor that no layer needs."""
     layer = choose(draw, mutant).rpartition(".")[0]
     last = draw(st.sampled_from(["g_idx", "weight", "bias", "qzeros", "act.scales", "x", "B"]))
     source = mutant.tensors[choose(draw, mutant)]

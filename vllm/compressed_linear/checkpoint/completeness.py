@@ -135,7 +135,7 @@ def perhaps_biased(tensors: Sequence[str], model: str) -> list[Finding]:
 
 def never_arrived(errors: Sequence[CheckpointError]) -> list[Finding]:
     """One finding about all tensors that quantized layers need and that did not arrive: without
-    them there is no weight at all, so nothing can allow it."""
+    them no weight is left, so nothing can allow it."""
     if not errors:
         return []
     more = f" ({len(errors) - 1} more tensors are missing)" if len(errors) > 1 else ""
@@ -189,7 +189,7 @@ def _count(names: Sequence[object], word: str) -> str:
 def _by_pattern(names: Iterable[str]) -> list[list[str]]:
     groups: dict[str, list[str]] = {}
     for name in names:
-        groups.setdefault(re.sub(r"\d+", "*", name), []).append(name)
+        groups.setdefault(pattern(name), []).append(name)
     return list(groups.values())
 
 
@@ -211,7 +211,7 @@ def expected_names(
     if filled_by:
         return _siblings(filled_by, packed_modules.get(last, ()), experts)
     for other, names in others.items():
-        if names and _pattern(other) == _pattern(parameter):
+        if names and pattern(other) == pattern(parameter):
             renumbered = [_renumber(name, other, parameter) for name in names]
             return tuple(sorted({name for name in renumbered if name}))
     prefix = f"{parent}." if parent else ""
@@ -238,7 +238,8 @@ def _siblings(names: Sequence[str], members: Sequence[str], experts: int) -> tup
     return tuple(sorted(found - set(names)))
 
 
-def _pattern(name: str) -> str:
+def pattern(name: str) -> str:
+    """``name`` without its numbers: equal for tensors of like layers."""
     return re.sub(r"\d+", "*", name)
 
 

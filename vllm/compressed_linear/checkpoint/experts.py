@@ -28,6 +28,11 @@ class Experts:
     unlike: tuple[str, ...]
 
 
+def is_of_one(name: str) -> bool:
+    """Whether ``name`` is that of a tensor of one expert."""
+    return _EXPERT.fullmatch(name) is not None
+
+
 def one_of_each(names: Iterable[str]) -> list[str]:
     """``names`` with the tensors of the first expert of each layer only."""
     first: dict[str, str] = {}

@@ -321,7 +321,7 @@ class LoadedShard:
         source = self.source
         groups = source.extents["G"]
         stored = self.stored(Role.GROUP_INDEX)
-        # All 0 or all −1 is how tools say that there is no order.
+        # All 0 or all −1 is how tools say that channels are in order.
         if stored is not None and set(self.counts.get(stored.name, ())) not in ({0}, {-1}):
             index = self.tensors[stored.name].to(torch.int64)
             if index.numel() and (int(index.min()) < 0 or int(index.max()) >= groups):

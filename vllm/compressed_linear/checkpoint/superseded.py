@@ -17,7 +17,7 @@ from vllm.compressed_linear.checkpoint.completeness import Finding, Severity, sh
 @dataclass(frozen=True)
 class Superseded:
     """``copies``: tensors that several files hold: name → (the file that the index means, the
-    others). ``plain``: plain weights that were left beside the codes of their module."""
+    others). ``plain``: plain weights that were left next to the codes of their module."""
 
     copies: Mapping[str, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
     plain: frozenset[str] = frozenset()

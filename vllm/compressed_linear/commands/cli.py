@@ -79,6 +79,11 @@ def _platform(name: str, tp: int = 1, threads: int | None = None) -> Platform:
     return replace(found, threads=threads or compat.serving_threads(tp))
 
 
+ModelArgument = Annotated[
+    str, typer.Argument(help="Directory of a checkpoint, or the id of a downloaded one.")
+]
+TpOption = Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel ranks.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Dtype of the activations.")]
 PlatformOption = Annotated[
     str,
     typer.Option(
@@ -90,12 +95,10 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print everything as JS
 
 @app.command()
 def explain(
-    model: Annotated[
-        str, typer.Argument(help="Directory of a checkpoint, or the id of a downloaded one.")
-    ],
-    tp: Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel ranks.")] = 1,
+    model: ModelArgument,
+    tp: TpOption = 1,
     platform: PlatformOption = "",
-    dtype: Annotated[Dtype, typer.Option(help="Dtype of the activations.")] = Dtype.AUTO,
+    dtype: DtypeOption = Dtype.AUTO,
     as_json: JsonOption = False,
     read_weights: Annotated[
         bool,
@@ -150,12 +153,10 @@ def explain(
 
 @app.command()
 def check(
-    model: Annotated[
-        str, typer.Argument(help="Directory of a checkpoint, or the id of a downloaded one.")
-    ],
-    tp: Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel ranks.")] = 1,
+    model: ModelArgument,
+    tp: TpOption = 1,
     platform: PlatformOption = "",
-    dtype: Annotated[Dtype, typer.Option(help="Dtype of the activations.")] = Dtype.AUTO,
+    dtype: DtypeOption = Dtype.AUTO,
     as_json: JsonOption = False,
 ) -> None:
     """Say what is wrong with MODEL, from its configuration and headers, without loading it.
@@ -183,10 +184,8 @@ def check(
 
 @app.command()
 def tune(
-    model: Annotated[
-        str, typer.Argument(help="Directory of a checkpoint, or the id of a downloaded one.")
-    ],
-    tp: Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel ranks.")] = 1,
+    model: ModelArgument,
+    tp: TpOption = 1,
     threads: Annotated[
         int | None,
         typer.Option(min=1, help="Threads of one rank; by default as many as vLLM uses."),
@@ -194,7 +193,7 @@ def tune(
     only: Annotated[
         str, typer.Option("--backends", metavar="NAME,…", help="Measure only these backends.")
     ] = "",
-    dtype: Annotated[Dtype, typer.Option(help="Dtype of the activations.")] = Dtype.AUTO,
+    dtype: DtypeOption = Dtype.AUTO,
     output: Annotated[
         Path | None,
         typer.Option(help="Tune file to add results to; by default the one that serving reads."),

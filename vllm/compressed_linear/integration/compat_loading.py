@@ -83,18 +83,7 @@ def quantization_configs(loading_model: Any, vllm_config: Any) -> list[Any]:
     """The quantization configs of a model's layers. Drafters have one of their own."""
     found = [getattr(vllm_config, "quant_config", None)]
     found += [getattr(module, "quant_config", None) for module in loading_model.modules()]
-    return [c for c in dict.fromkeys(map(_Same, found)) for c in (c.value,) if c is not None]
-
-
-@dataclass(frozen=True, eq=False)
-class _Same:
-    value: Any
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.value is self.value
+    return list({id(config): config for config in found if config is not None}.values())
 
 
 def fills_itself(module: Any, name: str) -> bool:
@@ -166,7 +155,7 @@ class LeftOut:
             getattr(utils.AutoWeightsLoader, "REMOVE_UNUSED_ROTARY_EMBEDS_MAPPER", None),
         ):
             mapper = mapper if other is None else mapper | other
-        self._map = mapper.map_name if hasattr(mapper, "map_name") else mapper._map_name
+        self._map = mapper.map_name
         self._model = model
         self._utils = utils
         self._suffixes = tuple(getattr(QuantizationConfig, "_ignore_unexpected_suffixes", ()))
@@ -222,10 +211,9 @@ def batch_statistics(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor
 def renaming_of_weights(model: Any) -> Callable[[str], str]:
     """Function from a module's name to the one under which the model loads its plain weight."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
-    rename = getattr(mapper, "map_name", None) or getattr(mapper, "_map_name", None)
 
     def module_of(name: str) -> str:
-        renamed = None if rename is None else rename(f"{name}.weight")
+        renamed = None if mapper is None else mapper.map_name(f"{name}.weight")
         return name if renamed is None else str(renamed).rpartition(".")[0]
 
     return module_of

@@ -8,14 +8,13 @@ that are left to vLLM, norms, biases and experts are covered like our own.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from vllm.compressed_linear.checkpoint import completeness
+from vllm.compressed_linear.checkpoint import completeness, experts
 from vllm.compressed_linear.checkpoint.completeness import (
     Finding,
     IncompleteCheckpointError,
@@ -33,8 +32,6 @@ from vllm.compressed_linear.integration.unasked import ask_for_all, under_other_
 from vllm.compressed_linear.spec.elements import dtype_name
 
 logger = compat.logger(__name__)
-
-_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def load_and_check(loading: Loading) -> None:
@@ -176,9 +173,9 @@ def _like_loaded_ones(
     known that the checkpoint has them."""
     buffers = dict(model.named_buffers())
     fills = {name: record.fill(buffer) for name, buffer in buffers.items() if buffer.numel()}
-    loaded = {re.sub(r"\d+", "*", name) for name, fill in fills.items() if fill and fill.names}
+    loaded = {completeness.pattern(n) for n, fill in fills.items() if fill and fill.names}
     for name in fills:
-        if re.sub(r"\d+", "*", name) in loaded:
+        if completeness.pattern(name) in loaded:
             yield name, buffers[name]
 
 
@@ -202,9 +199,9 @@ def _unfilled(
         tensor = tensors[name]
         path, _, last = name.rpartition(".")
         module = modules[path]
-        experts = tensor.shape[0] if compat.holds_experts(module) else 0
-        if fill is not None and one_expert and experts and _EXPERT.search(" ".join(fill.names)):
-            fill = fill.of_first(fill.nbytes // experts)
+        count = tensor.shape[0] if compat.holds_experts(module) else 0
+        if fill and one_expert and count and any(map(experts.is_of_one, fill.names)):
+            fill = fill.of_first(fill.nbytes // count)
         if (
             fill is not None
             and not isinstance(tensor, CheckpointParameter)
@@ -219,7 +216,7 @@ def _unfilled(
                 dtype_name(tensor.dtype),
                 tuple(tensor.shape),
                 completeness.expected_names(
-                    name, fill.names, others, config.packed_modules_mapping, experts
+                    name, fill.names, others, config.packed_modules_mapping, count
                 ),
                 fill.names,
                 _part(fill, tensor),

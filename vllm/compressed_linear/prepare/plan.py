@@ -88,7 +88,7 @@ class Plan:
     platform: Platform | None = None
     owner: ref[Any] | None = None
     is_open: bool = False
-    """Whether a model is being loaded, so that entries may come that nobody has reported."""
+    """Whether a model is being loaded, so that entries may come that were not reported yet."""
     _progress: Any = None
 
     def drafter(self, model: str) -> Plan:

@@ -55,7 +55,7 @@ def say_of_configuration(
             Severity.ERROR,
             About.CHECKPOINT,
             f"the files hold quantized weights ({module} has {held}; {len(codes)} such modules), "
-            "but neither config.json nor a file beside it says how to read them: vLLM takes the "
+            "but neither config.json nor a file next to it says how to read them: vLLM takes the "
             "model for an unquantized one and fails. Download the checkpoint again with all of its "
             "json files, or put its quantization_config into config.json",
         )

@@ -2,7 +2,7 @@
 """Who may write prepared weights: this user and root.
 
 A digest finds damage, not malice: who writes an entry writes its digest too. So entries count only
-if nobody else could have written them.
+if no other user could have written them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ DIRECTORY_MODE = stat.S_IRWXU
 
 
 def fault_of(found: os.stat_result) -> str:
-    """Why a directory or a file may have been written by somebody else; empty if it was not."""
+    """Why a directory or a file may have been written by another user; empty if it was not."""
     user = os.geteuid()
     if found.st_uid not in (user, 0):
         return f"belongs to user {found.st_uid}, expected user {user}"

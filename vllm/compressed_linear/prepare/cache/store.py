@@ -228,7 +228,7 @@ def _write_atomically(
     """Write atomically: readers find no file, the earlier entry, or the complete new one."""
     while True:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{UNFINISHED}")
-        # Nobody else reads it either while it is written.
+        # No other user reads it either while it is written.
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as stream:
             try:
