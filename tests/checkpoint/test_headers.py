@@ -7,11 +7,13 @@ import json
 import os
 import struct
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import TensorInfo
 from safetensors.torch import save_file
 
 from tests.support.checkpoints import Entry, checkpoint, checkpoint_tensors, checkpoints
@@ -83,7 +85,7 @@ def test_checkpoints_of_real_tools(name: str) -> None:
 
 
 def test_entries_that_somebody_else_read() -> None:
-    entry = {"dtype": "I32", "shape": [2, 4], "data_offsets": [8, 40], "parameter_count": 8}
+    entry = asdict(TensorInfo(dtype="I32", shape=[2, 4], data_offsets=(8, 40)))
     headers = headers_of({"a.qweight": entry}, "organisation/model")
     assert (headers["a.qweight"].dtype, headers["a.qweight"].nbytes) == ("int32", 32)
     assert headers["a.qweight"].file == "organisation/model"

@@ -50,6 +50,7 @@ _DTYPES = {
 _MAX_DIMENSIONS = 64
 """As in numpy; torch's own limit is lower."""
 _MAX_NUMBER = 2**63 - 1
+_LISTS = (list, tuple)
 _PREFIX = struct.Struct("<Q")
 
 
@@ -85,23 +86,25 @@ def read_file_header(file: Path) -> dict[str, TensorHeader]:
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: header is a {type(header).__name__}, expected a map")
     _check_metadata(file, header.pop("__metadata__", None))
-    tensors = {name: read_entry(file, name, entry) for name, entry in header.items()}
+    origin = str(file)
+    tensors = {name: read_entry(origin, name, entry) for name, entry in header.items()}
     _check_positions(file, header, _PREFIX.size + length, size)
     return tensors
 
 
-def read_entry(origin: Path | str, name: str, entry: Any) -> TensorHeader:
-    """Parse the entry of one tensor; ``origin`` is for messages."""
+def read_entry(origin: str, name: str, entry: Any) -> TensorHeader:
+    """Parse the entry of one tensor; ``origin`` is its file, or what messages call it."""
     if not name.isprintable():
         raise CheckpointError(
             f"{origin}: a tensor is called {shortened(name)}, expected printable text"
         )
     numbers: list[Any] = []
     code = None
-    if isinstance(entry, Mapping):
+    if isinstance(entry, dict):
         shape, offsets = entry.get("shape"), entry.get("data_offsets")
         code = entry.get("dtype")
-        if isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2:
+        # JSON has lists; the hub's library gives the offsets as a tuple.
+        if isinstance(shape, _LISTS) and isinstance(offsets, _LISTS) and len(offsets) == 2:
             # The product of a million large numbers would take hours.
             if len(shape) > _MAX_DIMENSIONS:
                 raise CheckpointError(
@@ -112,7 +115,9 @@ def read_entry(origin: Path | str, name: str, entry: Any) -> TensorHeader:
     if (
         not numbers
         or not isinstance(code, str)
-        or any(type(number) is not int or not 0 <= number <= _MAX_NUMBER for number in numbers)
+        or {*map(type, numbers)} != {int}
+        or min(numbers) < 0
+        or max(numbers) > _MAX_NUMBER
     ):
         raise CheckpointError(
             f"{origin}: tensor {name} is described as {shortened(entry)}, expected dtype, shape "
@@ -130,7 +135,7 @@ def read_entry(origin: Path | str, name: str, entry: Any) -> TensorHeader:
             f"{origin}: tensor {name} has {last - first} bytes, expected {needed} for {dtype} "
             f"{lengths}"
         )
-    return TensorHeader(dtype, tuple(lengths), last - first, str(origin))
+    return TensorHeader(dtype, tuple(lengths), needed, origin)
 
 
 def _check_metadata(file: Path, metadata: Any) -> None:

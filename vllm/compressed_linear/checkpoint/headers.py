@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -24,6 +25,35 @@ LONGEST_NAME = 255
 """Bytes of a file's name, on Linux."""
 
 
+class HoldingModules:
+    """Of the modules of a checkpoint, those that have certain tensors.
+
+    ``modules``: their names, in the order of the files. ``inside``: every module and every parent
+    of one → whether it has such a tensor, or a module inside it has.
+    """
+
+    def __init__(self, modules: Mapping[str, set[str]], tensors: tuple[str, ...]) -> None:
+        wanted = frozenset(tensors)
+        self.modules = {name: None for name, own in modules.items() if not wanted.isdisjoint(own)}
+        self._all = modules
+
+    @cached_property
+    def inside(self) -> Mapping[str, bool]:
+        found: dict[str, bool] = {}
+        for module in self.modules:
+            parent = module
+            while parent and parent not in found:
+                found[parent] = True
+                parent = parent.rpartition(".")[0]
+        found.setdefault("", bool(self.modules))
+        for module in self._all:
+            parent = module
+            while parent not in found:
+                found[parent] = False
+                parent = parent.rpartition(".")[0]
+        return found
+
+
 class Headers(Mapping[str, TensorHeader]):
     """Tensor name → header, over all files of a checkpoint. Immutable, so copies share it: a
     mixture has hundreds of thousands of tensors.
@@ -39,6 +69,7 @@ class Headers(Mapping[str, TensorHeader]):
     ) -> None:
         self._tensors = dict(tensors)
         self.copies = copies or {}
+        self._holding: dict[tuple[str, ...], HoldingModules] = {}
         self._modules: dict[str, set[str]] = {}
         for name in self._tensors:
             module, _, last = name.rpartition(".")
@@ -60,6 +91,13 @@ class Headers(Mapping[str, TensorHeader]):
     def modules(self) -> Mapping[str, set[str]]:
         """Module name → last parts of its tensors' names."""
         return self._modules
+
+    def holding(self, tensors: tuple[str, ...]) -> HoldingModules:
+        """The modules that have a tensor whose name ends with one of ``tensors``. Looked for once
+        for all copies: each rank has a quantization config, and asks about all modules."""
+        if tensors not in self._holding:
+            self._holding[tensors] = HoldingModules(self._modules, tensors)
+        return self._holding[tensors]
 
     def renamed(self, names: Mapping[str, str]) -> Headers:
         """The same tensors under other names; names that are not in the mapping stay."""

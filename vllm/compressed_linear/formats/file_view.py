@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -161,7 +161,14 @@ class FileView:
 
     def quantized_on_disk(self, module: str) -> bool:
         """Whether the file is known to hold codes for ``module``."""
-        return bool((self.tensors_on_disk(module) or set()) & set(self.marker_tensors))
+        return self.stored_as(module) in self.quantized_modules
+
+    @property
+    def quantized_modules(self) -> Collection[str]:
+        """Modules for which the file is known to hold codes, in its order."""
+        if self.headers is None:
+            return ()
+        return self.headers.holding(self.marker_tensors).modules
 
     def unquantized_on_disk(self, module: str) -> Unquantized | None:
         """``Unquantized`` if the file has a float ``weight`` for ``module`` and no codes, or has
@@ -246,30 +253,16 @@ class FileView:
         Some models store the experts fused, as siblings of the layer, so only a parent without
         any codes means "no".
         """
+        if self.headers is None:
+            return None
         for parent in (layer, layer.rpartition(".")[0]):
-            quantized = self._quantized_inside.get(parent)
+            quantized = self.headers.holding(self.marker_tensors).inside.get(parent)
             if quantized is not None and (parent == layer or not quantized):
                 return quantized
         return None
 
-    # Tables over all modules, of which a mixture has tens of thousands.
-
     @cached_property
     def _quantized_by_last_word(self) -> Mapping[str, bool]:
         """Last word of modules' names → whether the file holds codes for one of them."""
-        found: dict[str, bool] = {}
-        for module in self.modules:
-            word = last_word(module)
-            found[word] = found.get(word, False) or self.quantized_on_disk(module)
-        return found
-
-    @cached_property
-    def _quantized_inside(self) -> Mapping[str, bool]:
-        """Every module and parent of one → whether the file holds codes for it or inside it."""
-        found: dict[str, bool] = {}
-        for module in self.modules:
-            quantized, parent = self.quantized_on_disk(module), module
-            while found.get(parent) is not True and (parent not in found or quantized):
-                found[parent] = quantized
-                parent = parent.rpartition(".")[0]
-        return found
+        found = dict.fromkeys(map(last_word, self.modules), False)
+        return found | dict.fromkeys(map(last_word, self.quantized_modules), True)

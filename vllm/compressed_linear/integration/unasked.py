@@ -35,7 +35,7 @@ def ask_for_all(model: torch.nn.Module, config: CompressedLinearConfig) -> dict[
     layers: dict[str, Any] = dict(model.named_modules())
     weight_of = compat_loading.renaming_of_weights(model)
     moved = {}
-    for name in [module for module in config.file.modules if config.file.quantized_on_disk(module)]:
+    for name in list(config.file.quantized_modules):
         if ".experts." in name:
             continue  # as many as hundreds of thousands, and their layer has asked
         path = name if name in layers else weight_of(name)
