@@ -3,17 +3,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from benchmarks.machine import cache_bytes
+from benchmarks.machine import available_bytes, cache_bytes
+from benchmarks.rotation import repeated, wanted_copies
 from benchmarks.timing import Elapsed, turn
-
-CACHE_MULTIPLE = 4
-"""Weights of one contender together, in units of the last-level cache."""
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -24,8 +21,8 @@ def nbytes(tensors: Tensors) -> int:
 
 
 def copies_for(size: int) -> int:
-    """How many copies of ``size`` bytes a contender rotates through."""
-    return math.ceil(CACHE_MULTIPLE * cache_bytes() / size) + 1
+    """How many copies of ``size`` bytes a contender rotates through on this machine, time apart."""
+    return wanted_copies(size, cache_bytes(), available_bytes())
 
 
 @dataclass(frozen=True)
@@ -49,13 +46,16 @@ class Contender:
         tolerance: float = 0.02,
     ) -> Contender:
         """Prepares every copy anew: cloning might not give the memory that preparation gives."""
-        first = prepare()
-        more = (prepare() for _ in range(copies_for(nbytes(first)) - 1))
-        return cls(name, call, (first, *more), tolerance)
+        copies = repeated(prepare, lambda first: copies_for(nbytes(first)))
+        return cls(name, call, copies, tolerance)
 
     @property
     def weight_bytes(self) -> int:
         return nbytes(self.copies[0])
+
+    @property
+    def number_of_copies(self) -> int:
+        return len(self.copies)
 
     def output(self, x: torch.Tensor) -> torch.Tensor:
         return self.call(x, self.copies[0])

@@ -1,40 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the machine allows, measured beside every result: reading memory, multiplying matrices."""
+"""What the machine allows, measured beside every result: reading memory, multiplying.
+
+Both with loops of ``native/``, with as many threads as torch has, and not through a library: its
+matrix product may reach a third of what the core does.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import itertools
-import subprocess
-import threading
-from collections.abc import Callable
+import statistics
+import time
 from functools import cache, partial
-from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from benchmarks.machine import BUILD, cache_bytes
-from benchmarks.timing import best_seconds
+from benchmarks.machine import available_bytes, cache_bytes
+from benchmarks.native_code import in_threads, library
+from benchmarks.rotation import MEMORY_SHARE
+from benchmarks.timing import best_seconds, timed
 
-SOURCE = Path(__file__).parent / "native" / "read.cpp"
 READ_BYTES = 256 << 20
+"""Bytes to read from, at least; more where the last-level cache is large."""
+SLICE_BYTES = 32 << 20
+"""Read at once: short enough for many samples, long enough for the clock."""
 STREAMS = (1, 2, 4, 8)
 AHEAD = (0, 512, 1024, 2048, 4096)
 """Bytes that are prefetched ahead of each stream."""
-GEMM_SIZES = ((256, 4096, 4096), (512, 2048, 2048), (1024, 1024, 1024), (2048, 2048, 2048))
-"""(M, N, K) of the matrix products whose best rate is the limit of all."""
+PRODUCT_ROUNDS = 20_000
+"""Rounds of a product that are timed at once: some 0.1 ms for vectors, 1 ms for tiles."""
 
 
 @cache
 def _reader() -> ctypes.CDLL:
-    """The reader of ``native/read.cpp``, built for this machine when it is first needed."""
-    library = BUILD / "read.so"
-    if not library.is_file() or library.stat().st_mtime < SOURCE.stat().st_mtime:
-        BUILD.mkdir(parents=True, exist_ok=True)
-        command = ["g++", "-O3", "-march=native", "-shared", "-fPIC", "-o", str(library)]
-        subprocess.run([*command, str(SOURCE)], check=True)
-    loaded = ctypes.CDLL(str(library))
+    loaded = library("read")
     loaded.reader_allocate.restype = ctypes.c_void_p
     loaded.reader_allocate.argtypes = [ctypes.c_int64]
     loaded.reader_read.restype = ctypes.c_int64
@@ -50,58 +50,76 @@ def _memory(size: int) -> int:
     return int(address)
 
 
-def _read_all(size: int, streams: int, ahead: int) -> None:
-    """Reads ``size`` bytes with as many threads as torch has, each its own part."""
-    reader, base, threads = _reader(), _memory(size), torch.get_num_threads()
-    part = size // threads
-
-    def read(index: int) -> None:
-        reader.reader_read(base + index * part, part, streams, ahead)
-
-    others = [threading.Thread(target=read, args=(i,)) for i in range(1, threads)]
-    for thread in others:
-        thread.start()
-    read(0)
-    for thread in others:
-        thread.join()
+@cache
+def _read_bytes(cache: int) -> int:
+    """Bytes to read from for a last-level cache of ``cache`` bytes, whole slices."""
+    wanted = min(max(4 * cache, READ_BYTES), available_bytes() // MEMORY_SHARE)
+    return max(wanted // SLICE_BYTES, 1) * SLICE_BYTES
 
 
-def read_rate(seconds: float = 2.0) -> dict[str, float]:
-    """Best rate of reading memory beyond the caches, in GB/s, and how it was reached."""
-    size = max(4 * cache_bytes(), READ_BYTES)
+def _read_part(base: int, size: int, streams: int, ahead: int, index: int) -> None:
+    _reader().reader_read(base + index * size, size, streams, ahead)
+
+
+def read_rate(seconds: float = 2.0) -> dict[str, Any]:
+    """Rates of reading memory beyond the caches in GB/s: the best one and how it was reached, the
+    best of each number of streams, and the quartiles' distance of the best way, of its median.
+
+    Ways take turns and each turn reads the next slice, so that all see the same disturbances and
+    none finds its slice in the cache.
+    """
+    size, threads = _read_bytes(cache_bytes()), torch.get_num_threads()
+    base, part = _memory(size), SLICE_BYTES // threads // 128 * 128
     ways = list(itertools.product(STREAMS, AHEAD))
-    share = seconds / len(ways)
-    times = {way: best_seconds(partial(_read_all, size, *way), share) for way in ways}
-    best = min(times, key=lambda way: times[way])
+    times: dict[tuple[int, int], list[float]] = {way: [] for way in ways}
+    end, at = time.perf_counter() + seconds, 0
+    while time.perf_counter() < end or len(times[ways[-1]]) < 3:
+        for streams, ahead in ways:
+            read = partial(_read_part, base + at, part, streams, ahead)
+            times[streams, ahead].append(timed(partial(in_threads, read, threads)).counted)
+            at = (at + SLICE_BYTES) % size
+    rates = {way: threads * part / min(seen) / 1e9 for way, seen in times.items()}
+    best = max(rates, key=lambda way: rates[way])
+    low, median, high = statistics.quantiles(times[best], n=4)
     return {
-        "read_gb_per_s": size / times[best] / 1e9,
+        "read_gb_per_s": rates[best],
         "read_streams": best[0],
         "read_ahead_bytes": best[1],
+        "read_median_gb_per_s": threads * part / median / 1e9,
+        "read_spread": (high - low) / median,
+        "read_gb_per_s_by_streams": {
+            str(streams): max(rates[streams, ahead] for ahead in AHEAD) for streams in STREAMS
+        },
     }
 
 
-def _best_gemm(product: Callable[[int, int, int], Callable[[], object]], seconds: float) -> float:
-    share = seconds / len(GEMM_SIZES)
-    rates = (
-        2.0 * m * n * k / best_seconds(product(m, n, k), share) / 1e9 for m, n, k in GEMM_SIZES
-    )
-    return max(rates)
+@cache
+def _products() -> list[tuple[str, str]]:
+    """Name and arithmetic of the loops of ``native/products.cpp`` that this machine has."""
+    loaded = library("products")
+    loaded.product_name.restype = loaded.product_arithmetic.restype = ctypes.c_char_p
+    loaded.product_name.argtypes = loaded.product_arithmetic.argtypes = [ctypes.c_int64]
+    loaded.product_run.restype = ctypes.c_int64
+    loaded.product_run.argtypes = [ctypes.c_int64, ctypes.c_int64]
+    found: list[tuple[str, str]] = []
+    while (name := loaded.product_name(len(found))) is not None:
+        found.append((name.decode(), loaded.product_arithmetic(len(found)).decode()))
+    return found
 
 
-def _bf16_product(m: int, n: int, k: int) -> Callable[[], object]:
-    a, b = torch.randn(m, k).bfloat16(), torch.randn(n, k).bfloat16()
-    return lambda: F.linear(a, b)
+def _multiply(product: int, _: int) -> int:
+    return int(library("products").product_run(product, PRODUCT_ROUNDS))
 
 
-def _int8_product(m: int, n: int, k: int) -> Callable[[], object]:
-    a = torch.randint(-128, 128, (m, k), dtype=torch.int8)
-    b = torch.randint(-128, 128, (n, k), dtype=torch.int8).t()
-    return lambda: torch._int_mm(a, b)
-
-
-def gemm_rates(seconds: float = 3.0) -> dict[str, float]:
-    """Best rates of multiplying matrices, over several sizes: oneDNN through torch."""
-    return {
-        "bf16_gemm_gflop_per_s": _best_gemm(_bf16_product, seconds / 2),
-        "int8_gemm_gop_per_s": _best_gemm(_int8_product, seconds / 2),
-    }
+def product_rates(seconds: float = 1.0) -> list[dict[str, Any]]:
+    """Best rates of multiplying in each arithmetic, in 10⁹ operations a second, of all threads
+    together: by vectors and, where there are any, by tiles, from registers and from L1."""
+    threads, found = torch.get_num_threads(), []
+    for index, (name, arithmetic) in enumerate(_products()):
+        multiply = partial(_multiply, index)
+        if done := multiply(0):
+            share = seconds / len(_products())
+            best = best_seconds(partial(in_threads, multiply, threads), share)
+            rate = threads * done / best / 1e9
+            found.append({"name": name, "arithmetic": arithmetic, "gop_per_s": rate})
+    return found

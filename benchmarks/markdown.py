@@ -1,23 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results as Markdown, for the documentation: ``docs/generate.py`` puts them into its pages."""
+"""Results of single layers as Markdown; ``docs/generate.py`` puts them into its pages."""
 
 from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.table import ours_of, row, share_of_limit
+from benchmarks.contest import X_ROUNDED
+from benchmarks.families import title_of, unmeasured
+from benchmarks.table import (
+    kernel_of,
+    name_of,
+    number,
+    ours_of,
+    product_limit,
+    read_share,
+    row,
+    share_of_limit,
+)
 
 Report = dict[str, Any]
 
 
-def reports(directory: Path) -> list[Report]:
-    """Every record of ``benchmarks.linear`` in ``directory``, in the order of its kinds."""
+def reports(directory: Path, *, threads: int | None = None, forced: bool = False) -> list[Report]:
+    """The records of ``benchmarks.linear`` in ``directory``, in the order of their kinds: with the
+    kernels that are chosen there or, ``forced``, with an instruction set that was asked for; only
+    those with so many ``threads``, if given."""
     found = [json.loads(file.read_text()) for file in directory.glob("*.json")]
-    return sorted(found, key=lambda report: (report["order"], report["machine"]["isa"]))
+    wanted = [
+        report
+        for report in found
+        if (report["forced_isa"] is not None) == forced
+        and (threads is None or report["threads"] == threads)
+    ]
+    return sorted(wanted, key=lambda r: (r["order"], r["threads"], r["machine"]["isa"]))
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: int) -> str:
@@ -26,8 +45,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: int) -> str
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rules, *rows))
 
 
-def _caption(text: str) -> str:
+def caption(text: str) -> str:
     return textwrap.fill(text, 100, break_on_hyphens=False)
+
+
+def _joined(*notes: str) -> str:
+    # A narrow cell is broken before the parenthesis.
+    return ",\N{NO-BREAK SPACE}".join(notes)
 
 
 def _cell(report: Report, result: Report, base: Report | None, m: int) -> str:
@@ -39,12 +63,9 @@ def _cell(report: Report, result: Report, base: Report | None, m: int) -> str:
     if stock is not None:
         notes.append(f"×{stock['median_ms'] / found['median_ms']:.1f}")
     share = share_of_limit(report, result, m)
-    if share is not None and result["id"].startswith("ours/"):
+    if m > 1 and share is not None and result["id"].startswith("ours/"):
         notes.append(f"{share:.0%}")
-    if not notes:
-        return f"{found['median_ms']:.2f}"
-    joined = ",\N{NO-BREAK SPACE}".join(notes)  # a narrow cell is broken before the parenthesis
-    return f"{found['median_ms']:.2f} ({joined})"
+    return f"{found['median_ms']:.2f}" + (f" ({_joined(*notes)})" if notes else "")
 
 
 def _stock(report: Report) -> Report | None:
@@ -55,55 +76,119 @@ def _rows(records: Sequence[Report]) -> list[int]:
     return sorted({r["m"] for report in records for x in report["results"] for r in x["rows"]})
 
 
+def _size(result: Report) -> str:
+    return f"{result['weight_bytes'] / 1e6:.1f}" + "*" * result.get("may_be_cached", False)
+
+
 def _about(records: Sequence[Report]) -> str:
     first = records[0]
     about = first["machine"]
-    threads = f"{first['threads']} thread" + ("s" if first["threads"] > 1 else "")
-    read = [report["limits"]["read_gb_per_s"] for report in records]
-    bf16 = [report["limits"]["bf16_gemm_gflop_per_s"] for report in records]
-    int8 = [report["limits"]["int8_gemm_gop_per_s"] for report in records]
-    isas = ", ".join(sorted({report["machine"]["isa"] for report in records}))
     dates = sorted({report["machine"]["date"] for report in records})
-    return (
-        f"N={first['n']}, K={first['k']}, {threads} of {about['cpu']} ({isas}), "
-        f"torch {about['torch']}, vLLM {about['vllm']}, {' to '.join(dates)}. Limits measured with "
-        f"each kind: reading memory {_range(read)} GB/s, matrix products {_range(bf16)} GFLOP/s "
-        f"(bf16) and {_range(int8)} GOP/s (int8)."
+    loads = [r["machine"][f"load_average_{w}"] for r in records for w in ("before", "after")]
+    commits = ", ".join(sorted({str(report["machine"]["revision"]) for report in records}))
+    read = [report["limits"]["read_gb_per_s"] for report in records]
+    said = (
+        f"N={first['n']}, K={first['k']}, {_threads(first)} of {about['cpu']} "
+        f"({title_of(about['family'])}), torch {about['torch']}, vLLM {about['vllm']}, commit "
+        f"{commits}, {_range(dates)}, load average {_span(loads)}. Limits measured with each kind: "
+        f"reading memory {_span(read)} GB/s; multiplying, 10⁹ operations a second: "
+        f"{_products(records)}."
     )
+    if any(result.get("may_be_cached") for report in records for result in report["results"]):
+        said += " *: some of these weights may lie in the cache."
+    return said
 
 
-def _range(values: Sequence[float]) -> str:
-    low, high = f"{min(values):.0f}", f"{max(values):.0f}"
-    return low if low == high else f"{low} to {high}"
+def _threads(report: Report) -> str:
+    return f"{report['threads']} thread" + "s" * (report["threads"] > 1)
+
+
+def _products(records: Sequence[Report]) -> str:
+    found: dict[tuple[str, str], list[float]] = {}
+    for product in (p for report in records for p in report["limits"]["products"]):
+        found.setdefault((product["arithmetic"], product["name"]), []).append(product["gop_per_s"])
+    return ", ".join(f"{kind} {name} {_span(v)}" for (kind, name), v in found.items())
+
+
+def _span(values: Sequence[float]) -> str:
+    return _range([f"{min(values):.0f}", f"{max(values):.0f}"])
+
+
+def _range(ends: Sequence[str]) -> str:
+    return ends[0] if ends[0] == ends[-1] else f"{ends[0]} to {ends[-1]}"
+
+
+def _by_threads(records: Sequence[Report], part: Callable[[list[Report]], str]) -> str:
+    """``part`` of the records of each number of threads."""
+    counts = sorted({report["threads"] for report in records})
+    return "\n\n".join(part([r for r in records if r["threads"] == count]) for count in counts)
 
 
 def kinds(directory: Path) -> str:
-    """Our kernel for each kind of weight."""
-    records = reports(directory)
+    """Our kernel for each kind of weight, with one thread and with all."""
+    return _by_threads(reports(directory), _kinds)
+
+
+def _kinds(records: list[Report]) -> str:
     ms = _rows(records)
     rows = []
     for report in records:
-        found = ours_of(report)
-        if not found:
-            rows.append([report["title"], "", "no kernel yet", *[""] * (len(ms) - 1)])
+        if not (found := ours_of(report)):
+            rows.append([report["title"], "no kernel yet", *[""] * (len(ms) + 1)])
             continue
         cells = [_cell(report, found[0], _stock(report), m) for m in ms]
-        rows.append([report["title"], f"{found[0]['weight_bytes'] / 1e6:.1f}", *cells])
-    caption = _caption(
-        "Milliseconds per call, median. ×: speed relative to vLLM, if vLLM has a CPU kernel. %: "
-        "share of the machine's limit, which for one token is reading the packed weights or "
-        "decoding them from the cache, whichever is slower, and from 64 tokens on the best matrix "
-        f"product. {_about(records)}"
+        kernel = kernel_of(found[0])
+        rows.append([report["title"], kernel, _size(found[0]), *cells])
+    text = caption(
+        "Milliseconds per call, median. ×: speed relative to vLLM, if vLLM has a CPU kernel that "
+        "keeps the contract. %, from 64 tokens on: share of the best product of the machine. "
+        f"{_about(records)}"
     )
-    head = ["weights", "MB", *(f"M={m}" for m in ms)]
-    return f"{table(head, rows, len(head) - 1)}\n\n{caption}"
+    head = ["weights", "kernel", "MB", *(f"M={m}" for m in ms)]
+    return f"{table(head, rows, len(head) - 2)}\n\n{text}"
 
 
-def one_token(directory: Path, best: Path) -> str:
-    """Our kernels of older instruction sets for one token, beside those of the best one."""
+def one_token(directory: Path) -> str:
+    """What one token costs with our kernels: the call, and reading or decoding the weights."""
+    return _by_threads(reports(directory), _one_token)
+
+
+def _one_token(records: list[Report]) -> str:
     rows = []
-    records = reports(directory)
-    kinds = {report["scheme"]: report for report in reports(best)}
+    for report in records:
+        for result in ours_of(report):
+            found, share = row(result, 1), share_of_limit(report, result, 1)
+            assert found is not None
+            cached = report["limits"]["cached_gb_per_s"].get(result["id"].removeprefix("ours/"))
+            fixed = found.get("fixed_ms")
+            rows.append(
+                [
+                    f"{report['title']}, {result['id'].removeprefix('ours/')}",
+                    kernel_of({**result, "rows": [found]}),
+                    f"{found['median_ms']:.2f}",
+                    number(None if fixed is None else fixed * 1e3, 0),
+                    number(found["weight_gb_per_s"], 1),
+                    number(found.get("op_gb_per_s"), 1),
+                    number(cached, 1),
+                    f"{read_share(report, result):.0%}",
+                    f"{share:.0%}",
+                ]
+            )
+    head = ["weights, backend", "kernel", "ms", "fixed (µs)", "GB/s", "without fixed (GB/s)"]
+    head += ["decoded from the cache (GB/s)", "of reading", "of min(read, decode)"]
+    text = caption(
+        "One token. Fixed: the same op with 16 output channels, in the same rotation, with cold "
+        f"caches; without fixed: the other bytes in the other time. {_about(records)}"
+    )
+    return f"{table(head, rows, 7)}\n\n{text}"
+
+
+def older(directory: Path) -> str:
+    """Our kernels of an instruction set that was asked for, for one token, beside the ones that are
+    chosen."""
+    rows = []
+    records = reports(directory, forced=True)
+    kinds = {report["scheme"]: report for report in reports(directory, threads=1)}
     for report in records:
         result = ours_of(report)[0]
         found, other = row(result, 1), row(ours_of(kinds[report["scheme"]])[0], 1)
@@ -122,9 +207,9 @@ def one_token(directory: Path, best: Path) -> str:
             ]
         )
     best_isa = next(iter(kinds.values()))["machine"]["isa"]
-    head = ["weights", "path", "ms", "GB/s", "decoded from the cache (GB/s)", "of the limit"]
-    head.append(f"time relative to {best_isa}")
-    return f"{table(head, rows, 5)}\n\n{_caption('One token. ' + _about(records))}"
+    head = ["weights", "path", "ms", "GB/s", "decoded from the cache (GB/s)"]
+    head += ["of min(read, decode)", f"time relative to {best_isa}"]
+    return f"{table(head, rows, 5)}\n\n{caption('One token. ' + _about(records))}"
 
 
 def contenders(file: Path) -> str:
@@ -133,106 +218,84 @@ def contenders(file: Path) -> str:
     ms = _rows([report])
     rows = [
         [
-            result["name"],
-            f"{result['weight_bytes'] / 1e6:.1f}",
+            name_of(result),
+            _size(result),
             *(_cell(report, result, _stock(report), m) for m in ms),
         ]
         for result in report["results"]
     ]
     head = [report["title"], "MB", *(f"M={m}" for m in ms)]
-    caption = _caption(
-        "Milliseconds per call, median. ×: speed relative to vLLM. " + _about([report])
+    text = caption(
+        "Milliseconds per call, median. ×: speed relative to vLLM with the x of the checkpoint. %: "
+        f"share of the best product, {product_limit(report)[0]}. " + _about([report])
     )
-    return f"{table(head, rows, len(head) - 1)}\n\n{caption}"
+    return f"{table(head, rows, len(head) - 1)}\n\n{text}"
 
 
-def serving(file: Path) -> str:
-    """The engines that served one model."""
-    report = json.loads(file.read_text())
-    engines = list(report["engines"].values())
-    streams = next(list(e["decode_tokens_per_s"]) for e in engines if "error" not in e)
+def gains(before: Path, now: Path) -> str:
+    """Our kernels of an older commit, as chosen and forced, beside those of ``now``."""
+    old = [*reports(before, threads=1), *reports(before, threads=1, forced=True)]
+    new = {report["scheme"]: report for report in reports(now, threads=1)}
+    ms = _rows(old)
     rows = []
-    for engine in engines:
-        if "error" in engine:
-            # That the engine failed is said last, of what before it.
-            said = engine["error"].splitlines()
-            lines = [line for line in said if "See root cause above" not in line]
-            rows.append([engine["name"], f"does not start: {lines[-1][:120]}", *[""] * 8])
-            continue
-        rows.append(
-            [
-                engine["name"],
-                ", ".join(
-                    f"{engine[key]:.0f}" for key in ("start_s", "start_again_s") if key in engine
-                ),
-                ", ".join(
-                    f"{engine[key]['prepare_s']:.2f}"
-                    for key in ("weights", "weights_again")
-                    if key in engine
-                ),
-                f"{engine['first_token_s'] * 1e3:.0f}",
-                f"{engine['prefill_tokens_per_s']:.0f}",
-                *(f"{engine['decode_tokens_per_s'][s]:.1f}" for s in streams),
-                f"{engine['peak_anonymous_bytes'] / 1e9:.2f}",
-            ]
-        )
-    head = [
-        "engine",
-        "start, again (s)",
-        "weights, again (s)",
-        "first token (ms)",
-        "prefill (tokens/s)",
-    ]
-    head += [f"{s} stream{'s' * (s != '1')} (tokens/s)" for s in streams] + ["peak (GB)"]
-    about = report["machine"]
-    caption = _caption(
-        f"{report['title']} on {about['cpu']}, one core, torch {about['torch']}, "
-        f"vLLM {about['vllm']}, {about['date']}. Prompts of {report['prefill_tokens']} tokens for "
-        f"prefill and {report['short_prompt']} else, {report['output_tokens']} tokens of output. "
-        "Start: with empty caches, then again with the caches of the first start, prepared weights "
-        "included. Weights: the time to prepare them, or to find them in the cache. Peak: "
-        "anonymous memory of all processes."
+    for scheme in dict.fromkeys(report["scheme"] for report in old):
+        shown = [(report, "") for report in old if report["scheme"] == scheme]
+        shown += [(new[scheme], "now: ")] if scheme in new else []
+        for report, when in shown:
+            forced = f", {report['forced_isa']} forced" if report["forced_isa"] else ""
+            for result in ours_of(report)[: 1 if forced else None]:
+                name = f"{when}{name_of(result)}{forced}"
+                cells = [_cell(report, result, _stock(report), m) for m in ms]
+                rows.append([report["title"], name, *cells])
+    head = ["weights", "kernel", *(f"M={m}" for m in ms)]
+    text = caption(
+        "Milliseconds per call, median. ×: speed relative to vLLM in the same run. Before: "
+        f"{_about(old)}"
     )
-    return f"{table(head, rows, len(head) - 1)}\n\n{caption}"
+    return f"{table(head, rows, len(ms))}\n\n{text}"
 
 
-def preparation(file: Path) -> str:
-    """How fast checkpoints become packed weights."""
+def never_slower(file: Path) -> str:
+    """Our time as a share of vLLM's for every kind of layer."""
     report = json.loads(file.read_text())
-    ways = {"prepared": "at load", "standard": "by standard layout", "copied": "copying the result"}
-    rows = [
-        [
-            found["layout"],
-            f"{found['prepared'] * 1e3:.1f}",
-            *(f"{found['bytes'] / found[way] / 1e9:.2f}" for way in ways),
-        ]
-        for found in report["layouts"]
-    ]
-    head = ["layout on disk", "ms", *(f"{title} (GB/s)" for title in ways.values())]
-    about, first = report["machine"], report["layouts"][0]
-    threads = f"{report['threads']} thread" + "s" * (report["threads"] > 1)
-    caption = _caption(
-        f"GB of packed codes per second, median; N={first['n']}, K={first['k']}, {threads} of "
-        f"{about['cpu']} ({about['isa']}), {about['date']}."
-    )
-    return f"{table(head, rows, 4)}\n\n{caption}"
-
-
-def step(file: Path) -> str:
-    """Where one decode step of vLLM's worker spends its time."""
-    report = json.loads(file.read_text())
-    runs = list(report["runs"].values())
-
-    def cells(figures: Sequence[float | None]) -> list[str]:
-        return ["" if figure is None else f"{figure:.2f}" for figure in figures]
-
-    rows = [[name, *cells([run["ms"].get(name) for run in runs])] for name in report["kinds"]]
-    rows.append(["step", *cells([run["wall_ms"] for run in runs])])
-    head = ["ms", *(run["name"] for run in runs)]
+    rows = []
+    for layer in report["layers"]:
+        cells = []
+        for one in layer["cells"]:
+            text = f"{one['ratio']:.2f}" + "?" * (not one["decided"])
+            cells.append(f"**{text}**" if one["slower"] else text)
+        title = layer["title"]
+        if layer["contract"] == X_ROUNDED:
+            title += f"; {X_ROUNDED}"
+        kernels = dict.fromkeys(one["kernel"] or "no kernel of ours" for one in layer["cells"])
+        size = f"{layer['n']}×{layer['k']}" + "*" * layer["may_be_cached"]
+        ours = f"{layer['ours'].removeprefix('ours, ')} ({', '.join(kernels)})"
+        rows.append([title, size, ours, layer["stock"].rpartition(", ")[2], *cells])
     about = report["machine"]
-    caption = _caption(
-        f"{report['title']}, {report['streams']} stream{'s' * (report['streams'] > 1)}, median of "
-        f"{report['steps']} steps, "
-        f"{about['cpu']}, vLLM {about['vllm']}, {about['date']}."
+    every = [one for layer in report["layers"] for one in layer["cells"]]
+    slower = sum(one["slower"] for one in every)
+    text = caption(
+        f"Our median time as a share of vLLM's under the same contract; bold where it is more than "
+        f"{report['slower_from'] - 1:.0%} longer: {slower} of {len(every)}. ?: the intervals leave "
+        f"it open; *: weights may lie in the cache. {_threads(report)} of {about['cpu']} "
+        f"({title_of(about['family'])}), vLLM {about['vllm']}, commit {about['revision']}, "
+        f"{about['date']}, load average {about['load_average_before']:.0f} to "
+        f"{about['load_average_after']:.0f}."
     )
-    return f"{table(head, rows, len(head) - 1)}\n\n{caption}"
+    head = ["weights", "N×K", "ours (kernel)", "vLLM", *(f"M={m}" for m in report["m"])]
+    return f"{table(head, rows, len(report['m']))}\n\n{text}"
+
+
+def families(results: Path) -> str:
+    """The families of processors that were measured, and those that were not."""
+    found: dict[str, list[Report]] = {}
+    for file in sorted(results.glob("*/*/*.json")):
+        if file.parent.name in ("linear", "before"):
+            found.setdefault(file.parent.parent.name, []).append(json.loads(file.read_text()))
+    lines = []
+    for name, records in found.items():
+        cpus = ", ".join(sorted({report["machine"]["cpu"] for report in records}))
+        dates = _range(sorted({report["machine"]["date"] for report in records}))
+        lines.append(f"* **{title_of(name)}**: measured, {cpus}, {dates}")
+    lines += [f"* {family.title}: not measured" for family in unmeasured(found)]
+    return "\n".join(lines)

@@ -4,38 +4,37 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 
 from benchmarks.contender import Contender, Tensors, nbytes
 from benchmarks.schemes import Scheme
-from benchmarks.timing import Elapsed, in_turns, timed
+from benchmarks.timing import SHORT_CALLS_PER_TURN, Elapsed, in_turns, timed
 from vllm.compressed_linear.backends import registry
 from vllm.compressed_linear.backends.base import QuantLinearMethod
+from vllm.compressed_linear.machine import native
 from vllm.compressed_linear.machine.platform import Platform
+from vllm.compressed_linear.prepare.layer import choose
+from vllm.compressed_linear.settings import Settings
 from vllm.compressed_linear.testing import Problem
 
 NOT_OURS = ("reference", "vllm_native")
-"""Backends that are no kernels of this package."""
+"""Backends that are no kernels of this package; ``chosen`` may take them all the same."""
 
 CACHED_K = 1024
 CACHED_N = (128, 384)
 """Two sizes that fit the second-level cache with any element; see ``cached_rate``."""
 
 
-def able(problem: Problem) -> tuple[dict[str, str], dict[str, str]]:
-    """Our backends that can compute ``problem`` with the code path each would take, and why the
-    others cannot."""
-    can, cannot = {}, {}
-    for candidate in registry.rank(problem.descriptor, Platform.detect()):
-        if candidate.name in NOT_OURS:
-            continue
-        if candidate.verdict:
-            can[candidate.name] = candidate.variant
-        else:
-            cannot[candidate.name] = str(candidate.verdict)
-    return can, cannot
+def able(problem: Problem) -> tuple[list[str], dict[str, str]]:
+    """Our backends that can compute ``problem``, the preferred one first, and why the others
+    cannot."""
+    candidates = registry.rank(problem.descriptor, Platform.detect())
+    own = [candidate for candidate in candidates if candidate.name not in NOT_OURS]
+    cannot = {c.name: str(c.verdict) for c in own if not c.verdict}
+    return [c.name for c in own if c.verdict], cannot
 
 
 def _applied(
@@ -44,16 +43,70 @@ def _applied(
     return lambda x, tensors: backend.apply(tensors, x)
 
 
-def contender(problem: Problem, name: str, variant: str) -> Contender:
+def contender(problem: Problem, name: str) -> Contender:
     """Backend ``name``, which can compute ``problem``."""
-    backend = registry.backends()[name].backend(problem.descriptor)
+    return _contender(problem, registry.backends()[name].backend(problem.descriptor))
+
+
+def chosen(problem: Problem) -> Contender:
+    """The backend that a load would choose on this machine, which may be one of vLLM's kernels."""
+    selection = choose("", problem.descriptor, Platform.detect(), Settings.read())
+    return _contender(problem, selection.chosen(problem.descriptor))
+
+
+def _contender(problem: Problem, backend: QuantLinearMethod) -> Contender:
     return Contender.prepared(
-        f"ours, {name}" + (f" ({variant})" if variant else ""),
+        f"ours, {backend.name}",
         _applied(backend),
         lambda: backend.prep_weights_for_execution(problem.weights),
         # Quantized activations are checked by the conformance kit; here only against a mix-up.
         tolerance=0.02 if problem.descriptor.activation is None else 0.06,
     )
+
+
+def kernel_of(contender: Contender, x: torch.Tensor) -> str:
+    """The native kernels that ran for ``x``, for example ``planes/avx512``: layout of the weights
+    and instruction set. Empty if none of this package's did."""
+    native.reset_call_counts()
+    contender.output(x)
+    return kernels(native.call_counts())
+
+
+def kernels(counts: Mapping[str, int]) -> str:
+    """The kernels of ``native.call_counts()``, without what is not a product."""
+    found = (name.split("/") for name, count in counts.items() if count)
+    return ", ".join(sorted({"/".join(parts[1:3]) for parts in found if parts[0] == "linear"}))
+
+
+class Fixed:
+    """What a call costs apart from its weights: the same op with 16 output channels, after each
+    call of the whole layer, which leaves caches and TLBs as a model's other layers do."""
+
+    N = native.TILE
+
+    def __init__(self, scheme: Scheme, name: str, whole: Contender, k: int) -> None:
+        self.whole = whole
+        problem = scheme.problem(self.N, k)
+        backend = registry.backends()[name].backend(problem.descriptor)
+        self.small = Contender(
+            name,
+            _applied(backend),
+            tuple(backend.prep_weights_for_execution(problem.weights) for _ in whole.copies),
+        )
+
+    @property
+    def weight_bytes(self) -> int:
+        """Packed bytes of the 16 output channels."""
+        return self.small.weight_bytes
+
+    def turn(self, x: torch.Tensor, first: int) -> list[Elapsed]:
+        """Times of a few calls with 16 output channels."""
+        times = []
+        for i in range(first, first + SHORT_CALLS_PER_TURN):
+            copy = i % len(self.whole.copies)
+            self.whole.call(x, self.whole.copies[copy])
+            times.append(timed(partial(self.small.call, x, self.small.copies[copy])))
+        return times
 
 
 def cached_rate(scheme: Scheme, name: str, seconds: float) -> float:
@@ -84,9 +137,6 @@ class _Burst:
 
     def __init__(self, layer: Contender) -> None:
         self.layer = layer
-
-    def warm_up(self, x: torch.Tensor) -> None:
-        self.layer.warm_up(x)
 
     def turn(self, x: torch.Tensor, first: int) -> list[Elapsed]:
         tensors = self.layer.copies[0]

@@ -20,9 +20,10 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from benchmarks.families import title_of
 from benchmarks.machine import BUILD
 from benchmarks.markdown import Report, reports
-from benchmarks.table import decode_limit, ours_of, row
+from benchmarks.table import decode_limit, name_of, ours_of, product_limit, row
 
 # The same records give the same bytes, so a diff shows only plots that changed.
 mpl.rcParams["svg.hashsalt"] = "compressed_linear"
@@ -30,16 +31,16 @@ REPRODUCIBLE = {"Date": None, "Creator": None}
 
 
 class Style(NamedTuple):
-    """Colour, marker and dashes of a line; each of the three alone tells most lines apart."""
+    """Colour, marker and dashes of a line; each of the three alone tells every line apart."""
 
     color: str
     marker: str
-    linestyle: str
+    linestyle: str | tuple[int, tuple[float, ...]]
 
 
 # The palette of Okabe and Ito, "Color Universal Design" (2008), without its yellow, which is too
-# light for a line on white, and with an indigo and a grey.
-BLUE, SKY, INDIGO, GREEN, ORANGE, VERMILLION, PURPLE, BLACK, GREY = (
+# light for a line on white, and with an indigo, an olive, a brown and a grey.
+BLUE, SKY, INDIGO, GREEN, ORANGE, VERMILLION, PURPLE, BLACK, OLIVE, BROWN, GREY = (
     "#0072B2",
     "#56B4E9",
     "#332288",
@@ -48,16 +49,21 @@ BLUE, SKY, INDIGO, GREEN, ORANGE, VERMILLION, PURPLE, BLACK, GREY = (
     "#D55E00",
     "#CC79A7",
     "#000000",
+    "#999933",
+    "#661100",
     "#8C8C8C",
 )
-OURS = (Style(BLUE, "o", "-"), Style(SKY, "s", "-"), Style(INDIGO, "D", "-"))
+OURS = (Style(BLUE, "o", "-"), Style(SKY, "s", (0, (8, 1))), Style(INDIGO, "D", (0, (8, 1, 1, 1))))
 OTHERS = (
     Style(BLACK, "^", "--"),
     Style(ORANGE, "v", "-."),
-    Style(VERMILLION, "P", "--"),
-    Style(PURPLE, "X", "-."),
-    Style(GREEN, "*", "--"),
+    Style(VERMILLION, "P", (0, (1, 1))),
+    Style(PURPLE, "X", (0, (5, 1, 1, 1, 1, 1))),
+    Style(GREEN, "*", (0, (2, 2))),
+    Style(OLIVE, "<", (0, (6, 3))),
+    Style(BROWN, ">", (0, (3, 1, 3, 4))),
 )
+LIMIT = Style(GREY, "None", ":")
 
 
 def one_token(records: list[Report]) -> Figure:
@@ -77,9 +83,15 @@ def one_token(records: list[Report]) -> Figure:
     axes.set_yticks(places, [report["title"] for report, _ in shown])
     axes.margins(y=0.02)
     axes.invert_yaxis()
-    axes.set_xlabel("GB/s of packed weights, one token")
+    family = title_of(records[0]["machine"]["family"])
+    axes.set_xlabel(f"GB/s of packed weights, one token, one thread, {family}")
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
     return figure
+
+
+def _title(report: Report) -> str:
+    threads = f"{report['threads']} thread" + "s" * (report["threads"] > 1)
+    return f"{report['title']}, {title_of(report['machine']['family'])}, {threads}"
 
 
 def over_rows(report: Report) -> Figure:
@@ -94,26 +106,22 @@ def over_rows(report: Report) -> Figure:
             [found["median_ms"] for found in result["rows"]],
             linewidth=2.5 if is_ours else 1.5,
             markersize=7,
-            label=result["name"],
+            label=name_of(result),
             **style._asdict(),
         )
     ms = [found["m"] for found in report["results"][0]["rows"]]
-    limits = report["limits"]
-    product = ("int8", limits["int8_gemm_gop_per_s"])
-    if not report["integer"]:
-        product = ("bf16", limits["bf16_gemm_gflop_per_s"])
+    product, rate = product_limit(report)
     smallest = min(result["weight_bytes"] for result in report["results"])
-    work = 2 * report["n"] * report["k"] / product[1] / 1e6
-    read = smallest / limits["read_gb_per_s"] / 1e6
+    work = 2 * report["n"] * report["k"] / rate / 1e6
+    read = smallest / report["limits"]["read_gb_per_s"] / 1e6
     axes.plot(
         ms,
         [max(read, m * work) for m in ms],
-        color=GREY,
-        linestyle=":",
         linewidth=2,
-        label=f"limit: reading, {product[0]} matrix product",
+        label=f"limit: reading; {product}",
+        **LIMIT._asdict(),
     )
-    axes.set(xscale="log", yscale="log", xlabel="tokens (M)", ylabel="ms", title=report["title"])
+    axes.set(xscale="log", yscale="log", xlabel="tokens (M)", ylabel="ms", title=_title(report))
     axes.set_xticks(ms, [str(m) for m in ms])
     axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(axis="y", color=GREY, alpha=0.3)
@@ -148,11 +156,12 @@ def decode(report: Report) -> Figure:
 
 
 def figures(results: Path) -> Iterator[tuple[str, Figure]]:
-    """Every plot that the records in ``results`` allow, with its name."""
-    if records := reports(results / "linear"):
+    """Every plot that the records in ``results``, those of one family, allow, with its name."""
+    if records := reports(results / "linear", threads=1):
         yield "linear-one-token", one_token(records)
-        for file in sorted((results / "linear").glob("*.json")):
-            yield f"linear-{file.stem}", over_rows(json.loads(file.read_text()))
+    for report in reports(results / "linear"):
+        threads = f"-{report['threads']}-threads" if report["threads"] > 1 else ""
+        yield f"linear-{report['scheme']}{threads}", over_rows(report)
     for file in sorted((results / "serve").glob("*.json")):
         yield f"serve-{file.stem}", decode(json.loads(file.read_text()))
 

@@ -36,11 +36,16 @@ def checkpoint_tensors(kind: str, problem: Problem) -> dict[str, torch.Tensor]:
     standard = to_standard_layout(problem.descriptor, problem.weights)
     assert standard.scale is not None
     if kind == "wna16":
-        return {
-            "weight_packed": pack(standard.codes, Packing(problem.case.element.bits)),
+        bits = problem.case.element.bits
+        tensors = {
+            "weight_packed": pack(standard.codes, Packing(bits)),
             "weight_scale": standard.scale.contiguous(),
             "weight_shape": torch.tensor(standard.codes.shape),
         }
+        if standard.zero is not None:
+            zero = standard.zero.to(torch.uint8)
+            tensors["weight_zero_point"] = pack(zero, Packing(bits), 0).contiguous()
+        return tensors
     scale = standard.scale.float().contiguous()
     if kind == "int8":
         codes = standard.codes.to(torch.int16) - problem.case.element.bias
@@ -59,7 +64,12 @@ class Environment:
     variables: tuple[tuple[str, str], ...] = ()
 
 
-STOCK = Environment("vLLM", Path(sys.executable))
+X_AS_IT_IS = (("VLLM_CPU_INT4_W4A8", "0"),)
+"""With it vLLM keeps the x of 4-bit layers. By default it rounds x to 8 bits on processors with
+AMX, and with zentorch: that is another contract."""
+
+STOCK = Environment("vLLM", Path(sys.executable), X_AS_IT_IS)
+STOCK_DEFAULT = Environment("vLLM by default", Path(sys.executable))
 
 
 class Vllm:
@@ -130,6 +140,7 @@ class RemoteContender:
             }
         )
         self.name = f"{vllm.label}, {built['name']}"
+        self.number_of_copies: int = built["copies"]
 
     def _send(self, x: torch.Tensor) -> None:
         if x is not self._x:

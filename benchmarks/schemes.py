@@ -49,6 +49,8 @@ def _weights(
     group: int,
     scale_dtype: str = "bfloat16",
     *,
+    zero: str | None = None,
+    input_dtype: str = "bfloat16",
     block_rows: int = 1,
     row_scale: str | None = None,
     activation: ActivationSpec | None = None,
@@ -56,7 +58,9 @@ def _weights(
     return Case(
         element,
         group=group,
+        zero=zero,
         scale_dtype=scale_dtype,
+        input_dtype=input_dtype,
         block_rows=block_rows,
         row_scale=row_scale,
         activation=activation,
@@ -99,3 +103,19 @@ SCHEMES: dict[str, Scheme] = {
         "fp8",
     ),
 }
+
+VARIANTS: dict[str, Scheme] = {
+    "w4-g32": Scheme("4-bit, groups of 32", _weights(_symmetric(4), 32), "wna16"),
+    "w4-channel": Scheme("4-bit, per channel", _weights(_symmetric(4), -1), "wna16"),
+    "w4-zero": Scheme(
+        "4-bit, zero points, groups of 128", _weights(uint(4), 128, zero="integer"), "wna16"
+    ),
+    "w4-fp16": Scheme(
+        "4-bit, groups of 128, fp16 x",
+        _weights(_symmetric(4), 128, "float16", input_dtype="float16"),
+        "wna16",
+    ),
+}
+"""Kinds that differ from one of ``SCHEMES`` in one thing, which vLLM has a kernel for."""
+
+ZOO = SCHEMES | VARIANTS

@@ -7,7 +7,7 @@ vLLM's scheme classes make, load and run the layer, so vLLM itself decides on th
 by the Python of an environment that has zentorch, it decides as it does there. Commands:
 
 * ``{"build": KIND, "file": FILE, "dtype": D, "bits": B, "copies": C}``: makes the layer of the
-  tensors in FILE, C times; answers with the name of the kernel
+  tensors in FILE up to C times; answers with the name of the kernel and the number of copies
 * ``{"input": FILE}``: keeps x of FILE
 * ``{"warm_up": true}``: calls every copy once
 * ``{"output": FILE}``: writes y = layer(x)
@@ -18,13 +18,15 @@ An answer ``{"error": …}`` says what vLLM said. Log lines go to stderr.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,11 +34,33 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.timing import turn
+from benchmarks.rotation import repeated
+from benchmarks.timing import allow_tiles, turn
 
 Tensors = dict[str, torch.Tensor]
-Built = tuple[Any, Callable[[torch.Tensor], torch.Tensor], str]
-"""The layer, which must live on, what runs it, and the name of the kernel vLLM decided on."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """A layer, what runs it with x and a bias, and the name of the kernel that vLLM decided on.
+    ``tensors_only``: the kernel keeps nothing but the layer's tensors."""
+
+    layer: Any
+    run: Callable[[Any, torch.Tensor, torch.Tensor | None], torch.Tensor]
+    name: str
+    tensors_only: bool = False
+
+    def on_copied_tensors(self) -> Built:
+        """The same with tensors of its own; quicker than packing again, which takes a second."""
+        layer = copy.copy(self.layer)
+        layer._parameters = {
+            name: None if p is None else torch.nn.Parameter(p.data.clone(), requires_grad=False)
+            for name, p in self.layer._parameters.items()
+        }
+        for name, value in vars(self.layer).items():
+            if isinstance(value, torch.Tensor):
+                setattr(layer, name, value.clone())
+        return replace(self, layer=layer)
 
 
 @contextmanager
@@ -94,10 +118,13 @@ def _wna16(tensors: Tensors, dtype: torch.dtype, bits: int) -> Built:
 
     n, k = tensors["weight_shape"].tolist()
     scheme = CompressedTensorsWNA16(
-        strategy="group", num_bits=bits, group_size=k // tensors["weight_scale"].shape[1]
+        strategy="group",
+        num_bits=bits,
+        group_size=k // tensors["weight_scale"].shape[1],
+        symmetric="weight_zero_point" not in tensors,
     )
     layer = _scheme_layer(scheme, tensors, (n, k), dtype)
-    return layer, lambda x: scheme.apply_weights(layer, x, None), type(scheme.kernel).__name__
+    return Built(layer, scheme.apply_weights, type(scheme.kernel).__name__, tensors_only=True)
 
 
 def _int8(tensors: Tensors, dtype: torch.dtype, bits: int) -> Built:
@@ -107,7 +134,7 @@ def _int8(tensors: Tensors, dtype: torch.dtype, bits: int) -> Built:
 
     scheme = CompressedTensorsW8A8Int8("channel", False, True)
     layer = _scheme_layer(scheme, tensors, tensors["weight"].shape, dtype)
-    return layer, lambda x: scheme.apply_weights(layer, x, None), type(scheme.kernel).__name__
+    return Built(layer, scheme.apply_weights, type(scheme.kernel).__name__)
 
 
 def _fp8(tensors: Tensors, dtype: torch.dtype, bits: int) -> Built:
@@ -119,7 +146,7 @@ def _fp8(tensors: Tensors, dtype: torch.dtype, bits: int) -> Built:
     weights = QuantizationArgs(num_bits=8, type="float", strategy="channel", symmetric=True)
     scheme = CompressedTensorsW8A8Fp8(weights, False)
     layer = _scheme_layer(scheme, tensors, tensors["weight"].shape, dtype)
-    return layer, lambda x: scheme.apply_weights(layer, x, None), type(scheme.fp8_linear).__name__
+    return Built(layer, scheme.apply_weights, type(scheme.fp8_linear).__name__)
 
 
 DENSE_OPS = ("onednn_mm", "zentorch_linear", "weight_packed_linear")
@@ -134,9 +161,9 @@ def _dense(tensors: Tensors, dtype: torch.dtype, bits: int) -> Built:
     layer.weight = torch.nn.Parameter(tensors["weight"].clone(), requires_grad=False)
     dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
     names = [n for n in layer.cpu_linear.__code__.co_names if n.startswith(DENSE_OPS)]
-    return (
+    return Built(
         layer,
-        lambda x: layer.cpu_linear(x, layer.weight, None),
+        lambda layer, x, bias: layer.cpu_linear(x, layer.weight, bias),
         names[0] if names else "F.linear",
     )
 
@@ -150,26 +177,28 @@ KINDS: dict[str, Callable[[Tensors, torch.dtype, int], Built]] = {
 
 
 class Worker:
-    """The layer that was built last, and the last x."""
+    """The layer that was built last, in all its copies, and the last x."""
 
     def __init__(self) -> None:
-        self.calls: list[Callable[[torch.Tensor], torch.Tensor]] = []
-        self.layers: list[Any] = []
+        self.built: tuple[Built, ...] = ()
         self.x = torch.empty(0)
 
     def build(self, kind: str, file: str, dtype: str, bits: int, copies: int) -> dict[str, Any]:
-        self.calls, self.layers = [], []
-        tensors = load_file(file)
-        name = ""
-        with one_rank(getattr(torch, dtype)):
-            for _ in range(copies):
-                layer, call, name = KINDS[kind](tensors, getattr(torch, dtype), bits)
-                self.layers.append(layer)
-                self.calls.append(call)
-        return {"name": name}
+        self.built = ()
+        tensors, of_dtype = load_file(file), getattr(torch, dtype)
+        with one_rank(of_dtype):
+            make: Callable[[], Built] = partial(KINDS[kind], tensors, of_dtype, bits)
+            if (first := make()).tensors_only:
+                make = first.on_copied_tensors
+            self.built = repeated(make, lambda _: copies)
+        return {"name": first.name, "copies": len(self.built)}
+
+    def call(self, index: int) -> torch.Tensor:
+        built = self.built[index % len(self.built)]
+        return built.run(built.layer, self.x, None)
 
     def turn(self, first: int) -> dict[str, Any]:
-        times = turn(lambda i: self.calls[i % len(self.calls)](self.x), first)
+        times = turn(self.call, first)
         return {"times": [(t.wall, t.cpu) for t in times]}
 
     def answer(self, command: dict[str, Any]) -> dict[str, Any]:
@@ -181,11 +210,11 @@ class Worker:
                 self.x = load_file(command["input"])["x"]
                 return {}
             if "warm_up" in command:
-                for call in self.calls:
-                    call(self.x)
+                for index in range(len(self.built)):
+                    self.call(index)
                 return {}
             if "output" in command:
-                save_file({"y": self.calls[0](self.x).contiguous()}, command["output"])
+                save_file({"y": self.call(0).contiguous()}, command["output"])
                 return {}
             return self.turn(command["turn"])
 
@@ -194,6 +223,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # so that nothing vLLM prints is taken for an answer
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    allow_tiles()
     worker = Worker()
     for line in sys.stdin:
         try:

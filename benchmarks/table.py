@@ -10,6 +10,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from benchmarks.contest import X_ROUNDED
+
 Report = dict[str, Any]
 
 
@@ -23,6 +25,38 @@ def row(result: dict[str, Any], m: int) -> dict[str, Any] | None:
     return next((found for found in result["rows"] if found["m"] == m), None)
 
 
+def kernel_of(result: dict[str, Any]) -> str:
+    """The instruction sets of our kernels that ran, for each range of M with another:
+    ``avx512vnni, from M=64 amx``. Older records have what the backend said it would choose, in the
+    result's name."""
+    said, before = [], None
+    for found in result["rows"]:
+        kernel = found.get("kernel", result["name"].partition("(")[2].removesuffix(")"))
+        name = ", ".join(part.rpartition("/")[2] for part in kernel.split(", "))
+        if name != before:
+            said.append(name if before is None else f"from M={found['m']} {name}")
+        before = name
+    return ", ".join(said)
+
+
+def name_of(result: dict[str, Any]) -> str:
+    """The name of a result with the kernel that ran, if it is ours, and with its contract, if that
+    is not the checkpoint's."""
+    name = str(result["name"])
+    if result["id"].startswith("ours/") and "(" not in name:
+        kernel = kernel_of(result)
+        name += f" ({kernel})" if kernel else ""
+    return f"{name}; {X_ROUNDED}" if result.get("contract") == X_ROUNDED else name
+
+
+def read_share(report: Report, result: dict[str, Any]) -> float | None:
+    """How much of the rate of reading memory one token reached; None if it was not measured."""
+    found = row(result, 1)
+    if found is None:
+        return None
+    return float(found["weight_gb_per_s"] / report["limits"]["read_gb_per_s"])
+
+
 def decode_limit(report: Report, result: dict[str, Any]) -> float:
     """GB/s that one token could reach: reading memory, or decoding what lies in the cache."""
     limits = report["limits"]
@@ -30,30 +64,41 @@ def decode_limit(report: Report, result: dict[str, Any]) -> float:
     return min(limits["read_gb_per_s"], cached or float("inf"))
 
 
+def product_limit(report: Report) -> tuple[str, float]:
+    """The best product of the machine for the scheme, in 10⁹ operations a second: of bytes where
+    both operands are integers, else of bf16 or fp32; and its name."""
+    kinds = ("int8",) if report["integer"] else ("bf16", "fp32")
+    products = [p for p in report["limits"]["products"] if p["arithmetic"] in kinds]
+    best = max(products, key=lambda product: product["gop_per_s"])
+    return f"{best['arithmetic']}, {best['name']}", best["gop_per_s"]
+
+
 def share_of_limit(report: Report, result: dict[str, Any], m: int) -> float | None:
     """How much of what the machine allows one of our results reached: of reading or decoding for
-    M = 1, of multiplying for M ≥ 64 (int8 products for quantized activations)."""
+    M = 1, of multiplying for M ≥ 64 (products of bytes for quantized activations)."""
     found = row(result, m)
     if found is None:
         return None
     if m == 1:
-        return found["weight_gb_per_s"] / decode_limit(report, result)
+        return float(found["weight_gb_per_s"] / decode_limit(report, result))
     if m >= 64:
-        rate = "int8_gemm_gop_per_s" if report["integer"] else "bf16_gemm_gflop_per_s"
-        best = report["limits"][rate]
-        return found["gflop_per_s"] / best
+        return float(found["gflop_per_s"] / product_limit(report)[1])
     return None
 
 
 def tables(report: Report) -> Iterator[RenderableType]:
     """The record for people."""
-    about, limits = report["machine"], report["limits"]
+    about = report["machine"]
     rows = [found["m"] for found in report["results"][0]["rows"]]
+    title = (
+        f"{report['title']}: N={report['n']} K={report['k']}, {report['threads']} thread(s) of "
+        f"{about['cpu']}"
+    )
     table = Table(
-        title=f"{report['title']}: N={report['n']} K={report['k']}, {report['threads']} thread(s) "
-        f"of {about['cpu']} ({about['isa']})",
+        title=title,
         caption=f"ms per call, median of {report['clock']} time; ± half the distance of the "
-        "quartiles; × faster than vLLM; % of what the machine allows",
+        "quartiles; × faster than vLLM; % of what the machine allows; * weights may lie in the "
+        "cache",
         title_justify="left",
     )
     table.add_column("kernel")
@@ -63,18 +108,60 @@ def tables(report: Report) -> Iterator[RenderableType]:
     base = next((r for r in report["results"] if r["id"] == "vllm"), None)
     for result in report["results"]:
         cells = [_cell(report, result, base, m) for m in rows]
-        table.add_row(result["name"], f"{result['weight_bytes'] / 1e6:.1f}", *cells)
+        size = f"{result['weight_bytes'] / 1e6:.1f}" + "*" * result.get("may_be_cached", False)
+        table.add_row(name_of(result), size, *cells)
     yield table
-    cached = ", ".join(f"{k} {v:.1f} GB/s" for k, v in limits["cached_gb_per_s"].items())
-    yield Text(
-        f"read {limits['read_gb_per_s']:.1f} GB/s; decode from cache: {cached or 'nothing'}; "
-        f"bf16 GEMM {limits['bf16_gemm_gflop_per_s']:.0f} GFLOP/s, "
-        f"int8 {limits['int8_gemm_gop_per_s']:.0f} GOP/s; load {about['load_average_before']:.1f}"
-    )
+    if 1 in rows and ours_of(report):
+        yield _one_token(report)
+    yield Text(_limits(report))
     for kind, reasons in (("declined by", report["declined"]), ("not in", report["refused"])):
         for name, reason in reasons.items():
             yield Text(f"{kind} {name}: {reason[:300]}")
     yield Text()
+
+
+def _one_token(report: Report) -> Table:
+    table = Table(
+        title="One token, our kernels",
+        caption="fixed: the same op with 16 output channels, cold; op: without it",
+        title_justify="left",
+    )
+    for title in ("kernel", "ms", "fixed µs", "GB/s", "op GB/s", "from cache", "of reading"):
+        table.add_column(title, justify="left" if title == "kernel" else "right")
+    table.add_column("of min(read, decode)", justify="right")
+    for result in ours_of(report):
+        found = row(result, 1)
+        assert found is not None
+        cached = report["limits"]["cached_gb_per_s"].get(result["id"].removeprefix("ours/"))
+        fixed, share = found.get("fixed_ms"), share_of_limit(report, result, 1)
+        table.add_row(
+            name_of(result),
+            f"{found['median_ms']:.3f}",
+            number(None if fixed is None else fixed * 1e3, 0),
+            number(found["weight_gb_per_s"], 1),
+            number(found.get("op_gb_per_s"), 1),
+            number(cached, 1),
+            f"{read_share(report, result):.0%}",
+            f"{share:.0%}",
+        )
+    return table
+
+
+def number(value: float | None, digits: int) -> str:
+    """``value`` with so many digits; empty if there is none."""
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _limits(report: Report) -> str:
+    limits, about = report["limits"], report["machine"]
+    products = "; ".join(
+        f"{p['name']} ({p['arithmetic']}) {p['gop_per_s']:.0f}" for p in limits["products"]
+    )
+    return (
+        f"read {limits['read_gb_per_s']:.1f} GB/s (median {limits['read_median_gb_per_s']:.1f}); "
+        f"10⁹ operations a second: {products}; load average {about['load_average_before']:.1f} to "
+        f"{about['load_average_after']:.1f}"
+    )
 
 
 def _cell(report: Report, result: dict[str, Any], base: dict[str, Any] | None, m: int) -> Text:

@@ -60,12 +60,8 @@ def best_seconds(action: Callable[[], object], seconds: float) -> float:
 
 
 class Timeable(Protocol):
-    """What ``in_turns`` measures; the numbers count its calls, so that weights can rotate.
+    """What ``in_turns`` measures; the numbers count its calls, so that weights can rotate."""
 
-    ``warm_up`` calls it on every copy of its weights: some kernels pack them when first used.
-    """
-
-    def warm_up(self, x: torch.Tensor) -> None: ...
     def turn(self, x: torch.Tensor, first: int) -> list[Elapsed]: ...
 
 
@@ -78,7 +74,7 @@ def in_turns(
     """
     times: list[list[Elapsed]] = [[] for _ in contenders]
     for contender in contenders:
-        contender.warm_up(x)
+        contender.turn(x, 0)  # some kernels choose and build code at the first x of a shape
     end = time.perf_counter() + seconds
     done = 0
     while done < rounds or time.perf_counter() < end:
@@ -101,3 +97,11 @@ def summary(times: Sequence[Elapsed]) -> dict[str, Any]:
         "median_wall_ms": statistics.median(t.wall for t in times) * 1e3,
         "calls": len(counted),
     }
+
+
+def allow_tiles() -> None:
+    """Ask the system for AMX tiles where the processor has them. vLLM's 4-bit operator does not,
+    and without leave their first use ends the process; in a served model some product of oneDNN has
+    asked before."""
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()

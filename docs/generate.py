@@ -250,18 +250,24 @@ def _load(path: Path, **variables: str) -> None:
         pass
 
 
-def benchmark(kind: str, *file: str) -> str:
-    """Results in ``benchmarks/results`` as ``benchmarks/markdown.py`` shows them: ``kinds`` or
-    ``one-token``; ``contenders``, ``serving``, ``step`` or ``preparation`` with a file's name."""
+def benchmark(kind: str, *where: str) -> str:
+    """Results in ``benchmarks/results`` as ``benchmarks/markdown.py`` and ``markdown_models.py``
+    show them: ``families`` of all; else of the family named first, and for some a file's name."""
     with importing_from(ROOT):
-        from benchmarks import markdown
+        from benchmarks import markdown, markdown_models
+    if kind == "families":
+        return markdown.families(RESULTS)
+    family, name = RESULTS / where[0], where[1] if len(where) > 1 else ""
     return {
-        "kinds": lambda: markdown.kinds(RESULTS / "linear"),
-        "contenders": lambda: markdown.contenders(RESULTS / "linear" / f"{file[0]}.json"),
-        "serving": lambda: markdown.serving(RESULTS / "serve" / f"{file[0]}.json"),
-        "one-token": lambda: markdown.one_token(RESULTS / "one-token", RESULTS / "linear"),
-        "preparation": lambda: markdown.preparation(RESULTS / f"{file[0]}.json"),
-        "step": lambda: markdown.step(RESULTS / "step" / f"{file[0]}.json"),
+        "kinds": lambda: markdown.kinds(family / "linear"),
+        "one-token": lambda: markdown.one_token(family / "linear"),
+        "older": lambda: markdown.older(family / "linear"),
+        "contenders": lambda: markdown.contenders(family / "linear" / f"{name}.json"),
+        "gains": lambda: markdown.gains(family / "before", family / "linear"),
+        "never-slower": lambda: markdown.never_slower(family / "never-slower.json"),
+        "serving": lambda: markdown_models.serving(family / "serve" / f"{name}.json"),
+        "preparation": lambda: markdown_models.preparation(family / f"{name}.json"),
+        "step": lambda: markdown_models.step(family / "step" / f"{name}.json"),
     }[kind]()
 
 

@@ -18,8 +18,8 @@ import pytest
 import torch
 from gguf import GGUFReader
 
-from benchmarks import checkpoint, limits, linear, markdown, ours, plots, table, timing
-from benchmarks.contender import Contender, copies_for
+from benchmarks import checkpoint, contest, markdown_models, ours, timing
+from benchmarks.contender import Contender
 from benchmarks.remote import STOCK, CannotRunError, RemoteContender, Vllm, checkpoint_tensors
 from benchmarks.schemes import SCHEMES
 from benchmarks.serving import (
@@ -40,21 +40,8 @@ from tests.support.stock_vllm import W4A16, needs_vllms_4_bit_kernel
 @pytest.fixture
 def tiny_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few copies suffice to exceed it."""
-    monkeypatch.setattr("benchmarks.contender.cache_bytes", lambda: 1)
-
-
-def test_reading_leaves_nothing_out() -> None:
-    size = 1 << 20
-    memory_at = limits._memory(size)
-    whole = size // 8 * 0x0101010101010101 % 2**64
-    for streams in limits.STREAMS:
-        for ahead in limits.AHEAD:
-            total = limits._reader().reader_read(memory_at, size, streams, ahead)
-            assert total % 2**64 == whole
-
-
-def test_an_unknown_number_of_streams_reads_nothing() -> None:
-    assert limits._reader().reader_read(limits._memory(1 << 20), 1 << 20, 3, 0) == -1
+    for module in ("contender", "contest", "remote"):
+        monkeypatch.setattr(f"benchmarks.{module}.cache_bytes", lambda: 1, raising=False)
 
 
 def test_summary_gives_median_and_distance_of_the_quartiles() -> None:
@@ -67,20 +54,15 @@ def test_summary_gives_median_and_distance_of_the_quartiles() -> None:
     assert found["median_wall_ms"] == 6000.0
 
 
-def test_copies_exceed_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.contender.cache_bytes", lambda: 1000)
-    # The copy in use may lie in the cache; the others have to exceed it four times.
-    assert (copies_for(300) - 1) * 300 >= 4000
-
-
 @pytest.mark.usefixtures("tiny_cache")
 @pytest.mark.parametrize("name", SCHEMES)
 def test_our_backends_compute_each_kind(name: str) -> None:
     problem = SCHEMES[name].problem(256, 512)
     can, cannot = ours.able(problem)
     assert can or cannot
-    for backend, variant in can.items():
-        linear.check(ours.contender(problem, backend, variant), problem)
+    for backend in can:
+        contender = ours.contender(problem, backend)
+        contest.check(contender, problem, contest.contract_of(contender, problem))
 
 
 @pytest.mark.usefixtures("tiny_cache")
@@ -89,7 +71,7 @@ def test_a_contender_that_computes_another_layer_is_not_timed() -> None:
     wrong = {"weight": problem.weight.bfloat16().flip(0)}
     other = Contender("other", lambda x, t: x @ t["weight"].t(), (wrong,))
     with pytest.raises(SystemExit, match="other: relative error"):
-        linear.check(other, problem)
+        contest.check(other, problem)
 
 
 @pytest.mark.parametrize("name", ["w4", "w8a8", "w8a8-fp8", "bf16"])
@@ -113,7 +95,7 @@ def test_vllm_runs_layers_in_a_process_of_its_own() -> None:
     try:
         problem = SCHEMES["w4"].problem(256, 512)
         contestant = RemoteContender(process, "wna16", problem, 0.02)
-        linear.check(contestant, problem)
+        contest.check(contestant, problem)
         x = problem.activations(2)
         contestant.warm_up(x)
         assert all(t.wall > 0 for t in contestant.turn(x, 0))
@@ -233,7 +215,7 @@ def test_a_step_of_an_engine_without_profile_has_its_time_only(tmp_path: Path) -
     report = {"title": "M", "streams": 1, "steps": 4, "kinds": ["linears", "Python"], "runs": runs}
     file = tmp_path / "step.json"
     file.write_text(json.dumps(report | {"machine": about}))
-    assert markdown.step(file).splitlines()[:5] == [
+    assert markdown_models.step(file).splitlines()[:5] == [
         "| ms | A | B |",
         "| --- | ---: | ---: |",
         "| linears | 1.50 |  |",
@@ -300,70 +282,3 @@ def test_gguf_file_has_the_tensors_of_a_llama(tmp_path: Path) -> None:
     assert found["blk.1.ffn_down.weight"] == (512, 256)
     assert found["blk.0.attn_k.weight"] == (256, 128)
     assert len(found) == 3 + 2 * 9
-
-
-def record(ms: dict[str, float]) -> table.Report:
-    """A record with one row, M=1, of 10 MB of weights."""
-    results = [
-        {
-            "id": key,
-            "name": key,
-            "weight_bytes": 10_000_000,
-            "rows": [
-                {"m": 1, "median_ms": t, "spread": 0.1, "weight_gb_per_s": 10 / t, "gflop_per_s": 1}
-            ],
-        }
-        for key, t in ms.items()
-    ]
-    limits = {"read_gb_per_s": 40.0, "bf16_gemm_gflop_per_s": 200.0, "int8_gemm_gop_per_s": 400.0}
-    return {
-        "scheme": "w4",
-        "order": 3,
-        "machine": {"isa": "avx2"},
-        "title": "4-bit",
-        "integer": False,
-        "n": 16,
-        "k": 16,
-        "limits": limits | {"cached_gb_per_s": {"cpu": 25.0}},
-        "results": results,
-    }
-
-
-def test_one_token_is_held_against_the_slower_of_reading_and_decoding() -> None:
-    report = record({"ours/cpu": 0.5})
-    assert table.share_of_limit(report, report["results"][0], 1) == pytest.approx(20 / 25)
-
-
-def test_older_paths_stand_beside_the_best(tmp_path: Path) -> None:
-    about = {"isa": "avx2", "cpu": "C", "torch": "2", "vllm": "0", "date": "today"}
-    for name, ms in (("old", 0.8), ("best", 0.5)):
-        (tmp_path / name).mkdir()
-        report = record({"ours/cpu": ms}) | {"machine": about, "threads": 1}
-        (tmp_path / name / "w4.json").write_text(json.dumps(report))
-    lines = markdown.one_token(tmp_path / "old", tmp_path / "best").splitlines()
-    assert lines[2] == "| 4-bit | avx2 | 0.80 | 12.5 | 25.0 | 50% | 1.60 |"
-
-
-def test_plots_are_written(tmp_path: Path) -> None:
-    (tmp_path / "linear").mkdir()
-    report = record({"ours/cpu": 0.5, "vllm": 2.0})
-    (tmp_path / "linear" / "w4.json").write_text(json.dumps(report))
-    written = plots.draw(tmp_path, tmp_path / "images")
-    assert [path.name for path in written] == ["linear-one-token.svg", "linear-w4.svg"]
-    assert all("<svg" in path.read_text() for path in written)
-
-
-def test_every_line_of_a_plot_can_be_told_from_the_others() -> None:
-    ours = ("ours/cpu", "ours/cpu_int8", "ours/cpu_int8_fast")
-    names = (*ours, "vllm", "zentorch", "zentorch-a16", "aten/0", "aten/1")
-    lines = plots.over_rows(record(dict.fromkeys(names, 1.0))).axes[0].lines
-    assert len(lines) == len(names) + 1
-    assert len({line.get_color() for line in lines}) == len(lines)
-    assert len({line.get_marker() for line in lines}) == len(lines)
-
-
-def test_plots_of_the_same_results_are_the_same_files(tmp_path: Path) -> None:
-    (tmp_path / "linear").mkdir()
-    (tmp_path / "linear" / "w4.json").write_text(json.dumps(record({"ours/cpu": 0.5})))
-    once, again = (plots.draw(tmp_path, tmp_path / name) for name in ("once", "again"))
-    assert [path.read_bytes() for path in once] == [path.read_bytes() for path in again]
