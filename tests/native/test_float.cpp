@@ -347,6 +347,23 @@ int main(int argc, char** argv) {
       run(c);
       ++run_count;
     }
+  // So many rows that the AMX engine cuts K into blocks, and a last strip of three tiles.
+  for (const int bits : {4, 16}) {
+    Case c{"",
+           {110, 1056, 96},
+           {bits == 16 ? Kind::bfloat16 : Kind::integer, bits},
+           Scalar::bfloat16,
+           Scalar::bfloat16,
+           bits == 4,
+           true,
+           false,
+           false,
+           false,
+           291};
+    c.what = "tall, " + std::to_string(bits) + " bits";
+    run(c);
+    ++run_count;
+  }
   std::printf("%d cases on", run_count);
   for (const cl::Isa* engine : engines()) std::printf(" %s", engine->name);
   std::printf(": %d failures\n", failures);

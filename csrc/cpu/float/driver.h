@@ -167,6 +167,14 @@ struct Call {
   }
 
   void multiply(int64_t panel0, int64_t panel1, int64_t tile0, int64_t tile1) const {
+    if constexpr (Core::kHasUnit) {
+      typename Core::Unit(p).multiply(*this, panel0, panel1, tile0, tile1);
+    } else {
+      multiply_in_blocks(panel0, panel1, tile0, tile1);
+    }
+  }
+
+  void multiply_in_blocks(int64_t panel0, int64_t panel1, int64_t tile0, int64_t tile1) const {
     const int64_t row_begin = panels.begin(panel0), rows = panels.begin(panel1) - row_begin;
 
     constexpr int64_t kSlabBytes = kChunk / Core::kStep * Core::kStepBytes * Core::kTiles;

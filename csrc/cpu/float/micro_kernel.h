@@ -96,7 +96,7 @@ MicroKernel micro_kernel_for(int64_t rows, int64_t tiles, int64_t parts) {
   return micro_kernel_for<Core, Rows>(tiles, parts);
 }
 
-// Blocks and kHasFewRows of a core whose sums are in vector registers.
+// Blocks of a core whose sums are in vector registers.
 template <class Core>
 struct RegisterCore {
   struct Blocks {
@@ -104,7 +104,7 @@ struct RegisterCore {
       micro_kernel_for<Core>(rows, tiles, parts)(a);
     }
   };
-  static constexpr bool kHasFewRows = true;
+  static constexpr bool kHasFewRows = true, kHasUnit = false;
 };
 
 }  // namespace
