@@ -124,6 +124,27 @@ def _by_threads(records: Sequence[Report], part: Callable[[list[Report]], str]) 
     return "\n\n".join(part([r for r in records if r["threads"] == count]) for count in counts)
 
 
+def limits(directory: Path, scheme: str = "w4") -> str:
+    """What the machine allows, as it was measured with one kind of weight, for each number of
+    threads."""
+    records = [r for r in reports(directory) if r["scheme"] == scheme]
+    cells: dict[str, dict[int, str]] = {}
+    for report in records:
+        found, threads = report["limits"], report["threads"]
+        for streams, rate in found["read_gb_per_s_by_streams"].items():
+            name = f"reading, {streams} stream{'s' * (streams != '1')} a thread (GB/s)"
+            cells.setdefault(name, {})[threads] = f"{rate:.1f}"
+        for product in found["products"]:
+            name = f"{product['arithmetic']}, {product['name']} (10⁹ operations/s)"
+            cells.setdefault(name, {})[threads] = f"{product['gop_per_s']:.0f}"
+    counts = [report["threads"] for report in records]
+    rows = [[name, *(of.get(count, "") for count in counts)] for name, of in cells.items()]
+    head = ["limit", *(_threads(report) for report in records)]
+    about = records[0]["machine"]
+    said = f"{about['cpu']}, {about['date']}, measured with {records[0]['title']}."
+    return f"{table(head, rows, len(counts))}\n\n{caption(said)}"
+
+
 def kinds(directory: Path) -> str:
     """Our kernel for each kind of weight, with one thread and with all."""
     return _by_threads(reports(directory), _kinds)

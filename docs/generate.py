@@ -259,6 +259,7 @@ def benchmark(kind: str, *where: str) -> str:
         return markdown.families(RESULTS)
     family, name = RESULTS / where[0], where[1] if len(where) > 1 else ""
     return {
+        "limits": lambda: markdown.limits(family / "linear"),
         "kinds": lambda: markdown.kinds(family / "linear"),
         "one-token": lambda: markdown.one_token(family / "linear"),
         "older": lambda: markdown.older(family / "linear"),

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from benchmarks import checkpoint
 from benchmarks.machine import BUILD
+from benchmarks.remote import X_AS_IT_IS
 from benchmarks.serving.llama_engine import LlamaEngine
 from benchmarks.serving.llama_file import write_llama
 from benchmarks.serving.vllm_engine import VllmEngine
@@ -21,7 +22,8 @@ from vllm.compressed_linear import settings
 
 MODELS = BUILD / "models"
 Variables = tuple[tuple[str, str], ...]
-STOCK: Variables = ((settings.ENABLE, "0"),)
+BY_DEFAULT: Variables = ((settings.ENABLE, "0"),)
+STOCK: Variables = (*BY_DEFAULT, *X_AS_IT_IS)
 FORMS = {
     "gptq": "GPTQ 4-bit",
     "awq": "AWQ 4-bit",
@@ -73,8 +75,8 @@ def _ours(what: str, model: Callable[[], Path], variables: Variables = ()) -> Ma
     return lambda: VllmEngine(f"vLLM with this package, {what}", model(), variables)
 
 
-def _stock(what: str, model: Callable[[], Path]) -> Maker:
-    return lambda: VllmEngine(f"vLLM, {what}", model(), STOCK)
+def _stock(what: str, model: Callable[[], Path], variables: Variables = STOCK) -> Maker:
+    return lambda: VllmEngine(f"vLLM, {what}", model(), variables)
 
 
 def _ours_plain(model: Callable[[], Path]) -> Maker:
@@ -95,6 +97,9 @@ def _alone(engines: Mapping[str, Maker], *keys: str) -> dict[str, Maker]:
         return alone
 
     return {f"{key}-alone": maker(engines[key]) for key in keys}
+
+
+ALONE = ("ours-head8", "ours-head8-fast", "vllm", "vllm-default", "vllm-bf16")
 
 
 def _gemma_quantized(head_bits: int) -> Path:
@@ -128,13 +133,14 @@ def _gemma() -> dict[str, Maker]:
         "vllm-head8": _stock("4-bit, 8-bit head", head8),
         "ours": _ours("4-bit", head16),
         "vllm": _stock("4-bit", head16),
+        "vllm-default": _stock("4-bit, x in 8 bits where that is its default", head16, BY_DEFAULT),
         "ours-bf16": _ours_plain(plain),
         "vllm-bf16": _stock("bf16", plain),
         "llama": lambda: LlamaEngine(
             "llama.cpp, Q4_K_M", _gemma_source("gemma-3-270m-q4_k_m.gguf")
         ),
     }
-    return engines | _alone(engines, "ours-head8", "ours-head8-fast", "vllm", "vllm-bf16")
+    return engines | _alone(engines, *ALONE)
 
 
 def _synthetic(name: str) -> dict[str, Maker]:

@@ -192,6 +192,17 @@ def test_slower_layers_are_marked(tmp_path: Path) -> None:
     assert "longer: 1 of 2" in " ".join(lines)
 
 
+def test_limits_are_listed_for_each_number_of_threads(tmp_path: Path) -> None:
+    for threads, rate in ((1, 20.0), (2, 30.0)):
+        report = record({"ours/cpu": 0.5}, threads=threads)
+        report["limits"] = report["limits"] | {"read_gb_per_s_by_streams": {"1": rate}}
+        write(tmp_path, f"w4-{threads}", report)
+    lines = markdown.limits(tmp_path).splitlines()
+    assert lines[0] == "| limit | 1 thread | 2 threads |"
+    assert lines[2] == "| reading, 1 stream a thread (GB/s) | 20.0 | 30.0 |"
+    assert "| fp32, FMA (10⁹ operations/s) | 100 | 100 |" in lines
+
+
 def test_families_without_records_are_not_measured(tmp_path: Path) -> None:
     write(tmp_path / "zen3" / "linear", "w4", record({"ours/cpu": 0.5}))
     lines = markdown.families(tmp_path).splitlines()
