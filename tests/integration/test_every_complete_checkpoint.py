@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Complete checkpoints of every architecture raise no false alarm, and any gap in them is an error.
-
-Headers of full size stand for the files, so nothing is read; ``test_completeness`` loads weights.
+"""Complete checkpoints of every architecture raise no false alarm, and any gap in them is an error:
+small ones that are loaded, and headers of full size.
 """
 
 from __future__ import annotations
@@ -9,29 +8,47 @@ from __future__ import annotations
 import gc
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.support.header_checkpoints import default_configs, saved_headers
-from tests.support.model_loading import init_distributed
-from vllm.compressed_linear.checkpoint.completeness import Severity
+from tests.support.model_loading import engine_args, init_distributed
+from tests.support.tiny_checkpoints import FACTORS, shrunk, write_tiny
+from vllm.compressed_linear.checkpoint.completeness import Finding, Severity
 from vllm.compressed_linear.checkpoint.headers import Headers
+from vllm.compressed_linear.checkpoint.load_record import LoadRecord
+from vllm.compressed_linear.checkpoint.shard import CheckpointError
 from vllm.compressed_linear.commands.explain import meta_model
+from vllm.compressed_linear.integration import completeness
+from vllm.compressed_linear.integration.compat_loading import Loading
 from vllm.compressed_linear.integration.completeness_from_headers import findings_from_headers
 from vllm.compressed_linear.integration.config import NAME
 
 ARCHITECTURES_AT_LEAST = 45
 """A run that could load fewer has something amiss."""
+PARTS = 10
+LOADED_AT_LEAST = 80
+"""The same of small ones that are loaded, over all parts."""
 GAPS = 6
 """Kinds of tensors of each architecture, of which one is left out at a time."""
 LOADED_INCOMPLETELY_BY_VLLM = {"LagunaForCausalLM"}
 """vLLM 0.32 looks for ``e_score_correction_bias`` of its router under another name than that of the
 files, and leaves it at zero."""
+
+
+@pytest.fixture
+def no_cache_to_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's CPU worker does the same before it loads a model."""
+    if not torch.accelerator.is_available():
+        monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
 
 
 @contextmanager
@@ -52,7 +69,8 @@ def stock_vllm_loads(path: Path, headers: Headers) -> bool:
         (name, torch.empty(header.shape, dtype=getattr(torch, header.dtype), device="meta"))
         for name, header in headers.items()
     ]
-    with built(path, None) as (_, model, _quant_config):
+    # Tables of rotary embeddings are no meta tensors; the record copies nothing into them.
+    with built(path, None) as (_, model, _quant_config), LoadRecord(()):
         loaded = model.load_weights(tensors)  # type: ignore[operator]
         if loaded is not None:
             DefaultModelLoader(LoadConfig()).track_weights_loading(model, loaded)
@@ -98,3 +116,107 @@ def test_every_architecture_that_vllm_loads(tmp_path: Path) -> None:
     print(f"{len(checked)} checked, {len(gaps)} gaps, skipped: {', '.join(skipped)}")
     assert not failures, "\n".join(failures)
     assert len(checked) >= ARCHITECTURES_AT_LEAST
+
+
+def load(path: Path, **options: Any) -> torch.nn.Module:
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader import get_model
+
+    config = engine_args(path, "bfloat16", skip_tokenizer_init=True, **options)
+    with set_current_vllm_config(built := config.create_engine_config()):
+        return get_model(vllm_config=built)
+
+
+def smallest_that_vllm_loads(architecture: str, config: dict[str, Any], path: Path) -> None:
+    """Write the smallest checkpoint that vLLM alone loads to ``path``; raise if there is none."""
+    before = ""
+    for factor in FACTORS:
+        shutil.rmtree(path, ignore_errors=True)
+        try:
+            write_tiny(architecture, shrunk(config, factor), path)
+            load(path)
+        except Exception as error:
+            if factor == FACTORS[-1] or (found := re.sub(r"\d+", "*", str(error))) == before:
+                raise
+            before = found
+        else:
+            return
+
+
+def problems_of_loading(
+    path: Path, monkeypatch: pytest.MonkeyPatch, tried: Callable[[str], None]
+) -> Iterator[str]:
+    """What is wrong with the load of the complete checkpoint at ``path``, and with those without
+    one tensor of each kind."""
+    unused: set[str] = set()
+    own = completeness.findings_of
+
+    def findings_of(*args: Any, **options: Any) -> list[Finding]:
+        found = own(*args, **options)
+        unused.update(name for finding in found for name in finding.names)
+        return found
+
+    with monkeypatch.context() as context:
+        context.setattr(completeness, "findings_of", findings_of)
+        try:
+            load(path, quantization=NAME)
+        except Exception as error:
+            yield f"false alarm: {type(error).__name__}: {error}"
+            return
+    tensors = {k: v for file in path.glob("*.safetensors") for k, v in load_file(file).items()}
+    with built_for_loading(path) as (config, model):
+        for name in one_of_each_kind(name for name in tensors if name not in unused):
+            weights = [item for item in tensors.items() if item[0] != name]
+            loading = Loading(
+                model, config.model_config, config, partial(_load_into, model, weights)
+            )
+            tried(name)
+            try:
+                completeness.load_and_check(loading)
+            except CheckpointError:
+                continue
+            yield f"no error without {name}"
+
+
+def _load_into(model: Any, weights: list[tuple[str, torch.Tensor]]) -> None:
+    model.load_weights(weights)
+
+
+@contextmanager
+def built_for_loading(path: Path) -> Iterator[tuple[Any, torch.nn.Module]]:
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    args = engine_args(path, "bfloat16", skip_tokenizer_init=True, quantization=NAME)
+    config = args.create_engine_config()
+    with set_current_vllm_config(config), set_default_torch_dtype(torch.bfloat16):
+        yield config, initialize_model(vllm_config=config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.usefixtures("inspect_in_process", "torchvision", "no_cache_to_empty")
+def test_a_small_checkpoint_of_every_architecture_loads(
+    part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    init_distributed()
+    checked, gaps, failures, skipped = [], [], [], []
+    for architecture, config in list(default_configs().items())[part::PARTS]:
+        path = tmp_path / architecture
+        try:
+            smallest_that_vllm_loads(architecture, config, path)
+        except Exception as error:  # no such class, no defaults, or vLLM cannot load it here
+            skipped.append(f"{architecture} ({type(error).__name__})")
+            continue
+        finally:
+            gc.collect()
+        checked.append(architecture)
+        found = problems_of_loading(path, monkeypatch, gaps.append)
+        failures += [f"{architecture}: {problem}" for problem in found]
+        shutil.rmtree(path)
+        gc.collect()
+    print(f"{len(checked)} loaded: {', '.join(checked)}; {len(gaps)} gaps")
+    print(f"skipped: {', '.join(skipped)}")
+    assert not failures, "\n".join(failures)
+    assert len(checked) >= LOADED_AT_LEAST // PARTS
