@@ -15,6 +15,7 @@ from tests.support.drafters import Eagle3, loaded_with_drafter, write_clock, wri
 from tests.support.edited import edited
 from tests.support.messages import saying, says
 from tests.support.model_loading import loaded
+from tests.support.stock_vllm import fp32_options
 from tests.support.synthetic import Quant
 from tests.support.table_models import Bits, TableModel
 from tests.support.written_families import CheckpointOf, written_once
@@ -235,13 +236,13 @@ def test_experts_of_a_mixture_with_shared_ones_and_latent_attention(
     tmp_path: Path, warnings: list[str]
 ) -> None:
     """A layer of vLLM that makes its own matrices from a linear of ours."""
-    family = WITHOUT_LOGITS["deepseek3-latent-attention"]
-    path = write(family, Quant("gptq"), tmp_path, reference=False).quantized
-    load(path)
+    name = "deepseek3-latent-attention"
+    path = write(WITHOUT_LOGITS[name], Quant("gptq"), tmp_path, reference=False).quantized
+    load(path, **fp32_options(name))
     assert warnings == []
     missing = ["model.layers.1.mlp.gate.e_score_correction_bias"]
     with pytest.raises(IncompleteCheckpointError, match=saying(*missing)):
-        load(edited(path, tmp_path / "edited", drop=missing))
+        load(edited(path, tmp_path / "edited", drop=missing), **fp32_options(name))
 
 
 @pytest.mark.parametrize("own_head", [True, False])

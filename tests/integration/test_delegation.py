@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsInt4
 
-from tests.support.architectures import FAMILIES, MIXTURE, VOCABULARY, Checkpoint, Family, write
+from tests.support.architectures import FAMILIES, VOCABULARY, Checkpoint, Family, write
 from tests.support.model_loading import engine_args, loaded, logits
 from tests.support.repository import environment
 from tests.support.synthetic import Quant
@@ -25,7 +24,6 @@ from vllm.compressed_linear.formats.awq import Awq
 from vllm.compressed_linear.formats.compressed_tensors import CompressedTensors
 from vllm.compressed_linear.formats.gptq import Gptq
 from vllm.compressed_linear.integration.config import NAME, CompressedLinearConfig
-from vllm.compressed_linear.integration.delegation import RefusedByVllmError
 from vllm.compressed_linear.integration.preparation import PROCESS_PLAN
 from vllm.compressed_linear.prepare.plan import DELEGATED
 
@@ -270,58 +268,3 @@ def test_scales_of_the_kv_cache_go_to_vllm(tmp_path: Path) -> None:
         assert [float(layer._v_scale) for layer in attention] == [0.25, 1.25]
     delegated = {layer for layer, backend in backends().items() if backend == DELEGATED}
     assert delegated == {f"model.layers.{layer}.self_attn.attn" for layer in range(2)}
-
-
-QUANTIZED_EXPERTS = Family(
-    "mixtral",
-    "MixtralForCausalLM",
-    MIXTURE,
-    quantized=r"layers\.\d+\.(self_attn|.*experts\.\d+)\..*\.weight$",
-)
-
-
-@pytest.mark.parametrize("form", QUANTS)
-def test_quantized_experts_are_left_to_vllm_which_says_where_it_cannot(
-    form: str, tmp_path: Path, no_int4_experts: None
-) -> None:
-    """Where vLLM's class for a CPU cannot run, the error names the layer and vLLM's own reason."""
-    if torch.accelerator.is_available():
-        pytest.skip("vLLM runs quantized experts on accelerators")
-    checkpoint = write(QUANTIZED_EXPERTS, QUANTS[form], tmp_path, reference=False)
-    with (
-        pytest.raises(RefusedByVllmError, match=r"layers\.0\.\S+experts: RoutedExperts.*WNA16"),
-        loaded(checkpoint.quantized, skip_tokenizer_init=True),
-    ):
-        pass
-
-
-def test_experts_of_auto_round_are_those_of_the_format_that_it_uses(
-    tmp_path: Path, no_int4_experts: None
-) -> None:
-    """vLLM's class for AutoRound cannot load experts; for GPTQ it has one."""
-    if torch.accelerator.is_available():
-        pytest.skip("vLLM runs quantized experts on accelerators")
-    checkpoint = write(QUANTIZED_EXPERTS, QUANTS["gptq"], tmp_path, reference=False)
-    packing = {"quant_method": "auto-round", "packing_format": "auto_round:gptqmodel"}
-    edit_config(checkpoint.quantized, {**packing, "dynamic": None, "checkpoint_format": None})
-    with (
-        pytest.raises(RefusedByVllmError, match=r"layers\.0\.\S+experts: .*auto_gptq.*WNA16"),
-        loaded(checkpoint.quantized, skip_tokenizer_init=True),
-    ):
-        pass
-
-
-@pytest.mark.skipif(
-    not CPUExpertsInt4._supports_current_device(),
-    reason="vLLM's class for quantized experts cannot run on this processor",
-)
-@pytest.mark.parametrize("form", ["gptq", "awq"])
-def test_quantized_experts_are_vllms_where_it_has_a_class_for_them(
-    form: str, tmp_path: Path
-) -> None:
-    checkpoint = write(QUANTIZED_EXPERTS, QUANTS[form], tmp_path, reference=False)
-    with loaded(checkpoint.quantized, "bfloat16", skip_tokenizer_init=True):
-        pass
-    delegated = {layer for layer, backend in backends().items() if backend == DELEGATED}
-    assert len(delegated) == 2
-    assert all("experts" in layer for layer in delegated)

@@ -89,7 +89,8 @@ def quantization_configs(loading_model: Any, vllm_config: Any) -> list[Any]:
 def fills_itself(module: Any, name: str) -> bool:
     """Whether vLLM gives the parameter ``name`` of ``module`` a value if the checkpoint has none:
     scales of a KV cache, parameters built from the quantization config or while weights are
-    quantized online, and maps of experts to ranks."""
+    quantized online, maps of experts to ranks, and biases of experts in case the files have some
+    that the model's class does not declare."""
     from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
     from vllm.model_executor.model_loader import default_loader
     from vllm.model_executor.model_loader.reload import meta
@@ -102,6 +103,19 @@ def fills_itself(module: Any, name: str) -> bool:
         isinstance(method, BaseKVCacheMethod)
         or bool(getattr(method, "uses_meta_device", False))
         or name in built
+        or _is_undeclared_bias_of_experts(module, name)
+    )
+
+
+def _is_undeclared_bias_of_experts(module: Any, name: str) -> bool:
+    """vLLM allocates zeros for them with GPTQ, and removes them if nothing was loaded."""
+    loaded = getattr(module, "_loaded_expert_biases", None)
+    declared = getattr(getattr(module, "moe_config", None), "has_bias", True)
+    return (
+        loaded is not None
+        and name in ("w13_bias", "w2_bias")
+        and name not in loaded
+        and not declared
     )
 
 

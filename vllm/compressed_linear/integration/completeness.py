@@ -29,6 +29,7 @@ from vllm.compressed_linear.integration import compat, compat_loading
 from vllm.compressed_linear.integration.compat_loading import LeftOut, Loading
 from vllm.compressed_linear.integration.config import CompressedLinearConfig
 from vllm.compressed_linear.integration.unasked import ask_for_all, under_other_names
+from vllm.compressed_linear.integration.zeros_of_experts import ZerosOfExperts
 from vllm.compressed_linear.spec.elements import dtype_name
 
 logger = compat.logger(__name__)
@@ -53,12 +54,14 @@ def load_and_check(loading: Loading) -> None:
     moved = ask_for_all(model, configs[0])
     superseded = configs[0].superseded()
     _report(superseded.findings())
+    experts_zeros = ZerosOfExperts(configs[0].format, configs[0].file)
     record = LoadRecord(targets(model))
     own = model.load_weights
 
     def load_weights(weights: Iterable[tuple[str, torch.Tensor]], *args: Any, **kwargs: Any) -> Any:
         with record:
-            given = under_other_names(superseded.left(weights), moved)
+            given = experts_zeros.as_vllm_reads_them(superseded.left(weights))
+            given = under_other_names(given, moved)
             return own(record.weights(given), *args, **kwargs)
 
     model.load_weights = load_weights
