@@ -300,8 +300,10 @@ def test_a_tensor_that_never_arrived(name: str) -> None:
 
 def test_dummy_weights_need_no_tensors() -> None:
     source = disk("q", GPTQ, 32).source()
-    (shard,) = collect_shards(create_parameters([source], "layer"), [source], loaded=False)
+    parameters = create_parameters([source], "layer")
+    (shard,) = collect_shards(parameters, [source], dummy=[{"scales": "float16"}])
     assert meaning(shard).shape == (32, K)
+    assert shard.tensors["scales"].dtype is torch.float16
 
 
 # vLLM's reload: parameters on meta devices, replayed loads, elements counted.

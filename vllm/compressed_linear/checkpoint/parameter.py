@@ -261,12 +261,13 @@ def collect_shards(
     params: Mapping[str, CheckpointParameter],
     sources: Sequence[ShardSource],
     *,
-    loaded: bool = True,
+    dummy: Sequence[Mapping[str, str]] | None = None,
 ) -> list[LoadedShard]:
     """The loaded shards, as views of the parameters' buffers; consumes the load records.
 
-    Raises ``CheckpointError`` if a tensor of a shard was not loaded. ``loaded=False`` (dummy
-    weights) takes the buffers as they are.
+    Raises ``CheckpointError`` if a tensor of a shard was not loaded. ``dummy``: nothing was loaded,
+    and the buffers are taken as they are; for each source, dtypes of tensors in the files, as far
+    as they are known, so that weights of the files can follow in a reload.
     """
     shards = []
     for index, source in enumerate(sources):
@@ -281,9 +282,11 @@ def collect_shards(
             if arrival is None:
                 if stored.optional:
                     continue
-                if loaded:
+                if dummy is None:
                     raise _never_arrived(param, source, stored)
-                arrival = Arrival(source, stored.packing, region.dtype)
+                dtype = dummy[index].get(stored.name)
+                found = region.dtype if dtype is None else torch_dtype(dtype)
+                arrival = Arrival(source, stored.packing, found)
             if "N" in stored.axes:
                 if tells and arrival.source != actual:
                     raise CheckpointError(

@@ -205,6 +205,14 @@ class FileView:
                 return found.shape[stored.axes.index("N")]
         return None
 
+    def dtypes(self, module: str, resolution: Resolution) -> dict[str, str]:
+        """dtypes of the module's tensors that the file has, by the last component of their names:
+        torch's names, as in a header."""
+        if not isinstance(resolution, CheckpointScheme):
+            return {}
+        found = {t.name: self.header(module, t.name) for t in resolution.tensors}
+        return {name: header.dtype for name, header in found.items() if header is not None}
+
     def check_against_file(self, layer: str, module: str, resolution: Resolution) -> None:
         """Raise ``ConfigError`` if the configuration contradicts the tensors of the file."""
         found = self.tensors_on_disk(module)

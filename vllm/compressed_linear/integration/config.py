@@ -267,7 +267,12 @@ class CompressedLinearConfig(QuantizationConfig):
             reason = f"{type(layer).__name__} has its own weight loader"
             return self._delegate(layer, prefix, reason)
         fused = [
-            Member(name, resolution, self.file.rows(name, resolution))
+            Member(
+                name,
+                resolution,
+                self.file.rows(name, resolution),
+                self.file.dtypes(name, resolution),
+            )
             for name, resolution in resolved
             if not isinstance(resolution, Delegated)
         ]

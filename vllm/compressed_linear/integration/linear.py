@@ -29,6 +29,7 @@ from vllm.compressed_linear.integration.preparation import HeldWeight, ModelPrep
 from vllm.compressed_linear.integration.sharding import Member, assign, shard_geometry
 from vllm.compressed_linear.integration.stand_in import StandIn
 from vllm.compressed_linear.integration.whole_model import OurMethod
+from vllm.compressed_linear.prepare.layer import OtherPlanError
 from vllm.compressed_linear.spec.elements import dtype_name
 from vllm.compressed_linear.spec.scheme import CheckpointScheme, dense_scheme
 
@@ -94,6 +95,7 @@ class CompressedLinearMethod(OurMethod, LinearMethodBase):
             )
             for part, member in zip(geometry, members, strict=True)
         ]
+        self.dtypes = [member.dtypes for member in members]
         parameters = create_parameters(self.sources, self.prefix)
         for name, parameter in parameters.items():
             layer.register_parameter(name, parameter)
@@ -108,18 +110,29 @@ class CompressedLinearMethod(OurMethod, LinearMethodBase):
         parameters = {name: getattr(layer, name) for name in self.tensor_names}
         if not all(isinstance(p, CheckpointParameter) for p in parameters.values()):
             return  # already prepared, and nothing was loaded since
-        shards = collect_shards(parameters, self.sources, loaded=not self.dummy)
-        device = shards[0].device
-        prepared = self.model.prepare(
-            layer,
-            self.plan_name,
-            self.plan_kind,
-            shards,
-            self.context(layer),
-            self.prepared,
-            dummy=self.dummy,
-            note=self.plan_note,
+        first = self.prepared is None
+        shards = collect_shards(
+            parameters, self.sources, dummy=self.dtypes if self.dummy and first else None
         )
+        device = shards[0].device
+        try:
+            prepared = self.model.prepare(
+                layer,
+                self.plan_name,
+                self.plan_kind,
+                shards,
+                self.context(layer),
+                self.prepared,
+                dummy=self.dummy,
+                note=self.plan_note,
+            )
+        except OtherPlanError as error:
+            if not self.dummy:
+                raise
+            raise OtherPlanError(
+                f"{error} with --load-format auto, since dummy weights do not tell how the real "
+                "ones are ordered"
+            ) from None
         for name in self.tensor_names:
             delattr(layer, name)
         self.prepared = prepared

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vllm.compressed_linear.checkpoint.shard import ShardSource
@@ -14,12 +14,14 @@ from vllm.compressed_linear.spec.scheme import CheckpointScheme
 
 @dataclass(frozen=True)
 class Member:
-    """A logical weight that a layer fuses: its name in the checkpoint, its resolution, and its
-    number of rows there; None if no file tells."""
+    """A logical weight that a layer fuses: its name in the checkpoint, its resolution, its number
+    of rows there (None if no file tells), and the dtypes of its tensors there (those that a file
+    tells)."""
 
     name: str
     resolution: CheckpointScheme | Unquantized
     rows: int | None = None
+    dtypes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

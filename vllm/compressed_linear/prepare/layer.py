@@ -34,6 +34,10 @@ from vllm.compressed_linear.settings import Settings
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
 
 
+class OtherPlanError(ValueError):
+    """Reloaded weights are described otherwise than those that a running layer was prepared for."""
+
+
 @dataclass(frozen=True)
 class Executor:
     """One part of a layer: a backend instance and its output columns [start, stop)."""
@@ -211,7 +215,7 @@ def _check_pinned(name: str, parts: Sequence[Part], pinned: Sequence[Executor]) 
     now = [str(part.descriptor) for part in parts]
     then = [str(executor.descriptor) for executor in pinned]
     if [p.descriptor for p in parts] != [e.descriptor for e in pinned]:
-        raise ValueError(
+        raise OtherPlanError(
             f"{name}: reloaded weights need {now}, but the running model was prepared for {then}; "
             "restart to load them"
         )
