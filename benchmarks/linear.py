@@ -43,7 +43,7 @@ from benchmarks.remote import (
 )
 from benchmarks.rotation import CACHE_MULTIPLE
 from benchmarks.schemes import SCHEMES, Scheme
-from benchmarks.timing import Timeable
+from benchmarks.timing import Timeable, allow_tiles
 from vllm.compressed_linear.machine import native
 from vllm.compressed_linear.settings import CPU_ISA
 from vllm.compressed_linear.testing import Problem
@@ -136,7 +136,10 @@ def run(name: str, processes: Mapping[str, Vllm], arguments: argparse.Namespace)
     own = {backend: ours.contender(problem, backend) for backend in can}
     fixed = {f"ours/{b}": ours.Fixed(scheme, b, c, arguments.k) for b, c in own.items()}
     theirs, refused = vllm_contestants(scheme, problem, processes)
-    contestants: dict[str, Contestant] = {f"ours/{b}": c for b, c in own.items()}
+    contestants: dict[str, Contestant] = {}
+    if (choice := ours.choice(problem)) not in own:
+        contestants[f"ours/{choice}"] = ours.chosen(problem)
+    contestants |= {f"ours/{b}": c for b, c in own.items()}
     contestants |= theirs
     contestants |= {f"aten/{i}": c for i, c in enumerate(aten.contenders(name, problem))}
     reached: dict[str, Any] = limits.read_rate(arguments.seconds)
@@ -150,6 +153,7 @@ def run(name: str, processes: Mapping[str, Vllm], arguments: argparse.Namespace)
         "title": scheme.title,
         "descriptor": str(problem.descriptor),
         "integer": scheme.integer,
+        "chosen": f"ours/{choice}",
         "n": arguments.n,
         "k": arguments.k,
         "threads": threads,
@@ -191,6 +195,7 @@ def main() -> None:
     if arguments.isa:
         os.environ[CPU_ISA] = arguments.isa
     torch.manual_seed(0)
+    allow_tiles()
     arguments.directory.mkdir(parents=True, exist_ok=True)
     console = Console(width=None if Console().is_terminal else 130)
     started = time.perf_counter()

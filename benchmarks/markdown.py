@@ -215,14 +215,14 @@ def older(directory: Path) -> str:
         found, other = row(result, 1), row(ours_of(kinds[report["scheme"]])[0], 1)
         assert found is not None
         assert other is not None
-        cached = report["limits"]["cached_gb_per_s"][result["id"].removeprefix("ours/")]
+        cached = report["limits"]["cached_gb_per_s"].get(result["id"].removeprefix("ours/"))
         rows.append(
             [
                 report["title"],
                 report["machine"]["isa"],
                 f"{found['median_ms']:.2f}",
                 f"{found['weight_gb_per_s']:.1f}",
-                f"{cached:.1f}",
+                number(cached, 1),
                 f"{share_of_limit(report, result, 1):.0%}",
                 f"{found['median_ms'] / other['median_ms']:.2f}",
             ]

@@ -50,13 +50,23 @@ def contender(problem: Problem, name: str) -> Contender:
 
 def chosen(problem: Problem) -> Contender:
     """The backend that a load would choose on this machine, which may be one of vLLM's kernels."""
-    selection = choose("", problem.descriptor, Platform.detect(), Settings.read())
-    return _contender(problem, selection.chosen(problem.descriptor))
+    selection = _selection(problem)
+    backend = selection.chosen(problem.descriptor)
+    return _contender(problem, backend, selection.variant if backend.name in NOT_OURS else "")
 
 
-def _contender(problem: Problem, backend: QuantLinearMethod) -> Contender:
+def choice(problem: Problem) -> str:
+    """Name of the backend that a load would choose on this machine."""
+    return _selection(problem).chosen.name
+
+
+def _selection(problem: Problem) -> registry.Selection:
+    return choose("", problem.descriptor, Platform.detect(), Settings.read())
+
+
+def _contender(problem: Problem, backend: QuantLinearMethod, variant: str = "") -> Contender:
     return Contender.prepared(
-        f"ours, {backend.name}",
+        f"ours, {backend.name}" + (f" ({variant})" if variant else ""),
         _applied(backend),
         lambda: backend.prep_weights_for_execution(problem.weights),
         # Quantized activations are checked by the conformance kit; here only against a mix-up.

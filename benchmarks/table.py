@@ -16,8 +16,10 @@ Report = dict[str, Any]
 
 
 def ours_of(report: Report) -> list[dict[str, Any]]:
-    """Results of our own backends, the preferred one first."""
-    return [result for result in report["results"] if result["id"].startswith("ours/")]
+    """Results of our backends, the one that a load would choose first; that may be the one that
+    runs vLLM's kernels. Older records have them in the order of preference."""
+    found = [result for result in report["results"] if result["id"].startswith("ours/")]
+    return sorted(found, key=lambda result: result["id"] != report.get("chosen", found[0]["id"]))
 
 
 def row(result: dict[str, Any], m: int) -> dict[str, Any] | None:
@@ -31,7 +33,7 @@ def kernel_of(result: dict[str, Any]) -> str:
     result's name."""
     said, before = [], None
     for found in result["rows"]:
-        kernel = found.get("kernel", result["name"].partition("(")[2].removesuffix(")"))
+        kernel = found.get("kernel") or result["name"].partition("(")[2].removesuffix(")")
         name = ", ".join(part.rpartition("/")[2] for part in kernel.split(", "))
         if name != before:
             said.append(name if before is None else f"from M={found['m']} {name}")

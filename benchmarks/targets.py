@@ -37,11 +37,10 @@ def _decoding(records: Records) -> Figure | None:
     wanted = {"w8": 1.5, "fp8": 1.5, "mxfp4": 1.2, **{f"w{bits}": 1.2 for bits in range(3, 8)}}
     found = {}
     for report in records.linears(*wanted):
-        cached = report["limits"]["cached_gb_per_s"]
-        rate = cached[ours_of(report)[0]["id"].removeprefix("ours/")]
-        found[report["scheme"]] = (
-            rate / report["limits"]["read_gb_per_s"] / wanted[report["scheme"]]
-        )
+        key = ours_of(report)[0]["id"].removeprefix("ours/")
+        if (rate := report["limits"]["cached_gb_per_s"].get(key)) is not None:
+            multiple = rate / report["limits"]["read_gb_per_s"]
+            found[report["scheme"]] = multiple / wanted[report["scheme"]]
     return _least(found, 1.0, "{:.2f} of what is wanted")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import contest, families, limits, machine, never_slower, ours, rotation
+from benchmarks import contest, families, limits, machine, never_slower, ours, rotation, stock
 from benchmarks.contender import Contender
 from benchmarks.schemes import SCHEMES, ZOO
 from vllm.compressed_linear.machine.timing import Timing
@@ -68,6 +68,19 @@ def test_quantization_that_the_checkpoint_asks_for_is_no_other_contract() -> Non
     problem = SCHEMES["w8a8"].problem(64, 256)
     found = contest.contract_of(contender(problem, problem.weight, True), problem)
     assert found == contest.X_QUANTIZED
+
+
+def test_a_copied_layer_of_vllm_shares_no_tensor() -> None:
+    layer = torch.nn.Linear(2, 2)
+    layer.register_parameter("absent", None)
+    layer.extra = torch.zeros(2)
+    built = stock.Built(layer, lambda layer, x, bias: x, "K", tensors_only=True)
+    copied = built.on_copied_tensors().layer
+    assert copied.absent is None
+    for name in ("weight", "bias", "extra"):
+        ours, theirs = getattr(copied, name), getattr(layer, name)
+        assert torch.equal(ours, theirs)
+        assert ours.data_ptr() != theirs.data_ptr()
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,12 @@ def test_a_result_names_the_kernels_that_ran_and_another_contract() -> None:
     assert table.name_of(changed) == f"ours, cpu (avx512, from M=64 amx); {contest.X_ROUNDED}"
 
 
+def test_what_a_load_would_choose_comes_first() -> None:
+    report = record({"ours/cpu": 1.0, "ours/vllm_native": 2.0}, chosen="ours/vllm_native")
+    assert [result["id"] for result in table.ours_of(report)] == ["ours/vllm_native", "ours/cpu"]
+    assert table.ours_of(record({"vllm": 1.0})) == []
+
+
 def test_a_record_is_a_table_for_people() -> None:
     report = record({"ours/cpu": 0.5, "vllm": 2.0})
     console = Console(width=200, file=io.StringIO(), record=True)
