@@ -171,8 +171,18 @@ def capability_matrix() -> str:
     row("lookup of rows (embedding tables)", lambda b: yes(b.capabilities.lookup))
     row("needs", lambda b: names(b.capabilities.required_ops))
     row("weights rounded before multiplying", lambda b: _rounding(b))
-    row("batch invariant", lambda b: yes(b.batch_invariant))
+    row("batch invariant", lambda b: _invariance(b))
     return table(["", *(f"`{name}`" for name in found)], rows)
+
+
+def _invariance(backend: Any) -> str:
+    if backend.batch_invariant:
+        return "yes"
+    # Bound to each class, so that the functions behind them are compared.
+    from vllm.compressed_linear.backends.base import QuantLinearMethod
+
+    own, inherited = backend.rows_are_independent, QuantLinearMethod.rows_are_independent
+    return "–" if own.__func__ is inherited.__func__ else "with one path for every M"
 
 
 def _rounding(backend: Any) -> str:

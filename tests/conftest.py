@@ -16,7 +16,6 @@ from hypothesis import HealthCheck, settings
 from tests.support.cpu_library import ISAS, ISAS_INT8
 from tests.support.no_torchvision import NoTorchvision
 from tests.support.unit import is_unit
-from vllm.compressed_linear.machine import native
 
 # Nobody's own measurements decide what a test sees.
 os.environ.setdefault("VLLM_COMPRESSED_LINEAR_TUNE_FILE", "off")
@@ -66,19 +65,17 @@ def no_int4_experts(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test with each instruction set."""
-    before = native.isa()
     torch.ops.compressed_linear.select_isa("floats", request.param)
     yield request.param
-    torch.ops.compressed_linear.select_isa("floats", before)
+    torch.ops.compressed_linear.select_isa("floats", "")
 
 
 @pytest.fixture(params=ISAS_INT8)
 def isa_int8(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test with each instruction set for integer activations."""
-    before = native.isa("integers")
     torch.ops.compressed_linear.select_isa("integers", request.param)
     yield request.param
-    torch.ops.compressed_linear.select_isa("integers", before)
+    torch.ops.compressed_linear.select_isa("integers", "")
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/common/isa.h"
+#include "cpu/common/paths.h"
 
 #include "arguments.h"
+#include "cpu/rates/rates.h"
 #include "layouts/quads.h"
 #include "ops.h"
 #include "packed.h"
@@ -29,6 +30,19 @@ std::string supported_isas(std::string kernels) {
 
 void select_isa(std::string kernels, std::string name) {
   cpu::select_isa(parse_kernels("select_isa", kernels), name);
+}
+
+void select_paths(std::string paths) { cpu::select_paths(paths); }
+
+std::string paths() { return cpu::describe_paths(); }
+
+std::string measure_rates() {
+  const cpu::MeasuredRates found = cpu::measure_rates();
+  std::ostringstream text;
+  text << "clock " << found.clock << '\n';
+  for (const cpu::MeasuredRate& rate : found.rates)
+    text << rate.name << ' ' << rate.per_cycle << '\n';
+  return text.str();
 }
 
 std::string layout_id(std::string layout) {

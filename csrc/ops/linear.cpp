@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "counters.h"
-#include "cpu/common/isa.h"
+#include "cpu/common/paths.h"
 #include "cpu/integer/segments.h"
 #include "ops.h"
 #include "packed.h"
@@ -13,18 +13,16 @@ using cpu::Kernels;
 
 // The counter of one path, found by name the first time a thread asks for it.
 std::atomic<int64_t>& linear_counter(const cpu::Isa& isa, PackedLayout layout, Element element) {
-  struct Known {
-    const cpu::Isa* isa = nullptr;
-    std::atomic<int64_t>* counter = nullptr;
-  };
-  thread_local std::array<Known, 2 * 54> known;  // by layout, by kind, and by bits of integers
-  const size_t at = static_cast<size_t>(layout) * 54 + static_cast<size_t>(element.kind) * 9 +
-                    static_cast<size_t>(element.kind == Kind::integer ? element.bits : 0);
-  Known& entry = known[at];
-  if (entry.isa != &isa)
-    entry = {&isa, &counter(std::string("linear/") + layout_name(layout) + "/" + isa.name + "/" +
-                            element_name(element))};
-  return *entry.counter;
+  // By layout, by kind, by bits of integers, and by row.
+  constexpr size_t kKinds = 6, kBits = 9;
+  thread_local std::array<std::atomic<int64_t>*, 2 * kKinds * kBits * cpu::kMostIsas> known{};
+  const size_t bits = static_cast<size_t>(element.kind == Kind::integer ? element.bits : 0);
+  const size_t kind = static_cast<size_t>(layout) * kKinds + static_cast<size_t>(element.kind);
+  std::atomic<int64_t>*& entry = known[(kind * kBits + bits) * cpu::kMostIsas + index_of(isa)];
+  if (entry == nullptr)
+    entry = &counter(std::string("linear/") + layout_name(layout) + "/" + isa.name + "/" +
+                     element_name(element));
+  return *entry;
 }
 
 cpu::Input input_of(const char* op, const ProblemNumbers& numbers, const Operands& operands,
@@ -114,9 +112,9 @@ Tensor linear(Tensor x, Tensor problem, std::vector<Tensor> tensors, std::option
   Tensor out = new_tensor(shape, out_dtype);
   p.y.data = out.mutable_data_ptr();
 
-  const Kernels kernels = layout == PackedLayout::quads ? Kernels::integers : Kernels::floats;
-  const cpu::Isa& isa = cpu::isa(kernels);
-  isa.linear(kernels)(p, {&run_parallel, static_cast<int64_t>(torch::stable::get_num_threads())});
+  const cpu::Isa& isa = cpu::isa_of(p);
+  isa.linear(layout == PackedLayout::quads ? Kernels::integers : Kernels::floats)(
+      p, {&run_parallel, static_cast<int64_t>(torch::stable::get_num_threads())});
   linear_counter(isa, layout, g.element).fetch_add(1, std::memory_order_relaxed);
   return out;
 }

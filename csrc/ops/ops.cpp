@@ -149,11 +149,22 @@ STABLE_TORCH_LIBRARY(compressed_linear, m) {
 
   // ---- instruction sets -------------------------------------------------------------------------
 
-  // kernels: floats (layout planes) or integers (layout quads). The instruction set in use, those
-  // that this processor can run, best first and separated by blanks, and, for tests, a choice.
+  // kernels: floats (layout planes) or integers (layout quads). The instruction set that repacks
+  // and that runs where no path was selected, those that this processor can run, best first and
+  // separated by blanks, and, for tests, one for every call; an empty name ends that.
   m.def("isa(str kernels) -> str");
   m.def("supported_isas(str kernels) -> str");
   m.def("select_isa(str kernels, str name) -> ()");
+
+  // Which instruction set multiplies how many tokens m, for each class of calls (csrc/cpu/common/
+  // paths.h): lines such as "floats/narrow/bfloat16 avx512 8 amx", of this process. Bits of a row
+  // then depend on m where floats of one class have several.
+  m.def("select_paths(str paths) -> ()");
+  m.def("paths() -> str");
+
+  // Lines of a name and a number: cycles a second of this core ("clock"), and instructions a cycle
+  // of each kind that kernels live on, see csrc/cpu/rates/rates.h. Takes up to 50 ms.
+  m.def("measure_rates() -> str");
 
   // Name and version of a packed layout and of problem tensors: part of the key of anything that
   // stores prepared layers.
@@ -183,6 +194,9 @@ STABLE_TORCH_LIBRARY_IMPL(compressed_linear, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&isa));
   m.impl("supported_isas", TORCH_BOX(&supported_isas));
   m.impl("select_isa", TORCH_BOX(&select_isa));
+  m.impl("select_paths", TORCH_BOX(&select_paths));
+  m.impl("paths", TORCH_BOX(&paths));
+  m.impl("measure_rates", TORCH_BOX(&measure_rates));
   m.impl("layout_id", TORCH_BOX(&layout_id));
   m.impl("op_call_lines", TORCH_BOX(&op_call_lines));
   m.impl("reset_op_calls", TORCH_BOX(&reset_op_calls));

@@ -53,6 +53,9 @@ Tensor marlin_zeros(Tensor zero, int64_t bits);
 std::string isa(std::string kernels);
 std::string supported_isas(std::string kernels);
 void select_isa(std::string kernels, std::string name);
+void select_paths(std::string paths);
+std::string paths();
+std::string measure_rates();
 std::string layout_id(std::string layout);
 
 }  // namespace compressed_linear

@@ -10,18 +10,18 @@ import pytest
 
 from tests.support.messages import saying
 from vllm.compressed_linear.backends import registry
-from vllm.compressed_linear.backends.cpu import int8 as cpu_int8
 from vllm.compressed_linear.backends.cpu import weight_only
-from vllm.compressed_linear.machine import limits, native
+from vllm.compressed_linear.machine import limits
 from vllm.compressed_linear.machine.cost import MIX, expected_seconds, roofline
 from vllm.compressed_linear.machine.limits import MachineLimits, limits_of_cores
-from vllm.compressed_linear.machine.platform import X86_TIERS, Platform
+from vllm.compressed_linear.machine.platform import Platform
+from vllm.compressed_linear.machine.profiles import PROFILES
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor, ScaleSpec, WeightSpec
 from vllm.compressed_linear.spec.elements import BF16, FP32, ElementType, uint
 
 LIMITS = MachineLimits(read=10e9, fp32=100e9, bf16=200e9, int8=400e9)
 MACHINE = Platform("cpu", measured=LIMITS)
-CPUS = ["cpu:generic", "cpu:avx2", "cpu:avx512", "cpu:avx512bf16", "cpu:amx", "cpu:aarch64"]
+CPUS = [f"cpu:{name}" for name in PROFILES]
 
 
 def layer(element: ElementType, x: str = "bfloat16", n: int = 4096) -> CompressedLinearDescriptor:
@@ -64,8 +64,8 @@ def test_limits_by_name_threads_and_measurement() -> None:
         one, four = (replace(Platform.parse(name), threads=t).limits for t in (1, 4))
         assert four.bf16 == pytest.approx(4 * one.bf16)
         assert one.read <= four.read <= 4 * one.read
-    core = X86_TIERS["avx512bf16"].core
-    assert core is not None
+    profile = PROFILES["avx512bf16"]
+    core = profile.core(profile.features)
     assert limits_of_cores(core, 1000).read < limits_of_cores(core, 1).read * 20
     assert MACHINE.limits is LIMITS
     assert LIMITS.operations("int8") == 400e9
@@ -103,22 +103,9 @@ def test_exact_activations_of_more_bits_take_longer() -> None:
         weight_only.CpuBackend.seconds(layer(uint(4, 8), x), platform, 256)
         for x in ("bfloat16", "float16", "float32")
     ]
-    assert times[1] > 1.9 * times[0]
-    assert times[2] > 1.9 * times[0]  # in fp32, at half the rate of bf16
-
-
-def test_tiles_that_kernels_do_not_use_do_not_make_them_fast() -> None:
-    plain, tiles = Platform.parse("cpu:avx512bf16"), Platform.parse("cpu:amx")
-    for backend in (weight_only.CpuBackend, cpu_int8.CpuInt8FastBackend):
-        of_tiles = backend.seconds(layer(uint(4, 8), "bfloat16"), tiles, 512)
-        assert of_tiles == pytest.approx(
-            backend.seconds(layer(uint(4, 8), "bfloat16"), plain, 512), rel=0.1
-        )
-
-
-@pytest.mark.skipif(native.available() is not None, reason=str(native.available()))
-def test_every_instruction_set_has_declared_speeds() -> None:
-    assert set(native.supported_isas()) <= set(weight_only._SPEEDS)
+    # In two terms of bf16, or in fp32 at half of its rate, whichever is faster.
+    assert times[1] > 1.5 * times[0]
+    assert times[2] > 1.5 * times[0]
 
 
 def test_a_processor_is_told_from_others_of_its_name(

@@ -10,16 +10,14 @@ import pytest
 import torch
 
 from tests.support.messages import saying, says
-from vllm.compressed_linear.backends.cpu.weight_only import CpuBackend
-from vllm.compressed_linear.machine import native
-from vllm.compressed_linear.machine.platform import NATIVE_LIBRARY, X86_TIERS, Platform
-from vllm.compressed_linear.spec.elements import uint
-from vllm.compressed_linear.testing.oracle import Case
+from vllm.compressed_linear.machine import this_cpu
+from vllm.compressed_linear.machine.isas import ISAS
+from vllm.compressed_linear.machine.platform import NATIVE_LIBRARY, Platform
+from vllm.compressed_linear.machine.profiles import INSTRUCTIONS, PROFILES, Profile, plain_profile
+from vllm.compressed_linear.settings import CPU_ISA, CPU_PROFILE
 
 
-@pytest.mark.parametrize(
-    "name", [*(f"cpu:{tier}" for tier in X86_TIERS), "cpu:aarch64", "cuda:80", "cuda:120"]
-)
+@pytest.mark.parametrize("name", [*(f"cpu:{name}" for name in PROFILES), "cuda:80", "cuda:120"])
 def test_names_go_both_ways(name: str) -> None:
     platform = Platform.parse(name)
     assert platform.name == name
@@ -28,29 +26,82 @@ def test_names_go_both_ways(name: str) -> None:
     assert hash(platform) == hash(Platform.parse(name))
 
 
-def test_tiers_grow() -> None:
-    tiers = [tier.features for tier in X86_TIERS.values()]
-    assert all(small < large for small, large in itertools.pairwise(tiers))
+PLAIN = ["generic", "avx2", "avx512", "avx512bf16", "amx"]
 
 
-def test_features_between_tiers_have_the_name_of_the_lower_one() -> None:
+def test_plain_profiles_grow() -> None:
+    features = [PROFILES[name].features for name in PLAIN]
+    assert all(small < large for small, large in itertools.pairwise(features))
+
+
+def test_features_between_plain_profiles_have_the_name_of_the_lower_one() -> None:
     assert Platform(features=frozenset({"avx2", "avx512", "amx"})).name == "cpu:avx512"
 
 
-def test_the_name_is_the_instruction_set_that_runs_not_the_best_there_is() -> None:
-    best = Platform.parse("cpu:amx")
-    here = replace(best, isa="avx512bf16")
-    assert here.name == "cpu:avx512bf16"
-    assert CpuBackend.variant(Case(uint(4)).build().descriptor, here) == "avx512bf16"
-    assert here.limits == best.limits, "they are the machine's, whatever runs"
+@pytest.mark.parametrize("profile", PROFILES.values(), ids=lambda profile: str(profile.name))
+def test_a_profile_has_a_rate_of_every_instruction_of_its_features_and_of_no_other(
+    profile: Profile,
+) -> None:
+    expected = {n for n, i in INSTRUCTIONS.items() if i.features <= profile.features}
+    assert {name for name, _ in profile.rates} == expected
+    assert all(rate.value > 0 for _, rate in profile.rates)
 
 
-@pytest.mark.skipif(native.available() is not None, reason="the native library is not built")
-def test_this_machine_is_called_by_what_the_native_library_picks() -> None:
-    here = Platform.detect()
-    assert here.isa == native.isa()
-    assert here.name == f"cpu:{native.isa() if here.machine == 'x86_64' else here.machine}"
-    assert Platform.parse("cpu:generic").isa == ""
+def test_no_two_profiles_claim_a_processor() -> None:
+    claimed = [name for profile in PROFILES.values() for name in profile.known_as]
+    assert len(claimed) == len(set(claimed))
+
+
+@pytest.mark.parametrize(
+    ("cpu", "features", "name"),
+    [
+        ("AMD EPYC, cpu family 25, model 17", PROFILES["zen4"].features, "zen4"),
+        ("AMD EPYC, cpu family 25, model 1", PROFILES["zen3"].features, "zen3"),
+        ("Intel(R) Xeon(R), cpu family 6, model 207", PROFILES["amx"].features, "emeraldrapids"),
+        # A virtual machine that hides the tiles.
+        ("Intel(R) Xeon(R), cpu family 6, model 143", PROFILES["zen4"].features, "sapphirerapids"),
+        ("some processor", PROFILES["avx2"].features, "avx2"),
+        ("some processor", PROFILES["avx512bf16"].features, "avx512bf16"),
+        ("some processor", PROFILES["sapphirerapids"].features, "sapphirerapids"),
+        ("some processor", frozenset({"avx2", "fma9"}), "avx2"),
+        ("some processor", frozenset(), "generic"),
+    ],
+)
+def test_the_published_profile_of_a_processor(
+    cpu: str, features: frozenset[str], name: str
+) -> None:
+    assert this_cpu.published(cpu, "x86_64", features).name == name
+
+
+def test_arm_processors_have_profiles_of_their_own() -> None:
+    features = PROFILES["neoverse-v2"].features
+    assert this_cpu.published("0xd4f", "aarch64", features).name == "neoverse-v2"
+    assert plain_profile("aarch64", frozenset({"neon"})).name == "aarch64"
+
+
+def test_the_profile_of_this_machine_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("zen4", "icelake"):
+        monkeypatch.setenv(CPU_PROFILE, name)
+        here = Platform.detect()
+        assert here.rates.rates == PROFILES[name].rates
+        assert CPU_PROFILE in here.rates.origin
+    monkeypatch.setenv(CPU_PROFILE, "z80")
+    with pytest.raises(ValueError, match=saying(CPU_PROFILE, "'z80'", "zen4")):
+        Platform.detect()
+
+
+def test_a_forced_instruction_set_names_the_platform_and_not_its_limits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here = replace(Platform.parse("cpu:amx"), isa="avx512")
+    assert here.name == "cpu:avx512"
+    assert here.limits == Platform.parse("cpu:amx").limits, "they are the machine's, whatever runs"
+    monkeypatch.delenv(CPU_ISA, raising=False)
+    assert Platform.detect().isa == ""
+
+
+def test_instruction_sets_are_known_by_one_name() -> None:
+    assert len({isa.name for isa in ISAS}) == len(ISAS)
 
 
 @pytest.mark.parametrize("text", ["tpu", "cpu:z80", "cuda:", "cuda:7", "cuda:x", "cuda:900"])

@@ -183,13 +183,12 @@ def test_no_rows_and_no_columns(isa: str) -> None:
 def test_instruction_sets_agree_within_the_contract() -> None:
     layer = make_layer((64, 256, 32), "uint6", "float")
     x = torch.randn(5, 256)
-    before = native.isa()
     try:
         for name in ISAS:
             torch.ops.compressed_linear.select_isa("floats", name)
             layer.check(x, layer(x))
     finally:
-        torch.ops.compressed_linear.select_isa("floats", before)
+        torch.ops.compressed_linear.select_isa("floats", "")
 
 
 BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], tuple[object, ...]]] = {
@@ -341,7 +340,12 @@ def test_plans_name_the_instruction_set_that_runs(
     monkeypatch.delenv(CPU_ISA, raising=False)
     descriptor = Case(uint(4)).build().descriptor
     assert CpuBackend.variant(descriptor, Platform.parse(f"cpu:{tier}")) == tier
-    assert CpuBackend.variant(descriptor, Platform.detect()) == ISAS[0]
+    for isa in ISAS:
+        torch.ops.compressed_linear.select_isa("floats", isa)
+        try:
+            assert CpuBackend.variant(descriptor, Platform.detect()) == isa
+        finally:
+            torch.ops.compressed_linear.select_isa("floats", "")
 
 
 def test_an_unknown_instruction_set_is_an_error_that_names_the_known() -> None:

@@ -10,12 +10,14 @@ from tests.support.checkpoints import checkpoint
 from vllm.compressed_linear.commands.explain.explain import explain
 from vllm.compressed_linear.commands.explain.explanation import Explanation, LayerPlan, Possibility
 from vllm.compressed_linear.integration.preparation import PROCESS_PLAN, detect_platform
+from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.prepare.plan import DELEGATED
 
 
-def explained(name: str | Path, **options: Any) -> Explanation:
+def explained(name: str | Path, *, platform: str = "", **options: Any) -> Explanation:
     path = name if isinstance(name, Path) else checkpoint(name)
-    return explain(str(path), platform=detect_platform(), **options)
+    where = Platform.parse(platform) if platform else detect_platform()
+    return explain(str(path), platform=where, **options)
 
 
 COMPARED = [

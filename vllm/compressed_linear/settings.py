@@ -31,6 +31,7 @@ TUNE_FILE = "VLLM_COMPRESSED_LINEAR_TUNE_FILE"
 CACHE = "VLLM_COMPRESSED_LINEAR_CACHE"
 ALLOW_MISSING = "VLLM_COMPRESSED_LINEAR_ALLOW_MISSING"
 CPU_ISA = "VLLM_COMPRESSED_LINEAR_CPU_ISA"
+CPU_PROFILE = "VLLM_COMPRESSED_LINEAR_CPU_PROFILE"
 ANY_VLLM = "VLLM_COMPRESSED_LINEAR_ANY_VLLM"
 VARIABLES = (
     ENABLE,
@@ -41,9 +42,12 @@ VARIABLES = (
     CACHE,
     ALLOW_MISSING,
     CPU_ISA,
+    CPU_PROFILE,
     ANY_VLLM,
 )
-"""Every environment variable this package reads."""
+"""Every environment variable of its own that this package reads."""
+BATCH_INVARIANT = "VLLM_BATCH_INVARIANT"
+"""vLLM's: 1 if the bits of a row must not depend on the other rows of the batch."""
 ADDITIONAL_CONFIG_KEY = "compressed_linear"
 
 _KEYS = ("allow_missing", "backend", "cache", "plan_file", "strict", "tune_file")
@@ -126,6 +130,11 @@ class Settings:
 
 def _tune_file(given: str) -> str:
     return "" if given == "off" else given or str(default_tune_file())
+
+
+def batch_invariant() -> bool:
+    """Whether the user asked vLLM for results that do not depend on the batch."""
+    return os.environ.get(BATCH_INVARIANT, "0").strip() not in ("", "0")
 
 
 def enabled() -> bool:

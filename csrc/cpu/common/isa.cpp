@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <iterator>
 #include <stdexcept>
 
 #if defined(COMPRESSED_LINEAR_X86) && defined(__linux__)
@@ -75,8 +76,8 @@ constexpr uint32_t bits_of(Features... features) {
   return (uint32_t{0} | ... | (uint32_t{1} << features));
 }
 
-// Best first. "Best" is measured on AMD cores. Tiles are not first: they are fast for many rows
-// only, and the choice does not depend on the number of rows.
+// Best first, as measured on AMD cores: the order in which rows are taken where nobody chose paths
+// by the rates of the processor (paths.h).
 #if defined(COMPRESSED_LINEAR_X86)
 constexpr uint32_t kNeedsAvx2 = bits_of(kAvx2, kFma, kF16c);
 constexpr uint32_t kNeedsAvx512 = kNeedsAvx2 | bits_of(kAvx512F, kAvx512Bw, kAvx512Vl, kAvx512Dq);
@@ -101,6 +102,7 @@ constexpr Isa kIsas[] = {
 #endif
     {"generic", "generic", 0, float_generic, integer_generic, repack_plain},
 };
+static_assert(std::size(kIsas) <= kMostIsas);
 
 #if defined(COMPRESSED_LINEAR_X86)
 
@@ -183,8 +185,38 @@ std::string named(uint32_t features) {
   return text;
 }
 
-// The row called `name`. `asked` begins the message where there is none or it cannot run.
-const Isa& find(Kernels kernels, const std::string& name, const std::string& asked) {
+// What the environment asks for; null where it does not.
+const Isa* asked_isa(Kernels kernels) {
+  const char* asked = std::getenv(kIsaVariable);
+  if (asked == nullptr || *asked == '\0') return nullptr;
+  const std::vector<const Isa*> rows = supported_isas(kernels);
+  for (const Isa* row : rows)
+    if (std::string(asked) == row->tier) return row;
+  if (kernels == Kernels::integers) return rows.front();
+  return &find_isa(kernels, asked,
+                   std::string(kIsaVariable) + " asks for the CPU instruction set '" + asked + "'");
+}
+
+// Two variables, so that an error about floats leaves integers alone.
+std::atomic<const Isa*>& forced(Kernels kernels) {
+  if (kernels == Kernels::floats) {
+    static std::atomic<const Isa*> row{asked_isa(Kernels::floats)};
+    return row;
+  }
+  static std::atomic<const Isa*> row{asked_isa(Kernels::integers)};
+  return row;
+}
+
+}  // namespace
+
+std::vector<const Isa*> supported_isas(Kernels kernels) {
+  std::vector<const Isa*> rows;
+  for (const Isa& row : kIsas)
+    if (row.linear(kernels) != nullptr && lacking(row) == 0) rows.push_back(&row);
+  return rows;
+}
+
+const Isa& find_isa(Kernels kernels, const std::string& name, const std::string& asked) {
   std::string runnable;
   for (const Isa* row : supported_isas(kernels))
     runnable += (runnable.empty() ? "" : ", ") + std::string(row->name);
@@ -197,47 +229,23 @@ const Isa& find(Kernels kernels, const std::string& name, const std::string& ask
   throw std::invalid_argument(asked + ", which this build does not know; it can run: " + runnable);
 }
 
-const Isa& default_isa(Kernels kernels) {
-  const char* asked = std::getenv(kIsaVariable);
-  const std::vector<const Isa*> rows = supported_isas(kernels);
-  if (asked == nullptr || *asked == '\0') return *rows.front();
-  for (const Isa* row : rows)
-    if (std::string(asked) == row->tier) return *row;
-  if (kernels == Kernels::integers) return *rows.front();
-  return find(kernels, asked,
-              std::string(kIsaVariable) + " asks for the CPU instruction set '" + asked + "'");
-}
-
-std::atomic<const Isa*>& current(Kernels kernels) {
-  static std::atomic<const Isa*> rows[2] = {nullptr, nullptr};
-  return rows[static_cast<int>(kernels)];
-}
-
-}  // namespace
-
-std::vector<const Isa*> supported_isas(Kernels kernels) {
-  std::vector<const Isa*> rows;
-  for (const Isa& row : kIsas)
-    if (row.linear(kernels) != nullptr && lacking(row) == 0) rows.push_back(&row);
-  return rows;
-}
+const Isa* forced_isa(Kernels kernels) { return forced(kernels).load(std::memory_order_acquire); }
 
 const Isa& isa(Kernels kernels) {
-  const Isa* chosen = current(kernels).load(std::memory_order_acquire);
-  if (chosen == nullptr) {
-    chosen = &default_isa(kernels);
-    current(kernels).store(chosen, std::memory_order_release);
-  }
-  return *chosen;
+  static const Isa* const best[] = {supported_isas(Kernels::floats).front(),
+                                    supported_isas(Kernels::integers).front()};
+  const Isa* row = forced_isa(kernels);
+  return row != nullptr ? *row : *best[static_cast<int>(kernels)];
 }
 
 void select_isa(Kernels kernels, const std::string& name) {
   const bool integers = kernels == Kernels::integers;
-  current(kernels).store(
-      &find(kernels, name,
-            integers ? "the integer kernels of '" + name + "' are asked for"
-                     : "select_isa asks for the CPU instruction set '" + name + "'"),
-      std::memory_order_release);
+  const std::string asked = integers ? "the integer kernels of '" + name + "' are asked for"
+                                     : "select_isa asks for the CPU instruction set '" + name + "'";
+  forced(kernels).store(name.empty() ? asked_isa(kernels) : &find_isa(kernels, name, asked),
+                        std::memory_order_release);
 }
+
+size_t index_of(const Isa& row) { return static_cast<size_t>(&row - kIsas); }
 
 }  // namespace compressed_linear::cpu

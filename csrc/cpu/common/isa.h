@@ -41,12 +41,24 @@ inline constexpr const char* kIsaVariable = "VLLM_COMPRESSED_LINEAR_CPU_ISA";
 // Rows that have such kernels and that this processor can run, best first.
 std::vector<const Isa*> supported_isas(Kernels kernels);
 
-// The row in use: the best, or the best of the tier that VLLM_COMPRESSED_LINEAR_CPU_ISA names.
-// Throws std::invalid_argument if there is no such tier or the processor cannot run it; only for
-// floats, since integers may not have that tier.
+// The row of that name. Throws std::invalid_argument, with `asked` first, if it has no such kernels
+// or the processor cannot run it.
+const Isa& find_isa(Kernels kernels, const std::string& name, const std::string& asked);
+
+// The row of every call, where VLLM_COMPRESSED_LINEAR_CPU_ISA names a tier or select_isa a row;
+// null where each call has a path, see paths.h. Throws std::invalid_argument if there is no such
+// tier or the processor cannot run it; only for floats, since integers may not have that tier.
+const Isa* forced_isa(Kernels kernels);
+
+// The forced row, or else the best: it repacks, and multiplies what no path was chosen for.
 const Isa& isa(Kernels kernels);
 
-// Replaces the row in use; throws std::invalid_argument if the processor cannot run it.
+// Forces a row, for tests; an empty name leaves it to the environment again. Throws
+// std::invalid_argument if the processor cannot run it.
 void select_isa(Kernels kernels, const std::string& name);
+
+// Number of a row of the table.
+inline constexpr size_t kMostIsas = 8;
+size_t index_of(const Isa& row);
 
 }  // namespace compressed_linear::cpu

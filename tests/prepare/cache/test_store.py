@@ -154,9 +154,9 @@ def test_the_same_bytes_in_another_packing_make_another_entry(tmp_path: Path) ->
     [
         (cache_module, "installation", lambda: "0.0.1+0"),
         (native, "layout_id", lambda layout="planes": "tile17"),
-        (CpuBackend, "variant", classmethod(lambda cls, d, platform: "other")),
+        (CpuBackend, "prepared_variant", classmethod(lambda cls, d, platform: "other")),
     ],
-    ids=["package", "layout", "instruction set"],
+    ids=["package", "layout", "variant"],
 )
 def test_another_version_reads_nothing_of_this_one(
     target: Any, name: str, value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -166,6 +166,16 @@ def test_another_version_reads_nothing_of_this_one(
         patch.setattr(target, name, value)
         prepared(PreparedCache(tmp_path))
         assert what_the_cache_did() == "miss"
+    prepared(PreparedCache(tmp_path))
+    assert what_the_cache_did() == "hit"
+
+
+def test_other_paths_read_what_these_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All instruction sets have one layout, and another start may measure other rates."""
+    prepared(PreparedCache(tmp_path))
+    monkeypatch.setattr(CpuBackend, "variant", classmethod(lambda cls, d, platform: "other"))
     prepared(PreparedCache(tmp_path))
     assert what_the_cache_did() == "hit"
 

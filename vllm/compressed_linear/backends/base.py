@@ -142,7 +142,8 @@ class QuantLinearMethod(ABC):
     name: ClassVar[str]
     capabilities: ClassVar[Capabilities]
     batch_invariant: ClassVar[bool] = False
-    """Whether the bits of a row's result are independent of the other rows of the batch."""
+    """Whether the bits of a row's result are independent of the other rows of the batch, for every
+    descriptor and on every platform."""
 
     def __init__(self, descriptor: CompressedLinearDescriptor) -> None:
         self.descriptor = descriptor
@@ -179,6 +180,20 @@ class QuantLinearMethod(ABC):
     def variant(cls, descriptor: CompressedLinearDescriptor, platform: Platform) -> str:
         """Which code path would run, for the plan (e.g. an instruction set); may be empty."""
         return ""
+
+    @classmethod
+    def prepared_variant(cls, descriptor: CompressedLinearDescriptor, platform: Platform) -> str:
+        """The part of ``variant`` on which prepared tensors and compiled graphs depend: of the keys
+        of both caches. All of it, unless the code path is picked by each call."""
+        return cls.variant(descriptor, platform)
+
+    @classmethod
+    def rows_are_independent(
+        cls, descriptor: CompressedLinearDescriptor, platform: Platform
+    ) -> bool:
+        """Whether ``batch_invariant`` holds for ``descriptor`` on ``platform``, as the process is
+        set up."""
+        return cls.batch_invariant
 
     @classmethod
     def hardware_tested(cls, platform: Platform, variant: str = "") -> bool:

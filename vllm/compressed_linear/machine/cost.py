@@ -72,17 +72,6 @@ def expected_seconds(
     return sum(share * seconds(m) for m, share in (calls or MIX).items())
 
 
-_VECTOR_SHARE_OF_AMX = 0.15
-
-
-def vector_share(platform: Platform, variant: str, arithmetic: str) -> float:
-    """Share of the machine's peak rate that the kernels of ``variant`` can reach: 1, but on
-    machines with AMX only the share of vector dot products for kernels that do not use AMX, by the
-    declared rates."""
-    tiles = "amx" in platform.features and variant != "amx" and arithmetic != "fp32"
-    return _VECTOR_SHARE_OF_AMX if tiles else 1.0
-
-
 def roofline(
     platform: Platform,
     *,
@@ -104,3 +93,12 @@ def roofline(
     limits = platform.limits
     multiply = operations / (limits.operations(arithmetic) * efficiency)
     return max(read_bytes / limits.read, decode_seconds + multiply) + call_seconds + limits.launch
+
+
+def overlapped(
+    platform: Platform, *, read_bytes: float, cycles: float, call_seconds: float = 0.0
+) -> float:
+    """The same of a kernel on a CPU whose work is counted in ``cycles`` of one core, which all
+    threads share: ``platform.rates`` has the clock."""
+    compute = cycles / (platform.rates.clock * platform.threads)
+    return max(read_bytes / platform.limits.read, compute) + call_seconds

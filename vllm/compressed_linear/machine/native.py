@@ -87,7 +87,8 @@ def cuda_available() -> str | None:
 
 
 def isa(kernels: Kernels = "floats") -> str:
-    """Instruction set in use; ``csrc/cpu/common/isa.cpp`` has their names."""
+    """Instruction set that is forced, or else the one that repacks and that multiplies where no
+    path was selected; ``csrc/cpu/common/isa.cpp`` has their names."""
     load()
     return str(torch.ops.compressed_linear.isa(kernels))
 
@@ -96,6 +97,19 @@ def supported_isas(kernels: Kernels = "floats") -> list[str]:
     """Instruction sets this processor can run, best first."""
     load()
     return str(torch.ops.compressed_linear.supported_isas(kernels)).split()
+
+
+def select_paths(lines: str) -> None:
+    """Which instruction set multiplies how many tokens, in this process: the lines of
+    ``csrc/cpu/common/paths.h``. ``ValueError`` for what this processor cannot run."""
+    load()
+    torch.ops.compressed_linear.select_paths(lines)
+
+
+def paths() -> str:
+    """What is selected, as such lines, one for each class of calls."""
+    load()
+    return str(torch.ops.compressed_linear.paths())
 
 
 def layout_id(layout: Literal["planes", "quads"] = "planes") -> str:

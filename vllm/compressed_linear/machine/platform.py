@@ -7,8 +7,8 @@ that are absent.
 
 from __future__ import annotations
 
+import os
 import platform as _host
-from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -21,43 +21,10 @@ from vllm.compressed_linear.machine.limits import (
     cpu_name,
     limits_of_cores,
 )
+from vllm.compressed_linear.machine.profiles import PROFILES, Profile, plain_profile
+from vllm.compressed_linear.machine.this_cpu import cpu_features, profile_here
 from vllm.compressed_linear.machine.vllm_wheel import CUDA_OPS, CUDA_WHEEL
-
-
-@dataclass(frozen=True)
-class CpuTier:
-    """An instruction set of our kernels, by its name in ``csrc/cpu/common/isa.cpp``.
-
-    ``features``: required CPU features, as in ``Platform.features``. ``core``: declared limits of
-    one core near 3 GHz, instructions per cycle times the width of a register, at the clock under
-    that load; without units for bf16 its rate is that of fp32. None if no platform has its name.
-    ``machine``: the processor's architecture.
-    """
-
-    name: str
-    features: frozenset[str]
-    core: MachineLimits | None
-    machine: str = "x86_64"
-
-
-_AVX512 = frozenset({"avx2", "avx512"})
-_AVX512_BF16 = _AVX512 | {"avx512_bf16", "avx512_vnni"}
-
-CPU_TIERS = (
-    CpuTier("generic", frozenset(), MachineLimits(15e9, 20e9, 20e9, 20e9)),
-    CpuTier("avx2", frozenset({"avx2"}), MachineLimits(25e9, 90e9, 90e9, 150e9)),
-    CpuTier("avx512", _AVX512, MachineLimits(30e9, 115e9, 115e9, 230e9)),
-    CpuTier("avx512vnni", _AVX512 | {"avx512_vnni"}, None),
-    CpuTier("avx512bf16", _AVX512_BF16, MachineLimits(30e9, 115e9, 230e9, 460e9)),
-    CpuTier("amx", _AVX512_BF16 | {"amx"}, MachineLimits(30e9, 150e9, 1500e9, 3000e9)),
-    CpuTier("neon", frozenset({"neon"}), MachineLimits(25e9, 45e9, 45e9, 180e9), "aarch64"),
-)
-"""All instruction sets, for each architecture from the least to the most capable.
-``Platform.parse`` accepts the names of x86 instruction sets with a ``core`` after ``cpu:``."""
-
-X86_TIERS = {
-    tier.name: tier for tier in CPU_TIERS if tier.machine == "x86_64" and tier.core is not None
-}
+from vllm.compressed_linear.settings import CPU_ISA
 
 NATIVE_LIBRARY = "native:compressed_linear"
 """Member of ``Platform.ops`` if our compiled library is present."""
@@ -67,9 +34,10 @@ NATIVE_LIBRARY = "native:compressed_linear"
 class Platform:
     """device: "cpu", "cuda", "rocm" or "xpu". ``capability``: 10·major + minor of a CUDA device.
 
-    ``features``: CPU instruction sets. ``isa``: the one with which our library's kernels run, empty
-    for a machine made by hand and without the library. ``ops``: compiled operators that can be
-    called, named ``namespace::op``, and ``NATIVE_LIBRARY``. ``missing``: the reason for each absent
+    ``features``: CPU instruction sets. ``profile``: rates of the processor, None for other devices
+    and where only ``features`` are known. ``isa``: the instruction set that the user forces on this
+    machine's kernels, or empty. ``ops``: compiled operators that can be called, named
+    ``namespace::op``, and ``NATIVE_LIBRARY``. ``missing``: the reason for each absent
     op or library. ``cpu``: the processor's name, empty for a machine made by hand. ``measured``:
     its measured limits with these threads, or None. ``gpu``: the GPU's name; ``multiprocessors``
     and ``read`` (bytes per second) as its driver reports them; empty and 0 for an absent GPU.
@@ -88,6 +56,12 @@ class Platform:
     multiprocessors: int = 0
     read: float = 0.0
     isa: str = ""
+    profile: Profile | None = None
+
+    @property
+    def rates(self) -> Profile:
+        """The processor's profile, or the one that stands for its features."""
+        return self.profile or plain_profile(self.machine, self.features)
 
     @property
     def limits(self) -> MachineLimits:
@@ -99,8 +73,7 @@ class Platform:
         if self.device != "cpu":
             return ACCELERATOR
         # What its instructions reach, whether or not our kernels use them.
-        assert self.tier.core is not None
-        return limits_of_cores(self.tier.core, self.threads)
+        return limits_of_cores(self.rates.core(self.features), self.threads)
 
     @property
     def compute_units(self) -> int:
@@ -111,28 +84,11 @@ class Platform:
 
     @property
     def name(self) -> str:
-        """Short name, e.g. ``cpu:avx512bf16`` or ``cuda:90``. For this machine's CPU it has the
-        instruction set in use, which need not be the best that the CPU has."""
+        """Short name, e.g. ``cpu:zen4`` or ``cuda:90``; of a CPU that of its profile, or the
+        instruction set that is forced."""
         if self.device == "cuda":
             return f"cuda:{self.capability}"
-        if self.device == "cpu":
-            x86 = self.machine == "x86_64"
-            return f"cpu:{(self.isa or self.tier.name) if x86 else self.machine}"
-        return self.device
-
-    @property
-    def tier(self) -> CpuTier:
-        """The most capable instruction set of the processor that has a platform name."""
-        return [tier for tier in self._tiers() if tier.core is not None][-1]
-
-    def best_isa(self, names: Collection[str]) -> str:
-        """The instruction set of ``names``, which include "generic", that the library would choose
-        there. Never AMX: whether it is faster is not measured at start."""
-        return [t.name for t in self._tiers() if t.name in names and t.name != "amx"][-1]
-
-    def _tiers(self) -> list[CpuTier]:
-        machines = (CPU_TIERS[0].machine, self.machine)
-        return [t for t in CPU_TIERS if t.machine in machines and t.features <= self.features]
+        return f"cpu:{self.isa or self.rates.name}" if self.device == "cpu" else self.device
 
     @property
     def assumption(self) -> str:
@@ -152,7 +108,7 @@ class Platform:
 
     @classmethod
     def parse(cls, text: str) -> Platform:
-        """``cpu``, ``cpu:avx2``, ``cuda:90``, … as a machine with everything built: our library,
+        """``cpu``, ``cpu:zen4``, ``cuda:90``, … as a machine with everything built: our library,
         and for a GPU all operators of vLLM's CUDA wheel (``vllm_wheel``).
 
         ``cpu`` and an empty text mean this machine, ``cuda`` its GPU; ``rocm`` and ``xpu`` an
@@ -169,18 +125,17 @@ class Platform:
             return cls.detect("cuda")
         device, _, detail = text.partition(":")
         built = frozenset({NATIVE_LIBRARY})
-        if device == "cpu" and detail in X86_TIERS:
-            return cls("cpu", "x86_64", X86_TIERS[detail].features, ops=built)
-        if device == "cpu" and detail == "aarch64":
-            return cls("cpu", "aarch64", frozenset({"neon"}), ops=built)
+        if device == "cpu" and detail in PROFILES:
+            profile = PROFILES[detail]
+            return cls("cpu", profile.machine, profile.features, ops=built, profile=profile)
         if device == "cuda" and detail.isdigit() and 50 <= int(detail) < 200:
             return cls("cuda", "x86_64", capability=int(detail), ops=built | CUDA_OPS)
         if text in ("rocm", "xpu"):
             return cls(text)
         raise ValueError(
             f"unknown platform {text!r} (known: cpu, "
-            + ", ".join(f"cpu:{tier}" for tier in X86_TIERS)
-            + ", cpu:aarch64, cuda, cuda:80, cuda:90, …, rocm, xpu)"
+            + ", ".join(f"cpu:{name}" for name in PROFILES)
+            + ", cuda, cuda:80, cuda:90, …, rocm, xpu)"
         )
 
     @classmethod
@@ -201,7 +156,8 @@ class Platform:
             missing=missing,
             threads=torch.get_num_threads(),
             cpu=cpu_name(),
-            isa=_isa_in_use() if device == "cpu" and reason is None else "",
+            isa=os.environ.get(CPU_ISA, "") if device == "cpu" and reason is None else "",
+            profile=profile_here() if device == "cpu" else None,
         )
 
 
@@ -225,35 +181,3 @@ def _gpu() -> _Gpu:
         properties.multi_processor_count,
         2e3 * kilohertz * bits / 8,
     )
-
-
-def _isa_in_use() -> str:
-    from vllm.compressed_linear.machine import native
-
-    try:
-        return native.isa()
-    except ValueError:  # a forced one is not supported here: the first op reports it
-        return ""
-
-
-def cpu_features() -> frozenset[str]:
-    """Instruction sets of this CPU that kernels use, probed by our library, or by PyTorch if the
-    library was not built."""
-    if native.available() is None:
-        runs = {*native.supported_isas("floats"), *native.supported_isas("integers")}
-        return frozenset().union(*(tier.features for tier in CPU_TIERS if tier.name in runs))
-    capabilities = torch.backends.cpu.get_cpu_capability()
-    found = set()
-    probes = {
-        "avx2": lambda: capabilities in ("AVX2", "AVX512"),
-        "avx512": lambda: capabilities == "AVX512",
-        "avx512_bf16": torch.cpu._is_avx512_bf16_supported,
-        "avx512_vnni": torch.cpu._is_vnni_supported,
-        "amx": torch.cpu._is_amx_tile_supported,
-    }
-    for name, probe in probes.items():
-        if probe():
-            found.add(name)
-    if _host.machine() in ("aarch64", "arm64"):
-        found.add("neon")
-    return frozenset(found)

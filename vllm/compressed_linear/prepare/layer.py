@@ -84,7 +84,7 @@ def prepare(
             pinned[index].selection if pinned else choose(name, part.descriptor, platform, settings)
         )
         method = selection.chosen(part.descriptor)
-        obtained = _obtain(name, method, selection, part, platform, None if pinned else cache)
+        obtained = _obtain(name, method, part, platform, None if pinned else cache)
         tensors = obtained.tensors
         stop = part.start + part.descriptor.n
         prepared.append((Executor(method, selection, part.start, stop), tensors))
@@ -98,7 +98,8 @@ def prepare(
                 bytes_checkpoint=checkpoint_bytes(part.weights.shards),
                 bytes_prepared=sum(t.nbytes for t in tensors.values()),
                 prepare_seconds=obtained.seconds,
-                batch_invariant=method.batch_invariant,
+                prepared_variant=method.prepared_variant(part.descriptor, platform),
+                batch_invariant=method.rows_are_independent(part.descriptor, platform),
                 chosen_by=selection.chosen_by,
                 note="; ".join(
                     filter(
@@ -126,14 +127,13 @@ class _Obtained:
 def _obtain(
     name: str,
     method: QuantLinearMethod,
-    selection: Selection,
     part: Part,
     platform: Platform,
     cache: PreparedCache | None,
 ) -> _Obtained:
     """Load from the cache, or prepare and cache. Unchecked tensors are neither used nor cached."""
     begin = time.perf_counter()
-    key = None if cache is None else cache_key(method, selection.variant, part, platform)
+    key = None if cache is None else cache_key(method, part, platform)
     if cache is not None and key is not None and (found := cache.load(key)) is not None:
         seconds = time.perf_counter() - begin
         try:

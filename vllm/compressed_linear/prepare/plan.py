@@ -39,8 +39,10 @@ class Rejection:
 
 @dataclass(frozen=True)
 class PlanEntry:
-    """One layer, or one run of equal shards of a layer whose shards differ. ``chosen_by``: see
-    ``registry.ChosenBy``; empty for a layer that is left to vLLM."""
+    """One layer, or one run of equal shards of a layer whose shards differ. ``variant``: the code
+    path, of each range of M if they differ; ``prepared_variant``: what prepared tensors and
+    compiled graphs depend on of it. ``batch_invariant``: whether the bits of a row depend on no
+    other. ``chosen_by``: see ``registry.ChosenBy``; empty for a layer that is left to vLLM."""
 
     name: str
     kind: str
@@ -50,6 +52,7 @@ class PlanEntry:
     bytes_checkpoint: int
     bytes_prepared: int
     prepare_seconds: float
+    prepared_variant: str = ""
     batch_invariant: bool = False
     chosen_by: str = ""
     note: str = ""
@@ -139,11 +142,12 @@ class Plan:
             self.write()
 
     def fingerprint(self) -> str:
-        """Hash of name, backend, code path and descriptor of every entry, drafters' included."""
+        """Hash of what compiled graphs depend on: name, backend, prepared variant and descriptor of
+        every entry, drafters' included."""
         return hashlib.sha256(json.dumps(self._identity()).encode()).hexdigest()[:16]
 
     def _identity(self) -> list[Any]:
-        own = [(e.name, e.backend, e.variant, e.descriptor) for e in self.entries.values()]
+        own = [(e.name, e.backend, e.prepared_variant, e.descriptor) for e in self.entries.values()]
         return own + [(plan.model, plan._identity()) for plan in self.drafters.values()]
 
     def summary(self) -> str:

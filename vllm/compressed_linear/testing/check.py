@@ -105,7 +105,7 @@ def check_case(
             activation = descriptor.activation
             if activation is None or not activation.mixes_rows:
                 check_isolation(run, tensors)
-                if backend.batch_invariant:
+                if backend.rows_are_independent(descriptor, platform):
                     check_invariance(run, tensors)
             looks_up = check_lookup(run, tensors, platform)
             if problem.weight.is_cuda:

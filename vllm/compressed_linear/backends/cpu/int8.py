@@ -9,12 +9,13 @@ checkpoint does not ask for. That is another numerical contract, so it must be r
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 
 from vllm.compressed_linear.backends.base import Capabilities, QuantLinearMethod
 from vllm.compressed_linear.backends.contract import Contract
+from vllm.compressed_linear.backends.cpu import paths
+from vllm.compressed_linear.backends.cpu.costs import CallClass
 from vllm.compressed_linear.backends.cpu.packing import new_packed, pack_codes, pack_scales
 from vllm.compressed_linear.backends.cpu.product import make_problem, multiply
 from vllm.compressed_linear.backends.shared.side_tensors import (
@@ -26,38 +27,11 @@ from vllm.compressed_linear.backends.shared.side_tensors import (
 )
 from vllm.compressed_linear.checkpoint.weights import CompressedWeights
 from vllm.compressed_linear.machine import native
-from vllm.compressed_linear.machine.cost import roofline, vector_share
-from vllm.compressed_linear.machine.platform import NATIVE_LIBRARY, Platform, cpu_features
+from vllm.compressed_linear.machine.cost import overlapped
+from vllm.compressed_linear.machine.platform import NATIVE_LIBRARY, Platform
 from vllm.compressed_linear.spec.descriptor import ActivationSpec, CompressedLinearDescriptor
 from vllm.compressed_linear.spec.elements import INT8, torch_dtype
 
-
-@dataclass(frozen=True)
-class _Speed:
-    """Rates of one core: share of the machine's peak rate of ``arithmetic`` that products reach,
-    with one scale of x per token (``efficiency``) and per 32 channels (``grouped``); codes below 8
-    bits ``decoded`` per second. ``narrow``: speed-up of products with such codes, two of which fit
-    16 bits, so that AVX2 and AVX-512 without VNNI need not widen them. Measured on a Zen 4 core,
-    AVX2 on a Zen 3 core; the values of AMX and Arm are guesses."""
-
-    arithmetic: str
-    efficiency: float
-    grouped: float
-    decoded: float
-    narrow: float = 1.0
-
-
-_SPEEDS = {
-    "avx512vnni": _Speed("int8", 0.95, 0.7, 60e9),
-    "amx": _Speed("int8", 0.5, 0.2, 30e9),
-    "avxvnni": _Speed("int8", 0.8, 0.5, 60e9),
-    "avx512": _Speed("int8", 0.4, 0.3, 60e9, narrow=2.0),
-    "avx2": _Speed("int8", 0.4, 0.3, 40e9, narrow=2.0),
-    "i8mm": _Speed("int8", 0.8, 0.5, 15e9),
-    "dotprod": _Speed("int8", 0.8, 0.5, 15e9),
-    "neon": _Speed("int8", 0.2, 0.15, 15e9),
-    "generic": _Speed("fp32", 0.05, 0.05, 1e9),
-}
 _CALL_SECONDS = 5e-6
 
 QUAD = 4
@@ -98,6 +72,7 @@ class CpuInt8Backend(QuantLinearMethod):
 
     def __init__(self, descriptor: CompressedLinearDescriptor) -> None:
         super().__init__(descriptor)
+        paths.install_here()
         # Made here because the compiler may hold numbers symbolic, and a string must not be.
         self.element = f"uint{descriptor.weight.element.bits}"
         self.output_dtype = torch_dtype(descriptor.output_dtype)
@@ -128,29 +103,31 @@ class CpuInt8Backend(QuantLinearMethod):
 
     @classmethod
     def variant(cls, descriptor: CompressedLinearDescriptor, platform: Platform) -> str:
-        # On this machine the instruction set in use, also if it is forced.
-        if platform.features == cpu_features() and native.available() is None:
-            return native.isa("integers")
-        return platform.best_isa(_SPEEDS)
+        return paths.in_words(paths.paths_of(cls.call_class(descriptor), platform))
+
+    @classmethod
+    def prepared_variant(cls, descriptor: CompressedLinearDescriptor, platform: Platform) -> str:
+        # All instruction sets read one layout, and a call picks one.
+        return ""
+
+    @classmethod
+    def call_class(cls, d: CompressedLinearDescriptor) -> CallClass:
+        """The calls whose paths those of ``d`` take."""
+        activation = cls._activation(d)
+        assert activation is not None
+        # A group of all channels is a token's.
+        grouped = 0 < _channels(activation) < d.k
+        weights = "narrow" if d.weight.element.bits < 8 else "bytes"
+        return CallClass("integers", weights, "group" if grouped else "token")
 
     @classmethod
     def seconds(cls, descriptor: CompressedLinearDescriptor, platform: Platform, m: int) -> float:
-        d, weight = descriptor, descriptor.weight
-        activation = cls._activation(d)
-        assert activation is not None
-        variant = cls.variant(d, platform)
-        speed = _SPEEDS.get(variant, _SPEEDS["generic"])
-        read = d.n * d.k * weight.element.bits / 8 + scale_bytes(d, d.n)
-        narrow = weight.element.bits < 8
-        return roofline(
+        d, call = descriptor, cls.call_class(descriptor)
+        isa = paths.path_at(paths.paths_of(call, platform), m)
+        return overlapped(
             platform,
-            read_bytes=read,
-            operations=2.0 * m * d.n * d.k,
-            arithmetic=speed.arithmetic,
-            efficiency=(speed.grouped if activation.granularity == "group" else speed.efficiency)
-            * (speed.narrow if narrow else 1.0)
-            * vector_share(platform, variant, speed.arithmetic),
-            decode_seconds=d.n * d.k / (speed.decoded * platform.threads) if narrow else 0.0,
+            read_bytes=d.n * d.k * d.weight.element.bits / 8 + scale_bytes(d, d.n),
+            cycles=paths.cost_of(isa, call).cycles(call, platform.rates, m, d.n * d.k),
             call_seconds=_CALL_SECONDS,
         )
 

@@ -1,21 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weight-only CPU kernels: codes stay packed in memory and are decoded in registers.
 
-Every width from 1 to 8 bits, any group size, bf16/fp16/fp32 weights and activations; AVX-512 with
-or without bf16 dot products, AVX2, NEON, or plain C++, whichever the processor has
-(``native.isa``). AMX only where it is asked for by name: it passes on hardware and is fast for many
-rows only, and the choice does not depend on the number of rows.
+Every width from 1 to 8 bits, any group size, bf16/fp16/fp32 weights and activations; AMX, AVX-512
+with or without bf16 dot products, AVX2, NEON, or plain C++, whichever is fastest on the processor
+for the number of tokens of a call (``paths.py``).
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 
 from vllm.compressed_linear.backends.base import Capabilities, QuantLinearMethod
+from vllm.compressed_linear.backends.cpu import paths
+from vllm.compressed_linear.backends.cpu.costs import CallClass
 from vllm.compressed_linear.backends.cpu.packing import new_packed, pack_codes, pack_scales
 from vllm.compressed_linear.backends.cpu.product import make_problem, multiply, operands
 from vllm.compressed_linear.backends.shared.side_tensors import (
@@ -27,35 +26,12 @@ from vllm.compressed_linear.backends.shared.side_tensors import (
 )
 from vllm.compressed_linear.checkpoint.weights import CompressedWeights
 from vllm.compressed_linear.machine import native
-from vllm.compressed_linear.machine.cost import roofline, vector_share
+from vllm.compressed_linear.machine.cost import overlapped
 from vllm.compressed_linear.machine.platform import NATIVE_LIBRARY, Platform
-from vllm.compressed_linear.settings import CPU_ISA
 from vllm.compressed_linear.spec import elements
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor, activation_kinds
 from vllm.compressed_linear.spec.elements import ElementType, torch_dtype
 
-
-@dataclass(frozen=True)
-class _Speed:
-    """Of one core: weights decoded a second (narrow: up to 5 bits), and the share that multiplying
-    reaches of the machine's best rate. Measured on a Zen 4 core; "amx" and "neon" are guesses."""
-
-    arithmetic: str
-    efficiency: float
-    narrow: float
-    wide: float
-
-
-_SPEEDS = {
-    "amx": _Speed("bf16", 0.5, 30e9, 20e9),
-    "avx512bf16": _Speed("bf16", 0.95, 50e9, 25e9),
-    "avx512": _Speed("fp32", 0.9, 50e9, 27e9),
-    "avx2": _Speed("fp32", 0.88, 35e9, 20e9),
-    "neon": _Speed("fp32", 0.8, 10e9, 6e9),
-    "generic": _Speed("fp32", 0.05, 1e9, 1e9),
-}
-_PARTS = {"bfloat16": 1, "float16": 2}
-"""Number of bf16 terms that sum to an activation of each dtype; float32 is multiplied directly."""
 _CALL_SECONDS = 5e-6
 
 
@@ -72,7 +48,6 @@ class CpuBackend(QuantLinearMethod):
     """
 
     name = "cpu"
-    batch_invariant = True
     capabilities = Capabilities(
         devices=frozenset({"cpu"}),
         integer_bits=frozenset(range(1, 9)),
@@ -91,6 +66,7 @@ class CpuBackend(QuantLinearMethod):
 
     def __init__(self, descriptor: CompressedLinearDescriptor) -> None:
         super().__init__(descriptor)
+        paths.install_here()
         # Made here because the compiler may hold ``bits`` symbolic, and a string must not be.
         self.element = _kernel_element(descriptor.weight.element)
         self.output_dtype = torch_dtype(descriptor.output_dtype)
@@ -106,40 +82,40 @@ class CpuBackend(QuantLinearMethod):
             yield f"codebook {element.name} of {element.bits} bits (supported: up to 7)"
 
     @classmethod
+    def call_class(cls, d: CompressedLinearDescriptor) -> CallClass:
+        """The calls whose paths those of ``d`` take."""
+        element, table = d.weight.element, _table(d.weight.element)
+        if element.name in ("fp16", "fp32") or (table is not None and table.dtype == torch.float32):
+            weights = "wide"
+        elif element.kind == "dense":
+            weights = "bf16"
+        else:
+            weights = "narrow" if element.bits < 8 else "bytes"
+        return CallClass("floats", weights, _prepared_dtype(d))
+
+    @classmethod
     def variant(cls, descriptor: CompressedLinearDescriptor, platform: Platform) -> str:
-        forced = os.environ.get(CPU_ISA)
-        if forced:
-            return forced
-        return platform.isa or platform.best_isa(_SPEEDS)
+        return paths.in_words(paths.paths_of(cls.call_class(descriptor), platform))
+
+    @classmethod
+    def prepared_variant(cls, descriptor: CompressedLinearDescriptor, platform: Platform) -> str:
+        # All instruction sets read one layout, and a call picks one.
+        return ""
+
+    @classmethod
+    def rows_are_independent(
+        cls, descriptor: CompressedLinearDescriptor, platform: Platform
+    ) -> bool:
+        return len(paths.paths_of(cls.call_class(descriptor), platform)) == 1
 
     @classmethod
     def seconds(cls, descriptor: CompressedLinearDescriptor, platform: Platform, m: int) -> float:
-        d, weight = descriptor, descriptor.weight
-        element = weight.element
-        variant = cls.variant(d, platform)
-        speed = _SPEEDS.get(variant, _SPEEDS["generic"])
-        read = d.n * d.k * element.bits / 8 + scale_bytes(d, d.n)
-        decode = 0.0
-        if element.kind != "dense":
-            rate = speed.narrow if element.bits <= 5 else speed.wide
-            decode = d.n * d.k / (rate * platform.threads)
-        arithmetic, parts = speed.arithmetic, 1
-        table = _table(element)
-        wide = element.name in ("fp16", "fp32") or (
-            table is not None and table.dtype == torch.float32
-        )
-        input_dtype = _prepared_dtype(d)
-        if wide or input_dtype not in _PARTS:
-            arithmetic = "fp32"
-        elif arithmetic == "bf16":
-            parts = _PARTS[input_dtype]
-        return roofline(
+        d, call = descriptor, cls.call_class(descriptor)
+        isa = paths.path_at(paths.paths_of(call, platform), m)
+        return overlapped(
             platform,
-            read_bytes=read,
-            operations=2.0 * m * d.n * d.k * parts,
-            arithmetic=arithmetic,
-            efficiency=speed.efficiency * vector_share(platform, variant, arithmetic),
-            decode_seconds=decode,
+            read_bytes=d.n * d.k * d.weight.element.bits / 8 + scale_bytes(d, d.n),
+            cycles=paths.cost_of(isa, call).cycles(call, platform.rates, m, d.n * d.k),
             call_seconds=_CALL_SECONDS,
         )
 

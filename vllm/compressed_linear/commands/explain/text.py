@@ -168,8 +168,9 @@ def _table(groups: Sequence[LayerGroup], dtype: str, width: int) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("#", no_wrap=True)
     table.add_column("Layers and their weights", overflow="fold")
-    # On a narrow terminal the name of the code path goes below that of the backend.
-    table.add_column("Runs on", overflow="fold", max_width=None if width >= 100 else 13)
+    # The name of the code path goes below that of the backend, where both are long or the terminal
+    # is narrow.
+    table.add_column("Runs on", overflow="fold", max_width=16 if width >= 100 else 13)
     table.add_column("Disk", justify="right", no_wrap=True)
     table.add_column("Memory", justify="right", no_wrap=True)
     for number, group in enumerate(groups, 1):

@@ -59,10 +59,8 @@ class CacheKey:
     name: str
 
 
-def cache_key(
-    method: QuantLinearMethod, variant: str, part: Part, platform: Platform
-) -> CacheKey | None:
-    """The key of a part prepared by ``method`` on code path ``variant``.
+def cache_key(method: QuantLinearMethod, part: Part, platform: Platform) -> CacheKey | None:
+    """The key of a part prepared by ``method`` for ``platform``.
 
     None if the part cannot be cached: the backend names no layout, or the weights are not in CPU
     memory. Reads all of the part's tensors.
@@ -74,7 +72,7 @@ def cache_key(
         "installation": installation(),
         "backend": method.name,
         "layout": layout,
-        "variant": variant,
+        "variant": method.prepared_variant(part.descriptor, platform),
         "descriptor": part.descriptor.to_json(),
         "shards": [_shard_fields(shard) for shard in part.weights.shards],
     }

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from vllm.compressed_linear.backends.vllm_native.classes.process import is_here
-from vllm.compressed_linear.machine.platform import Platform, cpu_features
+from vllm.compressed_linear.machine.platform import Platform
+from vllm.compressed_linear.machine.this_cpu import cpu_features
 
 
 def missing_op(op: str, platform: Platform) -> str | None:
