@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the AMX engine does in the shadow of tile products, see tile_unit.h: decoding codes, and
-// scaling sums.
+// The order of the AMX engine's work, and what it does in the shadow of tile products, see
+// tile_unit.h: decoding codes, fetching memory, and scaling sums.
 #pragma once
 
 #include <type_traits>
@@ -17,14 +17,49 @@ constexpr int64_t kTileBytes = kTileRows * kTileRowBytes;  // of a decoded block
 static_assert(kBlock / 2 == kTileRows && kTile * 4 == kTileRowBytes && kRowBytes == kTileRowBytes,
               "a block of bf16 pairs is a tile register");
 
+// A strip's part of a chunk.
+struct TileStage {
+  int64_t tile, tiles, chunk;
+  int64_t block_begin, block_end;  // chunks
+  float* scale;                    // [segment][tile][16]
+  float* negated_offset;           // the same, or null
+};
+
+// The order of stages: K in blocks, so that x of all panels stays in the second-level cache; in a
+// block all strips; of a strip the block's chunks, in the order of memory.
+struct TileWalk {
+  int64_t tile0, tile1, chunks, block_chunks;
+
+  TileStage begin() const {
+    TileStage stage{};
+    stage.block_end = least(block_chunks, chunks);
+    enter(stage, tile0);
+    return stage;
+  }
+  // Behind the last stage, `chunk` is the number of chunks.
+  void advance(TileStage& stage) const {
+    if (++stage.chunk < stage.block_end) return;
+    if (stage.tile + stage.tiles < tile1) return enter(stage, stage.tile + stage.tiles);
+    stage.block_begin = stage.block_end;
+    stage.block_end = least(stage.block_end + block_chunks, chunks);
+    enter(stage, tile0);
+  }
+
+ private:
+  void enter(TileStage& stage, int64_t tile) const {
+    stage.tile = tile;
+    stage.tiles = least(tile1 - tile, kStrip);
+    stage.chunk = stage.block_begin;
+  }
+};
+
 // Decodes the next stage's blocks into the places of those that are done with, step by step of K.
 class BlockDecoder {
  public:
-  explicit BlockDecoder(const Problem& p)
-      : table_(p), decode_(function(p)), plain_(p.weight.geometry.element.kind == Kind::bfloat16) {}
+  explicit BlockDecoder(const Problem& p) : table_(p), decode_(function(p)) {}
 
   // Whether blocks are multiplied as they lie in memory.
-  bool plain() const { return plain_; }
+  bool plain() const { return decode_ == nullptr; }
 
   // from: the first step's blocks, `stride` bytes from step to step. slab: [step][kStrip]
   void begin(const uint8_t* from, int64_t stride, uint8_t* slab, int64_t blocks, int64_t steps) {
@@ -38,7 +73,7 @@ class BlockDecoder {
   [[gnu::always_inline]] void step() {
     if (left_ == 0) return;
     --left_;
-    decode_(from_, kAhead * stride_, blocks_, table_, to_);
+    decode_(from_, blocks_, table_, to_);
     from_ += stride_;
     to_ += kStrip * kTileBytes;
   }
@@ -47,33 +82,47 @@ class BlockDecoder {
   }
 
  private:
-  using Function = void (*)(const uint8_t*, int64_t, int64_t, const Table&, uint8_t*);
-  static constexpr int64_t kAhead = kChunk / kBlock;  // steps
+  using Function = void (*)(const uint8_t*, int64_t, const Table&, uint8_t*);
 
-  // `count` blocks that follow each other; what lies `ahead` bytes behind is fetched.
+  // `count` blocks that follow each other.
   template <class Code>
-  static void decode_blocks(const uint8_t* from, int64_t ahead, int64_t count, const Table& table,
-                            uint8_t* to) {
-    for (; count > 0; --count, from += kRowBytes * Code::kBits, to += kTileBytes) {
-#pragma GCC unroll 16
-      for (int line = 0; line < Code::kBits; ++line)
-        _mm_prefetch(from + ahead + line * kRowBytes, _MM_HINT_T0);
-      if constexpr (!std::is_same_v<Code, BFloat16>)
-        decode_block<Code>(from, table, to, std::make_integer_sequence<int, kPairs>());
-    }
+  static void decode_blocks(const uint8_t* from, int64_t count, const Table& table, uint8_t* to) {
+    for (; count > 0; --count, from += kRowBytes * Code::kBits, to += kTileBytes)
+      decode_block<Code>(from, table, to, std::make_integer_sequence<int, kPairs>());
   }
 
   static Function function(const Problem& p) {
+    if (p.weight.geometry.element.kind == Kind::bfloat16) return nullptr;
     return with_decoder(p.weight.geometry.element,
                         [](auto code) -> Function { return &decode_blocks<decltype(code)>; });
   }
 
   const Table table_;
   const Function decode_;
-  const bool plain_;
   const uint8_t* from_ = nullptr;
   uint8_t* to_ = nullptr;
   int64_t stride_ = 0, blocks_ = 0, left_ = 0;
+};
+
+// Fetches memory into the first-level cache, a share at each step.
+class Fetcher {
+ public:
+  // In `steps` steps.
+  void begin(const uint8_t* at, int64_t bytes, int64_t steps) {
+    at_ = at;
+    end_ = at + bytes;
+    share_ = (bytes + steps * kRowBytes - 1) / (steps * kRowBytes) * kRowBytes;
+  }
+  [[gnu::always_inline]] void step() {
+    const uint8_t* at = at_;
+    const uint8_t* stop = end_ - at < share_ ? end_ : at + share_;
+    for (; at < stop; at += kRowBytes) _mm_prefetch(at, _MM_HINT_T0);
+    at_ = at;
+  }
+
+ private:
+  const uint8_t *at_ = nullptr, *end_ = nullptr;
+  int64_t share_ = 0;
 };
 
 // What remains to be done with the sums of a block.

@@ -33,7 +33,8 @@ class TileUnit {
  public:
   static constexpr int64_t kRows = 2 * kTileRows;
 
-  explicit TileUnit(const Problem& p) : p_(p), decoder_(p) {}
+  explicit TileUnit(const Problem& p)
+      : p_(p), decoder_(p), direct_(p.weight.geometry.groups == 1 && !has_offset(p)) {}
   TileUnit(const TileUnit&) = delete;
   TileUnit& operator=(const TileUnit&) = delete;
   ~TileUnit() {
@@ -61,17 +62,26 @@ class TileUnit {
     std::memset(totals, 0, static_cast<size_t>(rows * tiles * kTile) * sizeof(float));
 
     const int64_t row_bytes = call.parts * kChunk * 2;
-    const Walk walk{tile0, tile1, chunks, greatest(kInputBytes / (rows * row_bytes), 1)};
-    Stage next = walk.begin();
-    begin_decoding(next);
-    decoder_.finish();
+    const TileWalk walk{tile0, tile1, chunks, greatest(kInputBytes / (rows * row_bytes), 1)};
+    TileStage next = walk.begin();
+    if (!decoder_.plain()) {
+      begin_decoding(next);
+      decoder_.finish();
+    }
     for (int turn = 0; next.chunk < chunks; turn = 1 - turn) {
-      Stage stage = next;
+      TileStage stage = next;
       stage.scale = scale[turn];
       stage.negated_offset = call.offset ? negated_offset[turn] : nullptr;
       load_numbers(call, stage);
       walk.advance(next);
-      if (next.chunk < chunks) begin_decoding(next);
+      if (next.chunk < chunks && !decoder_.plain()) begin_decoding(next);
+      // What is decoded while the next stage is multiplied, or multiplied then.
+      TileStage fetched = next;
+      if (!decoder_.plain() && next.chunk < chunks) walk.advance(fetched);
+      if (fetched.chunk < chunks)
+        fetcher_.begin(block_of(p_.weight, fetched.tile, fetched.chunk * kChunk),
+                       steps_of(g, fetched.chunk) * g.block_stride(fetched.tile),
+                       steps_of(g, stage.chunk) * (panel1 - panel0) * blocks_in_row(stage, rows));
       float* strip = totals + (stage.tile - tile0) * kTile * rows;
       for (int64_t panel = panel0; panel < panel1; ++panel)
         multiply_panel(call, stage, panel, panel + 1 == panel1,
@@ -82,61 +92,37 @@ class TileUnit {
     for (int64_t tile = tile0; tile < tile1; tile += kStrip) {
       const int64_t width = least(tile1 - tile, kStrip) * kTile;
       float* strip = totals + (tile - tile0) * kTile * rows;
+      if (direct_) scale_totals(tile, width, rows, strip);
       for (int64_t r = 0; r < rows; ++r)
         store_row(p_, call.row0 + row0 + r, tile * kTile, width, strip + r * width);
     }
   }
 
  private:
-  // A strip's part of a chunk.
-  struct Stage {
-    int64_t tile, tiles, chunk;
-    int64_t block_begin, block_end;  // chunks
-    float* scale;                    // [segment][tile][16]
-    float* negated_offset;           // the same, or null
-  };
-
-  // The order of stages: K in blocks, so that x of all panels stays in the second-level cache; in a
-  // block all strips; of a strip the block's chunks, in the order of memory.
-  struct Walk {
-    int64_t tile0, tile1, chunks, block_chunks;
-
-    Stage begin() const {
-      Stage stage{};
-      stage.block_end = least(block_chunks, chunks);
-      enter(stage, tile0);
-      return stage;
-    }
-    // Behind the last stage, `chunk` is the number of chunks.
-    void advance(Stage& stage) const {
-      if (++stage.chunk < stage.block_end) return;
-      if (stage.tile + stage.tiles < tile1) return enter(stage, stage.tile + stage.tiles);
-      stage.block_begin = stage.block_end;
-      stage.block_end = least(stage.block_end + block_chunks, chunks);
-      enter(stage, tile0);
-    }
-
-   private:
-    void enter(Stage& stage, int64_t tile) const {
-      stage.tile = tile;
-      stage.tiles = least(tile1 - tile, kStrip);
-      stage.chunk = stage.block_begin;
-    }
-  };
+  // What becomes of a block's sums.
+  enum class Ends { scale, offset, direct };
 
   // What a block is made of, over one segment.
   struct Block {
     const uint32_t* x;       // [block][part][row][word]
     const uint8_t* weights;  // [block] weight_stride apart: [tile]
     int64_t steps, rows, parts, weight_stride;
-    int64_t done;  // of the steps, that no other segment and no other panel needs
+    int64_t done;   // of the steps, that no other segment and no other panel needs
+    float* totals;  // [row] total_stride apart
+    int64_t total_stride;
   };
+
+  // Blocks side by side, see multiply_panel.
+  static int64_t blocks_in_row(const TileStage& stage, int64_t rows) {
+    return rows > kTileRows ? (stage.tiles + 1) / 2
+                            : stage.tiles / 4 + stage.tiles % 4 / 2 + stage.tiles % 2;
+  }
 
   static int64_t steps_of(const Geometry& g, int64_t chunk) {
     return least(g.padded_k - chunk * kChunk, kChunk) / kBlock;
   }
 
-  void begin_decoding(const Stage& stage) {
+  void begin_decoding(const TileStage& stage) {
     const Geometry& g = p_.weight.geometry;
     decoder_.begin(block_of(p_.weight, stage.tile, stage.chunk * kChunk),
                    g.block_stride(stage.tile), slab_, stage.tiles, steps_of(g, stage.chunk));
@@ -152,7 +138,7 @@ class TileUnit {
   }
 
   template <class Call>
-  void load_numbers(const Call& call, const Stage& stage) const {
+  void load_numbers(const Call& call, const TileStage& stage) const {
     const int64_t first = call.chunk_first[stage.chunk];
     const int64_t count = call.chunk_first[stage.chunk + 1] - first;
     for (int64_t s = 0; s < count; ++s)
@@ -169,7 +155,7 @@ class TileUnit {
   }
 
   template <class Call>
-  void multiply_panel(const Call& call, const Stage& stage, int64_t panel, bool last,
+  void multiply_panel(const Call& call, const TileStage& stage, int64_t panel, bool last,
                       float* totals) {
     const int64_t begin = call.panels.begin(panel), rows = call.panels.rows(panel);
     const int64_t first = call.chunk_first[stage.chunk];
@@ -192,7 +178,9 @@ class TileUnit {
                   rows,
                   call.parts,
                   weight_stride,
-                  0};
+                  0,
+                  totals,
+                  stage.tiles * kTile};
       if (segment.begin % kBlock != 0 || segment.end % kBlock != 0)
         block.x = only(segment, block.x, low, high, call.parts * rows);
       PendingSums sums;
@@ -200,11 +188,13 @@ class TileUnit {
       sums.row_sums =
           call.offset ? call.row_sums + begin * call.segment_count + (first + s) * rows : nullptr;
       sums.rows = rows;
-      sums.total_stride = stage.tiles * kTile;
+      sums.total_stride = block.total_stride;
       const auto run = [&](int64_t t, auto row_tiles, auto columns) {
         if (last && t + columns == stage.tiles) block.done = segment.end / kBlock - low;
         multiply_block_of<row_tiles, columns>(block, call.offset);
         block.weights += columns * kTileBytes;
+        block.totals += columns * kTile;
+        if (direct_) return;
         const int64_t at = (s * stage.tiles + t) * kTile;
         sums.totals = totals + t * kTile;
         sums.scale = stage.scale + at;
@@ -229,12 +219,16 @@ class TileUnit {
     if (pending_.columns != Columns) finish_pending();
     const bool usual =
         block.steps == kUsualSteps && block.parts == 1 && pending_.rows == RowTiles * kTileRows;
-    if (offset) {
-      usual ? multiply_block<RowTiles, Columns, true, true>(block)
-            : multiply_block<RowTiles, Columns, true, false>(block);
+    if (direct_) {
+      block.steps == kUsualSteps&& block.parts == 1
+          ? multiply_block<RowTiles, Columns, Ends::direct, true>(block)
+          : multiply_block<RowTiles, Columns, Ends::direct, false>(block);
+    } else if (offset) {
+      usual ? multiply_block<RowTiles, Columns, Ends::offset, true>(block)
+            : multiply_block<RowTiles, Columns, Ends::offset, false>(block);
     } else {
-      usual ? multiply_block<RowTiles, Columns, false, true>(block)
-            : multiply_block<RowTiles, Columns, false, false>(block);
+      usual ? multiply_block<RowTiles, Columns, Ends::scale, true>(block)
+            : multiply_block<RowTiles, Columns, Ends::scale, false>(block);
     }
   }
 
@@ -257,7 +251,7 @@ class TileUnit {
   // Registers: 0 to 3 sums [row tile][column], 4 x, 5 x or weights, 6 and 7 weights. Scales the
   // pending sums and leaves its own in their place. Usual: whole chunks of bf16 and full tiles of
   // rows.
-  template <int RowTiles, int Columns, bool Offset, bool Usual>
+  template <int RowTiles, int Columns, Ends kEnds, bool Usual>
   void multiply_block(const Block& block) {
     const int64_t steps = Usual ? kUsualSteps : block.steps, parts = Usual ? 1 : block.parts;
     const int64_t weight_stride = block.weight_stride;
@@ -265,8 +259,14 @@ class TileUnit {
     // What was stored a moment ago must leave the store buffer before it can be read.
     const int64_t settled = Usual ? kUsualSteps / 2 : steps / 2;
     const int64_t share = (pending_.rows + steps - settled - 1) / (steps - settled);
-    Scaling<Columns, Offset> scaling(pending_);
-    for_sums<RowTiles, Columns>([](auto c, auto, auto) { Tiles::template zero<c>(); });
+    Scaling<Columns, kEnds == Ends::offset> scaling(pending_);
+    if constexpr (kEnds == Ends::direct) {
+      for_sums<RowTiles, Columns>([&block](auto c, auto row, auto column) {
+        Tiles::template load<c>(total_of(block, row, column), block.total_stride * 4);
+      });
+    } else {
+      for_sums<RowTiles, Columns>([](auto c, auto, auto) { Tiles::template zero<c>(); });
+    }
     const uint32_t* x = block.x;
     const uint8_t* weights = block.weights;
 #pragma GCC unroll 4
@@ -291,15 +291,46 @@ class TileUnit {
           if constexpr (Columns > 1) Tiles::template dot_bf16<3, 5, 7>();
         }
       }
-      if constexpr (Usual) {
-        if (i >= settled) scaling.template some<RowTiles * kTileRows * 2 / kUsualSteps>();
-      } else {
-        if (i >= settled) scaling.step(share);
+      fetcher_.step();
+      if constexpr (kEnds != Ends::direct) {
+        if (i >= settled) {
+          if constexpr (Usual) {
+            scaling.template some<RowTiles * kTileRows * 2 / kUsualSteps>();
+          } else {
+            scaling.step(share);
+          }
+        }
       }
-      if (i < done) decoder_.step();
+      if (i < done && !decoder_.plain()) decoder_.step();
     }
-    if constexpr (!Usual) scaling.finish();
-    store_sums<RowTiles, Columns>(sums_);
+    if constexpr (kEnds == Ends::direct) {
+      for_sums<RowTiles, Columns>([&block](auto c, auto row, auto column) {
+        Tiles::template store<c>(total_of(block, row, column), block.total_stride * 4);
+      });
+    } else {
+      if constexpr (!Usual) scaling.finish();
+      for_sums<RowTiles, Columns>([this](auto c, auto row, auto column) {
+        Tiles::template store<c>(sums_ + (row * kTileRows * Columns + column) * kTile,
+                                 Columns * kTileRowBytes);
+      });
+    }
+  }
+
+  static float* total_of(const Block& block, int64_t row_tile, int64_t column) {
+    return block.totals + row_tile * kTileRows * block.total_stride + column * kTile;
+  }
+
+  // The scales of a whole row of K, once for all of it.
+  void scale_totals(int64_t tile, int64_t width, int64_t rows, float* totals) const {
+    if (p_.weight.scale.data == nullptr) return;
+    for (int64_t at = 0; at < width; at += kTile) {
+      __m512 scale[1];
+      load_scales(p_, tile + at / kTile, 0, scale);
+      for (int64_t r = 0; r < rows; ++r) {
+        float* total = totals + r * width + at;
+        _mm512_store_ps(total, _mm512_mul_ps(scale[0], _mm512_load_ps(total)));
+      }
+    }
   }
 
   void finish_pending() {
@@ -324,14 +355,6 @@ class TileUnit {
         break;
     }
     pending_.rows = 0;
-  }
-
-  template <int RowTiles, int Columns>
-  static void store_sums(float* to) {
-    for_sums<RowTiles, Columns>([to](auto c, auto row, auto column) {
-      Tiles::template store<c>(to + (row * kTileRows * Columns + column) * kTile,
-                               Columns * kTileRowBytes);
-    });
   }
 
   // action(register, row tile, column) for the registers of a block's sums, all constants.
@@ -361,7 +384,9 @@ class TileUnit {
 
   const Problem& p_;
   BlockDecoder decoder_;
+  Fetcher fetcher_;
   PendingSums pending_;
+  const bool direct_;  // one scale for all of K, and no offset: the totals are the sums
   int64_t configured_ = 0;
   uint8_t* slab_ = nullptr;
   alignas(64) float sums_[4 * kTileRows * kTile];
