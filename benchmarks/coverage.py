@@ -16,9 +16,15 @@ from benchmarks.family_records import Records
 from benchmarks.machine import ROOT
 from benchmarks.markdown import table
 from benchmarks.targets import TARGETS, Target
+from vllm.compressed_linear.machine.profiles import INSTRUCTIONS, PROFILES, Source
 
 RESULTS = ROOT / "benchmarks" / "results"
 FILE = RESULTS / "COVERAGE.md"
+MARKS: dict[Source, str] = {
+    "measured": "measured",
+    "published": "*published*",
+    "estimated": "*estimated*",
+}
 
 
 def cell(target: Target, records: Records) -> str:
@@ -32,6 +38,18 @@ def cell(target: Target, records: Records) -> str:
         return f"**met**: {found.text}"
     why = records.counts.get(target.key, "")
     return f"missed: {found.text}" + (f". {why}" if why else "")
+
+
+def rates() -> str:
+    """Instructions a cycle of the processors that have a profile, with where each rate is from."""
+    named = [profile for profile in PROFILES.values() if profile.known_as]
+    rows = []
+    for name in INSTRUCTIONS:
+        found = [dict(profile.rates).get(name) for profile in named]
+        if any(found):
+            cells = ["" if r is None else f"{r.value:.3g} {MARKS[r.source]}" for r in found]
+            rows.append([f"`{name}`", *cells])
+    return table(["instructions a cycle", *(f"`{profile.name}`" for profile in named)], rows, 0)
 
 
 def page(results: Path = RESULTS) -> str:
@@ -48,7 +66,11 @@ def page(results: Path = RESULTS) -> str:
         "benchmarks.coverage` from the records; see docs/performance.md for how they were "
         "measured, and under what load.\n\n"
         f"{table(head, rows, 0)}\n\n"
-        f"*Not measured* at all: {others}.\n"
+        f"*Not measured* at all: {others}.\n\n"
+        "## Rates that kernels are chosen by\n\n"
+        "Each is marked with its source: measured on such a processor, published by its vendor or "
+        "by uops.info, or estimated; see vllm/compressed_linear/machine/profiles.py.\n\n"
+        f"{rates()}\n"
     )
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the machine allows, measured beside every result: reading memory, multiplying.
 
-Both with loops of ``native/``, with as many threads as torch has, and not through a library: its
-matrix product may reach a third of what the core does.
+Both with loops of our own, with as many threads as torch has, and not through a matrix product of a
+library, which may reach a third of what the core does.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from benchmarks.machine import available_bytes, cache_bytes
 from benchmarks.native_code import in_threads, library
 from benchmarks.rotation import MEMORY_SHARE
 from benchmarks.timing import best_seconds, timed
+from vllm.compressed_linear.machine import native
+from vllm.compressed_linear.machine.profiles import INSTRUCTIONS
 
 READ_BYTES = 256 << 20
 """Bytes to read from, at least; more where the last-level cache is large."""
@@ -28,8 +30,9 @@ SLICE_BYTES = 32 << 20
 STREAMS = (1, 2, 4, 8)
 AHEAD = (0, 512, 1024, 2048, 4096)
 """Bytes that are prefetched ahead of each stream."""
-PRODUCT_ROUNDS = 20_000
-"""Rounds of a product that are timed at once: some 0.1 ms for vectors, 1 ms for tiles."""
+TILES = ("bf16", "int8")
+TILE_ROUNDS = 20_000
+"""Rounds of four products of tiles that are timed at once, some 0.5 ms."""
 
 
 @cache
@@ -94,32 +97,51 @@ def read_rate(seconds: float = 2.0) -> dict[str, Any]:
 
 
 @cache
-def _products() -> list[tuple[str, str]]:
-    """Name and arithmetic of the loops of ``native/products.cpp`` that this machine has."""
-    loaded = library("products")
-    loaded.product_name.restype = loaded.product_arithmetic.restype = ctypes.c_char_p
-    loaded.product_name.argtypes = loaded.product_arithmetic.argtypes = [ctypes.c_int64]
-    loaded.product_run.restype = ctypes.c_int64
-    loaded.product_run.argtypes = [ctypes.c_int64, ctypes.c_int64]
-    found: list[tuple[str, str]] = []
-    while (name := loaded.product_name(len(found))) is not None:
-        found.append((name.decode(), loaded.product_arithmetic(len(found)).decode()))
-    return found
+def _tiles() -> ctypes.CDLL:
+    loaded = library("tiles")
+    for arithmetic in TILES:
+        loop = getattr(loaded, f"tiles_{arithmetic}")
+        loop.restype, loop.argtypes = ctypes.c_int64, [ctypes.c_int64]
+    return loaded
 
 
-def _multiply(product: int, _: int) -> int:
-    return int(library("products").product_run(product, PRODUCT_ROUNDS))
+def _instruction_rates() -> dict[str, float]:
+    """10⁹ operations a second of each instruction of ``profiles.INSTRUCTIONS`` that multiplies,
+    from registers, of the calling thread."""
+    native.load()
+    lines = torch.ops.compressed_linear.measure_rates().splitlines()
+    per_cycle = {name: float(value) for name, value in (line.split() for line in lines)}
+    clock = per_cycle.pop("clock")
+    return {
+        name: rate * clock * INSTRUCTIONS[name].operations / 1e9
+        for name, rate in per_cycle.items()
+        if INSTRUCTIONS[name].arithmetic
+    }
+
+
+def _multiply_tiles(arithmetic: str, _: int) -> int:
+    return int(getattr(_tiles(), f"tiles_{arithmetic}")(TILE_ROUNDS))
 
 
 def product_rates(seconds: float = 1.0) -> list[dict[str, Any]]:
     """Best rates of multiplying in each arithmetic, in 10⁹ operations a second, of all threads
-    together: by vectors and, where there are any, by tiles, from registers and from L1."""
-    threads, found = torch.get_num_threads(), []
-    for index, (name, arithmetic) in enumerate(_products()):
-        multiply = partial(_multiply, index)
-        if done := multiply(0):
-            share = seconds / len(_products())
-            best = best_seconds(partial(in_threads, multiply, threads), share)
-            rate = threads * done / best / 1e9
+    together: by each instruction from registers and, where there are tiles, from L1."""
+    threads = torch.get_num_threads()
+    best: dict[str, float] = {}
+    end = time.perf_counter() + seconds
+    while not best or time.perf_counter() < end:
+        taken = in_threads(lambda _: _instruction_rates(), threads)
+        for name in taken[0]:
+            best[name] = max(best.get(name, 0.0), sum(rates[name] for rates in taken))
+    found = [
+        {"name": name, "arithmetic": INSTRUCTIONS[name].arithmetic, "gop_per_s": rate}
+        for name, rate in best.items()
+    ]
+    for arithmetic in TILES:
+        multiply_once = partial(_multiply_tiles, arithmetic)
+        if done := multiply_once(0):
+            multiply = partial(in_threads, multiply_once, threads)
+            rate = threads * done / best_seconds(multiply, seconds / 4) / 1e9
+            name = f"tile_{arithmetic} from L1"
             found.append({"name": name, "arithmetic": arithmetic, "gop_per_s": rate})
     return found

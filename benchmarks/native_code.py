@@ -9,10 +9,12 @@ import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 from benchmarks.families import family
 from benchmarks.machine import BUILD
 
+T = TypeVar("T")
 SOURCES = Path(__file__).parent / "native"
 
 
@@ -28,11 +30,18 @@ def library(name: str) -> ctypes.CDLL:
     return ctypes.CDLL(str(built))
 
 
-def in_threads(action: Callable[[int], object], threads: int) -> None:
-    """``action`` of 0 … ``threads`` - 1, each in a thread, the first in this one."""
-    others = [threading.Thread(target=action, args=(i,)) for i in range(1, threads)]
+def in_threads(action: Callable[[int], T], threads: int) -> list[T]:
+    """``action`` of 0 … ``threads`` - 1, each in a thread, the first in this one; their results in
+    the order in which they ended."""
+    found: list[T] = []
+
+    def run(index: int) -> None:
+        found.append(action(index))
+
+    others = [threading.Thread(target=run, args=(i,)) for i in range(1, threads)]
     for thread in others:
         thread.start()
-    action(0)
+    run(0)
     for thread in others:
         thread.join()
+    return found

@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import contest, families, limits, machine, never_slower, ours, rotation, stock
 from benchmarks.contender import Contender
+from benchmarks.native_code import in_threads
 from benchmarks.schemes import SCHEMES, ZOO
 from vllm.compressed_linear.machine.timing import Timing
 
@@ -143,7 +144,13 @@ def test_reading_has_a_rate_for_each_number_of_streams(monkeypatch: pytest.Monke
 def test_products_of_this_machine_are_measured() -> None:
     found = limits.product_rates(0.0)
     assert all(product["gop_per_s"] > 0 for product in found)
-    assert {"fp32", "int8"} <= {product["arithmetic"] for product in found}
+    known = {"fp32", "bf16", "int8"}
+    assert found
+    assert {product["arithmetic"] for product in found} <= known
+
+
+def test_threads_give_their_results() -> None:
+    assert sorted(in_threads(lambda index: index * index, 3)) == [0, 1, 4]
 
 
 XEON = """processor : 0
