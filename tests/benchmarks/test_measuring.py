@@ -196,6 +196,8 @@ def test_a_result_says_on_what_it_was_measured() -> None:
 def test_results_lie_in_the_folder_of_their_family() -> None:
     results = Path(machine.ROOT) / "benchmarks" / "results"
     for file in results.glob("*/**/*.json"):
+        if file.name == "counts.json":  # written by people
+            continue
         family = json.loads(file.read_text()).get("machine", {}).get("family")
         assert family == file.relative_to(results).parts[0], file
 
