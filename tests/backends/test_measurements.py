@@ -22,6 +22,7 @@ from vllm.compressed_linear.backends.measurements import (
     merge,
     read,
 )
+from vllm.compressed_linear.machine import atomic_file
 from vllm.compressed_linear.machine.cost import MIX
 from vllm.compressed_linear.machine.limits import MachineLimits
 from vllm.compressed_linear.machine.platform import Platform
@@ -100,7 +101,7 @@ def test_a_failed_write_leaves_the_old_file(
     def full(descriptor: int) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(tune_file.os, "fsync", full)
+    monkeypatch.setattr(atomic_file.os, "fsync", full)
     with pytest.raises(OSError, match="no space"):
         merge(file, key(), of(cpu=2e-3))
     assert file.read_text() == before

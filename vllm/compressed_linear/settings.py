@@ -96,6 +96,14 @@ def default_tune_file() -> Path:
     return Path(cache) / "vllm-compressed-linear" / "tune.json"
 
 
+def rates_path() -> Path | None:
+    """File beside the tune file that ``VLLM_COMPRESSED_LINEAR_TUNE_FILE`` names, or the default
+    one, in which the rates of this machine are kept; None with ``off``. One for the whole process,
+    so ``additional_config`` has no part in it."""
+    file = _tune_file(os.environ.get(TUNE_FILE) or "")
+    return Path(file).with_name("rates.json") if file else None
+
+
 @dataclass(frozen=True)
 class Settings:
     """All settings, read once for each model. ``tune_file``: empty for none. ``allow_missing``:

@@ -20,11 +20,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
-import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from importlib.metadata import version
@@ -34,6 +31,7 @@ from typing import Any
 import torch
 
 from vllm.compressed_linear.machine import native
+from vllm.compressed_linear.machine.atomic_file import replace_text
 from vllm.compressed_linear.machine.cost import expected_seconds, mix_of
 from vllm.compressed_linear.machine.limits import MachineLimits
 from vllm.compressed_linear.machine.platform import NATIVE_LIBRARY, Platform
@@ -191,18 +189,7 @@ def write(path: Path, machines: Mapping[MachineKey, Measurements]) -> None:
             for key, found in machines.items()
         ],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w") as stream:
-            stream.write(json.dumps(data, indent=1, sort_keys=False) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        with suppress(OSError):
-            Path(temporary).unlink()
-        raise
+    replace_text(path, json.dumps(data, indent=1, sort_keys=False) + "\n")
 
 
 def merge(path: Path, key: MachineKey, new: Measurements) -> None:

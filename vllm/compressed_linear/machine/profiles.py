@@ -140,7 +140,7 @@ _SCALAR = {"scalar": 3.0}
 _AVX2 = {"fma256": 2.0, "madd256": 0.75, "lookup256": 2.0}
 _INTEL_AMX = (
     _SCALAR
-    | {"fma256": 2.0, "madd256": 0.67, "lookup256": 2.0, "dot8_256": 2.0, "madd512": 0.67}
+    | {"fma256": 2.0, "madd256": 0.9, "lookup256": 2.0, "dot8_256": 2.0, "madd512": 0.67}
     | {"fma512": 2.0, "lookup512": 1.0, "dotbf16_512": 0.5, "dot8_512": 2.0}
     | {"tile_bf16": 1 / 16, "tile_int8": 1 / 16}
 )

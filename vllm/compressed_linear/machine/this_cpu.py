@@ -3,25 +3,34 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform as _host
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 
-from vllm.compressed_linear.machine import native
+from vllm.compressed_linear.machine import native, rates, rates_file
 from vllm.compressed_linear.machine.isas import features_of
 from vllm.compressed_linear.machine.limits import cpu_name
 from vllm.compressed_linear.machine.profiles import PROFILES, Profile, plain_profile
-from vllm.compressed_linear.settings import CPU_PROFILE
+from vllm.compressed_linear.settings import CPU_PROFILE, rates_path
+
+# A child of vLLM's logger, so that its handlers get the line; this module does not import vLLM.
+logger = logging.getLogger(__name__)
 
 
 def profile_here() -> Profile:
-    """The profile that ``VLLM_COMPRESSED_LINEAR_CPU_PROFILE`` names, or else the one that fits.
-    ``ValueError`` for an unknown name."""
+    """The profile that ``VLLM_COMPRESSED_LINEAR_CPU_PROFILE`` names, or else the one that fits the
+    rates of this machine, which are measured once, or the published one of its kind where they
+    cannot be kept. ``ValueError`` for an unknown name."""
     forced = os.environ.get(CPU_PROFILE, "")
-    return _forced(forced) if forced else _found(cpu_name(), _host.machine(), cpu_features())
+    if forced:
+        return _forced(forced)
+    file = rates_path() if native.available() is None else None
+    return _found(cpu_name(), _host.machine(), cpu_features(), file)
 
 
 def _forced(name: str) -> Profile:
@@ -30,10 +39,24 @@ def _forced(name: str) -> Profile:
     return replace(PROFILES[name], origin=f"{CPU_PROFILE} names it", by_name={})
 
 
-@lru_cache(maxsize=4)
-def _found(cpu: str, machine: str, features: frozenset[str]) -> Profile:
+@lru_cache(maxsize=8)
+def _found(cpu: str, machine: str, features: frozenset[str], file: Path | None) -> Profile:
+    """Once for each process, so that all layers are chosen by the same rates."""
+    if file is not None:
+        try:
+            measured = rates_file.kept(file, rates_file.RatesKey.of(cpu), rates.measure)
+        except OSError as error:
+            logger.warning(
+                "The rates of this processor cannot be kept in %s (%s), so instruction sets are "
+                "chosen by its published profile.",
+                file,
+                error,
+            )
+        else:
+            fit = rates.fitted(measured, cpu, machine, features)
+            return replace(fit, origin="nearest to the rates measured here", by_name={})
     known = published(cpu, machine, features)
-    return replace(known, origin="by the processor's name and features", by_name={})
+    return replace(known, origin="published, by the processor's name and features", by_name={})
 
 
 def published(cpu: str, machine: str, features: frozenset[str]) -> Profile:
