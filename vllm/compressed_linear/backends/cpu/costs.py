@@ -102,8 +102,8 @@ COSTS: dict[Kernels, dict[str, KernelCost]] = {
         "amx": KernelCost(
             "tile_bf16",
             8192,
-            0.22,
-            {"narrow": 33.0, "bytes": 73.0, "bf16": 22.0},
+            0.32,
+            {"narrow": 7.0, "bytes": 13.0, "bf16": 8.0},
             rows=16,
             parts=_TILES,
         ),
