@@ -45,10 +45,7 @@ from vllm.compressed_linear.spec.scheme import CheckpointScheme
         ((["re:.*q_proj"], ["Linear"]), []),
         ((["Linear"], ["re:.*q_proj"]), []),
         (([Q], ["re:.*q_proj"]), []),
-        ((["re:.*q_proj"], [Q]), []),
-        # Of two expressions the first in the order of the text, whichever group has it.
         ((["re:.*q_proj"], [r"re:.*self_attn\..*"]), []),
-        (([r"re:.*self_attn\..*"], ["re:.*q_proj"]), []),
         ((["re:.*_proj"], ["re:.*q_proj"]), []),
         ((["Linear"], ["Linear"]), []),  # the last group with a target
         ((["re:.*q_proj"], ["re:.*k_proj"]), ["re:.*q_proj"]),
@@ -122,6 +119,31 @@ def test_compressed_tensors_that_say_nothing_possible(
 ) -> None:
     with pytest.raises(ConfigError, match=saying(*complaint)):
         parse(groups((["Linear"], {**INT4, **change})))
+
+
+@pytest.mark.needs_vllm
+@pytest.mark.parametrize(
+    "targets",
+    [
+        (["re:.*q_proj"], [Q]),
+        ([Q], ["re:.*q_proj"]),
+        (["re:.*q_proj"], [r"re:.*self_attn\..*"]),
+        ([r"re:.*self_attn\..*"], ["re:.*q_proj"]),
+        (["Linear"], ["re:.*q_proj"]),
+        (["Linear", "re:.*k_proj"], [r"re:.*self_attn\..*", Q]),
+    ],
+)
+def test_of_several_targets_the_first_decides_as_in_vllm(
+    targets: tuple[list[str], list[str]],
+) -> None:
+    """The library takes names first, and expressions in the order of their text."""
+    from vllm.model_executor.layers.quantization.compressed_tensors.utils import (
+        find_matched_target,
+    )
+
+    config = groups((targets[0], INT4), (targets[1], INT8))
+    chosen = find_matched_target(Q, torch.nn.Linear(1, 1), [*targets[0], *targets[1]])
+    assert bits_of(resolve(config)) == (4 if chosen in targets[0] else 8)
 
 
 # Names that vLLM has for layers which it fuses.

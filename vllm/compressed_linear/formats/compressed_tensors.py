@@ -11,11 +11,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import cached_property
 from typing import Any, Self
 
 from vllm.compressed_linear.formats.base import Format, Hints, register_format
-from vllm.compressed_linear.formats.entries import Entries, ModuleNames
+from vllm.compressed_linear.formats.entries import Entries
 from vllm.compressed_linear.formats.fields import Fields
 from vllm.compressed_linear.formats.file_view import FileView
 from vllm.compressed_linear.formats.resolution import (
@@ -122,19 +121,13 @@ class Targets(Entries):
         return spelling in names
 
     def matching(self, names: Sequence[str], kind: LayerKind) -> list[str]:
-        """The targets, as written, that select a module, in the order in which the library's
-        ``match_targets`` would choose: names have precedence over expressions (in the order of
-        their text), and these over classes."""
-        fused = names.fused if isinstance(names, ModuleNames) else ()
-        found = [self.spellings[name] for name in (*names, *fused) if name in self.spellings]
-        found += [self.spellings[s] for s in self._in_order if self.select(s, names, None)]
+        """The targets, as written, that select a module, in vLLM's order: names and expressions as
+        the configuration lists them, then classes. The library has another one (names, expressions
+        in the order of their text), so tensors of the files decide where they can."""
+        found = [entry for s, entry in self.spellings.items() if self.select(s, names, None)]
         if (name := MODULE_CLASS[kind]) in self.spellings:
             found.append(self.spellings[name])
         return list(dict.fromkeys(found))
-
-    @cached_property
-    def _in_order(self) -> list[str]:
-        return sorted(spelling for spelling in self.spellings if spelling.startswith("re:"))
 
     def classes(self) -> list[str]:
         """Targets that may be names of classes."""

@@ -92,6 +92,8 @@ class Entries(ABC):
         """The same entries for the names that ``rename`` gives."""
         spellings = {}
         for spelling, entry in self.spellings.items():
+            if self.keeps(spelling):
+                spellings[spelling] = entry
             if new := rename(spelling):
                 spellings[new] = entry
             # Renaming is defined for tensors, and may be for whole components of their names only.
