@@ -59,7 +59,7 @@ class Records:
     def has_tiles(self) -> bool:
         """Whether the processor multiplies tiles."""
         return any(
-            product["name"].startswith("AMX")
+            product["name"].startswith("tile")
             for report in self._linear.values()
             for product in report["limits"]["products"]
         )

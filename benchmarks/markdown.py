@@ -104,10 +104,19 @@ def _threads(report: Report) -> str:
 
 
 def _products(records: Sequence[Report]) -> str:
-    found: dict[tuple[str, str], list[float]] = {}
-    for product in (p for report in records for p in report["limits"]["products"]):
-        found.setdefault((product["arithmetic"], product["name"]), []).append(product["gop_per_s"])
-    return ", ".join(f"{kind} {name} {_span(v)}" for (kind, name), v in found.items())
+    """The best product of each arithmetic, over all records."""
+    found: dict[str, list[tuple[float, str]]] = {}
+    for report in records:
+        best: dict[str, tuple[float, str]] = {}
+        for product in report["limits"]["products"]:
+            this = (product["gop_per_s"], product["name"])
+            best[product["arithmetic"]] = max(this, best.get(product["arithmetic"], this))
+        for arithmetic, this in best.items():
+            found.setdefault(arithmetic, []).append(this)
+    return ", ".join(
+        f"{arithmetic} {max(each)[1]} {_span([rate for rate, _ in each])}"
+        for arithmetic, each in found.items()
+    )
 
 
 def _span(values: Sequence[float]) -> str:

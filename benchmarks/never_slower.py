@@ -164,16 +164,18 @@ def table(report: Mapping[str, Any]) -> Table:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The record of all kinds that were asked for."""
+    """The record of all kinds that were asked for; written after each layer."""
     facts = machine.about()
     report: dict[str, Any] = {
         "threads": arguments.threads,
         "clock": "CPU" if arguments.threads == 1 else "wall",
         "slower_from": SLOWER,
         "m": arguments.m,
+        "machine": facts,
         "layers": [],
         "no_kernel": {},
     }
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
     with torch.inference_mode(), ExitStack() as stack:
         vllms = {"vllm": Vllm(STOCK), "vllm-default": Vllm(STOCK_DEFAULT)}
         for process in vllms.values():
@@ -182,11 +184,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         for about, problem, found in layers(arguments.schemes or list(ZOO), sizes, vllms):
             if isinstance(found, str):
                 report["no_kernel"][about["scheme"]] = found
-                continue
-            report["layers"].append(about | compare(found, problem, arguments.m, arguments.seconds))
-            worst = max(one["ratio"] for one in report["layers"][-1]["cells"])
-            print(f"{about['title']} {about['n']}x{about['k']}: at most {worst:.2f}", flush=True)
-    report["machine"] = facts | {"load_average_after": os.getloadavg()[0]}
+            else:
+                layer = about | compare(found, problem, arguments.m, arguments.seconds)
+                report["layers"].append(layer)
+                ratios = ", ".join(f"{one['ratio']:.2f}" for one in layer["cells"])
+                print(f"{about['title']} {about['n']}x{about['k']}: {ratios}", flush=True)
+            report["machine"] = facts | {"load_average_after": os.getloadavg()[0]}
+            arguments.json.write_text(json.dumps(report, indent=1) + "\n")
     return report
 
 
@@ -207,8 +211,6 @@ def main() -> None:
     allow_tiles()
     started = time.perf_counter()
     report = run(arguments)
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(report, indent=1) + "\n")
     cells = [one for layer in report["layers"] for one in layer["cells"]]
     slower = sum(one["slower"] for one in cells)
     console = Console(width=None if Console().is_terminal else 150)

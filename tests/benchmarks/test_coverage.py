@@ -13,7 +13,7 @@ from benchmarks import coverage, targets
 from benchmarks.family_records import Records
 
 KEYS = [target.key for target in targets.TARGETS]
-TILES = {"name": "AMX tiles, from registers", "arithmetic": "bf16", "gop_per_s": 3000.0}
+TILES = {"name": "tile_bf16", "arithmetic": "bf16", "gop_per_s": 3000.0}
 DOTS = {"name": "dots", "arithmetic": "bf16", "gop_per_s": 200.0}
 
 
