@@ -8,7 +8,7 @@ that are left to vLLM, norms, biases and experts are covered like our own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -169,33 +169,31 @@ def targets(model: torch.nn.Module) -> Iterator[torch.Tensor]:
             yield tensor
 
 
-def _like_loaded_ones(
-    model: torch.nn.Module, record: LoadRecord
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Buffers that take no values, though buffers of that name in like modules do: only then is it
-    known that the checkpoint has them."""
-    buffers = dict(model.named_buffers())
-    fills = {name: record.fill(buffer) for name, buffer in buffers.items() if buffer.numel()}
+def _like_loaded_ones(fills: Mapping[str, Fill | None]) -> dict[str, Fill | None]:
+    """Those of ``fills``, of buffers, that may not be empty: buffers of that name in like modules
+    take values, and only then is it known that the checkpoint has them."""
     loaded = {completeness.pattern(n) for n, fill in fills.items() if fill and fill.names}
-    for name in fills:
-        if completeness.pattern(name) in loaded:
-            yield name, buffers[name]
+    return {n: fill for n, fill in fills.items() if completeness.pattern(n) in loaded}
 
 
 def _unfilled(
     loading: Loading, record: LoadRecord, config: CompressedLinearConfig, one_expert: bool
 ) -> Iterator[Unfilled]:
     model = loading.model
-    tensors = {
-        **dict(model.named_parameters()),
-        **dict(compat_loading.batch_statistics(model)),
-        **dict(_like_loaded_ones(model, record)),
-    }
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    tensors = parameters | buffers
     modules = dict(model.named_modules())
     fills = {
         name: record.fill(tensor)
         for name, tensor in tensors.items()
         if not torch.nn.parameter.is_lazy(tensor) and tensor.numel()
+    }
+    statistics = dict(compat_loading.batch_statistics(model))
+    alike = _like_loaded_ones({n: fill for n, fill in fills.items() if n in buffers})
+    fills = {
+        name: fill
+        for name, fill in fills.items()
+        if name in parameters or name in statistics or name in alike
     }
     names = {name: fill.names for name, fill in fills.items() if fill is not None}
     for name, fill in fills.items():
