@@ -91,19 +91,35 @@ COSTS: dict[Kernels, dict[str, KernelCost]] = {
     "floats": {
         "generic": KernelCost("scalar", 1, 0.05, {"narrow": 190.0, "bytes": 190.0}),
         "avx2": KernelCost(
-            "fma256", 8, 0.88, {"narrow": 12.0, "bytes": 22.0}, "lookup256", floor=0.65
+            "fma256",
+            8,
+            0.88,
+            {"narrow": 12.0, "bytes": 22.0, "bf16": 25.0},
+            "lookup256",
+            floor=0.65,
         ),
         "avx512": KernelCost(
-            "fma512", 16, 0.9, {"narrow": 4.7, "bytes": 8.7}, "lookup512", floor=0.95
+            "fma512",
+            16,
+            0.9,
+            {"narrow": 4.7, "bytes": 8.7, "bf16": 12.0},
+            "lookup512",
+            floor=0.95,
         ),
         "avx512bf16": KernelCost(
-            "dotbf16_512", 32, 0.85, {"narrow": 4.7, "bytes": 9.4}, "lookup512", 1.05, parts=_PAIRS
+            "dotbf16_512",
+            32,
+            0.85,
+            {"narrow": 4.7, "bytes": 9.4, "bf16": 10.0},
+            "lookup512",
+            floor=1.05,
+            parts=_PAIRS,
         ),
         "amx": KernelCost(
             "tile_bf16",
             8192,
             0.32,
-            {"narrow": 7.0, "bytes": 13.0, "bf16": 8.0},
+            {"narrow": 7.0, "bytes": 16.0, "bf16": 8.0},
             rows=16,
             parts=_TILES,
         ),
@@ -111,12 +127,18 @@ COSTS: dict[Kernels, dict[str, KernelCost]] = {
     },
     "integers": {
         "generic": KernelCost("scalar", 1, 0.17, {"narrow": 190.0}, grouped=0.17),
-        "avx2": KernelCost("madd256", 32, 0.4, {"narrow": 5.4}, grouped=0.3, narrow=2.0),
-        "avx512": KernelCost("madd512", 64, 0.4, {"narrow": 3.9}, grouped=0.3, narrow=2.0),
-        "avxvnni": KernelCost("dot8_256", 32, 0.8, {"narrow": 3.9}, grouped=0.5),
-        "avx512vnni": KernelCost("dot8_512", 64, 0.95, {"narrow": 3.9}, floor=0.7, grouped=0.7),
+        "avx2": KernelCost(
+            "madd256", 32, 0.4, {"narrow": 5.4, "bytes": 8.0}, grouped=0.3, narrow=2.0
+        ),
+        "avx512": KernelCost(
+            "madd512", 64, 0.4, {"narrow": 3.9, "bytes": 8.0}, grouped=0.3, narrow=2.0
+        ),
+        "avxvnni": KernelCost("dot8_256", 32, 0.8, {"narrow": 3.9, "bytes": 6.0}, grouped=0.5),
+        "avx512vnni": KernelCost(
+            "dot8_512", 64, 0.95, {"narrow": 3.9, "bytes": 4.0}, floor=0.7, grouped=0.7
+        ),
         "amx": KernelCost(
-            "tile_int8", 16384, 0.2, {"narrow": 5.0, "bytes": 1.0}, rows=16, grouped=0.07
+            "tile_int8", 16384, 0.23, {"narrow": 9.5, "bytes": 3.0}, rows=16, grouped=0.026
         ),
         "neon": KernelCost("madd128", 16, 0.4, {"narrow": 12.0}, grouped=0.3),
         "dotprod": KernelCost("dot8_128", 16, 0.8, {"narrow": 12.0}, grouped=0.5),
