@@ -10,8 +10,17 @@ from weakref import ref
 
 import pytest
 
+from tests.support.messages import says
+from vllm.compressed_linear.backends.vllm_native.classes.mixed_precision import ROUNDS_X
+from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.prepare import plan as plan_module
-from vllm.compressed_linear.prepare.plan import Plan, PlanEntry, Rejection, disagreements
+from vllm.compressed_linear.prepare.plan import (
+    Plan,
+    PlanEntry,
+    Rejection,
+    disagreements,
+    rounding_note,
+)
 
 ENTRY = PlanEntry(
     name="model.layers.0.mlp.down_proj",
@@ -36,6 +45,38 @@ def test_the_fingerprint_follows_what_graphs_depend_on_and_nothing_else() -> Non
     for change in ({"backend": "reference"}, {"prepared_variant": "b"}, {"descriptor": "other"}):
         plan.add(replace(ENTRY, **change))
         assert plan.fingerprint() != before
+
+
+ROUNDS = f"{ROUNDS_X} (set VLLM_CPU_INT4_W4A8=0)"
+
+
+@pytest.mark.parametrize(
+    ("choices", "layers"),
+    [
+        ([("cpu", ("vllm_native", (ROUNDS,)))], 1),
+        ([("cpu", ("vllm_native", (ROUNDS,)))] * 3, 3),
+        ([("cpu", ("vllm_native", ("3-bit integer weights", ROUNDS)))], 0),
+        ([("cpu", ("vllm_native", ()))], 0),
+        ([("cpu_int8_fast", ("vllm_native", (ROUNDS,)))], 0),
+        ([], 0),
+    ],
+)
+def test_the_option_is_named_that_rounds_x_as_vllm_would(
+    choices: list[tuple[str, tuple[str, tuple[str, ...]]]], layers: int
+) -> None:
+    note = rounding_note((backend, [Rejection(*other)]) for backend, other in choices)
+    assert bool(note) == bool(layers)
+    if layers:
+        assert says(note, layers, "8 bits", "VLLM_COMPRESSED_LINEAR_BACKEND=cpu_int8_fast")
+        assert "\n" not in note
+
+
+def test_the_file_says_by_which_rates_instruction_sets_are_chosen() -> None:
+    plan = Plan(platform=Platform.parse("cpu:sapphirerapids"))
+    machine = plan.to_json()["machine"]
+    assert machine["profile"]["name"] == "sapphirerapids"
+    assert machine["profile"]["rates"]["tile_bf16"] == pytest.approx(1 / 16)
+    assert "profile" not in Plan(platform=Platform.parse("cuda:90")).to_json()["machine"]
 
 
 def test_parts_of_a_layer_are_entries_of_their_own() -> None:

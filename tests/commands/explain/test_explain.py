@@ -206,3 +206,28 @@ def test_what_is_left_to_vllm_altogether_is_said(name: str) -> None:
     found = explained(name)
     assert not found.layers
     assert "left to vLLM" in found.notes[0]
+
+
+def test_where_vllm_rounds_x_the_option_that_does_so_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = checkpoint("gptqmodel-gptq-w4-g128-sym")
+    for rounds, platform, said in (
+        ("1", "cpu:sapphirerapids", True),
+        ("0", "cpu:sapphirerapids", False),
+        ("1", "cpu:zen4", False),
+    ):
+        monkeypatch.setenv("VLLM_CPU_INT4_W4A8", rounds)
+        found = explain(str(path), platform=Platform.parse(platform), settings=settings.Settings())
+        assert any("cpu_int8_fast" in note for note in found.notes) == said
+
+
+def test_the_paths_of_absent_processors_are_shown() -> None:
+    path = checkpoint("gptqmodel-gptq-w4-g128-sym")
+    found = explain(
+        str(path), platform=Platform.parse("cpu:sapphirerapids"), settings=settings.Settings()
+    )
+    variants = {part.variant for layer in found.layers for part in layer.likely.parts}
+    assert any("avx512 to M=" in variant and "amx" in variant for variant in variants)
+    assert (found.platform, found.rates) == ("cpu:sapphirerapids", "")
+    assert "rates" in explained("gptqmodel-gptq-w4-g128-sym").rates

@@ -25,7 +25,7 @@ from vllm.compressed_linear.integration import compat, compat_loading
 from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.prepare.cache.store import PreparedCache
 from vllm.compressed_linear.prepare.layer import Executor, prepare, run, settle_lookup
-from vllm.compressed_linear.prepare.plan import Plan, disagreements
+from vllm.compressed_linear.prepare.plan import Plan, disagreements, rounding_note
 from vllm.compressed_linear.settings import Settings
 
 logger = compat.logger(__name__)
@@ -175,6 +175,9 @@ def report(plan: Plan, tune_file: str) -> None:
     if compat.tensor_parallel_rank()[1] > 1:
         for line in disagreements(compat.gather_from_ranks(plan.choices())):
             logger.warning("Ranks run a layer on different backends: %s", line)
+    choices = [(entry.backend, entry.rejected) for entry in plan.entries.values()]
+    if note := rounding_note(choices):
+        logger.info("compressed_linear: %s%s", where, note)
     if slow := plan.slow_layers():
         logger.warning(
             "%d of them run on the reference backend, which dequantizes the whole weight to "

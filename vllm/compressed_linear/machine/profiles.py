@@ -13,7 +13,7 @@ Each rate says where it comes from:
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from vllm.compressed_linear.machine.isas import AMX, AVX2, AVX512, AVX512_BF16, AVX512_VNNI
 from vllm.compressed_linear.machine.limits import MachineLimits
@@ -105,6 +105,16 @@ class Profile:
                 best[instruction.arithmetic] = max(best[instruction.arithmetic], reached)
         fp32 = best["fp32"]
         return MachineLimits(self.read, fp32, max(best["bf16"], fp32), max(best["int8"], fp32))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for the plan: where it comes from, and the instructions a cycle."""
+        return {
+            "name": self.name,
+            "origin": self.origin,
+            "clock": self.clock,
+            "rates": {name: float(f"{rate.value:.3g}") for name, rate in self.rates},
+            "changed": list(self.changed),
+        }
 
     def with_rates(self, rates: dict[str, Rate]) -> Profile:
         """This profile with some rates replaced."""

@@ -36,7 +36,7 @@ def profile_here() -> Profile:
 def _forced(name: str) -> Profile:
     if name not in PROFILES:
         raise ValueError(f"{CPU_PROFILE} is {name!r}, expected one of {', '.join(PROFILES)}")
-    return replace(PROFILES[name], origin=f"{CPU_PROFILE} names it", by_name={})
+    return replace(PROFILES[name], origin=f"named by {CPU_PROFILE}", by_name={})
 
 
 @lru_cache(maxsize=8)
@@ -54,9 +54,9 @@ def _found(cpu: str, machine: str, features: frozenset[str], file: Path | None) 
             )
         else:
             fit = rates.fitted(measured, cpu, machine, features)
-            return replace(fit, origin="nearest to the rates measured here", by_name={})
+            return replace(fit, origin="rates measured here", by_name={})
     known = published(cpu, machine, features)
-    return replace(known, origin="published, by the processor's name and features", by_name={})
+    return replace(known, origin="published rates", by_name={})
 
 
 def published(cpu: str, machine: str, features: frozenset[str]) -> Profile:

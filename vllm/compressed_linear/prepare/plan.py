@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,11 +16,16 @@ from weakref import ref
 
 from tqdm.auto import tqdm
 
+from vllm.compressed_linear.backends.cpu.int8 import CpuInt8FastBackend
 from vllm.compressed_linear.backends.registry import REFERENCE, Selection
+from vllm.compressed_linear.backends.vllm_native.classes.mixed_precision import ROUNDS_X
 from vllm.compressed_linear.machine.platform import Platform
 
 DELEGATED = "vllm"
 """Backend name in the plan for layers that vLLM's own quantization code runs."""
+
+ROUNDING = CpuInt8FastBackend.name
+"""The backend that rounds x as vLLM does by default on CPUs with AMX."""
 
 CACHE_HIT, CACHE_MISS, CACHE_UNUSED = "hit", "miss", "not kept"
 """Action of the prepared-weights cache for a layer; empty without a cache."""
@@ -69,6 +74,26 @@ def rejections(selection: Selection) -> tuple[Rejection, ...]:
     """The record of all other backends, for a plan entry."""
     able = [Rejection(c.name) for c in selection.also_able]
     return (*able, *(Rejection(c.name, c.verdict.reasons) for c in selection.rejected))
+
+
+def rounding_note(choices: Iterable[tuple[str, Sequence[Rejection]]]) -> str:
+    """A line on the parts of which vLLM alone would round x to 8 bits, or empty if there are none.
+    ``choices``: of each part the backend and the rejections."""
+    count = sum(
+        backend != ROUNDING
+        and any(
+            rejection.reasons and all(reason.startswith(ROUNDS_X) for reason in rejection.reasons)
+            for rejection in rejected
+        )
+        for backend, rejected in choices
+    )
+    if not count:
+        return ""
+    return (
+        f"vLLM alone would round the activations of {count} layer{'s' * (count > 1)} to 8 bits "
+        "here, which the checkpoint does not ask for (VLLM_CPU_INT4_W4A8); this package does so "
+        f"only with VLLM_COMPRESSED_LINEAR_BACKEND={ROUNDING}"
+    )
 
 
 @dataclass
@@ -224,14 +249,16 @@ class Plan:
 
 
 def _machine(platform: Platform | None) -> dict[str, Any]:
-    """Names of the processor and of the platform, and the threads of one rank."""
+    """Names of the processor and of the platform, the threads of one rank, and of a CPU the rates
+    by which instruction sets are chosen."""
     if platform is None:
         return {}
-    return {
+    found: dict[str, Any] = {
         "processor": platform.gpu or platform.cpu,
         "platform": platform.name,
         "threads": platform.threads,
     }
+    return found if platform.device != "cpu" else found | {"profile": platform.rates.to_json()}
 
 
 def disagreements(choices: Sequence[Mapping[str, list[str]]]) -> list[str]:

@@ -45,7 +45,7 @@ from vllm.compressed_linear.integration import compat
 from vllm.compressed_linear.integration.preparation import detect_platform
 from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.prepare.layer import choose, settle_lookup
-from vllm.compressed_linear.prepare.plan import rejections
+from vllm.compressed_linear.prepare.plan import rejections, rounding_note
 from vllm.compressed_linear.settings import ENABLE, Settings, enabled
 
 
@@ -96,6 +96,7 @@ def _explain(
         architecture=architectures[0],
         quant_method=str(quantization.get("quant_method") or "none"),
         platform=platform.name,
+        rates=platform.rates.origin if platform.device == "cpu" else "",
         tp_size=tp_size,
         this_machine=replace(platform, threads=0) == replace(detect_platform(), threads=0),
         weights_read=read_weights,
@@ -133,6 +134,9 @@ def _explain(
             found.say(Severity.ERROR, About.CHECKPOINT, str(error), (same[0].name,))
         else:
             found.layers.append(_over_ranks(plans))
+    parts = [part for layer in found.layers for part in layer.likely.parts]
+    if note := rounding_note((part.backend, part.rejected) for part in parts):
+        found.say(Severity.NOTE, About.SERVING, note)
     for refusal in (refusal for rank in ranks for refusal in rank.refused):
         found.say(Severity.ERROR, About.CHECKPOINT, refusal.message, (refusal.name,))
     _say_what_is_left_over(found, ranks, explainer.not_found)

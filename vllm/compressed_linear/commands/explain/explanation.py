@@ -78,7 +78,8 @@ class LayerPlan:
 class Explanation:
     """All output of ``explain``. ``left``: linear layers and experts that vLLM's own code runs;
     ``others``: other modules with weights. ``stated``: findings that are not of a single layer's
-    choice of a backend."""
+    choice of a backend. ``rates``: where those of this machine's CPU come from, by which
+    instruction sets are chosen."""
 
     model: str
     architecture: str
@@ -86,6 +87,7 @@ class Explanation:
     platform: str
     tp_size: int
     this_machine: bool = True
+    rates: str = ""
     dtype: str = ""
     model_class: str = ""
     weights_read: bool = False

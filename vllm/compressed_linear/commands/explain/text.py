@@ -156,7 +156,8 @@ def _print_head(e: Explanation, console: Console) -> None:
     console.print(Text(f"{what}, quantization {e.quant_method}{activations}"))
     rank = f", rank 0 of {e.tp_size}" if e.tp_size > 1 else ""
     read = "codes not read" if e.weights_read else "no weights read"
-    console.print(Text(f"on {e.platform}{rank}; {read}"))
+    rates = f" ({e.rates})" if e.rates else ""
+    console.print(Text(f"on {e.platform}{rates}{rank}; {read}"))
     for finding in e.findings:
         if finding.severity is not Severity.ERROR:
             style = "yellow" if finding.severity is Severity.WARNING else ""

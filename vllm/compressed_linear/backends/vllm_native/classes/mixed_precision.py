@@ -94,16 +94,17 @@ def _ask(kernel: Any, request: KernelRequest) -> str | None:
     return None if able else str(reason or "no reason given")
 
 
+ROUNDS_X = "vLLM would quantize the activations to 8 bits on this CPU"
+"""Begin of what ``quantizes_activations`` says."""
+
+
 def quantizes_activations(platform: Platform, dtype: str) -> str | None:
     """Why vLLM's CPU kernel would silently run W4A8 instead of W4A16, or None."""
     from vllm import envs
 
     risky = "amx" in platform.features or platform.machine.startswith("riscv")
     if dtype == "bfloat16" and risky and getattr(envs, "VLLM_CPU_INT4_W4A8", False):
-        return (
-            "vLLM would quantize the activations to 8 bits on this CPU "
-            "(set VLLM_CPU_INT4_W4A8=0 to run the exact kernel)"
-        )
+        return f"{ROUNDS_X} (set VLLM_CPU_INT4_W4A8=0 to run the exact kernel)"
     return None
 
 
