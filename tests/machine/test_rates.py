@@ -85,8 +85,6 @@ def test_rates_are_measured_once(tmp_path: Path) -> None:
     other = RatesKey("another", "1.0")
     assert rates_file.kept(file, other, measure)["fma512"] == 1.0
     assert rates_file.read(file) == {KEY: RATES, other: RATES | {"fma512": 1.0}}
-    assert rates_file.renew(file, KEY, measure)["fma512"] == pytest.approx(0.667)
-    assert set(rates_file.read(file)) == {KEY, other}
 
 
 @pytest.mark.parametrize(
@@ -172,7 +170,8 @@ def test_where_rates_cannot_be_kept_the_published_profile_is_taken(
         assert Platform.detect() == here
     assert "published" in here.rates.origin
     assert here.rates.name == this_cpu.published(here.cpu, here.machine, here.features).name
-    lines = [record for record in caplog.records if "published profile" in record.getMessage()]
+    # By identity: vLLM's logger may hand the record to two handlers.
+    lines = {id(r) for r in caplog.records if "published profile" in r.getMessage()}
     assert len(lines) == 1
 
 

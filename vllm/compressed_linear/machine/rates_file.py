@@ -7,8 +7,7 @@ JSON::
      "machines": [{"cpu": …, "package": …, "rates": {"clock": …, "fma512": …, …}}]}
 
 Every rank and every later start reads the same numbers, so all of them choose the same paths,
-whatever else the machine does meanwhile. Delete the file, or run ``vllm-compressed-linear tune`` on
-an idle machine, to measure again.
+whatever else the machine does meanwhile. Delete the file to measure again.
 """
 
 from __future__ import annotations
@@ -78,12 +77,6 @@ def kept(path: Path, key: RatesKey, measure: Measure) -> Rates:
         return found
     with _locked(path):
         return _known(path).get(key) or _added(path, key, measure())
-
-
-def renew(path: Path, key: RatesKey, measure: Measure) -> Rates:
-    """Measure again, and replace what ``path`` has of ``key``. Raises ``OSError``."""
-    with _locked(path):
-        return _added(path, key, measure())
 
 
 def _known(path: Path) -> dict[RatesKey, Rates]:

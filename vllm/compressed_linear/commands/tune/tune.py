@@ -105,7 +105,7 @@ class Measuring:
     budget: float
     cache_bytes: int
     now: timing.Clock
-    matrix: int = 1024
+    matrix: int = GPU_MATRIX
     device: str = "cpu"
 
     @classmethod
@@ -115,7 +115,7 @@ class Measuring:
             return cls(budget, cache_bytes(platform.threads), timing.clock(platform.threads))
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         clock = timing.device_clock()
-        return cls(budget, properties.L2_cache_size, clock, GPU_MATRIX, platform.device)
+        return cls(budget, properties.L2_cache_size, clock, device=platform.device)
 
     @property
     def rotated_bytes(self) -> int:
@@ -123,12 +123,16 @@ class Measuring:
         return CACHE_MULTIPLE * self.cache_bytes
 
     def limits(self, declared: MachineLimits) -> MachineLimits:
-        """Measured limits with the threads in use; ``declared`` ones if there is no measurement."""
+        """Measured limits with the threads in use; ``declared`` ones if there is no measurement. A
+        CPU's rates of multiplying follow from those of its instructions, which were measured when
+        its profile was chosen; torch's products would measure torch."""
         given = {"seconds": self.budget, "now": self.now, "device": self.device}
         read = timing.read_rate(self.rotated_bytes, **given)  # type: ignore[arg-type]
+        found = replace(declared, read=_digits(read))
+        if self.device == "cpu":
+            return found
         rates = timing.multiply_rates(self.matrix, **given)  # type: ignore[arg-type]
-        rates = {name: _digits(rate) for name, rate in rates.items()}
-        return replace(declared, read=_digits(read), **rates)
+        return replace(found, **{name: _digits(rate) for name, rate in rates.items()})
 
     def repeats(self, m: int) -> int:
         """Calls with ``m`` tokens that are timed as one."""
