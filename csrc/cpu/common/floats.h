@@ -159,6 +159,12 @@ inline void store_scalars(void* data, Scalar type, int64_t index, int64_t count,
   // Left to the compiler this becomes vectors in some units only.
   if (type == Scalar::bfloat16)
     for (; i + 8 <= count; i += 8) store_eight_bf16(to + 2 * i, _mm256_loadu_ps(in + i));
+#if defined(__F16C__)
+  if (type == Scalar::float16)
+    for (; i + 8 <= count; i += 8)
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 2 * i),
+                       _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
 #endif
   for (; i < count; ++i) {
     const uint16_t half = type == Scalar::bfloat16 ? to_bf16(in[i]) : to_fp16(in[i]);
