@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from tests.support.architectures import FAMILIES, SEEING, WITHOUT_LOGITS, write
 from tests.support.explained import explained, loaded_parts, planned_parts
+from tests.support.messages import says
 from tests.support.model_loading import loaded
 from tests.support.stock_vllm import fp32_options
 from tests.support.synthetic import Quant
@@ -53,3 +54,16 @@ def test_values_that_are_keys_are_explained_as_they_are_loaded(form: str, tmp_pa
     assert [layer.name for layer in named.layers] == list(actual)
     for layer in read.layers:
         assert [actual[layer.name]] == [planned_parts(layer, case) for case in layer.cases]
+
+
+@pytest.mark.parametrize("family", ["mamba2", "nemotron-h-hybrid"])
+@pytest.mark.parametrize("form", ["gptq", "awq", "ct"])
+def test_rows_that_each_rank_would_have_to_repeat_are_named(
+    family: str, form: str, tmp_path: Path
+) -> None:
+    """A state space with one group, of which vLLM's mixer gives every rank a copy."""
+    quant = Quant(form, symmetric=form != "awq")
+    path = write(WITHOUT_LOGITS[family], quant, tmp_path, reference=False).quantized
+    assert not explained(path).errors
+    (first, *_) = explained(path, tp_size=2).errors
+    assert says(first, "in_proj", 584, "2 ranks", 552, "--tensor-parallel-size 1")

@@ -26,7 +26,12 @@ from vllm.compressed_linear.checkpoint.shard import ShardSource, dense_shard
 from vllm.compressed_linear.formats.resolution import LayerKind
 from vllm.compressed_linear.integration import compat
 from vllm.compressed_linear.integration.preparation import HeldWeight, ModelPreparation, Prepared
-from vllm.compressed_linear.integration.sharding import Member, assign, shard_geometry
+from vllm.compressed_linear.integration.sharding import (
+    Member,
+    assign,
+    check_repeated_rows,
+    shard_geometry,
+)
 from vllm.compressed_linear.integration.stand_in import StandIn
 from vllm.compressed_linear.integration.whole_model import OurMethod
 from vllm.compressed_linear.prepare.layer import OtherPlanError
@@ -83,6 +88,8 @@ class CompressedLinearMethod(OurMethod, LinearMethodBase):
         geometry = shard_geometry(
             layer, input_size_per_partition, output_partition_sizes, input_size
         )
+        if self.kind is LayerKind.LINEAR:
+            check_repeated_rows(self.prefix, self.members, geometry, int(layer.tp_size))
         members = assign(self.prefix, self.members, geometry)
         self.params_dtype = params_dtype
         self.dummy = compat.loads_dummy_weights()

@@ -88,6 +88,23 @@ def shard_geometry(
     return [_geometry(n * size, rank * n, n, k) for n in output_partition_sizes]
 
 
+def check_repeated_rows(
+    layer: str, members: Sequence[Member], geometry: Sequence[ShardGeometry], ranks: int
+) -> None:
+    """Raise ``ConfigError`` for a layer that has more rows on several ``ranks`` than in the files:
+    vLLM's Mamba-2 mixer gives each rank a copy of a state space's only group, by a loader for plain
+    weights."""
+    if ranks == 1 or len(members) != 1 or len(geometry) != 1:
+        return
+    rows, full = members[0].rows, geometry[0].full_n
+    if rows is not None and rows < full and isinstance(members[0].resolution, CheckpointScheme):
+        raise ConfigError(
+            f"{layer}: vLLM's model has {full} rows in it on {ranks} ranks, but the file has "
+            f"{rows}: rows that every rank needs are repeated, which vLLM does for unquantized "
+            "weights only; serve it with --tensor-parallel-size 1, or with this layer unquantized"
+        )
+
+
 def assign(
     layer: str, members: Sequence[Member], geometry: Sequence[ShardGeometry]
 ) -> list[Member]:
