@@ -190,6 +190,19 @@ def test_a_tensor_that_nothing_took_is_said_once(
     assert said is None or says(warnings[0], *said)
 
 
+@pytest.mark.parametrize("form", ["gptq", ""])
+def test_a_model_for_adapters_is_checked_too(
+    form: str, checkpoint_of: CheckpointOf, tmp_path: Path, warnings: list[str]
+) -> None:
+    options = {"enable_lora": True, **({} if form else OPTED_IN)}
+    load(checkpoint_of("dense", form), **options)
+    assert warnings == []
+    dropped = f"{LAYER}.self_attn.k_proj.bias"
+    path = edited(checkpoint_of("dense", form), tmp_path / "incomplete", drop=[dropped])
+    with pytest.raises(IncompleteCheckpointError, match=saying(path, f"expected {dropped}")):
+        load(path, **options)
+
+
 def test_an_entry_that_matched_nothing_is_said_once(
     checkpoint_of: CheckpointOf, warnings: list[str]
 ) -> None:

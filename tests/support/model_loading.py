@@ -42,6 +42,9 @@ def init_distributed(
 
     if model_parallel_is_initialized():
         return
+    # As vLLM's CPU worker does: its library for AVX-512 names shared memory of the ranks by it.
+    if size > 1:
+        os.environ.setdefault("VLLM_DIST_IDENT", str(port))
     with set_current_vllm_config(VllmConfig()):
         init_distributed_environment(
             world_size=size,

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rank of a pipeline: loads models one after another and says what came of it.
+"""One rank of a pipeline, or of a tensor-parallel group: loads models one after another and says
+what came of it.
 
-Run as ``python -m tests.support.pipeline_worker RANK SIZE PORT DIRECTORY…``. Prints a JSON list of
-{"error": text, "warnings": list}, one for each directory.
+Run as ``python -m tests.support.completeness_worker KIND RANK SIZE PORT DIRECTORY…``; KIND is
+``pipeline`` or ``tensor``. Prints a JSON list of {"error": text, "warnings": list}, one for each
+directory.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ from vllm.compressed_linear.integration import completeness
 from vllm.compressed_linear.integration.preparation import PROCESS_PLAN
 
 
-def main(rank: int, size: int, port: int, paths: list[str]) -> None:
+def main(kind: str, rank: int, size: int, port: int, paths: list[str]) -> None:
     torch.accelerator.empty_cache = lambda: None
-    init_distributed(rank, size, port, pipeline=True)
+    init_distributed(rank, size, port, pipeline=kind == "pipeline")
     print(json.dumps([_loaded(path) for path in paths]))
 
 
@@ -48,4 +50,4 @@ def _loaded(path: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
+    main(sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5:])
