@@ -9,7 +9,7 @@ What the classes' own checks do not say, found by reading and by trying (vLLM 0.
 * each dequantized weight is rounded to that dtype before it is multiplied
 * the last stride of x is taken to be 1, whatever it is
 * with AMX and bf16, ``VLLM_CPU_INT4_W4A8`` (on by default) quantizes the activations: declined.
-  Switched off, the class takes the operator's AMX path, tried with emulated tile instructions only
+  Switched off, the class takes the operator's AMX path, which passed the kit on Emerald Rapids
 """
 
 from __future__ import annotations
@@ -139,8 +139,8 @@ class CpuWna16(MixedPrecision):
         )
 
     def hardware_tested(self, platform: Platform) -> bool:
-        # The operator has a path for AMX, and one for Arm, that no machine here has run.
-        return not {"amx", "neon"} & platform.features
+        # The operator has a path for Arm that no machine here has run.
+        return "neon" not in platform.features
 
 
 KERNELS = (
