@@ -302,11 +302,14 @@ def never_slower(file: Path) -> str:
         ours = f"{layer['ours'].removeprefix('ours, ')} ({', '.join(kernels)})"
         rows.append([title, size, ours, layer["stock"].rpartition(", ")[2], *cells])
     about = report["machine"]
-    every = [one for layer in report["layers"] for one in layer["cells"]]
-    slower = sum(one["slower"] for one in every)
+    counts = []
+    for rounded, what in ((False, ""), (True, f" where vLLM's default has {X_ROUNDED}")):
+        layers = [x for x in report["layers"] if (x["contract"] == X_ROUNDED) == rounded]
+        if every := [one for layer in layers for one in layer["cells"]]:
+            counts.append(f"{sum(one['slower'] for one in every)} of {len(every)}{what}")
     text = caption(
         f"Our median time as a share of vLLM's under the same contract; bold where it is more than "
-        f"{report['slower_from'] - 1:.0%} longer: {slower} of {len(every)}. ?: the intervals leave "
+        f"{report['slower_from'] - 1:.0%} longer: {', and '.join(counts)}. ?: the intervals leave "
         f"it open; *: weights may lie in the cache. {_threads(report)} of {about['cpu']} "
         f"({title_of(about['family'])}), vLLM {about['vllm']}, commit {about['revision']}, "
         f"{about['date']}, load average {about['load_average_before']:.0f} to "
