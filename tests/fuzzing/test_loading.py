@@ -55,7 +55,10 @@ def twin(mutant: Mutant, origin: Path, directory: Path) -> Path | None:
     layers = stored_layers(whole.config, whole.tensors)
     found = mutant.all_tensors
     plain = {
-        name: tensor for name, tensor in found.items() if name.rpartition(".")[0] not in layers
+        name: tensor
+        for name, tensor in found.items()
+        # vLLM alone refuses tensors that the model does not have.
+        if name in whole.tensors and name.rpartition(".")[0] not in layers
     }
     try:
         for layer, stored in layers.items():
