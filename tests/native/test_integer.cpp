@@ -227,6 +227,15 @@ void run(const Case& c) {
     engine->integers(p, {&threaded, 3});
     check(std::memcmp(out.data(), first.data(), out.size() * 4) == 0, c, isa,
           "threads change the result");
+    std::vector<uint16_t> halves(out.size());
+    cl::Problem narrow = p;
+    narrow.y.data = halves.data();
+    narrow.y.type = Scalar::bfloat16;
+    engine->integers(narrow, {&serial, 1});
+    bool rounded = true;
+    for (size_t i = 0; i < halves.size(); ++i)
+      rounded = rounded && halves[i] == cl::to_bf16(first[i]);
+    check(rounded, c, isa, "bf16 is not the fp32 result rounded");
     // Two calls at once.
     std::vector<float> other(out.size(), NAN);
     cl::Problem second = p;
@@ -315,7 +324,7 @@ int main(int argc, char** argv) {
       },
       {1, 2, 3, 4, 5, 6, 7, 8}, {1, 3, 6, 13, 30});
   // Rows for several tile registers, segments across chunks, tile registers of 16 and of 8 quads,
-  // tiles that do not fill a strip or a register.
+  // one, two, four or more segments of a tile register in a group, tiles that do not fill a strip.
   run_all(
       {
           {80, 4224, 4224, 0},
@@ -324,8 +333,10 @@ int main(int argc, char** argv) {
           {48, 2304, 32, 0},
           {20, 2176, 2176, 32},
           {36, 1000, 1000, 0},
+          {64, 640, 64, 32},
+          {52, 512, 128, 32},
       },
-      {3, 4, 8}, {7, 16, 17, 70});
+      {3, 4, 8}, {7, 16, 17, 40, 70});
   // The longest segment, at the ends of int32.
   for (const bool symmetric : {true, false}) {
     const Case longest{"longest segment", 16,    70000, 70000, 8,   1, true, symmetric, 0, 127,

@@ -2,12 +2,13 @@
 // The tile instructions of AMX that the engines use, behind one interface with two implementations:
 // the processor's, and plain C++ that gives the same bits and ends the program where the processor
 // would raise an exception. Semantics: Intel 64 and IA-32 Architectures Software Developer's
-// Manual, volume 2, LDTILECFG, TILELOADD, TILESTORED, TDPBF16PS and TDPBSUD.
+// Manual, volume 2, LDTILECFG, TILELOADD, TILESTORED, TDPBF16PS, TDPBSUD and TDPBSSD.
 //
 //   configure(config), release()
 //   zero<T>(), load<T>(from, stride), store<T>(to, stride)     stride: bytes from row to row
 //   dot_bf16<C, A, B>()    C[m][n] += sum over pairs (k, k+1) of A[m][k..] B[k..][n]
 //   dot_bytes<C, A, B>()   the same over quads of bytes, signed in A and unsigned in B, to int32
+//   dot_signed_bytes<C, A, B>()   signed in both
 //
 // A tile is up to 16 rows of up to 64 bytes. B holds a row for each pair or quad of K, as decoded
 // blocks of the packed layouts do. What the engines do with them is TileGrid.
@@ -66,6 +67,10 @@ struct HardwareTiles {
   static void dot_bytes() {
     asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
   }
+  template <int C, int A, int B>
+  static void dot_signed_bytes() {
+    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
+  }
 };
 #endif
 
@@ -122,13 +127,11 @@ class EmulatedTiles {
   // Modulo 2^32.
   template <int C, int A, int B>
   static void dot_bytes() {
-    dot<C, A, B, uint32_t>([](uint32_t sum, const uint8_t* a, const uint8_t* b, int count) {
-      for (int k = 0; k < count; ++k)
-        for (int i = 0; i < 4; ++i)
-          sum += static_cast<uint32_t>(static_cast<int8_t>(a[4 * k + i]) *
-                                       static_cast<int32_t>(b[kTileRowBytes * k + i]));
-      return sum;
-    });
+    dot_quads<C, A, B, uint8_t>();
+  }
+  template <int C, int A, int B>
+  static void dot_signed_bytes() {
+    dot_quads<C, A, B, int8_t>();
   }
 
  private:
@@ -152,6 +155,17 @@ class EmulatedTiles {
     static_assert(T < kTileCount, "there are eight tiles");
     require(state().configured && state().config.rows[T] > 0, "a tile that is not configured");
     return state().tiles[T];
+  }
+  template <int C, int A, int B, class Weight>
+  static void dot_quads() {
+    dot<C, A, B, uint32_t>([](uint32_t sum, const uint8_t* a, const uint8_t* b, int count) {
+      for (int k = 0; k < count; ++k)
+        for (int i = 0; i < 4; ++i)
+          sum += static_cast<uint32_t>(
+              static_cast<int8_t>(a[4 * k + i]) *
+              static_cast<int32_t>(static_cast<Weight>(b[kTileRowBytes * k + i])));
+      return sum;
+    });
   }
   // element(c, row of a, column of b, words of K): the new c
   template <int C, int A, int B, class Number, class Element>

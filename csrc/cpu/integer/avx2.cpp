@@ -6,7 +6,7 @@
 namespace compressed_linear::cpu {
 
 void integer_avx2(const Problem& p, const Parallel& parallel) {
-  run_integer_linear<MaddCore<Avx2Core>>(p, parallel);
+  run_integer_linear<VectorEngine<MaddCore<Avx2Core>>>(p, parallel);
 }
 
 }  // namespace compressed_linear::cpu

@@ -70,6 +70,9 @@ struct Avx2Core {
     quantize_values(x + i, count - i, by, q + i);
   }
 
+  static float largest(const float* x, int64_t count) { return largest_magnitude(x, count); }
+  static int32_t sum(const int8_t* q, int64_t count) { return sum_bytes(q, count); }
+
   // Shifts so that bit From of each byte lands on bit To; bits that cross bytes are junk.
   template <int From, int To>
   static Reg place(Reg row) {

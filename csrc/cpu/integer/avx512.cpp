@@ -6,7 +6,7 @@
 namespace compressed_linear::cpu {
 
 void integer_avx512(const Problem& p, const Parallel& parallel) {
-  run_integer_linear<MaddCore<Avx512Core>>(p, parallel);
+  run_integer_linear<VectorEngine<MaddCore<Avx512Core>>>(p, parallel);
 }
 
 }  // namespace compressed_linear::cpu

@@ -30,6 +30,7 @@ struct Avx512Core {
   static Reg set(int32_t value) { return _mm512_set1_epi32(value); }
   static Float set(float value) { return _mm512_set1_ps(value); }
   static Reg subtract(Reg a, Reg b) { return _mm512_sub_epi32(a, b); }
+  static Reg subtract_bytes(Reg a, Reg b) { return _mm512_sub_epi8(a, b); }
   static Reg multiply(Reg a, Reg b) { return _mm512_mullo_epi32(a, b); }
   static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
   static Float multiply(Float a, Float b) { return _mm512_mul_ps(a, b); }
@@ -46,19 +47,67 @@ struct Avx512Core {
   static Reg add_pairs(Reg a) { return _mm512_madd_epi16(a, _mm512_set1_epi16(1)); }
   static Reg add(Reg a, Reg b) { return _mm512_add_epi32(a, b); }
 
+  // A product with the reciprocal differs from the quotient by less than kNear below 1024, so that
+  // both round to the same integer unless they are that near to the middle of two.
   static void quantize(const float* x, int64_t count, QuantizedGroup by, int8_t* q) {
+    constexpr float kNear = 0x1p-10f;
     const Float scale = set(by.scale), most = set(1024.0f), least = set(-1024.0f);
+    const Float reciprocal = set(1.0f / by.scale), half = set(0.5f), near = set(kNear);
+    const bool usual = by.scale > 0x1p-100f && by.scale < 0x1p100f;
     const Reg zero = set(by.zero);
     int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes) {
-      const Float value =
-          _mm512_max_ps(_mm512_min_ps(_mm512_div_ps(load(x + i), scale), most), least);
+      const Float values = load(x + i);
+      Float value = _mm512_max_ps(_mm512_min_ps(multiply(values, reciprocal), most), least);
+      const Float away =
+          _mm512_sub_ps(_mm512_abs_ps(_mm512_sub_ps(value, _mm512_roundscale_ps(value, 0))), half);
+      // Infinities and NaN are not far either.
+      const bool far = _mm512_cmp_ps_mask(_mm512_abs_ps(away), near, _CMP_GT_OQ) == 0xffff;
+      if (!far || !usual)
+        value = _mm512_max_ps(_mm512_min_ps(_mm512_div_ps(values, scale), most), least);
       const Reg code =
           _mm512_cvt_roundps_epi32(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
       _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i),
                        _mm512_cvtsepi32_epi8(_mm512_add_epi32(code, zero)));
     }
     quantize_values(x + i, count - i, by, q + i);
+  }
+  static float largest(const float* x, int64_t count) {
+    Reg most = _mm512_setzero_si512();
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes)
+      most = _mm512_max_epi32(most, _mm512_castps_si512(_mm512_abs_ps(load(x + i))));
+    const auto rest = static_cast<int32_t>(bits_of(largest_magnitude(x + i, count - i)));
+    const int32_t found = _mm512_reduce_max_epi32(most);
+    return float_of(static_cast<uint32_t>(found > rest ? found : rest));
+  }
+  static int32_t sum(const int8_t* q, int64_t count) {
+    Reg sums = _mm512_setzero_si512();
+    int64_t i = 0;
+    for (; i + kRowBytes <= count; i += kRowBytes) {
+      const Reg codes = _mm512_xor_si512(_mm512_loadu_si512(q + i), _mm512_set1_epi8(-128));
+      sums = _mm512_add_epi64(sums, _mm512_sad_epu8(codes, _mm512_setzero_si512()));
+    }
+    int64_t total = _mm512_reduce_add_epi64(sums) - 128 * i;
+    if (i + 32 <= count) {
+      const __m256i codes = _mm256_xor_si256(
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q + i)), _mm256_set1_epi8(-128));
+      const __m256i four = _mm256_sad_epu8(codes, _mm256_setzero_si256());
+      const __m128i two =
+          _mm_add_epi64(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1));
+      total += _mm_cvtsi128_si64(two) + _mm_extract_epi64(two, 1) - 128 * 32;
+      i += 32;
+    }
+    return static_cast<int32_t>(total) + sum_bytes(q + i, count - i);
+  }
+  // As to_bf16 rounds.
+  static void store_bf16(void* at, Float value) {
+    const Reg bits = _mm512_castps_si512(value), high = _mm512_srli_epi32(bits, 16);
+    const Reg odd = _mm512_and_si512(high, set(1));
+    const Reg rounded = _mm512_srli_epi32(add(bits, add(odd, set(0x7fff))), 16);
+    const Reg result = _mm512_mask_or_epi32(rounded, _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q),
+                                            high, set(0x40));
+    _mm256_storeu_si256(static_cast<__m256i*>(at), _mm512_cvtepi32_epi16(result));
   }
 
   // Shifts so that bit From of each byte lands on bit To; bits that cross bytes are junk.

@@ -20,7 +20,7 @@ struct Avx512VnniCore : Avx512Core {
 }  // namespace
 
 void integer_avx512vnni(const Problem& p, const Parallel& parallel) {
-  run_integer_linear<Avx512VnniCore>(p, parallel);
+  run_integer_linear<VectorEngine<Avx512VnniCore>>(p, parallel);
 }
 
 }  // namespace compressed_linear::cpu

@@ -29,7 +29,7 @@ void integer_avxvnni(const Problem& p, const Parallel& parallel) {
 #else
 void integer_avxvnni_evex(const Problem& p, const Parallel& parallel) {
 #endif
-  run_integer_linear<AvxVnniCore>(p, parallel);
+  run_integer_linear<VectorEngine<AvxVnniCore>>(p, parallel);
 }
 
 }  // namespace compressed_linear::cpu

@@ -12,7 +12,7 @@ struct SignedDot {
 }  // namespace
 
 void integer_dotprod(const Problem& p, const Parallel& parallel) {
-  run_integer_linear<SignedCore<SignedDot>>(p, parallel);
+  run_integer_linear<VectorEngine<SignedCore<SignedDot>>>(p, parallel);
 }
 
 }  // namespace compressed_linear::cpu

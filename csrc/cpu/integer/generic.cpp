@@ -85,8 +85,8 @@ void integer_generic(const Problem& p, const Parallel& parallel) {
   for (int64_t row0 = 0; row0 < p.x.m; row0 += rows_at_once) {
     const int64_t rows = least(p.x.m - row0, rows_at_once);
     for (int64_t r = 0; r < rows; ++r)
-      quantize_to_bytes(p, row0 + r, row, row + g.padded_k, q + r * g.padded_k,
-                        by + r * x_group_count, quantize_values);
+      quantize_to_bytes<PlainCore>(p, row0 + r, row, row + g.padded_k, q + r * g.padded_k,
+                                   by + r * x_group_count);
     const Call call{p, x_group_count, row0, rows, q, by};
     parallel.run(
         g.tiles,

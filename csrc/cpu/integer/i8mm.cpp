@@ -20,7 +20,7 @@ struct MixedCore : NeonIntegerCore {
 }  // namespace
 
 void integer_i8mm(const Problem& p, const Parallel& parallel) {
-  run_integer_linear<MixedCore>(p, parallel);
+  run_integer_linear<VectorEngine<MixedCore>>(p, parallel);
 }
 
 }  // namespace compressed_linear::cpu

@@ -16,7 +16,7 @@ struct WideningDot {
 }  // namespace
 
 void integer_neon(const Problem& p, const Parallel& parallel) {
-  run_integer_linear<SignedCore<WideningDot>>(p, parallel);
+  run_integer_linear<VectorEngine<SignedCore<WideningDot>>>(p, parallel);
 }
 
 }  // namespace compressed_linear::cpu

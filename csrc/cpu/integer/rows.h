@@ -76,8 +76,9 @@ struct QuantizedGroup {
 };
 
 // The scale is NaN where the result must be.
-inline QuantizedGroup quantize_group(const Activation& rule, const float* row, int64_t count) {
-  const float largest = largest_magnitude(row, count);
+template <class Core>
+QuantizedGroup quantize_group(const Activation& rule, const float* row, int64_t count) {
+  const float largest = Core::largest(row, count);
   const QuantizedGroup bad = {float_of(0x7fc00000u), 0};
   if (std::isnan(largest)) return bad;
   if (!rule.dynamic) return {rule.scale, static_cast<int32_t>(rule.zero)};
@@ -104,13 +105,20 @@ inline void quantize_values(const float* x, int64_t count, QuantizedGroup by, in
   }
 }
 
+// What rows are quantized with, in plain C++.
+struct PlainCore {
+  static float largest(const float* x, int64_t count) { return largest_magnitude(x, count); }
+  static void quantize(const float* x, int64_t count, QuantizedGroup by, int8_t* q) {
+    quantize_values(x, count, by, q);
+  }
+};
+
 // Row m of x as bytes in the order of the packed weights, q[padded_k], with the groups' scales and
 // zeros at by[0], by[stride], ... Channels that are padding or gathered from nowhere hold the zero.
-// row[padded_k] and scratch[k] are scratch. quantize: quantize_values, or what gives the same
-// bytes.
-template <class Quantize>
+// row[padded_k] and scratch[k] are scratch. Core: PlainCore, or what gives the same.
+template <class Core>
 void quantize_to_bytes(const Problem& p, int64_t m, float* row, float* scratch, int8_t* q,
-                       QuantizedGroup* by, const Quantize& quantize) {
+                       QuantizedGroup* by) {
   const Geometry& g = p.weight.geometry;
   gather_row(p, m, row, scratch);
   const Activation& rule = p.x.activation;
@@ -118,8 +126,8 @@ void quantize_to_bytes(const Problem& p, int64_t m, float* row, float* scratch, 
   int64_t begin = 0;
   for (int64_t x_group = 0; x_group < count; ++x_group) {
     const int64_t end = x_group_end(g, rule.group, x_group);
-    by[x_group] = quantize_group(rule, row + begin, end - begin);
-    quantize(row + begin, end - begin, by[x_group], q + begin);
+    by[x_group] = quantize_group<Core>(rule, row + begin, end - begin);
+    Core::quantize(row + begin, end - begin, by[x_group], q + begin);
     begin = end;
   }
   std::memset(q + begin, 0, static_cast<size_t>(g.padded_k - begin));
