@@ -251,7 +251,11 @@ def test_logits_are_those_of_the_quantizer(name: str) -> None:
 
 
 def test_symmetric_int8_hangs_on_the_last_bit_of_its_scales() -> None:
-    """The largest |x| of a token lies between codes 127 and 128 by compressed-tensors' scale."""
+    """The largest |x| of a token lies between codes 127 and 128 by compressed-tensors' scale.
+
+    Which of them it gets, another order of additions decides, and one that differs changes all the
+    tokens behind it: so the tokens that differ least are compared.
+    """
     name = "llmcompressor-w8a8-int8-dyn"
     reference = checkpoint_reference(name)
     apart = {}
@@ -260,5 +264,6 @@ def test_symmetric_int8_hangs_on_the_last_bit_of_its_scales() -> None:
         own = scheme(INT8, CHANNEL, replace(INT8_TOKEN, maximum=maximum), *tensors)
         with model(name, own) as built:
             logits = built(reference["input_ids"]).logits
-        apart[maximum] = float((logits - reference["logits_actquant"]).abs().mean())
-    assert apart[127.5] < 0.01 < 0.05 < apart[127.0]
+        tokens = (logits - reference["logits_actquant"]).abs().amax(-1)
+        apart[maximum] = float(tokens.min())
+    assert apart[127.5] < 1e-4 < 0.05 < apart[127.0]

@@ -73,6 +73,9 @@ class CpuWna16(MixedPrecision):
         yield from weight_reasons(d)
 
     def instance(self, d: CompressedLinearDescriptor, device: str) -> Any:
+        # The operator multiplies with AMX and does not ask the kernel for the right to: without it
+        # the process ends with an illegal instruction.
+        torch.cpu._init_amx()
         kernel = tables.kernel_class(self.family, device, self.kernel)
         return mixed_precision.build(kernel, request(d))
 
