@@ -138,7 +138,7 @@ COSTS: dict[Kernels, dict[str, KernelCost]] = {
             "dot8_512", 64, 0.95, {"narrow": 3.9, "bytes": 4.0}, floor=0.7, grouped=0.7
         ),
         "amx": KernelCost(
-            "tile_int8", 16384, 0.23, {"narrow": 9.5, "bytes": 3.0}, rows=16, grouped=0.026
+            "tile_int8", 16384, 0.25, {"narrow": 15.0, "bytes": 4.5}, rows=16, grouped=0.15
         ),
         "neon": KernelCost("madd128", 16, 0.4, {"narrow": 12.0}, grouped=0.3),
         "dotprod": KernelCost("dot8_128", 16, 0.8, {"narrow": 12.0}, grouped=0.5),
