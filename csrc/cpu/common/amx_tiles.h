@@ -11,7 +11,7 @@
 //   dot_signed_bytes<C, A, B>()   signed in both
 //
 // A tile is up to 16 rows of up to 64 bytes. B holds a row for each pair or quad of K, as decoded
-// blocks of the packed layouts do. What the engines do with them is TileGrid.
+// blocks of the packed layouts do. TileGrid has their shapes.
 #pragma once
 
 #include <cmath>
@@ -191,64 +191,13 @@ class EmulatedTiles {
   static float number(const uint8_t* at) { return flush(from_bf16(half_at(at, 0))); }
 };
 
-enum class TileProduct { bf16, bytes };
-
-// Sums of up to 32 rows of x with two tiles of channels, which eight tile registers hold with what
-// is multiplied: 0 to 3 sums [rows of x][channels], 4 and 5 x, 6 and 7 weights.
-template <class Tiles, TileProduct kProduct>
+// The shapes of the eight tile registers for up to 32 rows of x, while an engine works: 0 and 1
+// sums of the first sixteen rows, 2 and 3 of the others, 4 and 5 x of both, 6 and 7 weights. For up
+// to sixteen rows all four hold sums of these, and 5 weights.
+template <class Tiles>
 class TileGrid {
  public:
   static constexpr int kRows = 2 * kTileRows;
-
-  // The corner of the grid that is used: rows of tiles, and columns. Strides and distances count
-  // bytes, strides from row to row.
-  template <int RowTiles, int Columns>
-  struct Corner {
-    static constexpr int kColumns = Columns;
-    static void zero() {
-      each([](auto tile, auto, auto) { Tiles::template zero<tile>(); });
-    }
-    static void load(const void* sums, int64_t stride) {
-      each([=](auto tile, auto row, auto column) {
-        const char* from = static_cast<const char*>(sums);
-        Tiles::template load<tile>(from + row * kTileRows * stride + column * kTileRowBytes,
-                                   stride);
-      });
-    }
-    static void store(void* sums, int64_t stride) {
-      each([=](auto tile, auto row, auto column) {
-        char* to = static_cast<char*>(sums);
-        Tiles::template store<tile>(to + row * kTileRows * stride + column * kTileRowBytes, stride);
-      });
-    }
-    // next: from the first column's weights to the second's
-    static void load_weights(const uint8_t* weights, int64_t next, int64_t stride) {
-      Tiles::template load<6>(weights, stride);
-      if constexpr (Columns > 1) Tiles::template load<7>(weights + next, stride);
-    }
-    static void add_products(const void* x, int64_t stride) {
-      Tiles::template load<4>(x, stride);
-      if constexpr (RowTiles > 1)
-        Tiles::template load<5>(static_cast<const char*>(x) + kTileRows * stride, stride);
-      each([](auto tile, auto row, auto column) {
-        if constexpr (kProduct == TileProduct::bf16) {
-          Tiles::template dot_bf16<tile, 4 + row, 6 + column>();
-        } else {
-          Tiles::template dot_bytes<tile, 4 + row, 6 + column>();
-        }
-      });
-    }
-
-   private:
-    // function(tile, row, column), constants all
-    template <class Function>
-    static void each(const Function& function) {
-      function(kZero, kZero, kZero);
-      if constexpr (Columns > 1) function(kOne, kZero, kOne);
-      if constexpr (RowTiles > 1) function(kTwo, kOne, kZero);
-      if constexpr (RowTiles > 1 && Columns > 1) function(kThree, kOne, kOne);
-    }
-  };
 
   TileGrid() = default;
   TileGrid(const TileGrid&) = delete;
@@ -260,35 +209,18 @@ class TileGrid {
   // For that many rows of x, of which a tile takes x_bytes.
   void configure(int64_t rows, int64_t x_bytes) {
     if (rows == rows_) return;
-    const int64_t low = least(rows, kTileRows);
+    const int64_t low = least(rows, kTileRows), high = rows - low;
     TileConfig config;
     for (const int tile : {0, 1}) config.set(tile, low, kTileRowBytes);
-    for (const int tile : {2, 3}) config.set(tile, rows - low, kTileRowBytes);
+    for (const int tile : {2, 3}) config.set(tile, high > 0 ? high : low, kTileRowBytes);
     config.set(4, low, x_bytes);
-    config.set(5, rows - low, x_bytes);
-    for (const int tile : {6, 7}) config.set(tile, x_bytes / 4, kTileRowBytes);
+    for (const int tile : {5, 6, 7}) config.set(tile, x_bytes / 4, kTileRowBytes);
+    if (high > 0) config.set(5, high, x_bytes);
     Tiles::configure(config);
     rows_ = rows;
   }
 
-  // work(corner, t) for each two of `tiles` tiles of channels, and the last one if they are odd.
-  template <class Work>
-  void for_each_pair(int64_t tiles, const Work& work) const {
-    for (int64_t t = 0; t < tiles; t += 2) {
-      if (rows_ > kTileRows) {
-        t + 1 < tiles ? work(Corner<2, 2>(), t) : work(Corner<2, 1>(), t);
-      } else {
-        t + 1 < tiles ? work(Corner<1, 2>(), t) : work(Corner<1, 1>(), t);
-      }
-    }
-  }
-
  private:
-  static constexpr std::integral_constant<int, 0> kZero{};
-  static constexpr std::integral_constant<int, 1> kOne{};
-  static constexpr std::integral_constant<int, 2> kTwo{};
-  static constexpr std::integral_constant<int, 3> kThree{};
-
   int64_t rows_ = 0;  // that tiles are configured for
 };
 

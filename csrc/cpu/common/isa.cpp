@@ -76,8 +76,8 @@ constexpr uint32_t bits_of(Features... features) {
   return (uint32_t{0} | ... | (uint32_t{1} << features));
 }
 
-// Best first, as measured on AMD cores: the order in which rows are taken where nobody chose paths
-// by the rates of the processor (paths.h).
+// Best first, as measured on AMD cores: the order in which rows are taken where no paths were
+// chosen by the rates of the processor (paths.h).
 #if defined(COMPRESSED_LINEAR_X86)
 constexpr uint32_t kNeedsAvx2 = bits_of(kAvx2, kFma, kF16c);
 constexpr uint32_t kNeedsAvx512 = kNeedsAvx2 | bits_of(kAvx512F, kAvx512Bw, kAvx512Vl, kAvx512Dq);

@@ -31,15 +31,12 @@ constexpr int64_t kInputBytes = 512 << 10;        // of x that strips take in tu
 template <class Tiles>
 class TileUnit {
  public:
-  static constexpr int64_t kRows = 2 * kTileRows;
+  static constexpr int64_t kRows = TileGrid<Tiles>::kRows;
 
   explicit TileUnit(const Problem& p)
       : p_(p), decoder_(p), direct_(p.weight.geometry.groups == 1 && !has_offset(p)) {}
   TileUnit(const TileUnit&) = delete;
   TileUnit& operator=(const TileUnit&) = delete;
-  ~TileUnit() {
-    if (configured_ > 0) Tiles::release();
-  }
 
   template <class Call>
   void multiply(const Call& call, int64_t panel0, int64_t panel1, int64_t tile0, int64_t tile1) {
@@ -168,7 +165,7 @@ class TileUnit {
       weights = block_of(p_.weight, stage.tile, stage.chunk * kChunk);
       weight_stride = p_.weight.geometry.block_stride(stage.tile);
     }
-    configure(rows);
+    grid_.configure(rows, kTileRowBytes);
     for (int64_t s = 0; s < count; ++s) {
       const Segment segment = call.segments[first + s];
       const int64_t low = segment.begin / kBlock, high = (segment.end + kBlock - 1) / kBlock;
@@ -366,18 +363,6 @@ class TileUnit {
     if constexpr (At + 1 < RowTiles * Columns) for_sums<RowTiles, Columns, At + 1>(action);
   }
 
-  void configure(int64_t rows) {
-    if (rows == configured_) return;
-    const int64_t low = least(rows, kTileRows), high = rows - low;
-    TileConfig config;
-    for (int tile = 0; tile < kTileCount; ++tile) config.set(tile, kTileRows, kTileRowBytes);
-    for (const int tile : {0, 1, 4}) config.set(tile, low, kTileRowBytes);
-    for (const int tile : {2, 3}) config.set(tile, high > 0 ? high : low, kTileRowBytes);
-    if (high > 0) config.set(5, high, kTileRowBytes);
-    Tiles::configure(config);
-    configured_ = rows;
-  }
-
   static constexpr std::integral_constant<int, 1> kOne{};
   static constexpr std::integral_constant<int, 2> kTwo{};
   static constexpr std::integral_constant<int, 4> kFour{};
@@ -387,7 +372,7 @@ class TileUnit {
   Fetcher fetcher_;
   PendingSums pending_;
   const bool direct_;  // one scale for all of K, and no offset: the totals are the sums
-  int64_t configured_ = 0;
+  TileGrid<Tiles> grid_;
   uint8_t* slab_ = nullptr;
   alignas(64) float sums_[4 * kTileRows * kTile];
   alignas(64) uint32_t cut_[kChunk / 2 * kMostTileParts * kRows];

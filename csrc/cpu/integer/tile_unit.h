@@ -274,7 +274,7 @@ class TileUnit {
   const int64_t step_;  // channels of a step
   Ahead ahead_;
   TileTotals<Core> totals_;
-  TileGrid<Tiles, TileProduct::bytes> grid_;
+  TileGrid<Tiles> grid_;
   UnitOfWork unit_{};
   int64_t tiles_ = 0;                 // of the strip
   const uint8_t* weights_ = nullptr;  // of the chunk
