@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the machine allows, measured beside every result: reading memory, multiplying.
+"""What the machine allows, measured with every result: reading memory, multiplying.
 
 Both with loops of our own, with as many threads as torch has, and not through a matrix product of a
 library, which may reach a third of what the core does.

@@ -17,7 +17,7 @@ from benchmarks.table import (
     number,
     ours_of,
     product_limit,
-    read_share,
+    reading_cells,
     row,
     share_of_limit,
 )
@@ -187,21 +187,14 @@ def _one_token(records: list[Report]) -> str:
     rows = []
     for report in records:
         for result in ours_of(report):
-            found, share = row(result, 1), share_of_limit(report, result, 1)
+            found = row(result, 1)
             assert found is not None
-            cached = report["limits"]["cached_gb_per_s"].get(result["id"].removeprefix("ours/"))
-            fixed = found.get("fixed_ms")
             rows.append(
                 [
                     f"{report['title']}, {result['id'].removeprefix('ours/')}",
                     kernel_of({**result, "rows": [found]}),
                     f"{found['median_ms']:.2f}",
-                    number(None if fixed is None else fixed * 1e3, 0),
-                    number(found["weight_gb_per_s"], 1),
-                    number(found.get("op_gb_per_s"), 1),
-                    number(cached, 1),
-                    f"{read_share(report, result):.0%}",
-                    f"{share:.0%}",
+                    *reading_cells(report, result),
                 ]
             )
     head = ["weights, backend", "kernel", "ms", "fixed (µs)", "GB/s", "without fixed (GB/s)"]
@@ -214,8 +207,8 @@ def _one_token(records: list[Report]) -> str:
 
 
 def older(directory: Path) -> str:
-    """Our kernels of an instruction set that was asked for, for one token, beside the ones that are
-    chosen."""
+    """Our kernels of an instruction set that was asked for, for one token, next to the ones that
+    are chosen."""
     rows = []
     records = reports(directory, forced=True)
     kinds = {report["scheme"]: report for report in reports(directory, threads=1)}
@@ -263,7 +256,7 @@ def contenders(file: Path) -> str:
 
 
 def gains(before: Path, now: Path) -> str:
-    """Our kernels of an older commit, as chosen and forced, beside those of ``now``."""
+    """Our kernels of an older commit, as chosen and forced, next to those of ``now``."""
     old = [*reports(before, threads=1), *reports(before, threads=1, forced=True)]
     new = {report["scheme"]: report for report in reports(now, threads=1)}
     ms = _rows(old)

@@ -3,7 +3,7 @@
 
 Ours is the backend that a load would choose here, with the user's settings and tune file. It is
 timed in turns with vLLM's own layer under the same contract: 4-bit layers of vLLM keep x
-(``VLLM_CPU_INT4_W4A8=0``). Where vLLM by default rounds that x to 8 bits, this is timed beside
+(``VLLM_CPU_INT4_W4A8=0``). Where vLLM by default rounds that x to 8 bits, this is timed next to
 ``cpu_int8_fast``, which the user has to ask for. A cell is slower when the median is more than 3 %
 longer; cells whose intervals do not decide it are measured longer.
 

@@ -134,19 +134,25 @@ def _one_token(report: Report) -> Table:
     for result in ours_of(report):
         found = row(result, 1)
         assert found is not None
-        cached = report["limits"]["cached_gb_per_s"].get(result["id"].removeprefix("ours/"))
-        fixed, share = found.get("fixed_ms"), share_of_limit(report, result, 1)
-        table.add_row(
-            name_of(result),
-            f"{found['median_ms']:.3f}",
-            number(None if fixed is None else fixed * 1e3, 0),
-            number(found["weight_gb_per_s"], 1),
-            number(found.get("op_gb_per_s"), 1),
-            number(cached, 1),
-            f"{read_share(report, result):.0%}",
-            f"{share:.0%}",
-        )
+        table.add_row(name_of(result), f"{found['median_ms']:.3f}", *reading_cells(report, result))
     return table
+
+
+def reading_cells(report: Report, result: dict[str, Any]) -> list[str]:
+    """Of a call with one token: what it costs apart from reading (µs), GB/s with and without that
+    and from the cache, shares of reading and of the least of reading and decoding."""
+    found, share = row(result, 1), share_of_limit(report, result, 1)
+    assert found is not None
+    cached = report["limits"]["cached_gb_per_s"].get(result["id"].removeprefix("ours/"))
+    fixed = found.get("fixed_ms")
+    return [
+        number(None if fixed is None else fixed * 1e3, 0),
+        number(found["weight_gb_per_s"], 1),
+        number(found.get("op_gb_per_s"), 1),
+        number(cached, 1),
+        f"{read_share(report, result):.0%}",
+        f"{share:.0%}",
+    ]
 
 
 def number(value: float | None, digits: int) -> str:

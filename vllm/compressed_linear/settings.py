@@ -97,7 +97,7 @@ def default_tune_file() -> Path:
 
 
 def rates_path() -> Path | None:
-    """File beside the tune file that ``VLLM_COMPRESSED_LINEAR_TUNE_FILE`` names, or the default
+    """File next to the tune file that ``VLLM_COMPRESSED_LINEAR_TUNE_FILE`` names, or the default
     one, in which the rates of this machine are kept; None with ``off``. One for the whole process,
     so ``additional_config`` has no part in it."""
     file = _tune_file(os.environ.get(TUNE_FILE) or "")

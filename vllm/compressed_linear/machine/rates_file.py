@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rates of this machine, measured once and kept beside the tune file.
+"""The rates of this machine, measured once and kept next to the tune file.
 
 JSON::
 
