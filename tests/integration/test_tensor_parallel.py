@@ -16,6 +16,9 @@ import pytest
 import torch
 
 from tests.support.checkpoints import checkpoint, checkpoint_reference
+from tests.support.float8_store import Float8
+from tests.support.float_models import FloatModel, assert_near
+from tests.support.float_models import write as write_floats
 from tests.support.messages import says
 from tests.support.model_loading import free_port
 from tests.support.repository import environment
@@ -52,6 +55,26 @@ TABLES = {
     "quantized-table-and-head": TableModel("llama", tied=False, head=Bits(6, 64), vocabulary=501),
     "unquantized-tied-table": TableModel("gemma3", table=None, vocabulary=501),
 }
+FLOATS = {
+    "divisors-cut-blocks": FloatModel(
+        {
+            "quant_method": "fp8",
+            "method": "fp8",
+            "weight_scale_semantics": "inverse",
+            "weight_block_size": [128, 128],
+        },
+        Float8((128, 128), scale="weight_scale_inv", inverse=True),
+        Model(Quant("gptq"), hidden=192, heads=6, intermediate=200),
+    ),
+    "static": FloatModel(
+        {"quant_method": "fp8", "activation_scheme": "static"}, Float8(shape="", x="static")
+    ),
+    "blocks-rows-cut": FloatModel(
+        {"quant_method": "fp8", "weight_block_size": [64, 64]},
+        Float8((64, 64), scale="weight_scale_inv", x="group"),
+        Model(Quant("gptq"), hidden=256, heads=8, kv_heads=2, intermediate=384),
+    ),
+}
 ZOO = ["gptqmodel-gptq-w4-g128-sym-descact", "gptqmodel-gptq-w4-g64-sym-lmhead"]
 
 
@@ -62,6 +85,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     references = {name: write(model, root / name) for name, model in MODELS.items()}
     references |= {name: write_table_model(model, root / name) for name, model in TABLES.items()}
     paths = {name: root / name for name in references}
+    for name, model in FLOATS.items():
+        files = write_floats(model, root / name)
+        references[name] = {"input_ids": files.input_ids, "logits": files.logits}
+        paths[name] = files.path
     for name in ZOO:
         references[name], paths[name] = checkpoint_reference(name), checkpoint(name)
     jobs = [
@@ -121,6 +148,12 @@ def test_two_ranks_give_the_logits_of_one(name: str, results: dict[str, Any]) ->
     vocab = reference.shape[-1]
     error = torch.log_softmax(ours["logits"][..., :vocab], -1) - torch.log_softmax(reference, -1)
     assert float(error.abs().max()) <= 1e-4
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_two_ranks_give_the_logits_of_one_with_floats(name: str, results: dict[str, Any]) -> None:
+    ours, reference = results[name]
+    assert_near(ours["logits"], reference, exact=FLOATS[name].store.x == "none")
 
 
 def test_ranks_that_choose_differently_say_so(results: dict[str, Any]) -> None:

@@ -79,8 +79,15 @@ def entry_of(name: str) -> Entry:
     return next(entry for entry in index() if entry.name == name)
 
 
+WHOLE = ("fp8",)
+"""Methods of which we read every weight, whatever it is, and quantize x as they say."""
+
+
 def is_ours(entry: Entry) -> bool:
-    """Whether our formats read at least a part of it: integers, of which some run on x as it is."""
+    """Whether our formats read at least a part of it: integers, of which some run on x as it is, or
+    all of a method."""
+    if entry.quant_method in WHOLE:
+        return True
     methods = ("gptq", "awq", "auto-round", "compressed-tensors")
     return (
         entry.quant_method in methods
@@ -90,8 +97,14 @@ def is_ours(entry: Entry) -> bool:
 
 
 def is_weight_only(entry: Entry) -> bool:
-    """Whether our formats read all of it."""
-    return is_ours(entry) and entry.activation is None and entry.weight_types == {"int"}
+    """Whether our formats read all of it, and x stays as it is."""
+    integers = entry.quant_method in WHOLE or entry.weight_types == {"int"}
+    return is_ours(entry) and entry.activation is None and integers
+
+
+def quantizes_inputs(entry: Entry) -> bool:
+    """Whether our formats read all of it, and x is quantized."""
+    return entry.quant_method in WHOLE and entry.activation is not None
 
 
 def checkpoint(name: str) -> Path:

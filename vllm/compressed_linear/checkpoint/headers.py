@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -25,16 +25,26 @@ LONGEST_NAME = 255
 """Bytes of a file's name, on Linux."""
 
 
+NATURAL_DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
+"""dtypes of a ``weight`` that holds the numbers themselves; all others hold codes."""
+
+
 class HoldingModules:
-    """Of the modules of a checkpoint, those that have certain tensors.
+    """Of the modules of a checkpoint, those that have certain tensors, or codes called ``weight``.
 
     ``modules``: their names, in the order of the files. ``inside``: every module and every parent
     of one → whether it has such a tensor, or a module inside it has.
     """
 
-    def __init__(self, modules: Mapping[str, set[str]], tensors: tuple[str, ...]) -> None:
+    def __init__(
+        self, modules: Mapping[str, set[str]], tensors: tuple[str, ...], coded: Collection[str]
+    ) -> None:
         wanted = frozenset(tensors)
-        self.modules = {name: None for name, own in modules.items() if not wanted.isdisjoint(own)}
+        self.modules = {
+            name: None
+            for name, own in modules.items()
+            if name in coded or not wanted.isdisjoint(own)
+        }
         self._all = modules
 
     @cached_property
@@ -93,11 +103,23 @@ class Headers(Mapping[str, TensorHeader]):
         return self._modules
 
     def holding(self, tensors: tuple[str, ...]) -> HoldingModules:
-        """The modules that have a tensor whose name ends with one of ``tensors``. Looked for once
-        for all copies: each rank has a quantization config, and asks about all modules."""
+        """The modules that have a tensor whose name ends with one of ``tensors``, or whose
+        ``weight`` is of a dtype of codes. Looked for once for all copies: each rank has a
+        quantization config, and asks about all modules."""
         if tensors not in self._holding:
-            self._holding[tensors] = HoldingModules(self._modules, tensors)
+            self._holding[tensors] = HoldingModules(self._modules, tensors, self.coded)
         return self._holding[tensors]
+
+    @cached_property
+    def coded(self) -> Collection[str]:
+        """Modules whose ``weight`` holds codes, by its dtype."""
+        return {
+            module: None
+            for module, names in self._modules.items()
+            if "weight" in names
+            and self._tensors[f"{module}.weight" if module else "weight"].dtype
+            not in NATURAL_DTYPES
+        }
 
     def renamed(self, names: Mapping[str, str]) -> Headers:
         """The same tensors under other names; names that are not in the mapping stay."""

@@ -58,13 +58,21 @@ class Format(ABC):
         Raises ``ConfigError`` if the configuration is invalid for it.
         """
 
-    def has_attention_scales(self) -> bool:
+    def has_attention_scales(self, file: FileView) -> bool:
         """Whether the checkpoint quantizes the KV cache; handled by vLLM's own config."""
         return False
+
+    def kv_cache_scheme(self) -> dict[str, Any] | None:
+        """What vLLM's attention layers read, to quantize the KV cache as the checkpoint says."""
+        return None
 
     def delegated(self) -> tuple[str | None, dict[str, Any]]:
         """vLLM's own name and configuration for layers that are delegated."""
         return self.vllm_name, self.config
+
+    def misread_by_vllm(self) -> str:
+        """Why vLLM would compute wrong numbers for delegated layers; "" if it does not."""
+        return ""
 
     def hints(self) -> Hints:
         """Claims of the configuration about the data."""

@@ -227,8 +227,12 @@ class CompressedTensors(Format):
         reasons = [group.reason for group in found if group.weighted]
         return "; ".join(reasons) or "compressed-tensors without config_groups"
 
-    def has_attention_scales(self) -> bool:
+    def has_attention_scales(self, file: FileView) -> bool:
         return bool(self.config.get("kv_cache_scheme"))
+
+    def kv_cache_scheme(self) -> dict[str, Any] | None:
+        scheme: dict[str, Any] | None = self.config.get("kv_cache_scheme")
+        return scheme or None
 
     def hints(self) -> Hints:
         # Here a group index means activation order; GPTQ files always have one.

@@ -117,3 +117,17 @@ class PartsOfNames(Entries):
 
     def selects(self, spelling: str, names: Sequence[str], kind: LayerKind | None) -> bool:
         return any(spelling in name for name in names)
+
+
+class Components(Entries):
+    """Entries that select the modules whose names have them as one or more whole components:
+    ``mlp.gate`` selects ``layers.0.mlp.gate``, and not ``layers.0.mlp.gate_proj``."""
+
+    def selects(self, spelling: str, names: Sequence[str], kind: LayerKind | None) -> bool:
+        part = f".{spelling.removesuffix(TENSOR).strip('.')}."
+        return any(part in f".{name}." for name in names)
+
+    def names_fully(self, names: Sequence[str]) -> bool:
+        """Whether an entry is a full name of a module, or of a layer in which vLLM fuses it."""
+        fused = names.fused if isinstance(names, ModuleNames) else {}
+        return any(spelling.removesuffix(TENSOR) in (*names, *fused) for spelling in self.spellings)

@@ -56,6 +56,18 @@ class Fields:
             raise wrong(name, value, "int")
         return number
 
+    def integers(self, name: str) -> list[int]:
+        """Whole numbers of a list; empty if it is not there."""
+        name, value = self._found((name,))
+        if value is None:
+            return []
+        if not isinstance(value, list | tuple):
+            raise wrong(name, value, "a list of int")
+        numbers = [whole(entry) for entry in value]
+        if any(number is None or abs(number) > LARGEST for number in numbers):
+            raise wrong(name, value, "a list of int")
+        return [number for number in numbers if number is not None]
+
     def flag(self, name: str) -> bool | None:
         """True or false; None if it is not there."""
         name, value = self._found((name,))

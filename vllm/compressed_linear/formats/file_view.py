@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from vllm.compressed_linear.checkpoint.file_header import TensorHeader
-from vllm.compressed_linear.checkpoint.headers import Headers, last_word
+from vllm.compressed_linear.checkpoint.headers import NATURAL_DTYPES, Headers, last_word
 from vllm.compressed_linear.formats.entries import ModuleNames, Rename
 from vllm.compressed_linear.formats.resolution import ConfigError, Resolution, Unquantized
 from vllm.compressed_linear.formats.shapes import has_shape, possible_shapes
@@ -22,6 +22,9 @@ from vllm.compressed_linear.spec.scheme import CheckpointScheme
 
 OUTER_NAMES = ("draft_model", "language_model")
 """Names that vLLM puts before those of a checkpoint; they count where no file is known."""
+
+ATTENTION_SCALES = frozenset({"kv_scale", "k_scale", "v_scale"})
+"""Scales of the key-value cache, by the names that vLLM knows (``get_cache_scale_mapper``)."""
 
 _LIST_TWICE = re.compile(r"\.(\w+)\.(\d+)\.\1\.")
 """A list whose name follows the index in it once more."""
@@ -220,11 +223,11 @@ class FileView:
             return
         if isinstance(resolution, Unquantized):
             weight = self.header(module, "weight")
-            if weight is not None and not weight.dtype.startswith(("bfloat", "float")):
+            if weight is not None and weight.dtype not in NATURAL_DTYPES:
                 raise ConfigError(
                     f"{layer}: tensor {module}.weight of {weight.file} is {weight.dtype}, but "
-                    f"{module} is unquantized ({resolution.reason}), expected a floating-point "
-                    "dtype"
+                    f"{module} is unquantized ({resolution.reason}), expected one of "
+                    f"{', '.join(sorted(NATURAL_DTYPES))}"
                 )
             codes = sorted(found & set(self.marker_tensors))
             if codes:
@@ -249,6 +252,10 @@ class FileView:
         tables = [m for m in self.modules if re.search(r"emb|wte", last_word(m))]
         found = [m for m in tables if self.quantized_on_disk(m)] or tables
         return found[0] if len(found) == 1 else ""
+
+    def has_attention_scales(self) -> bool:
+        """Whether a module has a scale of the key-value cache."""
+        return any(not names.isdisjoint(ATTENTION_SCALES) for names in self.modules.values())
 
     def may_have(self, module: str) -> bool:
         """Whether the file has a module with this last component, or is not known."""

@@ -10,6 +10,8 @@ from vllm.compressed_linear.formats import (  # noqa: F401
     auto_round,
     awq,
     compressed_tensors,
+    fbgemm_fp8,
+    fp8,
     gptq,
 )
 from vllm.compressed_linear.formats.base import _FORMATS, Format, quant_method_of

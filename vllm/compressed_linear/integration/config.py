@@ -47,6 +47,7 @@ from vllm.compressed_linear.integration.embedding import (
     CompressedEmbeddingMethod,
     CompressedUnquantizedEmbeddingMethod,
 )
+from vllm.compressed_linear.integration.latent_attention import take_exact_weights
 from vllm.compressed_linear.integration.linear import (
     CompressedLinearMethod,
     CompressedUnquantizedLinearMethod,
@@ -116,8 +117,7 @@ class CompressedLinearConfig(QuantizationConfig):
     @property
     def kv_cache_scheme(self) -> dict[str, Any] | None:
         """Read by vLLM's attention layers, to quantize the cache as the checkpoint says."""
-        scheme: dict[str, Any] | None = self.format.config.get("kv_cache_scheme")
-        return scheme if self.format.has_attention_scales() else None
+        return self.format.kv_cache_scheme()
 
     def resolve(self, module: str, kind: LayerKind) -> Resolution:
         """Describe what the checkpoint holds for ``module`` (a member, if the layer is fused)."""
@@ -305,6 +305,7 @@ class CompressedLinearConfig(QuantizationConfig):
         if self.plan is None:
             watch_models()
             compat_models.complete_zero_biases()
+            take_exact_weights()
             guard_reloads()
             self._plan.open(self.settings.plan_file)
 
@@ -354,7 +355,7 @@ class CompressedLinearConfig(QuantizationConfig):
     def _is_vllms_own(self, layer: torch.nn.Module, prefix: str) -> bool:
         """Whether vLLM leaves this non-linear layer unquantized."""
         if isinstance(layer, AttentionLayerBase):
-            return not self.format.has_attention_scales()
+            return not self.format.has_attention_scales(self.file)
         return compat.holds_experts(layer) and not self._experts_quantized(prefix)
 
     def _experts_quantized(self, prefix: str) -> bool:

@@ -11,6 +11,7 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizeMethodBase,
 )
 
+from vllm.compressed_linear.checkpoint.shard import CheckpointError
 from vllm.compressed_linear.formats.base import Format
 from vllm.compressed_linear.formats.resolution import ConfigError
 from vllm.compressed_linear.integration import compat
@@ -26,11 +27,30 @@ class RefusedByVllmError(RuntimeError):
         self.reason = reason
 
 
+def _explain_refusals(method: Any, refused: str, reason: str) -> None:
+    """Let an error of vLLM's ``method`` after loading say of which layer it is: some of its methods
+    find out only then that they have no kernel."""
+    process = getattr(method, "process_weights_after_loading", None)
+    if process is None:
+        return
+
+    def explained(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return process(*args, **kwargs)
+        except (ConfigError, CheckpointError, RefusedByVllmError):
+            raise
+        except Exception as error:
+            raise RefusedByVllmError(f"{refused}: {error}", reason) from error
+
+    method.process_weights_after_loading = explained
+
+
 class Delegation:
     """vLLM's own config for one checkpoint, created for the first delegated layer."""
 
     def __init__(self, found: Format) -> None:
         self.vllm_name, self._config = found.delegated()
+        self._misread = found.misread_by_vllm()
         self._vllm_config: QuantizationConfig | None = None
         self._mappers: list[Any] = []
 
@@ -54,18 +74,23 @@ class Delegation:
         """
         if self.vllm_name is None:
             return None
+        if self._misread:
+            raise ConfigError(
+                f"{prefix}: {reason}, so it would be left to vLLM's {self.vllm_name}, which would "
+                f"compute wrong numbers: {self._misread}"
+            )
         config = self._own_config(prefix, reason)
         # By reference, because some models update the mapping while they are built.
         config.packed_modules_mapping = packed_modules
+        refused = (
+            f"{prefix}: {reason}, so it is left to vLLM's {self.vllm_name}, which cannot run it"
+        )
         try:
             method = config.get_quant_method(layer, prefix)
         except Exception as error:
-            raise RefusedByVllmError(
-                f"{prefix}: {reason}, so it is left to vLLM's {self.vllm_name}, which cannot run "
-                f"it: {error}",
-                reason,
-            ) from error
+            raise RefusedByVllmError(f"{refused}: {error}", reason) from error
         if method is not None:
+            _explain_refusals(method, refused, reason)
             plan.add(
                 PlanEntry(
                     name=prefix,

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 from weakref import ref
 
 import torch
@@ -22,7 +22,7 @@ from vllm.compressed_linear.checkpoint.parameter import (
     create_parameters,
     shard_indices,
 )
-from vllm.compressed_linear.checkpoint.shard import ShardSource, dense_shard
+from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource, dense_shard
 from vllm.compressed_linear.formats.resolution import LayerKind
 from vllm.compressed_linear.integration import compat
 from vllm.compressed_linear.integration.preparation import HeldWeight, ModelPreparation, Prepared
@@ -54,6 +54,21 @@ def layer_context(layer: Any, params_dtype: torch.dtype) -> LayerContext:
     )
 
 
+@dataclass(frozen=True)
+class InputNumbers:
+    """Static scale (fp32 [1]), static zero point and prescale (fp32 [K]) of x of one member."""
+
+    scale: torch.Tensor | None
+    zero: torch.Tensor | None
+    prescale: torch.Tensor | None
+
+    @classmethod
+    def of(cls, shard: LoadedShard) -> Self:
+        """Copies, since the checkpoint's tensors are freed."""
+        found = (shard.input_scale(), shard.input_zero(), shard.prescale())
+        return cls(*(None if tensor is None else tensor.clone() for tensor in found))
+
+
 class CompressedLinearMethod(OurMethod, LinearMethodBase):
     """Linear layer or output head of which at least one shard is quantized.
 
@@ -73,6 +88,12 @@ class CompressedLinearMethod(OurMethod, LinearMethodBase):
         self.model = model
         self.sources: list[ShardSource] = []
         self.prepared: Prepared | None = None
+        self.input_numbers: list[InputNumbers] = []
+
+    @property
+    def only_scheme(self) -> CheckpointScheme | None:
+        """The scheme of a layer with a single member; None for fused ones."""
+        return self.sources[0].scheme if len(self.sources) == 1 else None
 
     def create_weights(
         self,
@@ -122,6 +143,7 @@ class CompressedLinearMethod(OurMethod, LinearMethodBase):
             parameters, self.sources, dummy=self.dtypes if self.dummy and first else None
         )
         device = shards[0].device
+        self.input_numbers = [InputNumbers.of(shard) for shard in shards]
         try:
             prepared = self.model.prepare(
                 layer,

@@ -83,7 +83,7 @@ def _never_asked(
     model: torch.nn.Module, name: str, layer: Any, config: CompressedLinearConfig
 ) -> ConfigError:
     found = config.file.tensors_on_disk(name) or set()
-    codes = min(found & set(config.file.marker_tensors))
+    codes = min(found & set(config.file.marker_tensors), default="weight")
     header = config.file.header(name, codes)
     file = "the checkpoint" if header is None else header.file
     return ConfigError(

@@ -36,6 +36,8 @@ from vllm.compressed_linear.spec.elements import torch_dtype, widen_scale
 BLOCK = 128
 KINDS = frozenset({"e4m3 dynamic per group"})
 """Kinds of activations, in our words, that these classes are for."""
+POWERS_OF_TWO = "e4m3 dynamic per group with e8m0 scales"
+"""The kind that only DeepGEMM has of them."""
 
 _MAXIMUM = 448.0
 
@@ -71,7 +73,9 @@ class Fp8Blocks(KernelAdapter):
             return
         if activation.group_size != BLOCK:
             yield f"x in groups of {activation.group_size} (supported: {BLOCK})"
-        if activation.maximum != _MAXIMUM:
+        if activation.scale_dtype != "float32":
+            yield f"scales of x as {activation.scale_dtype} (supported: float32)"
+        elif activation.maximum != _MAXIMUM:
             yield f"max|x| falls on {_MAXIMUM:g}, the descriptor has {activation.maximum:g}"
 
     def config(self, d: CompressedLinearDescriptor) -> object:

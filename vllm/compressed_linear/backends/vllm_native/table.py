@@ -57,8 +57,11 @@ def family_of(d: CompressedLinearDescriptor) -> str | None:
         return DENSE
     if element.kind == "integer":
         return "mixed precision" if d.activation is None else "int8"
-    if element == E4M3 and d.activation is not None and d.activation.kind in fp8_block.KINDS:
-        return "fp8 blocks"
+    if element == E4M3 and d.activation is not None:
+        blocks = scale is not None and scale.granularity == "block"
+        kind = d.activation.kind
+        if kind in fp8_block.KINDS or (blocks and kind == fp8_block.POWERS_OF_TWO):
+            return "fp8 blocks"
     mx = scale is not None and scale.dtype == "e8m0"
     if element == E2M1:
         return "mxfp4" if mx else "nvfp4"

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``quant_method: fp8``: weights in e4m3 (or e5m2) with scales per tensor, channel or block.
+
+Written by DeepSeek's and Qwen's releases, AutoFP8, transformers (``FineGrainedFP8Config``) and
+GPTQModel. ``weight_scale_inv`` is a factor in spite of its name (DeepSeek-V3,
+``README_WEIGHTS.md``); GPTQModel's is a divisor and says so (``weight_scale_semantics``).
+
+x is quantized as vLLM does: per tensor with a scale of the file, per token, or with blocks per
+group of channels. ``scale_fmt: ue8m0`` (DeepSeek-V3.1, ``inference/kernel.py``) rounds the scales
+of such groups up to powers of two. GPTQModel does not quantize x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from vllm.compressed_linear.formats.base import Format, register_format
+from vllm.compressed_linear.formats.entries import Components
+from vllm.compressed_linear.formats.fields import Fields
+from vllm.compressed_linear.formats.file_view import FileView
+from vllm.compressed_linear.formats.float8 import (
+    PER_TOKEN,
+    STATIC,
+    Names,
+    float8_scheme,
+    has_input_scale,
+    per_group,
+)
+from vllm.compressed_linear.formats.resolution import (
+    ConfigError,
+    LayerKind,
+    Resolution,
+    Unquantized,
+)
+from vllm.compressed_linear.spec.descriptor import ActivationSpec
+
+BLOCKS = Names(("weight_scale_inv", "weight_scale", "scale"), ("input_scale", "activation_scale"))
+PLAIN = Names(("weight_scale", "weight_scale_inv", "scale"), ("input_scale", "activation_scale"))
+SCHEMES = ("static", "dynamic", "")
+
+
+@register_format("fp8")
+@dataclass(frozen=True)
+class Fp8(Format):
+    """``activation``: "static", "dynamic", "none", or "" for what the file has a scale for.
+    ``ignored``: see ``left_out``."""
+
+    aliases = ("fp8",)
+    vllm_name = "fp8"
+    marker_tensors = ("weight_scale_inv", "weight_scale")
+
+    activation: str
+    block: tuple[int, int] | None
+    powers_of_two: bool
+    inverse: bool
+    ignored: Components
+
+    @classmethod
+    def parse(cls, config: dict[str, Any]) -> Self:
+        fields = Fields(config)
+        scheme = fields.word("activation_scheme")
+        if scheme not in SCHEMES:
+            raise ConfigError(
+                f"{fields.where}.activation_scheme is {scheme!r}, expected static or dynamic"
+            )
+        semantics = fields.word("weight_scale_semantics")
+        if semantics not in ("", "inverse", "multiply", "direct"):
+            raise ConfigError(
+                f"{fields.where}.weight_scale_semantics is {semantics!r}, expected inverse, or no "
+                "such field where scales are factors"
+            )
+        if not scheme and fields.word("method"):
+            scheme = "none"  # GPTQModel, which repeats quant_method so
+        field = "ignored_layers" if config.get("ignored_layers") else "modules_to_not_convert"
+        return cls(
+            config,
+            scheme,
+            _block(fields),
+            powers_of_two=fields.word("scale_fmt") == "ue8m0",
+            inverse=semantics == "inverse",
+            ignored=Components.of(field, fields.names(field)),
+        )
+
+    def resolve(self, module: str, kind: LayerKind, file: FileView) -> Resolution:
+        if (found := file.unquantized_on_disk(module)) is not None:
+            return found
+        quantized = file.quantized_on_disk(module)
+        if (entry := left_out(self.ignored, file.names_of(module), quantized)) is not None:
+            return Unquantized(f"{self.ignored.field}: {entry}")
+        if kind is not LayerKind.LINEAR and not quantized:
+            return Unquantized("fp8 is for linear layers")
+        return float8_scheme(
+            module,
+            file,
+            BLOCKS if self.block else PLAIN,
+            self._activation(module, file),
+            block=self.block,
+            reciprocal=self.inverse,
+        )
+
+    def _activation(self, module: str, file: FileView) -> ActivationSpec | None:
+        if self.activation == "none":
+            return None
+        static = self.activation == "static"
+        if not self.activation:
+            static = has_input_scale(module, file, PLAIN) is True
+        if static:
+            return STATIC
+        if self.block:
+            return per_group(self.block[1], powers_of_two=self.powers_of_two)
+        return PER_TOKEN
+
+    def has_attention_scales(self, file: FileView) -> bool:
+        return file.has_attention_scales()
+
+    def delegated(self) -> tuple[str | None, dict[str, Any]]:
+        scheme = self.activation if self.activation in ("static", "dynamic") else "dynamic"
+        return self.vllm_name, {**self.config, "activation_scheme": scheme}
+
+    def misread_by_vllm(self) -> str:
+        return "scales are divisors here (weight_scale_semantics), and factors there" * self.inverse
+
+
+def left_out(entries: Components, names: Sequence[str], quantized: bool) -> str | None:
+    """The entry that leaves a module unquantized, or None. ``quantized``: the file has codes of it,
+    which only an entry of its full name contradicts; vLLM does not look at parts of names."""
+    entry = entries.first(names)
+    return entry if not quantized or entries.names_fully(names) else None
+
+
+def _block(fields: Fields) -> tuple[int, int] | None:
+    """``weight_block_size``; None if scales are not per block."""
+    sizes = fields.integers("weight_block_size")
+    if not sizes:
+        return None
+    if len(sizes) != 2 or min(sizes) < 1:
+        raise ConfigError(
+            f"{fields.where}.weight_block_size is {sizes}, expected two positive numbers (rows and "
+            "channels)"
+        )
+    return sizes[0], sizes[1]
