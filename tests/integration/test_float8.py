@@ -13,8 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.integration.test_quantized_experts import FAMILY as MIXTRAL
-from tests.support.architectures import WITHOUT_LOGITS, layer_outputs
+from tests.support.architectures import MIXTURE, WITHOUT_LOGITS, Family, layer_outputs
 from tests.support.described import Described
 from tests.support.float8_store import Float8
 from tests.support.float_models import (
@@ -286,6 +285,14 @@ def test_latent_attention_gets_weights_without_the_rounding_of_x(
     for key in derived:
         error = (ours[key] - ideal[key]).abs().max() / ideal[key].abs().max()
         assert float(error) <= (1e-6 if dtype == "float32" else 2.0**-7), key
+
+
+MIXTRAL = Family(
+    "mixtral",
+    "MixtralForCausalLM",
+    MIXTURE,
+    quantized=r"layers\.\d+\.(self_attn|.*experts\.\d+)\..*\.weight$",
+)
 
 
 def test_experts_whose_scales_vllm_would_misread_are_refused(tmp_path: Path) -> None:
