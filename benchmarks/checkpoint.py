@@ -27,7 +27,7 @@ from tokenizers.models import WordLevel
 
 from vllm.compressed_linear.checkpoint.write import from_standard_layout
 from vllm.compressed_linear.formats.awq import awq_gemm_scheme
-from vllm.compressed_linear.formats.compressed_tensors import pack_quantized_scheme
+from vllm.compressed_linear.formats.compressed_tensors_schemes import pack_quantized_scheme
 from vllm.compressed_linear.formats.gptq import gptq_scheme
 from vllm.compressed_linear.spec.scheme import StandardWeights
 

@@ -34,7 +34,7 @@ from vllm.compressed_linear.checkpoint.describe import LayerContext
 from vllm.compressed_linear.checkpoint.parts import Part, refine
 from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
 from vllm.compressed_linear.formats.awq import awq_gemm_scheme
-from vllm.compressed_linear.formats.compressed_tensors import pack_quantized_scheme
+from vllm.compressed_linear.formats.compressed_tensors_schemes import pack_quantized_scheme
 from vllm.compressed_linear.formats.gptq import gptq_scheme
 from vllm.compressed_linear.machine import native
 from vllm.compressed_linear.prepare.malloc import large_blocks_apart

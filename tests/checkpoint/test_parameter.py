@@ -22,7 +22,7 @@ from vllm.compressed_linear.checkpoint.parts import refine
 from vllm.compressed_linear.checkpoint.shard import CheckpointError, LoadedShard, ShardSource
 from vllm.compressed_linear.checkpoint.write import from_standard_layout
 from vllm.compressed_linear.formats.awq import awq_gemm_scheme, awq_gemv_scheme
-from vllm.compressed_linear.formats.compressed_tensors import pack_quantized_scheme
+from vllm.compressed_linear.formats.compressed_tensors_schemes import pack_quantized_scheme
 from vllm.compressed_linear.formats.gptq import gptq_scheme
 from vllm.compressed_linear.spec.scheme import CheckpointScheme, StandardWeights, dense_scheme
 

@@ -85,24 +85,52 @@ def test_lm_head_is_a_linear_layer_and_embeddings_are_another_class() -> None:
     assert bits_and_group(resolve(ignored, "lm_head", LayerKind.HEAD)) is None
 
 
+def test_sparse_weights_are_refused_where_the_file_does_not_have_their_codes() -> None:
+    sparse = {"format": "sparse-24-bitmask", "targets": ["Linear"]}
+    config = groups((["Linear"], INT4), sparsity_config=sparse)
+    assert format_of(config) is CompressedTensors
+    with pytest.raises(ConfigError, match=saying(Q, "sparsity_config.format", "sparse-24-bitmask")):
+        resolve(config)
+    assert bits_and_group(Described.of(config, headers_of_packed(4)).resolve(Q)) == (4, 128)
+    for harmless in ({}, {"format": "dense", "ignore": ["lm_head"]}):
+        config = groups((["Linear"], INT4), sparsity_config=harmless)
+        assert bits_and_group(resolve(config)) == (4, 128)
+
+
+@pytest.mark.needs_vllm
 @pytest.mark.parametrize(
-    ("weights", "other", "reason"),
+    ("target", "kinds"),
     [
-        ({"type": "float"}, {}, "float weights"),
-        ({"strategy": "tensor"}, {}, "strategy tensor"),
-        ({}, {"format": "int-quantized"}, "format int-quantized"),
-        ({}, {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity"),
-        ({}, {"transform_config": {"config_groups": {"a": {}}}}, "transforms"),
+        ("Linear", {LayerKind.LINEAR, LayerKind.HEAD}),
+        ("linear", {LayerKind.LINEAR, LayerKind.HEAD}),
+        ("Embedding", {LayerKind.EMBEDDING}),
+        ("ParallelLMHead", {LayerKind.HEAD}),
+        ("LMHead", {LayerKind.HEAD}),
+        ("VocabParallelEmbedding", {LayerKind.EMBEDDING}),
+        ("LlamaAttention", set()),
     ],
 )
-def test_other_schemes_are_left_to_vllm(
-    weights: dict[str, Any], other: dict[str, Any], reason: str
-) -> None:
-    config = groups((["Linear"], {**INT4, **weights}), **other)
-    assert format_of(config) is None
-    resolution = resolve(config)
-    assert isinstance(resolution, Delegated)
-    assert reason in resolution.reason
+def test_targets_may_be_parts_of_vllms_classes(target: str, kinds: set[LayerKind]) -> None:
+    """Where vLLM and the library differ (a head is a linear layer there), both select."""
+    from vllm.model_executor.layers.linear import QKVParallelLinear
+    from vllm.model_executor.layers.quantization.utils.config_utils import is_equal_or_regex_match
+    from vllm.model_executor.layers.vocab_parallel_embedding import (
+        ParallelLMHead,
+        VocabParallelEmbedding,
+    )
+
+    classes = {
+        LayerKind.LINEAR: QKVParallelLinear,
+        LayerKind.HEAD: ParallelLMHead,
+        LayerKind.EMBEDDING: VocabParallelEmbedding,
+    }
+    found = Described.of(groups(([target], INT4)))
+    for kind, layer in classes.items():
+        selected = isinstance(found.resolve("a.b", kind), CheckpointScheme)
+        assert selected == (kind in kinds)
+        assert selected >= is_equal_or_regex_match(layer.__name__, target, check_contains=True)
+    asked: dict[str, LayerKind | None] = {f"a.{kind}": kind for kind in kinds}
+    assert found.format.unmatched_entries(found.file, asked) == []
 
 
 @pytest.mark.parametrize(
@@ -286,4 +314,4 @@ def test_static_inputs_and_outputs_of_8_bits_are_vllms() -> None:
     assert format_of(config) is None
     assert isinstance(resolve(config), Delegated)
     group["output_activations"] = None
-    assert isinstance(resolve(config), Delegated)
+    assert isinstance(resolve(config), CheckpointScheme)

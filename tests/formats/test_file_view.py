@@ -19,7 +19,7 @@ from tests.support.format_configs import (
 )
 from vllm.compressed_linear.checkpoint.file_header import TensorHeader
 from vllm.compressed_linear.checkpoint.headers import Headers
-from vllm.compressed_linear.formats.compressed_tensors import Targets
+from vllm.compressed_linear.formats.compressed_tensors_targets import Targets
 from vllm.compressed_linear.formats.file_view import FileView
 from vllm.compressed_linear.formats.gptq import gptq_scheme
 from vllm.compressed_linear.formats.resolution import ConfigError, LayerKind, Unquantized

@@ -15,7 +15,7 @@ import torch
 from vllm.compressed_linear.checkpoint.describe import LayerContext
 from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
 from vllm.compressed_linear.formats.awq import awq_gemm_scheme
-from vllm.compressed_linear.formats.compressed_tensors import pack_quantized_scheme
+from vllm.compressed_linear.formats.compressed_tensors_schemes import pack_quantized_scheme
 from vllm.compressed_linear.formats.gptq import gptq_scheme
 from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.prepare.layer import prepare

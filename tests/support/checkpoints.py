@@ -79,32 +79,29 @@ def entry_of(name: str) -> Entry:
     return next(entry for entry in index() if entry.name == name)
 
 
-WHOLE = ("fp8",)
+WHOLE = ("fp8", "compressed-tensors")
 """Methods of which we read every weight, whatever it is, and quantize x as they say."""
 
 
 def is_ours(entry: Entry) -> bool:
-    """Whether our formats read at least a part of it: integers, of which some run on x as it is, or
-    all of a method."""
+    """Whether our formats read it: integers that are multiplied with x as it is, or all of a
+    method."""
     if entry.quant_method in WHOLE:
         return True
-    methods = ("gptq", "awq", "auto-round", "compressed-tensors")
+    methods = ("gptq", "awq", "auto-round")
     return (
-        entry.quant_method in methods
-        and entry.activation in (None, "mixed")
-        and "int" in entry.weight_types
+        entry.quant_method in methods and entry.activation is None and "int" in entry.weight_types
     )
 
 
 def is_weight_only(entry: Entry) -> bool:
     """Whether our formats read all of it, and x stays as it is."""
-    integers = entry.quant_method in WHOLE or entry.weight_types == {"int"}
-    return is_ours(entry) and entry.activation is None and integers
+    return is_ours(entry) and entry.activation is None
 
 
 def quantizes_inputs(entry: Entry) -> bool:
     """Whether our formats read all of it, and x is quantized."""
-    return entry.quant_method in WHOLE and entry.activation is not None
+    return is_ours(entry) and entry.activation is not None
 
 
 def checkpoint(name: str) -> Path:

@@ -16,6 +16,7 @@ from vllm.compressed_linear.checkpoint.parameter import collect_shards, create_p
 from vllm.compressed_linear.checkpoint.parts import Part
 from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
 from vllm.compressed_linear.formats.resolution import LayerKind
+from vllm.compressed_linear.spec.elements import widen_scale
 from vllm.compressed_linear.spec.scheme import CheckpointScheme
 
 
@@ -57,12 +58,14 @@ def load(source: ShardSource, tensors: dict[str, torch.Tensor]) -> LoadedShard:
 def in_file_order(part: Part) -> torch.Tensor:
     """fp32 [N, K] of the rows in standard layout, with channels put back."""
     rows = part.weights.rows(0, part.weights.n)
-    assert rows.scale is not None
     size = part.descriptor.group_size
     values = part.descriptor.weight.element.decode(rows.codes)
     if rows.zero is not None:
         values = values - rows.zero.to(torch.float32).repeat_interleave(size, 1)
-    values = values * rows.scale.to(torch.float32).repeat_interleave(size, 1)
+    if rows.scale is not None:
+        values = values * widen_scale(rows.scale).repeat_interleave(size, 1)
+    if part.weights.row_scale is not None:
+        values = values * part.weights.row_scale.unsqueeze(1)
     order = part.weights.permutation
     if order is None:
         return values

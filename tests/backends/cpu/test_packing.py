@@ -25,7 +25,7 @@ from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
 from vllm.compressed_linear.checkpoint.weights import CompressedWeights
 from vllm.compressed_linear.checkpoint.write import from_standard_layout
 from vllm.compressed_linear.formats.awq import awq_gemm_scheme, awq_gemv_scheme
-from vllm.compressed_linear.formats.compressed_tensors import pack_quantized_scheme
+from vllm.compressed_linear.formats.compressed_tensors_schemes import pack_quantized_scheme
 from vllm.compressed_linear.formats.gptq import gptq_scheme
 from vllm.compressed_linear.machine import native
 from vllm.compressed_linear.spec import elements

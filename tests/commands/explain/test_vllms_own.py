@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -87,22 +89,19 @@ def test_reasons_are_the_real_ones(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-def test_a_refusal_while_weights_are_created_is_an_error(tp: int, no_nvfp4: None) -> None:
-    found = explained("llmcompressor-nvfp4", tp_size=tp)
+def test_a_refusal_of_what_is_left_to_vllm_is_an_error(tp: int, tmp_path: Path) -> None:
+    name = "llmcompressor-nvfp4"
+    shutil.copytree(checkpoint(name), tmp_path / name)
+    config = json.loads((checkpoint(name) / "config.json").read_text())
+    group = config["quantization_config"]["config_groups"]["group_0"]
+    group["input_activations"]["symmetric"] = False
+    (tmp_path / name / "config.json").unlink()
+    (tmp_path / name / "config.json").write_text(json.dumps(config))
+    found = explained(tmp_path / name, tp_size=tp)
     (error,) = found.errors
     assert says(error, "model.layers.{0-1}.self_attn.qkv_proj", "NVFP4")
     methods = {left.name: left.method for left in found.left}
     assert methods["lm_head"]
-
-
-@pytest.fixture
-def no_nvfp4() -> None:
-    """Skip where vLLM has a kernel for NVFP4."""
-    from vllm.model_executor.kernels.linear import _POSSIBLE_NVFP4_KERNELS
-    from vllm.platforms import current_platform
-
-    if _POSSIBLE_NVFP4_KERNELS.get(current_platform._enum):
-        pytest.skip("vLLM has a kernel for NVFP4 here")
 
 
 def test_a_method_that_vllm_does_not_know_is_an_error_here_only() -> None:

@@ -176,6 +176,8 @@ class LoadedShard:
                 1, first, count
             )
         axes = [axis for axis in stored.axes if isinstance(axis, str)]
+        if packing is not None and packing.single and "N" not in axes:
+            tensor = unpack(tensor, packing, tensor.shape[-1])  # elementwise
         if not axes:
             return tensor.reshape(1, 1).expand(stop - start, self.source.span(second)[1])
         # Dimensions without a logical axis have length 1: [N, 1], [N / 128, 1, K / 128, 1].

@@ -23,6 +23,9 @@ def check_values(
     units of codes.
     """
     _check_numbers(shard)
+    codes = shard.stored(Role.CODES)
+    if codes is not None and (packing := shard.packing(codes)) is not None and packing.single:
+        _check_range(shard, codes, packing)
     stored = shard.stored(Role.SCALE)
     if scale is None or stored is None:
         return
@@ -62,11 +65,12 @@ def _check_numbers(shard: LoadedShard) -> None:
         if role is Role.INPUT_SCALE:
             bad |= numbers == 0
         elif role is Role.INPUT_ZERO and activation is not None:
-            bad |= numbers.abs() > 1 << (activation.element.bits - 1)
+            centre = activation.symmetric
+            bad |= numbers.abs() > (0 if centre else 1 << (activation.element.bits - 1))
         if bool(bad.any()):
             expected = {
                 Role.INPUT_SCALE: "a finite number other than 0",
-                Role.INPUT_ZERO: f"a zero point of {activation and activation.element}",
+                Role.INPUT_ZERO: f"a zero point of x as {activation}",
             }.get(role, "finite numbers")
             raise CheckpointError(
                 f"{name}: {int(bad.sum())} of {numbers.numel()} values cannot be used, the first "
@@ -103,7 +107,7 @@ def _check_dead_groups(
 def _check_range(shard: LoadedShard, stored: StoredTensor, packing: Packing) -> None:
     """Validate that values that are not packed have the bits that they are stated to have."""
     values = shard.tensors[stored.name]
-    if not values.numel():
+    if not values.numel() or values.is_meta:
         return
     first = -(1 << (packing.bits - 1)) if packing.signed else 0
     last = first + (1 << packing.bits) - 1

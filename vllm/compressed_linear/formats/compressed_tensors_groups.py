@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One of compressed-tensors' ``config_groups``: how it says that its modules are quantized."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from vllm.compressed_linear.formats.compressed_tensors_arguments import Arguments, activation_of
+from vllm.compressed_linear.formats.compressed_tensors_schemes import (
+    Form,
+    HeaderOf,
+    Inputs,
+    ZeroForm,
+    form_on_disk,
+    fp4_scheme,
+    fp8_scheme,
+    int8_scheme,
+    pack_quantized_scheme,
+)
+from vllm.compressed_linear.formats.fields import Fields
+from vllm.compressed_linear.formats.file_view import FileView
+from vllm.compressed_linear.formats.resolution import (
+    ConfigError,
+    Delegated,
+    LayerKind,
+    Resolution,
+    Unquantized,
+)
+from vllm.compressed_linear.spec.descriptor import ActivationSpec
+from vllm.compressed_linear.spec.scheme import CheckpointScheme
+
+DENSE_SINCE = (0, 18)
+FORMATS = {
+    "": None,
+    "mixed-precision": None,
+    "naive-quantized": None,
+    "pack-quantized": Form.WORDS,
+    "int-quantized": Form.INT8,
+    "float-quantized": Form.FP8,
+    "nvfp4-pack-quantized": Form.FP4,
+    "mxfp4-pack-quantized": Form.FP4,
+    "mxfp8-quantized": Form.FP8,
+}
+"""``format`` → the container of codes, where it says one."""
+STRATEGIES = {
+    Form.WORDS: ("group", "channel"),
+    Form.INT8: ("tensor", "channel", "group", "block"),
+    Form.FP8: ("tensor", "channel", "group", "block"),
+    Form.FP4: ("group", "tensor_group"),
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """One of ``config_groups``. ``reason``: why its modules are left to vLLM or not quantized;
+    ``refusal``: why they cannot run at all; ``sparsity``: why those cannot whose codes the files do
+    not have. ``form``: of the codes, unless the files show another.
+    """
+
+    name: str
+    weights: Arguments | None = None
+    form: Form = Form.WORDS
+    activation: ActivationSpec | None = None
+    group_index: bool = False
+    dense_first: bool = True
+    reason: str = ""
+    refusal: str = ""
+    sparsity: str = ""
+
+    @property
+    def weighted(self) -> bool:
+        return self.weights is not None
+
+    def resolve(self, module: str, kind: LayerKind, file: FileView) -> Resolution:
+        """What it says of one of its modules. The file tells how codes, scales and zero points are
+        stored."""
+        if self.reason or self.weights is None:
+            return Delegated(self.reason) if self.weighted else Unquantized(self.reason)
+        header = partial(file.header, module)
+        form = self._form(header)
+        scheme = self._weight(module, form, self.weights, file)
+        # Nothing is multiplied with the rows of a table that are looked up.
+        if self.activation is None or kind is LayerKind.EMBEDDING:
+            return scheme
+        inputs = Inputs.of(self.activation, header)
+        return replace(scheme, activation=inputs.spec, tensors=(*scheme.tensors, *inputs.tensors))
+
+    def _form(self, header: HeaderOf) -> Form:
+        """The form of the files, if it is one of numbers of this kind."""
+        found = form_on_disk(header)
+        integers = (Form.WORDS, Form.INT8)
+        if found is None or (found in integers) != (self.form in integers):
+            return self.form
+        return found
+
+    def _weight(
+        self, module: str, form: Form, weights: Arguments, file: FileView
+    ) -> CheckpointScheme:
+        header = partial(file.header, module)
+        if form is Form.FP8:
+            return fp8_scheme(weights, header)
+        if form is Form.FP4:
+            return fp4_scheme(weights, header)
+        stored = file.tensors_on_disk(module)
+        self._check_order(module, weights, stored)
+        # Whatever the configuration says, an order that is there counts.
+        group_index = self.group_index or stored is None or "weight_g_idx" in stored
+        zeros = ZeroForm.UNKNOWN
+        if stored is not None:
+            zeros = _zeros_on_disk(header)
+            if zeros is ZeroForm.NONE and not weights.symmetric:
+                zeros = ZeroForm.PACKED
+        elif weights.symmetric and file.headers is not None:
+            zeros = ZeroForm.NONE
+        if form is Form.INT8:
+            if zeros is not ZeroForm.NONE:
+                zeros = ZeroForm.SIGNED
+            return int8_scheme(weights, header, zeros=zeros, group_index=group_index)
+        return pack_quantized_scheme(
+            weights.bits,
+            weights.group_size,
+            symmetric=weights.symmetric,
+            group_index=group_index,
+            dense_first=self.dense_first,
+            zeros=zeros,
+        )
+
+    def _check_order(self, module: str, weights: Arguments, stored: set[str] | None) -> None:
+        """Raise ``ConfigError`` if channels were reordered and the file does not say how."""
+        if stored is None or not self.group_index or weights.group_size == -1:
+            return
+        if "weight_packed" in stored and "weight_g_idx" not in stored:
+            raise ConfigError(
+                f"{module}: actorder of {self.name} says that channels have the order of "
+                f"weight_g_idx, but the file has no {module}.weight_g_idx; expected one, or "
+                'actorder: "static" for channels in order'
+            )
+
+
+def _zeros_on_disk(header: HeaderOf) -> ZeroForm:
+    zeros, codes = header("weight_zero_point"), header("weight_packed")
+    if zeros is None:
+        return ZeroForm.NONE
+    if codes is None or not zeros.shape:
+        return ZeroForm.UNKNOWN
+    return ZeroForm.SIGNED if zeros.shape[0] == codes.shape[0] else ZeroForm.PACKED
+
+
+def read_groups(config: Fields) -> list[tuple[Group, list[str]]]:
+    """All groups with their targets, in the order of the configuration.
+
+    Raises ``ConfigError`` for numbers that cannot be.
+    """
+    return [
+        (_group(name, group, config), group.names("targets"))
+        for name, group in config.maps("config_groups").items()
+    ]
+
+
+def _group(name: str, group: Fields, config: Fields) -> Group:
+    refusal, sparsity = _output_refusal(group, config), _sparsity(config)
+    fields = group.fields("weights")
+    if not fields:
+        return Group(name, reason=f"config group {name} has no weights")
+    word = group.word("format") or config.word("format")
+    packed = word in ("", "pack-quantized")
+    weights = Arguments.read(fields, default_strategy="channel" if packed else "tensor")
+    assert weights is not None
+    inputs = Arguments.read(group.fields("input_activations"))
+    activation = None if inputs is None else activation_of(inputs, weights)
+    form = FORMATS.get(word) or _likely_form(weights)
+    reasons = []
+    if word not in FORMATS:
+        reasons.append(f"format {word}")
+    elif weights.kind not in ("int", "float") or (weights.kind == "int") != (
+        form in (Form.WORDS, Form.INT8)
+    ):
+        reasons.append(f"{weights.kind} weights in format {word}")
+    elif weights.kind == "float" and weights.bits != (4 if form is Form.FP4 else 8):
+        reasons.append(f"{weights.bits}-bit float weights in format {word}")
+    elif weights.strategy not in STRATEGIES[form]:
+        reasons.append(f"weights with strategy {weights.strategy} in format {word}")
+    if weights.kind == "float" and not weights.symmetric:
+        reasons.append("asymmetric float weights")
+    if inputs is not None and activation is None:
+        reasons.append(f"inputs as {inputs}")
+    if group.fields("output_activations"):
+        reasons.append("quantized outputs")
+    if reasons:
+        reason = f"compressed-tensors {name}: {', '.join(reasons)}"
+        return Group(name, weights, reason=reason, refusal=refusal, sparsity=sparsity)
+    order = fields.values.get("actorder")
+    found = Group(
+        name,
+        weights,
+        form,
+        activation,
+        group_index=order is True or (order not in (None, False) and _by_channel(fields)),
+        dense_first=_version(config.values.get("version")) >= DENSE_SINCE,
+        refusal=refusal,
+        sparsity=sparsity,
+    )
+    found.resolve("", LayerKind.LINEAR, FileView())  # raises for widths that do not exist
+    return found
+
+
+def _likely_form(weights: Arguments) -> Form:
+    """The form of weights whose format does not say it."""
+    if weights.kind == "float":
+        return Form.FP4 if weights.bits == 4 else Form.FP8
+    return Form.WORDS if weights.bits < 8 or weights.strategy in ("group",) else Form.INT8
+
+
+def _sparsity(config: Fields) -> str:
+    """Why weights that were stored without their zeros cannot run; empty if none were."""
+    form = config.fields("sparsity_config").word("format")
+    if form in ("", "dense"):
+        return ""
+    return (
+        f"sparsity_config.format is {form}: weights are stored without their zeros, which neither "
+        "this package nor vLLM reads; decompress the checkpoint with the release of "
+        "compressed-tensors that wrote it, or take one that is not sparse"
+    )
+
+
+def _output_refusal(group: Fields, config: Fields) -> str:
+    """Why no layer of a group that quantizes outputs can run; empty if it does not, or vLLM can:
+    integer weights between static 8-bit inputs and outputs (``CompressedTensorsWNA8O8Int``)."""
+    output = group.fields("output_activations")
+    if not output:
+        return ""
+    weights = group.fields("weights")
+    form = group.word("format") or config.word("format") or "pack-quantized"
+    if (
+        form in ("pack-quantized", "int-quantized")
+        and (weights.word("type") or "int") == "int"
+        and (weights.word("strategy") or "group") in ("group", "channel")
+        and all(_static_int8(group.fields(f"{side}_activations")) for side in ("input", "output"))
+    ):
+        return ""
+    when = "dynamic" if output.values.get("dynamic") else "static"
+    return (
+        f"{output.where} asks for {when} {output.integer('num_bits', default=8)}-bit "
+        f"{output.word('type') or 'int'} outputs of the layer, which neither this package nor vLLM "
+        "computes; set it to null to run the layer with outputs that are not quantized"
+    )
+
+
+def _static_int8(activations: Fields) -> bool:
+    return (
+        (activations.word("type") or "int") == "int"
+        and activations.word("strategy") == "tensor"
+        and activations.integer("num_bits", default=8) == 8
+        and not activations.values.get("dynamic")
+        and bool(activations)
+    )
+
+
+def _by_channel(weights: Fields) -> bool:
+    """Whether ``actorder`` leaves groups of channels that are not next to each other."""
+    return weights.word("actorder") not in ("weight", "static")
+
+
+def _version(text: Any) -> tuple[int, ...]:
+    """Leading numbers of a version; an unknown one is taken for the current one."""
+    found = re.match(r"(\d+)\.(\d+)", str(text or ""))
+    return (int(found[1]), int(found[2])) if found else DENSE_SINCE
