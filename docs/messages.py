@@ -200,10 +200,8 @@ def without_native(**variables: str) -> Callable[[], str]:
     return provoke
 
 
-def weights_only(config: dict[str, Any]) -> None:
-    """Leaves the activations of float8 layers as they are, which vLLM cannot run on a CPU."""
-    for group in config["config_groups"].values():
-        group["input_activations"] = None
+def asymmetric_inputs(config: dict[str, Any]) -> None:
+    config["config_groups"]["group_0"]["input_activations"]["symmetric"] = False
 
 
 ERRORS: dict[str, Callable[[], str]] = {
@@ -220,7 +218,7 @@ ERRORS: dict[str, Callable[[], str]] = {
     "not-registered": from_environment(GPTQ, VLLM_COMPRESSED_LINEAR_BACKEND="exllama"),
     "strict": without_native(VLLM_COMPRESSED_LINEAR_STRICT="1"),
     "wrong-numbers": wrong_numbers,
-    "refused": from_changed(config=weights_only, fixture="llmcompressor-mixed-qv-differ"),
+    "refused": from_changed(config=asymmetric_inputs, fixture="llmcompressor-nvfp4"),
     "missing-key": from_changed(config=lambda c: c.pop("bits")),
     "bits": from_changed(config=lambda c: c.update(bits=5)),
     "contradiction": from_changed(config=lambda c: c.update(dynamic={"-:.*q_proj": {}})),
