@@ -8,10 +8,12 @@
 // | chunk | 128 input channels: the unit that is decoded at once; no partial sum crosses its end
 //
 // Inside a block of integers the code is cut into bit planes of 4, 2 and 1 bits (3 = 2+1, 5 = 4+1,
-// 6 = 4+2, 7 = 4+2+1), widest plane first. A plane is rows of 64 bytes: one 32-bit lane per output
-// channel, the codes of even input channels in its low half and those of odd ones in its high half,
-// lowest first. One shift so brings the codes of a pair (k, k+1) to the bottom of both halves,
-// where vpermw turns them into the bf16 pair that vdpbf16ps wants.
+// 6 = 4+2, 7 = 4+2+1), widest plane first. A plane of w bits is w rows of 64 bytes: one 32-bit lane
+// per output channel, in which the bytes belong to input channels k, k+2, k+1, k+3 of a quad. A row
+// has the bits of 8 / w quads that follow each other, lowest first. One shift so brings the codes
+//   of a pair (k, k+1) to the bottom of both halves, where vpermw turns them into the bf16 pair
+//   that vdpbf16ps wants, of a quad to the bottom of all bytes, as byte dot products want them,
+// and the same one in every plane.
 //
 // | 8 bits     | one row of 32 signed bytes (code - 128) per pair: [pair][channel][k, k+1]
 // | e4m3, e5m2 | the codes themselves, [pair][channel][k, k+1]
@@ -26,7 +28,7 @@
 
 namespace compressed_linear::cpu {
 
-inline constexpr const char* kLayoutId = "tile16-block32-strip4-planes421-v1";
+inline constexpr const char* kLayoutId = "tile16-block32-strip4-planes421-v2";
 inline constexpr int64_t kTile = 16;
 inline constexpr int64_t kBlock = 32;
 inline constexpr int64_t kStrip = 4;
@@ -86,6 +88,19 @@ constexpr int64_t round_up(int64_t value, int64_t multiple) {
 constexpr int64_t size_of(Scalar type) {
   return type == Scalar::float32 ? 4 : type == Scalar::e4m3 || type == Scalar::e8m0 ? 1 : 2;
 }
+
+// Where a plane of `width` bits has quad `quad` of a block: its row, and the lowest bit in each
+// byte.
+constexpr int quad_row(int width, int quad) { return quad * width / 8; }
+constexpr int quad_bit(int width, int quad) { return quad * width % 8; }
+// Where it has pair `pair`: the lowest bit in each 16-bit half.
+constexpr int pair_bit(int width, int pair) { return quad_bit(width, pair / 2) + pair % 2 * 8; }
+// Where it has the code of channel `k` of the block: the lowest bit in the lane.
+constexpr int code_bit(int width, int k) { return pair_bit(width, k / 2) + k % 2 * 16; }
+
+static_assert(quad_row(4, 5) == 2 && quad_bit(4, 5) == 4 && quad_row(1, 7) == 0 &&
+                  quad_bit(2, 7) == 6 && code_bit(4, 7) == 28,
+              "");
 
 // Offsets in bytes of the planes inside a block.
 template <int Bits>

@@ -53,23 +53,24 @@ inline __m512i codes(const uint8_t* block) {
   constexpr int kWide = Plane::four ? 4 : Plane::two ? 2 : 0;
   __m512i code = _mm512_setzero_si512();
   if constexpr (Plane::four) {
-    code = place<4 * (P % 4), 0>(load_row(block + Plane::four_at + kRowBytes * (P / 4)));
+    code =
+        place<pair_bit(4, P), 0>(load_row(block + Plane::four_at + kRowBytes * quad_row(4, P / 2)));
   }
   if constexpr (Plane::two) {
-    const __m512i row = load_row(block + Plane::two_at + kRowBytes * (P / 8));
+    const __m512i row = load_row(block + Plane::two_at + kRowBytes * quad_row(2, P / 2));
     if constexpr (Plane::four) {
-      code = join<4>(code, place<2 * (P % 8), 4>(row));
+      code = join<4>(code, place<pair_bit(2, P), 4>(row));
     } else {
-      code = place<2 * (P % 8), 0>(row);
+      code = place<pair_bit(2, P), 0>(row);
     }
   }
   if constexpr (Plane::one) {
     constexpr int kAt = Plane::four && Plane::two ? 6 : kWide;
     const __m512i row = load_row(block + Plane::one_at);
     if constexpr (kAt == 0) {
-      code = place<P, 0>(row);
+      code = place<pair_bit(1, P), 0>(row);
     } else {
-      code = join<kAt>(code, place<P, kAt>(row));
+      code = join<kAt>(code, place<pair_bit(1, P), kAt>(row));
     }
   }
   return code;

@@ -3,9 +3,7 @@
 //
 // A Lanes supplies registers and their arithmetic: lanes_avx2.h, lanes_neon.h. It takes kLanes of
 // the channels of a tile at once, a part of the tile, and one pair of input channels (k, k+1); in
-// which lanes their weights lie is its own matter. A decoder gives two pairs at once; which two,
-// follows from where one shift brings codes to the bottom of all four bytes of a lane:
-// `pair_of_slot`.
+// which lanes their weights lie is its own matter. A decoder gives the two pairs of a quad at once.
 #pragma once
 
 #include <type_traits>
@@ -23,36 +21,29 @@ template <class Lanes, int Bits>
 struct PlaneBytes {
   using Reg = typename Lanes::Reg;
   using Plane = Planes<Bits>;
-  static constexpr int kWidest = Plane::four ? 4 : Plane::two ? 2 : 1;
-  static constexpr int kApart = 8 / kWidest;  // pairs between those of two neighbouring bytes
-  static constexpr int first_pair(int group) {
-    return group / kApart * 2 * kApart + group % kApart;
+
+  // Bits [At, At + Width) of the codes of a quad, from the plane of that width.
+  template <int Width, int At, int Quad>
+  static Reg field(const uint8_t* plane) {
+    constexpr int kFrom = quad_bit(Width, Quad);
+    Reg row = Lanes::load_row(plane + kRowBytes * quad_row(Width, Quad));
+    if constexpr (kFrom > At) row = Lanes::template shift_words_right<kFrom - At>(row);
+    if constexpr (kFrom < At) row = Lanes::template shift_words_left<At - kFrom>(row);
+    return Lanes::bit_and(row, Lanes::set_bytes(((1 << Width) - 1) << At));
   }
 
-  // Bits [At, At + Width) of the codes, from the plane of that width. Its field of the second pair
-  // is not where the byte of the second pair is; a multiplication moves both.
-  template <int Width, int At, int Pair>
-  static Reg narrower(const uint8_t* plane) {
-    constexpr int kMask = (1 << Width) - 1, kField = Width * kApart;
-    Reg row = Lanes::load_row(plane + kRowBytes * (Pair / (16 / Width)));
-    if constexpr (constexpr int shift = Width * (Pair % (16 / Width)); shift > 0)
-      row = Lanes::template shift_words_right<shift>(row);
-    row = Lanes::bit_and(row, Lanes::set_words(kMask | kMask << kField));
-    row = Lanes::multiply_words(row, Lanes::set_words(1 << At | 1 << (At + 8 - kField)));
-    return Lanes::bit_and(row, Lanes::set_bytes(kMask << At));
-  }
-
-  template <int Group>
+  template <int Quad>
   static Reg bytes(const uint8_t* block) {
-    constexpr int kPair = first_pair(Group), kPerRow = 16 / kWidest;
-    Reg code = Lanes::load_row(block + kRowBytes * (kPair / kPerRow));
-    if constexpr (constexpr int shift = kWidest * (kPair % kPerRow); shift > 0)
-      code = Lanes::template shift_words_right<shift>(code);
-    code = Lanes::bit_and(code, Lanes::set_bytes((1 << kWidest) - 1));
-    if constexpr (Plane::two && kWidest > 2)
-      code = Lanes::bit_or(code, narrower<2, 4, kPair>(block + Plane::two_at));
-    if constexpr (Plane::one && kWidest > 1)
-      code = Lanes::bit_or(code, narrower<1, Bits - 1, kPair>(block + Plane::one_at));
+    Reg code{};
+    if constexpr (Plane::four) code = field<4, 0, Quad>(block + Plane::four_at);
+    if constexpr (Plane::two) {
+      const Reg two = field<2, Plane::four ? 4 : 0, Quad>(block + Plane::two_at);
+      code = Plane::four ? Lanes::bit_or(code, two) : two;
+    }
+    if constexpr (Plane::one) {
+      const Reg one = field<1, Bits - 1, Quad>(block + Plane::one_at);
+      code = Bits > 1 ? Lanes::bit_or(code, one) : one;
+    }
     return code;
   }
 };
@@ -89,10 +80,6 @@ template <class Lanes, int Bits>
 struct PlaneCodes {
   static constexpr int kBits = Bits;
   static constexpr bool kQuads = false, kHalfBlocks = Bits == 4, kSequential = false;
-  static constexpr int pair_of_slot(int slot) {
-    return PlaneBytes<Lanes, Bits>::first_pair(slot / 2) +
-           slot % 2 * PlaneBytes<Lanes, Bits>::kApart;
-  }
   template <int Group>
   static typename Lanes::Reg bytes(const uint8_t* block, int part) {
     return PlaneBytes<Lanes, Bits>::template bytes<Group>(block + part * Lanes::kLanes * 4);
@@ -168,7 +155,6 @@ class OffsetCodes : public PlaneCodes<Lanes, Bits> {
 // The elements below are stored pair after pair.
 struct InOrder {
   static constexpr bool kQuads = false, kHalfBlocks = false, kSequential = true;
-  static constexpr int pair_of_slot(int slot) { return slot; }
   explicit InOrder(const Problem&) {}
 };
 

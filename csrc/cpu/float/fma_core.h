@@ -133,7 +133,7 @@ void few_rows_kernel(const FewRowsArgs& a) {
   const TileNumbers scales = a.p.weight.scale, zeros = a.p.weight.zero;
   const int64_t stride = g.block_stride(a.tile), parts = kParts<Lanes> * a.tiles;
   const uint8_t* blocks = block_of(a.p.weight, a.tile, a.channel);
-  const float* x = reinterpret_cast<const float*>(a.x);  // [slot][row][2]
+  const float* x = reinterpret_cast<const float*>(a.x);  // [pair][row][2]
   const StripKernel<Lanes, Code> strip = few_rows_strip_for<Lanes, Code, Rows>(a.tiles);
   typename Lanes::Sums sums[kParts<Lanes> * kStrip * Rows];
   alignas(32) float totals[Rows][kStrip * kTile] = {};
@@ -191,10 +191,9 @@ static_assert(kFewRows == 4, "few_rows_kernel_for knows that many");
 
 // ---- the core for driver.h --------------------------------------------------------------------
 
-// Whether no segment cuts what a decoder gives out of order, so that pairs may be taken in its
-// order. Depends on the geometry only: every path adds in the same order.
+// Whether no segment cuts what a decoder gives at once.
 template <class Lanes>
-inline bool in_slots(const Problem& p) {
+inline bool in_blocks(const Problem& p) {
   return with_decoder<Lanes>(p, [&p](auto decoder) {
     constexpr int64_t kUnit = decltype(decoder)::type::kHalfBlocks ? kBlock / 2 : kBlock;
     return p.weight.geometry.padded_group % kUnit == 0;
@@ -202,11 +201,10 @@ inline bool in_slots(const Problem& p) {
 }
 
 template <class Lanes, int Group, class Code>
-inline void decode_group(const Code& code, const uint8_t* block, bool slots, float* out) {
+inline void decode_group(const Code& code, const uint8_t* block, float* out) {
   constexpr int64_t kPairFloats = 2 * kTile;
-  constexpr int kFirst = Code::pair_of_slot(2 * Group), kSecond = Code::pair_of_slot(2 * Group + 1);
-  float* first_out = out + (slots ? 2 * Group : kFirst) * kPairFloats;
-  float* second_out = out + (slots ? 2 * Group + 1 : kSecond) * kPairFloats;
+  float* first_out = out + 2 * Group * kPairFloats;
+  float* second_out = first_out + kPairFloats;
 #pragma GCC unroll 4
   for (int part = 0; part < kParts<Lanes>; ++part) {
     typename Lanes::Pair first, second;
@@ -218,9 +216,9 @@ inline void decode_group(const Code& code, const uint8_t* block, bool slots, flo
 }
 
 template <class Lanes, class Code, int... Group>
-inline void decode_block(const Code& code, const uint8_t* block, bool slots, float* out,
+inline void decode_block(const Code& code, const uint8_t* block, float* out,
                          std::integer_sequence<int, Group...>) {
-  (decode_group<Lanes, Group>(code, block, slots, out), ...);
+  (decode_group<Lanes, Group>(code, block, out), ...);
 }
 
 // Count values that are never in an array, which the compiler would keep in memory.
@@ -302,27 +300,19 @@ struct FmaCore : RegisterCore<FmaCore<Lanes>> {
 
   static int64_t parts(Scalar) { return 1; }
   static void split(const Problem& p, const float* row, int64_t, uint32_t* out, int64_t stride) {
-    int pairs[kPairs];
-    const bool slots = in_slots<Lanes>(p);
-    with_decoder<Lanes>(p, [&](auto decoder) {
-      for (int i = 0; i < kPairs; ++i)
-        pairs[i] = slots ? decltype(decoder)::type::pair_of_slot(i) : i;
-    });
-    for (int64_t k = 0; k < p.weight.geometry.padded_k; k += kBlock)
-      for (int i = 0; i < kPairs; ++i, out += stride)
-        std::memcpy(out, row + k + 2 * pairs[i], 2 * sizeof(float));
+    for (int64_t k = 0; k < p.weight.geometry.padded_k; k += 2, out += stride)
+      std::memcpy(out, row + k, 2 * sizeof(float));
   }
   static void decode(const Problem& p, int64_t tile, int64_t k0, int64_t width, uint8_t* slab) {
     const uint8_t* block = block_of(p.weight, tile, k0);
     const int64_t stride = p.weight.geometry.block_stride(tile);
-    const bool slots = in_slots<Lanes>(p);
     with_decoder<Lanes>(p, [&](auto decoder) {
       using Code = typename decltype(decoder)::type;
       const Code code(p);
       for (int64_t k = 0; k < width; k += kBlock) {
         for (int64_t line = 0; line < Code::kBits; ++line)  // the next chunk of this tile
           __builtin_prefetch(block + kChunk / kBlock * stride + line * kRowBytes);
-        decode_block<Lanes>(code, block, slots, reinterpret_cast<float*>(slab),
+        decode_block<Lanes>(code, block, reinterpret_cast<float*>(slab),
                             std::make_integer_sequence<int, kGroups>());
         block += stride;
         slab += kPairs * kStepBytes;
@@ -332,7 +322,7 @@ struct FmaCore : RegisterCore<FmaCore<Lanes>> {
   static bool copy_row(const Problem&, int64_t, uint32_t*, int64_t) { return false; }
 
   static bool are_few(const Problem& p, int64_t rows) {
-    return rows <= kFewPanels * kFewRows && in_slots<Lanes>(p);
+    return rows <= kFewPanels * kFewRows && in_blocks<Lanes>(p);
   }
   struct FewRows {
     explicit FewRows(const Problem&) {}

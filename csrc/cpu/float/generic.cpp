@@ -22,11 +22,10 @@ void decode_integers(const Problem& p, const uint8_t* block, float* weights) {
     int shift = 0;
     for (const int width : {4, 2, 1}) {
       if ((bits & width) == 0) continue;
-      const int64_t per_half = 16 / width;
-      for (int64_t k = 0; k < kBlock; ++k) {
+      for (int k = 0; k < kBlock; ++k) {
         uint32_t lanes[kTile];
-        std::memcpy(lanes, block + k / 2 / per_half * kRowBytes, sizeof(lanes));
-        const auto at = static_cast<uint32_t>(16 * (k % 2) + width * (k / 2 % per_half));
+        std::memcpy(lanes, block + quad_row(width, k / 4) * kRowBytes, sizeof(lanes));
+        const int at = code_bit(width, k);
         for (int64_t i = 0; i < kTile; ++i)
           codes[k * kTile + i] |= ((lanes[i] >> at) & ((1u << width) - 1)) << shift;
       }

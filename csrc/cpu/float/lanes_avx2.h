@@ -38,7 +38,10 @@ struct Avx2Lanes {
   static Reg shift_words_right(Reg a) {
     return _mm256_srli_epi16(a, Bits);
   }
-  static Reg multiply_words(Reg a, Reg b) { return _mm256_mullo_epi16(a, b); }
+  template <int Bits>
+  static Reg shift_words_left(Reg a) {
+    return _mm256_slli_epi16(a, Bits);
+  }
 
   // ---- tables of sixteen bytes
 

@@ -37,8 +37,9 @@ struct NeonLanes {
   static Reg shift_words_right(Reg a) {
     return vreinterpretq_u8_u16(vshrq_n_u16(vreinterpretq_u16_u8(a), Bits));
   }
-  static Reg multiply_words(Reg a, Reg b) {
-    return vreinterpretq_u8_u16(vmulq_u16(vreinterpretq_u16_u8(a), vreinterpretq_u16_u8(b)));
+  template <int Bits>
+  static Reg shift_words_left(Reg a) {
+    return vreinterpretq_u8_u16(vshlq_n_u16(vreinterpretq_u16_u8(a), Bits));
   }
 
   // ---- tables of sixteen bytes

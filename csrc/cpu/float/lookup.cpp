@@ -19,15 +19,12 @@ uint32_t word_at(const uint8_t* block, int64_t row, int64_t channel) {
 // Adds the plane of Width bits at `plane` to the 32 codes of one output channel, `shift` bits up.
 template <int Width>
 void add_plane(const uint8_t* plane, int64_t channel, int shift, uint8_t* codes) {
-  constexpr int kPairsPerRow = 16 / Width;
+  constexpr int kPerRow = static_cast<int>(kBlock) / Width;
   constexpr uint32_t kMask = (1u << Width) - 1;
-  for (int64_t row = 0; row < Width; ++row) {
+  for (int row = 0; row < Width; ++row, codes += kPerRow) {
     const uint32_t word = word_at(plane, row, channel);
-    uint8_t* to = codes + row * kPairsPerRow * 2;
-    for (int i = 0; i < kPairsPerRow; ++i) {
-      to[2 * i] |= static_cast<uint8_t>((word >> (Width * i) & kMask) << shift);
-      to[2 * i + 1] |= static_cast<uint8_t>((word >> (16 + Width * i) & kMask) << shift);
-    }
+    for (int k = 0; k < kPerRow; ++k)
+      codes[k] |= static_cast<uint8_t>((word >> code_bit(Width, k) & kMask) << shift);
   }
 }
 

@@ -17,35 +17,11 @@ namespace {
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "lanes are read and written whole");
 
-// Moves four fields of Width bits that are 16 bits apart next to each other.
-template <int Width>
-uint32_t compress(uint64_t fields) {
-  constexpr uint64_t kTwo = (uint64_t{1} << (2 * Width)) - 1;
-  fields = (fields | fields >> (16 - Width)) & (kTwo * 0x100000001u);
-  return static_cast<uint32_t>((fields | fields >> (32 - 2 * Width)) &
-                               ((uint64_t{1} << (4 * Width)) - 1));
-}
-
-// Bits [shift, shift + Width) of each of eight codes: those of even channels to the low half of the
-// result, those of odd ones to the high half, lowest channel first.
-template <int Width>
-uint32_t gather_plane(const uint8_t* codes, int shift) {
-  constexpr uint64_t kMask = ((uint64_t{1} << Width) - 1) * 0x0001000100010001u;
-  uint64_t word;
-  std::memcpy(&word, codes, 8);
-  word >>= shift;
-  return compress<Width>(word & kMask) | compress<Width>((word >> 8) & kMask) << 16;
-}
-
-template <int Width>
-void put_plane(const uint8_t* codes, int shift, uint8_t* plane, int64_t channel) {
-  constexpr int kEights = 4 / Width;  // groups of eight input channels per row of the plane
-  for (int64_t row = 0; row < Width; ++row) {
-    uint32_t lane = 0;
-    for (int i = 0; i < kEights; ++i)
-      lane |= gather_plane<Width>(codes + 8 * (row * kEights + i), shift) << (4 * Width * i);
-    std::memcpy(plane + row * kRowBytes + channel * 4, &lane, 4);
-  }
+// Four codes of a quad with those of its second and third channel exchanged.
+uint32_t swapped_quad(const uint8_t* codes) {
+  uint32_t quad;
+  std::memcpy(&quad, codes, sizeof(quad));
+  return (quad & 0xff0000ffu) | (quad & 0xff00u) << 8 | (quad >> 8 & 0xff00u);
 }
 
 void put_codes(const uint8_t* codes, int bits, uint8_t* block, int64_t channel) {
@@ -55,18 +31,19 @@ void put_codes(const uint8_t* codes, int bits, uint8_t* block, int64_t channel) 
         block[(pair * kTile + channel) * 2 + i] = codes[2 * pair + i] ^ 0x80u;
     return;
   }
-  int shift = 0;
-  if (bits & 4) {
-    put_plane<4>(codes, shift, block, channel);
-    block += 4 * kRowBytes;
-    shift += 4;
+  int below = 0;
+  for (const int width : {4, 2, 1}) {
+    if ((bits & width) == 0) continue;
+    const uint32_t mask = ((1u << width) - 1) * 0x01010101u;
+    for (int row = 0, quad = 0; row < width; ++row) {
+      uint32_t lane = 0;
+      for (; quad < 8 && quad_row(width, quad) == row; ++quad)
+        lane |= (swapped_quad(codes + 4 * quad) >> below & mask) << quad_bit(width, quad);
+      std::memcpy(block + row * kRowBytes + channel * 4, &lane, sizeof(lane));
+    }
+    block += width * kRowBytes;
+    below += width;
   }
-  if (bits & 2) {
-    put_plane<2>(codes, shift, block, channel);
-    block += 2 * kRowBytes;
-    shift += 2;
-  }
-  if (bits & 1) put_plane<1>(codes, shift, block, channel);
 }
 
 // Index of float (k, channel) of a block.
@@ -102,10 +79,10 @@ uint32_t code_at(const uint8_t* block, int bits, int64_t channel, int64_t k) {
   int shift = 0;
   for (const int width : {4, 2, 1}) {
     if ((bits & width) == 0) continue;
-    const int64_t per_half = 16 / width, pair = k / 2;
+    const int at = static_cast<int>(k);
     uint32_t lane;
-    std::memcpy(&lane, block + pair / per_half * kRowBytes + channel * 4, 4);
-    lane >>= 16 * (k % 2) + width * (pair % per_half);
+    std::memcpy(&lane, block + quad_row(width, at / 4) * kRowBytes + channel * 4, 4);
+    lane >>= code_bit(width, at);
     code |= (lane & ((1u << width) - 1)) << shift;
     block += width * kRowBytes;
     shift += width;

@@ -19,21 +19,22 @@ struct PackedWriter {
 
   template <int Width>
   static void put_plane(const uint32_t* block_quads, int below, uint8_t* plane) {
-    constexpr int kQuads = 8 / Width, kFold = 16 - Width;
-    const Reg mask = V::set1(((1u << Width) - 1) * 0x00010001u), low = V::set1(0xffff);
+    constexpr int kPerRow = 8 / Width;
+    constexpr uint32_t kOnes = (1u << Width) - 1;
+    const Reg outer = V::set1(kOnes * 0x01000001u), second = V::set1(kOnes << 8),
+              third = V::set1(kOnes << 16);
     for (int row = 0; row < Width; ++row)
       for (int64_t part = 0; part < kParts; ++part) {
-        Reg even = V::set1(0), odd = even;
-        for (int i = 0; i < kQuads; ++i) {
+        Reg lane = V::set1(0);
+        for (int i = 0; i < kPerRow; ++i) {
           const Reg quad = V::shift_right(
-              V::load(block_quads + (row * kQuads + i) * kTile + part * kLanes), V::count(below));
-          even = V::or_(even, V::shift_left(V::and_(quad, mask), V::count(2 * Width * i)));
-          odd = V::or_(odd, V::shift_left(V::and_(V::shift_right(quad, V::count(8)), mask),
-                                          V::count(2 * Width * i)));
+              V::load(block_quads + (row * kPerRow + i) * kTile + part * kLanes), V::count(below));
+          const Reg swapped = V::or_(V::shift_left(V::and_(quad, second), V::count(8)),
+                                     V::shift_right(V::and_(quad, third), V::count(8)));
+          lane = V::or_(lane,
+                        V::shift_left(V::or_(V::and_(quad, outer), swapped), V::count(Width * i)));
         }
-        even = V::and_(V::or_(even, V::shift_right(even, V::count(kFold))), low);
-        odd = V::shift_left(V::or_(odd, V::shift_right(odd, V::count(kFold))), V::count(16));
-        V::store(plane + row * kRowBytes + part * kLanes * 4, V::or_(even, odd));
+        V::store(plane + row * kRowBytes + part * kLanes * 4, lane);
       }
   }
 
