@@ -17,7 +17,8 @@ from tests.support.float_models import Stored
 class Float8:
     """A ``Store``. ``shape``: of a scale that is neither per block nor a single number, "N" or
     "N1"; or "", "1", "11" for a number. ``x``: "none", "static", "token", "group" or "ue8m0".
-    ``plain``: last components of modules that stay as they are."""
+    ``plain``: last components of modules that stay as they are. ``four``: scales of blocks have
+    four dimensions."""
 
     block: tuple[int, int] | None = None
     shape: str = "1"
@@ -28,6 +29,7 @@ class Float8:
     x: str = "none"
     input_scale: str = "input_scale"
     plain: tuple[str, ...] = ()
+    four: bool = False
 
     def __call__(self, module: str, n: int, k: int, generator: torch.Generator) -> Stored | None:
         if module.rpartition(".")[2] in self.plain:
@@ -80,6 +82,8 @@ class Float8:
                 factors = (np.float32(1) / factors.astype(np.float32)).astype(np.float64)
         block = self.block or (1 if rows == n else n, k)
         wide = definitions.spread(factors, n, block, k)
+        if self.four:
+            stored = stored.reshape(rows, 1, columns, 1)
         if self.block is None:
             shapes = {"": (), "1": (1,), "11": (1, 1), "N": (n,), "N1": (n, 1)}
             stored = stored.reshape(shapes[self.shape])

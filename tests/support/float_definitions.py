@@ -90,6 +90,24 @@ def nvfp4(x: npt.NDArray[np.float32], global_scale: float) -> Floats:
     return result
 
 
+def int8(x: npt.NDArray[np.float32], scale: float) -> Floats:
+    """x [M, K] through 8-bit integers with the scale of the file."""
+    codes = np.clip(np.rint(x.astype(np.float32) / np.float32(scale)), -128, 127)
+    result: Floats = codes.astype(np.float64) * np.float64(np.float32(scale))
+    return result
+
+
+def mx4(x: npt.NDArray[np.float32]) -> Floats:
+    """x [M, K] through e2m1 with the smallest powers of two for 32 channels under which nothing
+    saturates (modelopt ``quantization/qtensor/mxfp4_tensor.py``)."""
+    groups = x.astype(np.float32).reshape(x.shape[0], -1, 32)
+    largest = np.abs(groups).max(2, keepdims=True) / np.float32(6)
+    with np.errstate(divide="ignore"):
+        scale = np.exp2(np.maximum(np.ceil(np.log2(largest.astype(np.float64))), -127))
+    result: Floats = (rounded(groups.astype(np.float64) / scale, E2M1) * scale).reshape(x.shape)
+    return result
+
+
 def mx8(x: npt.NDArray[np.float32]) -> Floats:
     """x [M, K] through e4m3 with the smallest powers of two for 32 channels under which nothing
     saturates (vLLM ``layers/quantization/utils/mxfp8_utils.py``)."""

@@ -82,7 +82,7 @@ class ShardNumbers:
 
 def read_facts(shard: LoadedShard) -> tuple[ShardFacts, ShardNumbers]:
     """The facts of a loaded shard. Raises ``CheckpointError`` on damaged data."""
-    note = _zero_note(shard)
+    note = "; ".join(filter(None, (_zero_note(shard), shard.source.scheme.note)))
     gather = channel_gather(shard)
     scale, stored_zero = shard.scale(), shard.zero()
     zero = shard.in_codes(stored_zero, scale)
@@ -127,6 +127,7 @@ def stated_facts(shard: LoadedShard, channels: GroupOrder | None, middle: bool) 
         middle and zero is not None,
         shard.stored(Role.ROW_SCALE) is not None,
         tuple("stated" if shard.stored(role) else "" for role in roles),  # type: ignore[arg-type]
+        shard.source.scheme.note,
     )
 
 

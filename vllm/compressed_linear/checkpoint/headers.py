@@ -111,6 +111,11 @@ class Headers(Mapping[str, TensorHeader]):
         return self._holding[tensors]
 
     @cached_property
+    def last_words(self) -> Collection[str]:
+        """Last parts of the names of all tensors."""
+        return set().union(*self._modules.values())
+
+    @cached_property
     def coded(self) -> Collection[str]:
         """Modules whose ``weight`` holds codes, by its dtype."""
         return {

@@ -50,6 +50,7 @@ def from_standard_layout(
         Role.ROW_SCALE: None if row_scale is None else row_scale.reshape(n, 1),
         Role.INPUT_SCALE: None if input_scale is None else input_scale.reshape(1, 1),
         Role.INPUT_ZERO: None if input_zero is None else input_zero.reshape(1, 1),
+        Role.IGNORED: None,
         Role.PRESCALE: None if prescale is None else prescale.reshape(k, 1),
     }
     out = {}

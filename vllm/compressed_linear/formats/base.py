@@ -126,5 +126,11 @@ def register_format(*quant_methods: str) -> Callable[[F], F]:
 
 
 def quant_method_of(config: dict[str, Any]) -> str:
-    """``quant_method`` in lower case; some tools wrote upper case."""
-    return str(config.get("quant_method") or "").lower()
+    """``quant_method`` in lower case; some tools wrote upper case. ModelOpt does not always write
+    one, but its ``quant_algo``, perhaps one level deeper."""
+    named = str(config.get("quant_method") or "").lower()
+    inner = config.get("quantization")
+    for found in (config, inner if isinstance(inner, dict) else {}):
+        if not named and isinstance(found.get("quant_algo"), str):
+            return "modelopt"
+    return named

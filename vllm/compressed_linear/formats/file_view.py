@@ -255,7 +255,11 @@ class FileView:
 
     def has_attention_scales(self) -> bool:
         """Whether a module has a scale of the key-value cache."""
-        return any(not names.isdisjoint(ATTENTION_SCALES) for names in self.modules.values())
+        return self.headers is not None and not ATTENTION_SCALES.isdisjoint(self.headers.last_words)
+
+    def lacks(self, tensor: str) -> bool:
+        """Whether the file is known and no module has a tensor of this name."""
+        return self.headers is not None and tensor not in self.headers.last_words
 
     def may_have(self, module: str) -> bool:
         """Whether the file has a module with this last component, or is not known."""

@@ -13,6 +13,7 @@ from vllm.compressed_linear.formats import (  # noqa: F401
     fbgemm_fp8,
     fp8,
     gptq,
+    modelopt,
 )
 from vllm.compressed_linear.formats.base import _FORMATS, Format, quant_method_of
 from vllm.compressed_linear.formats.resolution import ConfigError
@@ -45,4 +46,7 @@ def parse_in(directory: str | Path, config: dict[str, Any]) -> Format:
     config.json; without a ``quant_method``, by the configuration file of early AutoGPTQ or
     AutoAWQ."""
     own = None if quant_method_of(config) else read_config_file(directory)
-    return parse(config if own is None else own)
+    config = config if own is None else own
+    if _FORMATS.get(quant_method_of(config)) is modelopt.ModelOpt:
+        config = modelopt.with_layers(directory, config)
+    return parse(config)

@@ -7,6 +7,7 @@ The folder ``backends/vllm_native/classes`` does the same for the kernel classes
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
@@ -52,6 +53,30 @@ def register_config(name: str, config: type) -> None:
     if name in getattr(quantization, "_CUSTOMIZED_METHOD_TO_QUANT_CONFIG", {}):
         return
     register_quantization_config(name)(config)
+
+
+def accept_configurations(knows: Callable[[dict[str, Any]], bool]) -> None:
+    """Let vLLM go on with a ModelOpt configuration in a separate file whose algorithm it does not
+    know, on a CPU, if ``knows`` does. Idempotent."""
+    from vllm.transformers_utils import model_arch_config_convertor as convertor
+
+    base = getattr(convertor, "ModelArchConfigConvertorBase", None)
+    original = getattr(base, "_normalize_quantization_config", None)
+    if original is None or hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def normalized(self: Any, config: Any) -> Any:
+        try:
+            return original(self, config)
+        except ValueError:
+            found = getattr(config, "quantization_config", None)
+            if not isinstance(found, dict) or current_device() != "cpu" or not knows(found):
+                raise
+            found["quant_method"] = "modelopt"
+            return found
+
+    base._normalize_quantization_config = normalized  # type: ignore[union-attr]
 
 
 def publish_compile_factor(name: str, getter: Callable[[], str]) -> None:

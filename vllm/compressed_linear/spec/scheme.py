@@ -38,6 +38,8 @@ class Role(StrEnum):
     """Static zero point of x, one number."""
     PRESCALE = "prescale"
     """Prescale of x, one factor for each input channel (``pre_quant_scale``)."""
+    IGNORED = "ignored"
+    """One number that files have and nothing needs."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,8 @@ class CheckpointScheme:
 
     ``symmetric``: the setting of the configuration that says that all zero points are the middle
     code, as it is written there (``"sym: true"``); empty if it says nothing, or the contrary. The
-    file may still have zero points: ``checkpoint/symmetry.py`` says what they mean then.
+    file may still have zero points: ``checkpoint/symmetry.py`` says what they mean then. ``note``:
+    for the plan.
     """
 
     weight: WeightSpec
@@ -149,6 +152,7 @@ class CheckpointScheme:
     activation: ActivationSpec | None = None
     transform: TransformSpec | None = None
     symmetric: str = ""
+    note: str = ""
 
     def __str__(self) -> str:
         zero = ", zero points" if self.weight.zero else ""
