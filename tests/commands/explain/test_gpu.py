@@ -42,11 +42,11 @@ def parts(found: Explanation) -> list[PartPlan]:
 
 def vllm_has_a_kernel(d: CompressedLinearDescriptor) -> bool | None:
     """By the formats that vLLM's documentation of Marlin lists, not by what the adapter says; None
-    for x that is quantized and for small floats, where it depends on the GPU."""
+    for x that is quantized or scaled and for small floats, where it depends on the GPU."""
     element, zero = d.weight.element, d.weight.zero
     if element.kind == "dense":
         return True
-    if d.activation is not None or element.kind != "integer":
+    if d.activation or d.prescale or element.kind != "integer":
         return None
     symmetric = zero is None and element.bits in (4, 8)
     asymmetric = zero is not None and zero.kind == "integer" and element.bits == 4
