@@ -29,11 +29,12 @@ from vllm.compressed_linear.formats.file_view import FileView
 from vllm.compressed_linear.formats.registry import format_of, parse
 from vllm.compressed_linear.formats.resolution import (
     ConfigError,
-    Delegated,
     LayerKind,
     Resolution,
     Unquantized,
 )
+from vllm.compressed_linear.spec.descriptor import ActivationSpec
+from vllm.compressed_linear.spec.elements import INT8 as INT8_CODES
 from vllm.compressed_linear.spec.scheme import CheckpointScheme
 
 
@@ -292,26 +293,36 @@ def test_a_head_inside_of_a_larger_model_without_headers() -> None:
 # Outputs that are quantized.
 
 
-@pytest.mark.parametrize("dynamic", [True, False])
 @pytest.mark.parametrize("form", ["pack-quantized", "int-quantized"])
-def test_quantized_outputs_are_refused_by_name(dynamic: bool, form: str) -> None:
+def test_dynamic_outputs_are_refused_by_name(form: str) -> None:
     config = groups((["Linear"], INT4), format=form)
-    output = {"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": dynamic}
+    output = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
     config["config_groups"]["group_0"]["output_activations"] = output
     assert format_of(config) is CompressedTensors
-    when = "dynamic" if dynamic else "static"
-    with pytest.raises(ConfigError, match=saying(Q, "group_0.output_activations", when, "null")):
+    complaint = saying(Q, "group_0.output_activations", "dynamic per token", "null")
+    with pytest.raises(ConfigError, match=complaint):
         resolve(config)
     # What is excluded has no outputs to quantize.
     assert resolve({**config, "ignore": [Q]}) == Unquantized(f"ignore: {Q}")
 
 
-def test_static_inputs_and_outputs_of_8_bits_are_vllms() -> None:
+@pytest.mark.parametrize("inputs", [True, False])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_static_outputs(inputs: bool, symmetric: bool) -> None:
     config = groups((["Linear"], INT4))
     static = {"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": False}
     group = config["config_groups"]["group_0"]
-    group |= {"input_activations": static, "output_activations": static}
-    assert format_of(config) is None
-    assert isinstance(resolve(config), Delegated)
-    group["output_activations"] = None
-    assert isinstance(resolve(config), CheckpointScheme)
+    group["output_activations"] = {**static, "symmetric": symmetric}
+    group["input_activations"] = static if inputs else None
+    found = resolve(config)
+    assert isinstance(found, CheckpointScheme)
+    assert found.output_activation == ActivationSpec(INT8_CODES, False, "tensor", symmetric)
+    assert (found.activation is not None) == inputs
+    names = {tensor.name for tensor in found.tensors}
+    assert ("output_zero_point" in names) == (not symmetric)
+    assert {"output_scale"} | ({"input_scale"} if inputs else set()) <= names
+    table = groups((["Embedding"], INT4))
+    table["config_groups"]["group_0"] |= {"input_activations": static, "output_activations": static}
+    looked_up = resolve(table, "model.embed_tokens", LayerKind.EMBEDDING)
+    assert isinstance(looked_up, CheckpointScheme)
+    assert (looked_up.activation, looked_up.output_activation) == (None, None)

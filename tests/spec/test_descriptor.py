@@ -40,6 +40,9 @@ ACTIVATIONS = [
 ]
 
 
+STATIC = [activation for activation in ACTIVATIONS if not activation.dynamic]
+
+
 @st.composite
 def descriptors(draw: st.DrawFn) -> CompressedLinearDescriptor:
     group = draw(st.sampled_from([-1, 16, 32]))
@@ -63,6 +66,7 @@ def descriptors(draw: st.DrawFn) -> CompressedLinearDescriptor:
         activation=draw(st.sampled_from([None, activation])),
         prescale=draw(st.one_of(st.none(), DTYPES)),
         transform=draw(st.sampled_from([None, TransformSpec("hadamard", "input", 1)])),
+        output_activation=draw(st.sampled_from([None, *STATIC])),
     )
 
 

@@ -53,6 +53,7 @@ class Capabilities:
     """Kinds of quantized activations: values of ``ActivationSpec.kind``."""
     prescale: bool = False
     transforms: bool = False
+    outputs: bool = False
     lookup: bool = False
     required_ops: tuple[str, ...] = ()
     cpu_features: frozenset[str] = frozenset()
@@ -76,6 +77,11 @@ class Capabilities:
             (d.prescale, self.prescale, "a per-channel scale of the activations"),
             (d.transform, self.transforms, "Hadamard or rotation transforms"),
             (d.weight.row_scale, self.row_scale, "second-level scales"),
+            (
+                d.output_activation,
+                self.outputs,
+                "quantization of outputs, which layers do after any product,",
+            ),
         ):
             if present is not None and not able:
                 yield f"{what} ({present}) not supported"

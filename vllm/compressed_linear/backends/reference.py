@@ -11,6 +11,7 @@ import torch
 
 from vllm.compressed_linear.backends.base import Capabilities, QuantLinearMethod
 from vllm.compressed_linear.backends.shared.call_counter import CallCounter
+from vllm.compressed_linear.backends.shared.outputs import output_tensors, with_output
 from vllm.compressed_linear.checkpoint.weights import CompressedWeights, to_standard_layout
 from vllm.compressed_linear.machine.cost import roofline
 from vllm.compressed_linear.machine.platform import Platform
@@ -174,6 +175,7 @@ class ReferenceBackend(QuantLinearMethod):
         activations=activation_kinds(),
         prescale=True,
         transforms=True,
+        outputs=True,
         lookup=True,
     )
 
@@ -214,6 +216,8 @@ class ReferenceBackend(QuantLinearMethod):
         if d.activation is not None:
             total += torch.float32.itemsize * d.activation.needs_scale
             total += torch.int32.itemsize * d.activation.needs_zero
+        if d.output_activation is not None:
+            total += torch.float32.itemsize + torch.int32.itemsize * d.output_activation.needs_zero
         return total + (0 if dense else torch.float32.itemsize << weight.element.bits)
 
     def prep_weights_for_execution(self, weights: CompressedWeights) -> dict[str, torch.Tensor]:
@@ -230,6 +234,8 @@ class ReferenceBackend(QuantLinearMethod):
         }
         tensors = {name: t.contiguous() for name, t in optional.items() if t is not None}
         tensors["codes"] = standard.codes
+        if (output := self.descriptor.output_activation) is not None:
+            tensors |= output_tensors(output, weights)
         element = self.descriptor.weight.element
         tensors["table"] = (torch.empty(0) if element.kind == "dense" else element.table()).to(
             standard.codes.device
@@ -259,7 +265,10 @@ class ReferenceBackend(QuantLinearMethod):
             0 if d.transform is None else d.transform.block,
             torch_dtype(d.output_dtype),
         )
-        return out.reshape(*x.shape[:-1], d.out_features)
+        out = out.reshape(*x.shape[:-1], d.out_features)
+        return (
+            out if d.output_activation is None else with_output(out, d.output_activation, tensors)
+        )
 
     def embedding(self, tensors: Mapping[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
         out = torch.ops.compressed_linear.reference_embedding(

@@ -56,7 +56,10 @@ def describe(
             specs[a] == specs[b]
             and facts[a].channels == facts[b].channels
             and facts[a].input_numbers == facts[b].input_numbers
+            and facts[a].output_numbers == facts[b].output_numbers
+            and facts[a].off == facts[b].off
             and (one.activation, one.transform) == (two.activation, two.transform)
+            and one.output_activation == two.output_activation
         )
 
     parts: list[DescribedPart] = []
@@ -79,10 +82,11 @@ def describe(
                 if channels is not None and channels.reordered
                 else None
             ),
-            activation=scheme.activation,
+            activation=None if facts[first].off[0] else scheme.activation,
             prescale="float32" if facts[first].prescaled else None,
             transform=scheme.transform,
             lookup=context.lookup,
+            output_activation=None if facts[first].off[1] else scheme.output_activation,
         )
         parts.append(DescribedPart(first, stop, start, descriptor))
         start += n

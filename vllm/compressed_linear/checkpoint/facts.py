@@ -51,7 +51,9 @@ class ShardFacts:
     ``channels``: None without scales or channels. ``scale_dtype``: as ``ScaleSpec`` names it, None
     without scales. ``zero``: zero points as they are stored, None without any;
     ``zeros_are_middle``: all of them are 2^(bits − 1). ``input_numbers``: identities of the static
-    scale, the static zero point and the prescale of x, "" for none. ``note``: for the plan.
+    scale, the static zero point and the prescale of x, "" for none; ``output_numbers``:
+    likewise of y. ``off``: whether x, and y, are not quantized since their static scale is 0
+    (``CheckpointScheme.zero_is_off``). ``note``: for the plan.
     """
 
     channels: GroupOrder | None
@@ -60,6 +62,8 @@ class ShardFacts:
     zeros_are_middle: bool = False
     row_scale: bool = False
     input_numbers: tuple[str, str, str] = ("", "", "")
+    output_numbers: tuple[str, str] = ("", "")
+    off: tuple[bool, bool] = (False, False)
     note: str = ""
 
     @property
@@ -105,6 +109,8 @@ def read_facts(shard: LoadedShard) -> tuple[ShardFacts, ShardNumbers]:
             _digest(shard.input_zero()),
             _digest(shard.prescale()),
         ),
+        (_digest(shard.output_scale()), _digest(shard.output_zero())),
+        (_is_off(shard, shard.input_scale()), _is_off(shard, shard.output_scale())),
         note,
     )
     return facts, ShardNumbers(scale, zero, gather)
@@ -118,6 +124,7 @@ def stated_facts(shard: LoadedShard, channels: GroupOrder | None, middle: bool) 
     """
     scale, zero = shard.scale(), shard.zero()
     roles = (Role.INPUT_SCALE, Role.INPUT_ZERO, Role.PRESCALE)
+    outputs = (Role.OUTPUT_SCALE, Role.OUTPUT_ZERO)
     reading = shard.zero_reading
     middle = middle or (reading is not None and reading.middle)
     return ShardFacts(
@@ -127,7 +134,8 @@ def stated_facts(shard: LoadedShard, channels: GroupOrder | None, middle: bool) 
         middle and zero is not None,
         shard.stored(Role.ROW_SCALE) is not None,
         tuple("stated" if shard.stored(role) else "" for role in roles),  # type: ignore[arg-type]
-        shard.source.scheme.note,
+        tuple("stated" if shard.stored(role) else "" for role in outputs),  # type: ignore[arg-type]
+        note=shard.source.scheme.note,
     )
 
 
@@ -157,6 +165,10 @@ def _zero_spec(shard: LoadedShard, zero: torch.Tensor | None) -> ZeroSpec | None
     if zero is None or spec.element.kind != "integer" or spec.scale is None:
         return None if zero is None else spec.zero
     return ZeroSpec("float" if zero.is_floating_point() else "integer", dtype_name(zero.dtype))
+
+
+def _is_off(shard: LoadedShard, scale: torch.Tensor | None) -> bool:
+    return shard.source.scheme.zero_is_off and scale is not None and not bool(scale.any())
 
 
 def _digest(tensor: torch.Tensor | None) -> str:

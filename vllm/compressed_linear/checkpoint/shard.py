@@ -255,7 +255,18 @@ class LoadedShard:
 
     def input_zero(self) -> torch.Tensor | None:
         """Static zero point of x, int32 [1], 0 is the middle of the range; or None."""
-        stored = self.stored(Role.INPUT_ZERO)
+        return self._point(Role.INPUT_ZERO)
+
+    def output_scale(self) -> torch.Tensor | None:
+        """Static scale of y, fp32 [1], or None."""
+        return self._numbers(Role.OUTPUT_SCALE, 1)
+
+    def output_zero(self) -> torch.Tensor | None:
+        """Static zero point of y, as ``input_zero``."""
+        return self._point(Role.OUTPUT_ZERO)
+
+    def _point(self, role: Role) -> torch.Tensor | None:
+        stored = self.stored(role)
         return None if stored is None else self.tensors[stored.name].reshape(1).to(torch.int32)
 
     def _numbers(self, role: Role, length: int) -> torch.Tensor | None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 
 from vllm.compressed_linear.checkpoint.shard import CHUNK_BYTES, CheckpointError, LoadedShard
+from vllm.compressed_linear.spec.descriptor import ActivationSpec
 from vllm.compressed_linear.spec.elements import widen_scale
 from vllm.compressed_linear.spec.packing import Packing
 from vllm.compressed_linear.spec.scheme import Role, StoredTensor
@@ -44,38 +45,67 @@ def check_values(
 
 
 def _check_numbers(shard: LoadedShard) -> None:
-    """Validate scalars and per-channel numbers: present, finite, input scales not 0."""
-    activation = shard.source.scheme.activation
-    for role, needed, numbers in (
-        (Role.ROW_SCALE, False, shard.row_scale()),
-        (Role.INPUT_SCALE, activation is not None and activation.needs_scale, shard.input_scale()),
-        (Role.INPUT_ZERO, activation is not None and activation.needs_zero, shard.input_zero()),
-        (Role.PRESCALE, False, shard.prescale()),
-    ):
-        stored = shard.stored(role)
-        if numbers is None or stored is None:
-            if needed:
-                raise CheckpointError(
-                    f"{shard.source.name}: x as {activation} needs a tensor of {role}, "
-                    "which the checkpoint does not have"
-                )
-            continue
-        name = f"{shard.source.name}.{stored.name}"
-        bad = ~torch.isfinite(numbers)
-        if role is Role.INPUT_SCALE:
-            bad |= numbers == 0
-        elif role is Role.INPUT_ZERO and activation is not None:
-            centre = activation.symmetric
-            bad |= numbers.abs() > (0 if centre else 1 << (activation.element.bits - 1))
-        if bool(bad.any()):
-            expected = {
-                Role.INPUT_SCALE: "a finite number other than 0",
-                Role.INPUT_ZERO: f"a zero point of x as {activation}",
-            }.get(role, "finite numbers")
-            raise CheckpointError(
-                f"{name}: {int(bad.sum())} of {numbers.numel()} values cannot be used, the first "
-                f"is {float(numbers[bad][0])}; expected {expected}"
-            )
+    """Validate scalars and per-channel numbers: present, finite, static scales not 0."""
+    scheme = shard.source.scheme
+    _check_finite_numbers(shard, Role.ROW_SCALE, shard.row_scale())
+    _check_finite_numbers(shard, Role.PRESCALE, shard.prescale())
+    scales = {
+        Role.INPUT_SCALE: (scheme.activation, shard.input_scale()),
+        Role.OUTPUT_SCALE: (scheme.output_activation, shard.output_scale()),
+    }
+    for role, (spec, scale) in scales.items():
+        _check_needed(shard, role, spec, scale, needed=spec is not None and spec.needs_scale)
+        zero_is_bad = None if scale is None or scheme.zero_is_off else scale == 0
+        expected = "a finite number" + ("" if scheme.zero_is_off else " other than 0")
+        _check_finite_numbers(shard, role, scale, zero_is_bad, expected)
+    zeros = {
+        Role.INPUT_ZERO: (scheme.activation, shard.input_zero()),
+        Role.OUTPUT_ZERO: (scheme.output_activation, shard.output_zero()),
+    }
+    for role, (spec, zero) in zeros.items():
+        _check_needed(shard, role, spec, zero, needed=spec is not None and spec.needs_zero)
+        if spec is not None and zero is not None:
+            centred = spec.symmetric and not spec.dynamic
+            largest = 0 if centred else 1 << (spec.element.bits - 1)
+            of = "x" if role is Role.INPUT_ZERO else "y"
+            bad = zero.abs() > largest
+            _check_finite_numbers(shard, role, zero, bad, f"a zero point of {of} as {spec}")
+
+
+def _check_needed(
+    shard: LoadedShard,
+    role: Role,
+    spec: ActivationSpec | None,
+    numbers: torch.Tensor | None,
+    *,
+    needed: bool,
+) -> None:
+    if needed and numbers is None:
+        of = "x" if role in (Role.INPUT_SCALE, Role.INPUT_ZERO) else "y"
+        raise CheckpointError(
+            f"{shard.source.name}: {of} as {spec} needs a tensor of {role}, which the checkpoint "
+            "does not have"
+        )
+
+
+def _check_finite_numbers(
+    shard: LoadedShard,
+    role: Role,
+    numbers: torch.Tensor | None,
+    also_bad: torch.Tensor | None = None,
+    expected: str = "finite numbers",
+) -> None:
+    stored = shard.stored(role)
+    if numbers is None or stored is None:
+        return
+    bad = ~torch.isfinite(numbers)
+    if also_bad is not None:
+        bad |= also_bad
+    if bool(bad.any()):
+        raise CheckpointError(
+            f"{shard.source.name}.{stored.name}: {int(bad.sum())} of {numbers.numel()} values "
+            f"cannot be used, the first is {float(numbers[bad][0])}; expected {expected}"
+        )
 
 
 def _check_dead_groups(

@@ -31,6 +31,7 @@ class CompressedWeights:
 
     ``row_scale``: fp32 [n], the second-level scale, or None. For the input, in this order, if the
     descriptor has them: ``prescale`` fp32 [k], ``input_scale`` fp32 [1], ``input_zero`` int32 [1].
+    For y ``output_scale`` fp32 [1] and ``output_zero`` int32 [1].
     """
 
     def __init__(
@@ -52,6 +53,8 @@ class CompressedWeights:
         self.prescale = self._ordered(shards[0].prescale())
         self.input_scale = shards[0].input_scale()
         self.input_zero = shards[0].input_zero()
+        self.output_scale = shards[0].output_scale()
+        self.output_zero = shards[0].output_zero()
         self._scales: dict[int, tuple[torch.Tensor | None, torch.Tensor | None]] = {}
 
     def _ordered(self, prescale: torch.Tensor | None) -> torch.Tensor | None:

@@ -21,13 +21,15 @@ def from_standard_layout(
     input_scale: torch.Tensor | None = None,
     input_zero: torch.Tensor | None = None,
     prescale: torch.Tensor | None = None,
+    output_scale: torch.Tensor | None = None,
+    output_zero: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Write a weight as a checkpoint of ``scheme`` holds it: the inverse of ``LoadedShard``'s
     ``codes``, ``scale``, ``zero`` and ``group_index`` for a weight that is not sharded.
 
     ``standard``: codes [N, K] in the checkpoint's channel order, scale and zero [N, G].
     ``group_index``: int [K], the group of each channel; None is ``k // group_size``.
-    ``row_scale`` [N], ``input_scale`` [1], ``input_zero`` [1], ``prescale`` [K]: as ``LoadedShard``
+    ``row_scale`` [N], ``prescale`` [K], scales and zero points of x and y [1]: as ``LoadedShard``
     gives them. Returns the tensors by name, each in the first of its packings. Raises
     ``ValueError`` if the scheme cannot represent ``standard`` (an interleave, a shared scale with
     different values, a group index without a tensor for it).
@@ -50,6 +52,8 @@ def from_standard_layout(
         Role.ROW_SCALE: None if row_scale is None else row_scale.reshape(n, 1),
         Role.INPUT_SCALE: None if input_scale is None else input_scale.reshape(1, 1),
         Role.INPUT_ZERO: None if input_zero is None else input_zero.reshape(1, 1),
+        Role.OUTPUT_SCALE: None if output_scale is None else output_scale.reshape(1, 1),
+        Role.OUTPUT_ZERO: None if output_zero is None else output_zero.reshape(1, 1),
         Role.IGNORED: None,
         Role.PRESCALE: None if prescale is None else prescale.reshape(k, 1),
     }

@@ -12,12 +12,13 @@ from vllm.compressed_linear.formats.compressed_tensors_arguments import Argument
 from vllm.compressed_linear.formats.compressed_tensors_schemes import (
     Form,
     HeaderOf,
-    Inputs,
     ZeroForm,
     form_on_disk,
     fp4_scheme,
     fp8_scheme,
+    input_tensors,
     int8_scheme,
+    output_tensors,
     pack_quantized_scheme,
 )
 from vllm.compressed_linear.formats.fields import Fields
@@ -64,6 +65,7 @@ class Group:
     weights: Arguments | None = None
     form: Form = Form.WORDS
     activation: ActivationSpec | None = None
+    output: ActivationSpec | None = None
     group_index: bool = False
     dense_first: bool = True
     reason: str = ""
@@ -83,10 +85,18 @@ class Group:
         form = self._form(header)
         scheme = self._weight(module, form, self.weights, file)
         # Nothing is multiplied with the rows of a table that are looked up.
-        if self.activation is None or kind is LayerKind.EMBEDDING:
+        if kind is LayerKind.EMBEDDING:
             return scheme
-        inputs = Inputs.of(self.activation, header)
-        return replace(scheme, activation=inputs.spec, tensors=(*scheme.tensors, *inputs.tensors))
+        if self.activation is not None:
+            tensors = (*scheme.tensors, *input_tensors(self.activation, header))
+            scheme = replace(scheme, activation=self.activation, tensors=tensors)
+        if self.output is not None:
+            # vLLM leaves what was not calibrated as it is (``CompressedTensorsWNA8O8Int``).
+            tensors = (*scheme.tensors, *output_tensors(self.output, header))
+            scheme = replace(
+                scheme, output_activation=self.output, tensors=tensors, zero_is_off=True
+            )
+        return scheme
 
     def _form(self, header: HeaderOf) -> Form:
         """The form of the files, if it is one of numbers of this kind."""
@@ -161,7 +171,7 @@ def read_groups(config: Fields) -> list[tuple[Group, list[str]]]:
 
 
 def _group(name: str, group: Fields, config: Fields) -> Group:
-    refusal, sparsity = _output_refusal(group, config), _sparsity(config)
+    sparsity = _sparsity(config)
     fields = group.fields("weights")
     if not fields:
         return Group(name, reason=f"config group {name} has no weights")
@@ -171,6 +181,15 @@ def _group(name: str, group: Fields, config: Fields) -> Group:
     assert weights is not None
     inputs = Arguments.read(group.fields("input_activations"))
     activation = None if inputs is None else activation_of(inputs, weights)
+    outputs = Arguments.read(group.fields("output_activations"))
+    output = None if outputs is None else activation_of(outputs, weights)
+    refusal = ""
+    if outputs is not None and (output is None or output.dynamic):
+        refusal = (
+            f"{outputs.where} asks for outputs as {outputs}, which neither this package nor vLLM "
+            "computes (known: static, per tensor); set it to null to run the layer with outputs "
+            "that are not quantized"
+        )
     form = FORMATS.get(word) or _likely_form(weights)
     reasons = []
     if word not in FORMATS:
@@ -187,8 +206,6 @@ def _group(name: str, group: Fields, config: Fields) -> Group:
         reasons.append("asymmetric float weights")
     if inputs is not None and activation is None:
         reasons.append(f"inputs as {inputs}")
-    if group.fields("output_activations"):
-        reasons.append("quantized outputs")
     if reasons:
         reason = f"compressed-tensors {name}: {', '.join(reasons)}"
         return Group(name, weights, reason=reason, refusal=refusal, sparsity=sparsity)
@@ -198,6 +215,7 @@ def _group(name: str, group: Fields, config: Fields) -> Group:
         weights,
         form,
         activation,
+        None if refusal else output,
         group_index=order is True or (order not in (None, False) and _by_channel(fields)),
         dense_first=_version(config.values.get("version")) >= DENSE_SINCE,
         refusal=refusal,
@@ -223,39 +241,6 @@ def _sparsity(config: Fields) -> str:
         f"sparsity_config.format is {form}: weights are stored without their zeros, which neither "
         "this package nor vLLM reads; decompress the checkpoint with the release of "
         "compressed-tensors that wrote it, or take one that is not sparse"
-    )
-
-
-def _output_refusal(group: Fields, config: Fields) -> str:
-    """Why no layer of a group that quantizes outputs can run; empty if it does not, or vLLM can:
-    integer weights between static 8-bit inputs and outputs (``CompressedTensorsWNA8O8Int``)."""
-    output = group.fields("output_activations")
-    if not output:
-        return ""
-    weights = group.fields("weights")
-    form = group.word("format") or config.word("format") or "pack-quantized"
-    if (
-        form in ("pack-quantized", "int-quantized")
-        and (weights.word("type") or "int") == "int"
-        and (weights.word("strategy") or "group") in ("group", "channel")
-        and all(_static_int8(group.fields(f"{side}_activations")) for side in ("input", "output"))
-    ):
-        return ""
-    when = "dynamic" if output.values.get("dynamic") else "static"
-    return (
-        f"{output.where} asks for {when} {output.integer('num_bits', default=8)}-bit "
-        f"{output.word('type') or 'int'} outputs of the layer, which neither this package nor vLLM "
-        "computes; set it to null to run the layer with outputs that are not quantized"
-    )
-
-
-def _static_int8(activations: Fields) -> bool:
-    return (
-        (activations.word("type") or "int") == "int"
-        and activations.word("strategy") == "tensor"
-        and activations.integer("num_bits", default=8) == 8
-        and not activations.values.get("dynamic")
-        and bool(activations)
     )
 
 

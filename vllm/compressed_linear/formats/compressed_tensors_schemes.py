@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import StrEnum
 
 from vllm.compressed_linear.checkpoint.file_header import TensorHeader
@@ -62,28 +62,29 @@ def form_on_disk(header: HeaderOf) -> Form | None:
     return {"int8": Form.INT8, "float8_e4m3fn": Form.FP8, "float8_e5m2": Form.FP8}.get(plain.dtype)
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """Activations of a scheme: what is computed, and the tensors with its numbers."""
+def input_tensors(spec: ActivationSpec, header: HeaderOf) -> tuple[StoredTensor, ...]:
+    """Tensors with the numbers of inputs."""
+    if spec.scale_dtype == "float8_e4m3fn":
+        return (_number("input_global_scale", Role.INPUT_SCALE, reciprocal=True),)
+    return _static("input", spec, header, Role.INPUT_SCALE, Role.INPUT_ZERO)
 
-    spec: ActivationSpec
-    tensors: tuple[StoredTensor, ...] = ()
 
-    @classmethod
-    def of(cls, spec: ActivationSpec, header: HeaderOf) -> Inputs:
-        """The inputs of a module. Early releases wrote a zero point of 0 for symmetric ones."""
-        if spec.scale_dtype == "float8_e4m3fn":
-            return cls(spec, (_number("input_global_scale", Role.INPUT_SCALE, reciprocal=True),))
-        if spec.dynamic:
-            return cls(spec)
-        tensors = (_number("input_scale", Role.INPUT_SCALE),)
-        stated = header("input_zero_point")
-        if spec.element.kind != "integer" or (stated is None and spec.symmetric):
-            return cls(spec, tensors)
-        zero = StoredTensor(
-            "input_zero_point", Role.INPUT_ZERO, "int32", (1,), optional=spec.symmetric
-        )
-        return cls(spec, (*tensors, zero))
+def output_tensors(spec: ActivationSpec, header: HeaderOf) -> tuple[StoredTensor, ...]:
+    """Tensors with the numbers of outputs."""
+    return _static("output", spec, header, Role.OUTPUT_SCALE, Role.OUTPUT_ZERO)
+
+
+def _static(
+    side: str, spec: ActivationSpec, header: HeaderOf, scale: Role, zero: Role
+) -> tuple[StoredTensor, ...]:
+    """Early releases wrote a zero point of 0 for symmetric ones, too."""
+    if spec.dynamic:
+        return ()
+    tensors = (_number(f"{side}_scale", scale),)
+    point = f"{side}_zero_point"
+    if spec.element.kind != "integer" or (header(point) is None and spec.symmetric):
+        return tensors
+    return (*tensors, StoredTensor(point, zero, "int32", (1,), optional=spec.symmetric))
 
 
 def _number(name: str, role: Role, *, reciprocal: bool = False) -> StoredTensor:

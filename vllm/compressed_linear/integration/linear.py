@@ -23,7 +23,7 @@ from vllm.compressed_linear.checkpoint.parameter import (
     shard_indices,
 )
 from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource, dense_shard
-from vllm.compressed_linear.formats.resolution import LayerKind
+from vllm.compressed_linear.formats.resolution import ConfigError, LayerKind
 from vllm.compressed_linear.integration import compat
 from vllm.compressed_linear.integration.preparation import HeldWeight, ModelPreparation, Prepared
 from vllm.compressed_linear.integration.sharding import (
@@ -123,11 +123,23 @@ class CompressedLinearMethod(OurMethod, LinearMethodBase):
             )
             for part, member in zip(geometry, members, strict=True)
         ]
+        if input_size_per_partition != input_size:
+            self._check_outputs()
         self.dtypes = [member.dtypes for member in members]
         parameters = create_parameters(self.sources, self.prefix)
         for name, parameter in parameters.items():
             layer.register_parameter(name, parameter)
         self.tensor_names = list(parameters)
+
+    def _check_outputs(self) -> None:
+        """Raise ``ConfigError`` if outputs are quantized that are sums over all ranks."""
+        for source in self.sources:
+            if (output := source.scheme.output_activation) is not None:
+                raise ConfigError(
+                    f"{self.prefix}: y as {output} is quantized after the sum over all ranks, "
+                    "which vLLM makes outside of the layer; load the checkpoint with "
+                    "--tensor-parallel-size 1"
+                )
 
     def waiting(self, layer: Any) -> list[torch.Tensor]:
         tensors = [getattr(layer, name, None) for name in self.tensor_names]

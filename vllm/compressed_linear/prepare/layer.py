@@ -7,7 +7,7 @@ Imports nothing of vLLM. ``integration/linear.py`` attaches the result to vLLM's
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +15,7 @@ import torch
 from vllm.compressed_linear.backends import measurements as tune_file
 from vllm.compressed_linear.backends.base import QuantLinearMethod
 from vllm.compressed_linear.backends.registry import Selection, select
+from vllm.compressed_linear.backends.shared.outputs import output_tensors, with_output
 from vllm.compressed_linear.checkpoint.describe import LayerContext
 from vllm.compressed_linear.checkpoint.parts import Part, refine
 from vllm.compressed_linear.checkpoint.shard import CheckpointError, LoadedShard
@@ -31,7 +32,7 @@ from vllm.compressed_linear.prepare.plan import (
 )
 from vllm.compressed_linear.prepare.self_check import SelfCheckError, self_check
 from vllm.compressed_linear.settings import Settings
-from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
+from vllm.compressed_linear.spec.descriptor import ActivationSpec, CompressedLinearDescriptor
 
 
 class OtherPlanError(ValueError):
@@ -40,16 +41,26 @@ class OtherPlanError(ValueError):
 
 @dataclass(frozen=True)
 class Executor:
-    """One part of a layer: a backend instance and its output columns [start, stop)."""
+    """One part of a layer: a backend instance and its output columns [start, stop).
+
+    ``output``: how they are quantized after the product."""
 
     method: QuantLinearMethod
     selection: Selection
     start: int
     stop: int
+    output: ActivationSpec | None = None
 
     @property
     def descriptor(self) -> CompressedLinearDescriptor:
-        return self.method.descriptor
+        return replace(self.method.descriptor, output_activation=self.output)
+
+    def apply(
+        self, tensors: Mapping[str, torch.Tensor], x: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """x [..., K] → its columns [..., stop − start]."""
+        y = self.method.apply(tensors, x, bias)
+        return y if self.output is None else with_output(y, self.output, tensors)
 
 
 def prepare(
@@ -80,14 +91,17 @@ def prepare(
         _check_pinned(name, parts, pinned)
     prepared = []
     for index, part in enumerate(parts):
-        selection = (
-            pinned[index].selection if pinned else choose(name, part.descriptor, platform, settings)
+        product, output = part.descriptor.product, part.descriptor.output_activation
+        selection = pinned[index].selection if pinned else choose(name, product, platform, settings)
+        method = selection.chosen(product)
+        obtained = _obtain(
+            name, method, replace(part, descriptor=product), platform, None if pinned else cache
         )
-        method = selection.chosen(part.descriptor)
-        obtained = _obtain(name, method, part, platform, None if pinned else cache)
         tensors = obtained.tensors
-        stop = part.start + part.descriptor.n
-        prepared.append((Executor(method, selection, part.start, stop), tensors))
+        if output is not None:
+            tensors = {**tensors, **output_tensors(output, part.weights)}
+        stop = part.start + product.n
+        prepared.append((Executor(method, selection, part.start, stop, output), tensors))
         plan.add(
             PlanEntry(
                 name=name,
@@ -98,13 +112,19 @@ def prepare(
                 bytes_checkpoint=checkpoint_bytes(part.weights.shards),
                 bytes_prepared=sum(t.nbytes for t in tensors.values()),
                 prepare_seconds=obtained.seconds,
-                prepared_variant=method.prepared_variant(part.descriptor, platform),
-                batch_invariant=method.rows_are_independent(part.descriptor, platform),
+                prepared_variant=method.prepared_variant(product, platform),
+                batch_invariant=method.rows_are_independent(product, platform),
                 chosen_by=selection.chosen_by,
                 note="; ".join(
                     filter(
                         None,
-                        (note, _composite_note(parts, part), *part.notes, contract_note(method)),
+                        (
+                            note,
+                            _composite_note(parts, part),
+                            *part.notes,
+                            contract_note(method),
+                            "" if output is None else "y is quantized after the product",
+                        ),
                     )
                 ),
                 cache=obtained.cache,
@@ -156,11 +176,12 @@ def _obtain(
 def choose(
     name: str, descriptor: CompressedLinearDescriptor, platform: Platform, settings: Settings
 ) -> Selection:
-    """The backend for (a part of) layer ``name`` under the user's settings and the tune file.
-    Raises ``NoBackendError`` with every reason if there is none."""
+    """The backend for the product of (a part of) layer ``name`` under the user's settings and the
+    tune file; outputs are quantized after it. Raises ``NoBackendError`` with every reason if there
+    is none."""
     quantized = descriptor.weight.element.kind != "dense"
     return select(
-        descriptor,
+        descriptor.product,
         platform,
         override=settings.backend.backend_for(name, quantized=quantized),
         strict=settings.strict and quantized,
@@ -229,11 +250,9 @@ def run(
 ) -> torch.Tensor:
     """Compute a layer: one backend, or one for each run of equal shards, and a concatenation."""
     if len(executors) == 1:
-        return executors[0].method.apply(tensors[0], x, bias)
+        return executors[0].apply(tensors[0], x, bias)
     outputs = [
-        executor.method.apply(
-            own, x, None if bias is None else bias[executor.start : executor.stop]
-        )
+        executor.apply(own, x, None if bias is None else bias[executor.start : executor.stop])
         for executor, own in zip(executors, tensors, strict=True)
     ]
     return torch.cat(outputs, dim=-1)

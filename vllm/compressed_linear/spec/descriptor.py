@@ -6,6 +6,7 @@ It means exactly
     y[m,n] = sum_k x̂[m,k] · ŵ[n,k] + bias[n]
     ŵ[n,k] = s2[n] · (s[n,g] · decode(q[n,k]) − z'[n,g])        g = k // group_size
     x̂      = quantize(T(x)[:, order] · prescale)                (identity where absent)
+    y      = quantize(y in the output dtype)                    (identity where absent)
 
 with z' = s·z for a zero point z, or a stored minimum.
 """
@@ -240,7 +241,7 @@ class CompressedLinearDescriptor:
     which are the keys of measurements and of prepared weights.
 
     ``lookup``: rows of ŵ are also looked up by index, because the weight is an embedding table,
-    alone or tied to an output head.
+    alone or tied to an output head. ``output_activation``: static quantization of y with its bias.
     """
 
     in_features: int
@@ -254,8 +255,11 @@ class CompressedLinearDescriptor:
     prescale: str | None = None
     transform: TransformSpec | None = None
     lookup: bool = False
+    output_activation: ActivationSpec | None = None
 
     def __post_init__(self) -> None:
+        if self.output_activation is not None and self.output_activation.dynamic:
+            raise ValueError(f"y as {self.output_activation} (expected a static scale)")
         if self.in_features < 0 or self.out_features < 0:
             raise ValueError(f"negative shape N={self.out_features} K={self.in_features}")
         if self.transform is not None and self.in_features % self.transform.block:
@@ -265,6 +269,11 @@ class CompressedLinearDescriptor:
             )
         if self.weight.scale is not None and self.k and self.k % self.group_size:
             raise ValueError(f"K={self.k} is not a multiple of the group size {self.group_size}")
+
+    @property
+    def product(self) -> CompressedLinearDescriptor:
+        """The same without quantization of y, which the layer does after the product."""
+        return dataclasses.replace(self, output_activation=None)
 
     @property
     def n(self) -> int:
@@ -299,7 +308,7 @@ class CompressedLinearDescriptor:
         def maybe(kind: type, value: dict[str, Any] | None) -> Any:
             return None if value is None else kind(**value)
 
-        activation = data.pop("activation")
+        activation, output = data.pop("activation"), data.pop("output_activation", None)
         return cls(
             weight=WeightSpec(
                 _element(weight["element"]),
@@ -309,6 +318,7 @@ class CompressedLinearDescriptor:
             ),
             channel_order=maybe(ChannelOrder, data.pop("channel_order")),
             activation=None if activation is None else ActivationSpec.from_json(activation),
+            output_activation=None if output is None else ActivationSpec.from_json(output),
             transform=maybe(TransformSpec, data.pop("transform")),
             **data,
         )
@@ -336,6 +346,8 @@ class CompressedLinearDescriptor:
             parts.append(f"x as {a}")
         if self.transform is not None:
             parts.append(f"{self.transform.kind} {self.transform.side}")
+        if (a := self.output_activation) is not None:
+            parts.append(f"y as {a}")
         if self.lookup:
             parts.append("looked up")
         parts.append(f"{self.input_dtype} → {self.output_dtype}")

@@ -36,6 +36,10 @@ class Role(StrEnum):
     """Static scale of x, one number."""
     INPUT_ZERO = "input_zero"
     """Static zero point of x, one number."""
+    OUTPUT_SCALE = "output_scale"
+    """Static scale of y, one number."""
+    OUTPUT_ZERO = "output_zero"
+    """Static zero point of y, one number."""
     PRESCALE = "prescale"
     """Prescale of x, one factor for each input channel (``pre_quant_scale``)."""
     IGNORED = "ignored"
@@ -144,7 +148,8 @@ class CheckpointScheme:
     ``symmetric``: the setting of the configuration that says that all zero points are the middle
     code, as it is written there (``"sym: true"``); empty if it says nothing, or the contrary. The
     file may still have zero points: ``checkpoint/symmetry.py`` says what they mean then. ``note``:
-    for the plan.
+    for the plan. ``zero_is_off``: a static scale of 0 means that x, or y, was not calibrated and
+    stays as it is.
     """
 
     weight: WeightSpec
@@ -153,6 +158,8 @@ class CheckpointScheme:
     transform: TransformSpec | None = None
     symmetric: str = ""
     note: str = ""
+    output_activation: ActivationSpec | None = None
+    zero_is_off: bool = False
 
     def __str__(self) -> str:
         zero = ", zero points" if self.weight.zero else ""
@@ -163,7 +170,8 @@ class CheckpointScheme:
         if scale is not None and scale.granularity == "block":
             group = f", block {scale.block_rows}x{scale.group_size}"
         activation = "" if self.activation is None else f", x as {self.activation}"
-        return f"{self.weight.element}{group}{zero}{activation}"
+        output = "" if self.output_activation is None else f", y as {self.output_activation}"
+        return f"{self.weight.element}{group}{zero}{activation}{output}"
 
 
 def dense_scheme(dtype: torch.dtype) -> CheckpointScheme:

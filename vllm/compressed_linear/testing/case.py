@@ -41,7 +41,7 @@ class WeightCase:
     "spread" scales over many magnitudes in one row; "dead" whole groups that mean zero.
     ``block_rows``: output channels that share a group's scale. ``row_scale``: None, "tensor" (one
     for each shard) or "channel". ``activation``, ``prescale`` and ``hadamard`` (the block, 0 for
-    none): preparation of x.
+    none): preparation of x. ``output``: static quantization of y.
     """
 
     element: ElementType
@@ -61,6 +61,7 @@ class WeightCase:
     activation: ActivationSpec | None = None
     prescale: bool = False
     hadamard: int = 0
+    output: ActivationSpec | None = None
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS or self.data not in DATA:
@@ -86,6 +87,7 @@ class WeightCase:
         parts += ["prescale"] if self.prescale else []
         parts += [f"hadamard{self.hadamard}"] if self.hadamard else []
         parts += [f"x as {self.activation}"] if self.activation else []
+        parts += [f"y as {self.output}"] if self.output else []
         return "-".join(parts)
 
 
@@ -137,4 +139,10 @@ def checkpoint_scheme(case: WeightCase, spec: WeightSpec) -> CheckpointScheme:
     if case.prescale:
         tensors.append(StoredTensor("prescale", Role.PRESCALE, "float32", ("K",)))
     transform = TransformSpec("hadamard", "input", case.hadamard) if case.hadamard else None
-    return CheckpointScheme(spec, tuple(tensors), activation, transform)
+    if case.output is not None:
+        tensors.append(StoredTensor("output_scale", Role.OUTPUT_SCALE, "float32", (1,)))
+        if case.output.needs_zero:
+            tensors.append(StoredTensor("output_zero", Role.OUTPUT_ZERO, "int32", (1,)))
+    return CheckpointScheme(
+        spec, tuple(tensors), activation, transform, output_activation=case.output
+    )

@@ -28,7 +28,7 @@ class WeightData:
     """Numbers of the whole weight [N, K], of which this rank has the channels from ``start`` on.
 
     ``standard``: in the checkpoint's channel order. ``group_index``: int64 [K]. ``row_scale``: fp32
-    [N] or None. ``input_numbers``: the checkpoint's numbers for x by name.
+    [N] or None. ``input_numbers``: the checkpoint's numbers for x, and for y, by name.
     """
 
     spec: WeightSpec
@@ -176,6 +176,10 @@ def _input_numbers(
         numbers["input_zero"] = torch.tensor([-(1 << (activation.element.bits - 3)) - 1])
     if case.prescale:
         numbers["prescale"] = torch.exp(torch.randn(full_k, generator=generator) * 0.5)
+    if case.output is not None:
+        numbers["output_scale"] = torch.tensor([2.0**-4])
+        if case.output.needs_zero:
+            numbers["output_zero"] = torch.tensor([-7])
     return numbers
 
 

@@ -23,6 +23,7 @@ from vllm.compressed_linear.checkpoint.describe import LayerContext
 from vllm.compressed_linear.checkpoint.parts import refine
 from vllm.compressed_linear.checkpoint.shard import LoadedShard
 from vllm.compressed_linear.checkpoint.weights import CompressedWeights
+from vllm.compressed_linear.spec.activation import quantize_dequantize
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor, ScaleSpec
 from vllm.compressed_linear.spec.elements import scale_dtype_name, torch_dtype, widen_scale
 from vllm.compressed_linear.testing.case import WeightCase
@@ -78,14 +79,19 @@ class Problem:
     def expected(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """float64 [M, N] for x [M, K]."""
         out = self.taken(x).to(torch.float64) @ self.weight.t()
-        return out if bias is None else out + bias.to(torch.float64)
+        out = out if bias is None else out + bias.to(torch.float64)
+        if self.case.output is None:
+            return out
+        numbers = self.own.output_scale, self.own.output_zero
+        rounded = out.to(torch_dtype(self.descriptor.output_dtype)).to(torch.float32)
+        return quantize_dequantize(rounded, self.case.output, *numbers).to(torch.float64)
 
     def bound(
         self, x: torch.Tensor, expected: torch.Tensor, backend: type[QuantLinearMethod]
     ) -> torch.Tensor:
         """float64 [M, N], the largest error that ``backend``'s contract allows."""
         contract = backend.contract(self.descriptor)
-        return contract_bound(
+        bound = contract_bound(
             self.taken(x),
             self.magnitude,
             expected,
@@ -93,6 +99,8 @@ class Problem:
             contract,
             self._input_error(x, contract),
         )
+        # Another last bit of y may be another code.
+        return bound if self.own.output_scale is None else bound + self.own.output_scale
 
     def _input_error(self, x: torch.Tensor, contract: Contract) -> torch.Tensor | float:
         if contract.exact_input:

@@ -241,6 +241,8 @@ def _activation_cases() -> list[Case]:
         replace(int4, prescale=True, order="ragged"),
         replace(int4, prescale=True, order="act", activation=INT8_TOKEN),
         replace(int4, hadamard=64),
+        replace(int4, output=ActivationSpec(INT8, False, "tensor"), bias_dtype="bfloat16"),
+        replace(int4, output=ActivationSpec(INT8, False, "tensor", False), activation=INT8_TOKEN),
         replace(int4, hadamard=32, order="act", prescale=True, activation=INT8_TOKEN),
         replace(NVFP4, hadamard=16, output_dtype="float32", activation=NVFP4_INPUT),
     ]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from vllm.compressed_linear.backends import measurements
-from vllm.compressed_linear.backends.registry import NoBackendError
+from vllm.compressed_linear.backends.registry import NoBackendError, Selection
 from vllm.compressed_linear.checkpoint.completeness import Severity
 from vllm.compressed_linear.checkpoint.headers import Headers, without_collection
 from vllm.compressed_linear.checkpoint.shard import CheckpointError
@@ -47,6 +47,7 @@ from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.prepare.layer import choose, settle_lookup
 from vllm.compressed_linear.prepare.plan import rejections, rounding_note
 from vllm.compressed_linear.settings import ENABLE, Settings, enabled
+from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
 
 
 def explain(
@@ -346,11 +347,22 @@ class _Explainer:
                 backend=selection.chosen.name,
                 variant=selection.variant,
                 chosen_by=selection.chosen_by,
-                bytes_prepared=selection.chosen.prepared_bytes(part.descriptor),
+                bytes_prepared=_prepared_bytes(selection, part.descriptor),
                 rejected=rejections(selection),
                 untested_on_hardware=selection.untested,
             )
         return self._parts[key]
+
+
+def _prepared_bytes(selection: Selection, descriptor: CompressedLinearDescriptor) -> int | None:
+    """Bytes of a part's prepared tensors, with the numbers of a quantized output."""
+    product, output = (
+        selection.chosen.prepared_bytes(descriptor.product),
+        descriptor.output_activation,
+    )
+    if product is None or output is None:
+        return product
+    return product + (8 if output.needs_zero else 4)
 
 
 def _reader(headers: Headers, file_headers: Headers) -> ReadTensor:

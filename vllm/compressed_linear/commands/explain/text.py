@@ -121,6 +121,8 @@ def _weight_in_words(d: CompressedLinearDescriptor, dtype: str) -> str:
         parts.append(f"x as {'dynamic' if a.dynamic else 'static'} {a.element} per {a.granularity}")
     if d.transform is not None:
         parts.append(f"{d.transform.kind} of x")
+    if (o := d.output_activation) is not None:
+        parts.append(f"y as static {o.element} per {o.granularity}")
     if d.lookup:
         parts.append("looked up")
     if d.bias_dtype is not None:

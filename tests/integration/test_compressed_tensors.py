@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small models in the variants of compressed-tensors, layer by layer against definitions in
+numpy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.support.compressed_tensors_store import CompressedWeight
+from tests.support.float_models import (
+    FloatModel,
+    assert_computes,
+    layers_of,
+    some_input,
+    write,
+)
+from tests.support.messages import saying
+from tests.support.model_loading import loaded
+from tests.support.synthetic import Model, Quant
+from vllm.compressed_linear.integration.preparation import PROCESS_PLAN
+
+SMALL: dict[str, Any] = {"quant": Quant("gptq"), "hidden": 128, "intermediate": 256}
+PACKED = CompressedWeight(4, "pack-quantized")
+
+
+@dataclass(frozen=True)
+class Variant:
+    store: CompressedWeight
+    shape: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+
+
+VARIANTS = {
+    "tensor-token": Variant(CompressedWeight(strategy="tensor", x="token")),
+    "channel-static-bias": Variant(CompressedWeight(x="static"), {"bias": True}),
+    "channel-static-asymmetric": Variant(
+        CompressedWeight(x="static-asymmetric", scale_dtype=torch.bfloat16), {"bias": True}
+    ),
+    "group-token-asymmetric": Variant(CompressedWeight(strategy="group", x="token-asymmetric")),
+    "ragged-blocks": Variant(
+        CompressedWeight(strategy="block", x="token"),
+        {"hidden": 96, "heads": 3, "kv_heads": 1, "intermediate": 200},
+    ),
+    "4-bit-in-int8": Variant(CompressedWeight(4, strategy="group", x="token")),
+    "4-bit-packed-with-int8-inputs": Variant(replace(PACKED, strategy="group", x="token")),
+    "4-bit-packed-with-fp8-inputs": Variant(replace(PACKED, strategy="group", x="fp8")),
+    "tied": Variant(CompressedWeight(x="token"), model={"tied": True}),
+    "head": Variant(CompressedWeight(x="token"), {"vocab": 501}, {"head": True}),
+    "nvfp4": Variant(CompressedWeight(4, "nvfp4-pack-quantized", "tensor_group", 16, x="nvfp4")),
+    "nvfp4-a16": Variant(CompressedWeight(4, "nvfp4-pack-quantized", "tensor_group", 16)),
+    "mxfp4": Variant(CompressedWeight(4, "mxfp4-pack-quantized", "group", 32, x="mxfp4")),
+    "mxfp4-fp8-inputs": Variant(CompressedWeight(4, "mxfp4-pack-quantized", "group", 32, x="fp8")),
+    "plain-members": Variant(CompressedWeight(x="token", plain=("v_proj", "up_proj"))),
+    "outputs": Variant(replace(PACKED, x="static", y=True), {"bias": True}),
+    "outputs-2-bit": Variant(CompressedWeight(2, "pack-quantized", x="static", y=True)),
+    "outputs-8-bit": Variant(CompressedWeight(8, x="static", y=True)),
+    "outputs-only": Variant(replace(PACKED, y=True)),
+    "outputs-uncalibrated": Variant(replace(PACKED, x="static", y=True, uncalibrated=("x", "y"))),
+    "inputs-uncalibrated": Variant(replace(PACKED, x="static", y=True, uncalibrated=("x",))),
+}
+
+
+def model_of(variant: Variant) -> FloatModel:
+    shape = Model(**(SMALL | variant.shape))
+    return FloatModel(variant.store.config, variant.store, shape, **variant.model)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_layer_computes_what_its_file_means(name: str, tmp_path: Path) -> None:
+    """On a kernel of ours; members of fused layers keep their own static and global scales."""
+    variant = VARIANTS[name]
+    found = write(model_of(variant), tmp_path)
+    with loaded(tmp_path) as model:
+        for layer_name, layer, members in layers_of(model, found.stored):
+            x = some_input(members[0].meaning.shape[1])
+            assert_computes(layer, layer_name, members, x)
+        entries = list(PROCESS_PLAN.entries.values())
+    assert {entry.backend for entry in entries} <= {"cpu", "cpu_int8"}
+    if variant.store.y and not variant.store.uncalibrated:
+        told = [entry for entry in entries if "y is quantized" in entry.note]
+        assert {entry.name.rpartition(".")[2] for entry in told} >= {"o_proj", "down_proj"}
+        assert all("y as int8 static" in entry.descriptor for entry in told)
+
+
+def test_outputs_of_bf16_layers_are_multiples_of_the_scale(tmp_path: Path) -> None:
+    store = replace(PACKED, x="static", y=True)
+    found = write(model_of(Variant(store)), tmp_path)
+    with loaded(tmp_path, "bfloat16") as model:
+        for _, layer, members in layers_of(model, found.stored):
+            if len(members) > 1:
+                continue
+            x = some_input(members[0].meaning.shape[1]).bfloat16()
+            y = layer.quant_method.apply(layer, x, getattr(layer, "bias", None)).float()
+            codes = y / members[0].step
+            assert float((codes - codes.round()).abs().max()) <= 127 * 2.0**-8
+            assert float(codes.abs().max()) <= 128 * (1 + 2.0**-8)
+
+
+K = "model.layers.0.self_attn.k_proj"
+DAMAGES = {
+    "no input scale": ("channel-static-bias", "input_scale", None, ("not in the checkpoint",)),
+    "no output scale": ("outputs", "output_scale", None, ("not in the checkpoint",)),
+    "no global scale": ("nvfp4", "weight_global_scale", None, ("not in the checkpoint",)),
+    "no scale": ("tensor-token", "weight_scale", None, ("not in the checkpoint",)),
+    "input scale of zero": ("channel-static-bias", "input_scale", 0.0, ("other than 0",)),
+    "output scale of NaN": ("outputs", "output_scale", float("nan"), ("finite",)),
+    "global scale of zero": ("nvfp4", "weight_global_scale", 0.0, ("finite",)),
+    "infinite input global scale": ("nvfp4", "input_global_scale", 0.0, ("finite",)),
+    "scale of NaN": ("ragged-blocks", "weight_scale", float("nan"), ("finite",)),
+    "infinite scale": ("4-bit-in-int8", "weight_scale", float("inf"), ("finite",)),
+    "scale of zero": ("tensor-token", "weight_scale", 0.0, ("scale 0",)),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_damaged_files_are_one_clear_error(what: str, tmp_path: Path) -> None:
+    name, tensor, value, complaint = DAMAGES[what]
+    write(model_of(VARIANTS[name]), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    if value is None:
+        del tensors[f"{K}.{tensor}"]
+    else:
+        tensors[f"{K}.{tensor}"].view(-1)[0] = value
+    save_file(tensors, tmp_path / "model.safetensors")
+    with (
+        pytest.raises(ValueError, match=saying("qkv_proj", f"{K}.{tensor}", *complaint)),
+        loaded(tmp_path),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("tensor", "change", "complaint"),
+    [
+        ("weight", lambda t: t[:-8], ([56, 128],)),
+        ("weight", lambda t: t.to(torch.int32), ("int32", "int8")),
+        ("weight_scale", lambda t: t.repeat(1, 3), ([64, 3],)),
+        ("weight_scale", lambda t: t[:-1], ([63, 1],)),
+        ("weight_scale", lambda t: t.to(torch.int32), ("int32",)),
+        ("input_scale", lambda t: t.repeat(2), ([2], [1])),
+    ],
+)
+def test_other_shapes_and_dtypes_are_one_clear_error(
+    tensor: str, change: Any, complaint: tuple[object, ...], tmp_path: Path
+) -> None:
+    write(model_of(VARIANTS["channel-static-bias"]), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[f"{K}.{tensor}"] = change(tensors[f"{K}.{tensor}"]).contiguous()
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=saying(f"{K}.{tensor}", *complaint)), loaded(tmp_path):
+        pass
