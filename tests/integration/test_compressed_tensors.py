@@ -102,6 +102,23 @@ def test_outputs_of_bf16_layers_are_multiples_of_the_scale(tmp_path: Path) -> No
             assert float(codes.abs().max()) <= 128 * (1 + 2.0**-8)
 
 
+def test_layers_with_quantized_outputs_are_one_graph(tmp_path: Path) -> None:
+    found = write(model_of(VARIANTS["outputs"]), tmp_path)
+    with loaded(tmp_path) as model:
+        _, layer, members = next(layers_of(model, found.stored))
+        assert len(members) == 3
+        bias = layer.bias
+
+        def call(x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = layer.quant_method.apply(layer, x, bias)
+            return y
+
+        x = some_input(members[0].meaning.shape[1])
+        torch.compiler.reset()
+        traced = torch.compile(call, fullgraph=True, backend="eager")
+        assert torch.equal(traced(x), call(x))
+
+
 K = "model.layers.0.self_attn.k_proj"
 DAMAGES = {
     "no input scale": ("channel-static-bias", "input_scale", None, ("not in the checkpoint",)),

@@ -11,7 +11,7 @@ import torch
 
 from vllm.compressed_linear.backends.base import Capabilities, QuantLinearMethod
 from vllm.compressed_linear.backends.shared.call_counter import CallCounter
-from vllm.compressed_linear.backends.shared.outputs import output_tensors, with_output
+from vllm.compressed_linear.backends.shared.outputs import output_tensors, output_text, with_output
 from vllm.compressed_linear.checkpoint.weights import CompressedWeights, to_standard_layout
 from vllm.compressed_linear.machine.cost import roofline
 from vllm.compressed_linear.machine.platform import Platform
@@ -182,6 +182,7 @@ class ReferenceBackend(QuantLinearMethod):
     def __init__(self, descriptor: CompressedLinearDescriptor) -> None:
         super().__init__(descriptor)
         self.activation = "" if descriptor.activation is None else descriptor.activation.text
+        self.output = output_text(descriptor.output_activation)
 
     @classmethod
     def seconds(cls, descriptor: CompressedLinearDescriptor, platform: Platform, m: int) -> float:
@@ -266,9 +267,7 @@ class ReferenceBackend(QuantLinearMethod):
             torch_dtype(d.output_dtype),
         )
         out = out.reshape(*x.shape[:-1], d.out_features)
-        return (
-            out if d.output_activation is None else with_output(out, d.output_activation, tensors)
-        )
+        return with_output(out, self.output, tensors)
 
     def embedding(self, tensors: Mapping[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
         out = torch.ops.compressed_linear.reference_embedding(

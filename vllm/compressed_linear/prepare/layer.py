@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from vllm.compressed_linear.backends import measurements as tune_file
 from vllm.compressed_linear.backends.base import QuantLinearMethod
 from vllm.compressed_linear.backends.registry import Selection, select
-from vllm.compressed_linear.backends.shared.outputs import output_tensors, with_output
+from vllm.compressed_linear.backends.shared.outputs import (
+    output_tensors,
+    output_text,
+    with_output,
+)
 from vllm.compressed_linear.checkpoint.describe import LayerContext
 from vllm.compressed_linear.checkpoint.parts import Part, refine
 from vllm.compressed_linear.checkpoint.shard import CheckpointError, LoadedShard
@@ -50,6 +54,10 @@ class Executor:
     start: int
     stop: int
     output: ActivationSpec | None = None
+    output_text: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "output_text", output_text(self.output))
 
     @property
     def descriptor(self) -> CompressedLinearDescriptor:
@@ -59,8 +67,7 @@ class Executor:
         self, tensors: Mapping[str, torch.Tensor], x: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """x [..., K] → its columns [..., stop − start]."""
-        y = self.method.apply(tensors, x, bias)
-        return y if self.output is None else with_output(y, self.output, tensors)
+        return with_output(self.method.apply(tensors, x, bias), self.output_text, tensors)
 
 
 def prepare(

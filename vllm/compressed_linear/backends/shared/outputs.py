@@ -48,11 +48,19 @@ def output_tensors(spec: ActivationSpec, weights: CompressedWeights) -> dict[str
 
 
 def with_output(
-    y: torch.Tensor, spec: ActivationSpec, tensors: Mapping[str, torch.Tensor]
+    y: torch.Tensor, activation: str, tensors: Mapping[str, torch.Tensor]
 ) -> torch.Tensor:
-    """y [..., N], quantized."""
+    """y [..., N], quantized. ``activation``: JSON of a spec, made before compilers trace this; ""
+    for y as it is."""
+    if not activation:
+        return y
     flat = y.reshape(-1, y.shape[-1])
     out: torch.Tensor = torch.ops.compressed_linear.quantize_output(
-        flat, tensors[SCALE], tensors.get(ZERO), spec.text
+        flat, tensors[SCALE], tensors.get(ZERO), activation
     )
     return out.reshape(y.shape)
+
+
+def output_text(spec: ActivationSpec | None) -> str:
+    """The argument ``activation`` of ``with_output``."""
+    return "" if spec is None else spec.text
