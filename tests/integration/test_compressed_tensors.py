@@ -62,6 +62,11 @@ VARIANTS = {
     "outputs-8-bit": Variant(CompressedWeight(8, x="static", y=True)),
     "outputs-only": Variant(replace(PACKED, y=True)),
     "outputs-uncalibrated": Variant(replace(PACKED, x="static", y=True, uncalibrated=("x", "y"))),
+    "rotated": Variant(replace(PACKED, strategy="group", rotation=64), {"bias": True}),
+    "rotated-plain-members": Variant(
+        replace(PACKED, strategy="group", rotation=32, plain=("v_proj", "down_proj"))
+    ),
+    "rotated-static-outputs": Variant(replace(PACKED, x="static", y=True, rotation=128)),
     "inputs-uncalibrated": Variant(replace(PACKED, x="static", y=True, uncalibrated=("x",))),
 }
 
@@ -102,8 +107,9 @@ def test_outputs_of_bf16_layers_are_multiples_of_the_scale(tmp_path: Path) -> No
             assert float(codes.abs().max()) <= 128 * (1 + 2.0**-8)
 
 
-def test_layers_with_quantized_outputs_are_one_graph(tmp_path: Path) -> None:
-    found = write(model_of(VARIANTS["outputs"]), tmp_path)
+@pytest.mark.parametrize("name", ["outputs", "rotated-static-outputs"])
+def test_layers_with_steps_around_the_product_are_one_graph(name: str, tmp_path: Path) -> None:
+    found = write(model_of(VARIANTS[name]), tmp_path)
     with loaded(tmp_path) as model:
         _, layer, members = next(layers_of(model, found.stored))
         assert len(members) == 3

@@ -27,7 +27,8 @@ class CompressedWeight:
 
     ``strategy``, ``group``, ``block``: of the scales. ``x``: "none", "token", "token-asymmetric",
     "static", "static-asymmetric", "fp8", "nvfp4" or "mxfp4". ``y``: whether outputs are static
-    int8; an ``uncalibrated`` side has a scale of 0, which changes nothing.
+    int8; an ``uncalibrated`` side has a scale of 0, which changes nothing. ``rotation``: block of a
+    Hadamard transform of all inputs, also of modules that stay as they are.
     ``plain``: last components of modules that stay as they are.
     """
 
@@ -39,6 +40,7 @@ class CompressedWeight:
     x: str = "none"
     y: bool = False
     uncalibrated: tuple[str, ...] = ()
+    rotation: int = 0
     scale_dtype: torch.dtype = torch.float32
     plain: tuple[str, ...] = ()
 
@@ -76,8 +78,12 @@ class CompressedWeight:
 
     @property
     def config(self) -> dict[str, Any]:
+        apply = [{"targets": ["Linear"], "location": "input", "ignore": ["lm_head"]}]
+        scheme = {"type": "hadamard", "head_dim": self.rotation, "apply": apply}
+        transforms = {"config_groups": {"R": scheme}} if self.rotation else {}
         return {
             "quant_method": "compressed-tensors",
+            "transform_config": transforms,
             "format": self.form,
             "config_groups": {"group_0": self.config_group},
             "ignore": [f"re:.*{name}$" for name in self.plain],
@@ -85,7 +91,10 @@ class CompressedWeight:
 
     def __call__(self, module: str, n: int, k: int, generator: torch.Generator) -> Stored | None:
         if module.rpartition(".")[2] in self.plain:
-            return None
+            if not self.rotation:
+                return None
+            plain = torch.randn(n, k, generator=generator) * 0.05
+            return Stored({"weight": plain}, plain.double().numpy(), self._rotated)
         if "fp4" in self.form:
             tensors, meaning = self._fp4(n, k, generator)
         else:
@@ -106,12 +115,21 @@ class CompressedWeight:
         rounds = self.y and "y" not in self.uncalibrated
 
         def prepare(x: Any) -> floats.Floats:
-            return self._prepared(x, given, points)
+            return self._prepared(self._rotated(x).astype(np.float32), given, points)
 
         def finish(y: Any) -> floats.Floats:
             return integers.int8_static(y, float(np.float32(step))) if rounds else y
 
         return Stored(tensors, meaning, prepare, finish, step if rounds else 0.0)
+
+    def _rotated(self, x: Any) -> floats.Floats:
+        """x times Sylvester's matrix, in blocks (``transform/utils/hadamard`` of the library)."""
+        matrix = np.ones((1, 1))
+        while len(matrix) < self.rotation:
+            matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+        blocks = x.astype(np.float64).reshape(x.shape[0], -1, len(matrix))
+        result: floats.Floats = (blocks @ matrix.T / len(matrix) ** 0.5).reshape(x.shape)
+        return result
 
     def _prepared(self, x: Any, given: float, points: int) -> floats.Floats:
         if self.x.startswith("static") and "x" not in self.uncalibrated:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self
 
@@ -12,6 +12,11 @@ from vllm.compressed_linear.formats.base import Format, Hints, register_format
 from vllm.compressed_linear.formats.compressed_tensors_groups import Group, read_groups
 from vllm.compressed_linear.formats.compressed_tensors_schemes import form_on_disk
 from vllm.compressed_linear.formats.compressed_tensors_targets import Targets
+from vllm.compressed_linear.formats.compressed_tensors_transforms import (
+    Rotation,
+    with_rotations,
+)
+from vllm.compressed_linear.formats.entries import Rename
 from vllm.compressed_linear.formats.fields import Fields
 from vllm.compressed_linear.formats.file_view import FileView
 from vllm.compressed_linear.formats.resolution import (
@@ -41,6 +46,7 @@ class CompressedTensors(Format):
     ignore: Targets
     targets: Targets
     groups: dict[str, tuple[Group, ...]]
+    rotations: tuple[Rotation, ...] = ()
 
     @classmethod
     def parse(cls, config: dict[str, Any]) -> Self:
@@ -57,6 +63,7 @@ class CompressedTensors(Format):
             ignore=Targets.of("ignore", fields.names("ignore")),
             targets=Targets.of("targets", by_target),
             groups=by_target,
+            rotations=Rotation.read(fields),
         )
 
     @classmethod
@@ -78,7 +85,15 @@ class CompressedTensors(Format):
         # Here a group index means activation order; GPTQ files always have one.
         return Hints(reordered=True)
 
+    def renamed(self, rename: Rename) -> Self:
+        rotations = tuple(rotation.renamed(rename) for rotation in self.rotations)
+        return replace(super().renamed(rename), rotations=rotations)
+
     def resolve(self, module: str, kind: LayerKind, file: FileView) -> Resolution:
+        found = self._resolve(module, kind, file)
+        return with_rotations(found, self.rotations, module, kind, file)
+
+    def _resolve(self, module: str, kind: LayerKind, file: FileView) -> Resolution:
         names = file.names_of(module)
         if (entry := self.ignore.first(names, kind)) is not None:
             return Unquantized(f"ignore: {entry}")

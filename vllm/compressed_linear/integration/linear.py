@@ -124,16 +124,23 @@ class CompressedLinearMethod(OurMethod, LinearMethodBase):
             for part, member in zip(geometry, members, strict=True)
         ]
         if input_size_per_partition != input_size:
-            self._check_outputs()
+            self._check_sums_over_ranks(input_size_per_partition)
         self.dtypes = [member.dtypes for member in members]
         parameters = create_parameters(self.sources, self.prefix)
         for name, parameter in parameters.items():
             layer.register_parameter(name, parameter)
         self.tensor_names = list(parameters)
 
-    def _check_outputs(self) -> None:
-        """Raise ``ConfigError`` if outputs are quantized that are sums over all ranks."""
+    def _check_sums_over_ranks(self, k: int) -> None:
+        """Raise ``ConfigError`` if this rank, with ``k`` of the channels, cannot compute its part:
+        outputs are quantized that are sums over all ranks, or a rotation needs more channels."""
         for source in self.sources:
+            if (transform := source.scheme.transform) is not None and k % transform.block:
+                raise ConfigError(
+                    f"{self.prefix}: a {transform.kind} transform of {transform.block} channels "
+                    f"needs whole blocks, but each rank has {k} channels; load the checkpoint with "
+                    "--tensor-parallel-size 1"
+                )
             if (output := source.scheme.output_activation) is not None:
                 raise ConfigError(
                     f"{self.prefix}: y as {output} is quantized after the sum over all ranks, "

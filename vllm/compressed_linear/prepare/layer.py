@@ -20,6 +20,7 @@ from vllm.compressed_linear.backends.shared.outputs import (
     output_text,
     with_output,
 )
+from vllm.compressed_linear.backends.shared.rotation import rotated
 from vllm.compressed_linear.checkpoint.describe import LayerContext
 from vllm.compressed_linear.checkpoint.parts import Part, refine
 from vllm.compressed_linear.checkpoint.shard import CheckpointError, LoadedShard
@@ -36,38 +37,50 @@ from vllm.compressed_linear.prepare.plan import (
 )
 from vllm.compressed_linear.prepare.self_check import SelfCheckError, self_check
 from vllm.compressed_linear.settings import Settings
-from vllm.compressed_linear.spec.descriptor import ActivationSpec, CompressedLinearDescriptor
+from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
 
 
 class OtherPlanError(ValueError):
     """Reloaded weights are described otherwise than those that a running layer was prepared for."""
 
 
+def product_of(
+    descriptor: CompressedLinearDescriptor, platform: Platform
+) -> CompressedLinearDescriptor:
+    """What a backend is asked for: ``descriptor`` without the quantization of y, and on CPUs, whose
+    kernels have no rotations, without the one of x, which is done before, in fp32."""
+    product = descriptor.product
+    if product.transform is None or platform.device != "cpu":
+        return product
+    return replace(product, transform=None, input_dtype="float32")
+
+
 @dataclass(frozen=True)
 class Executor:
     """One part of a layer: a backend instance and its output columns [start, stop).
 
-    ``output``: how they are quantized after the product."""
+    ``descriptor``: of the part, whose product the backend computes (``product_of``)."""
 
     method: QuantLinearMethod
     selection: Selection
     start: int
     stop: int
-    output: ActivationSpec | None = None
-    output_text: str = field(init=False)
+    descriptor: CompressedLinearDescriptor
+    rotation: int = field(init=False)
+    output: str = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "output_text", output_text(self.output))
-
-    @property
-    def descriptor(self) -> CompressedLinearDescriptor:
-        return replace(self.method.descriptor, output_activation=self.output)
+        # Made here, since compilers cannot trace it.
+        ours = self.descriptor.transform if self.method.descriptor.transform is None else None
+        object.__setattr__(self, "rotation", 0 if ours is None else ours.block)
+        object.__setattr__(self, "output", output_text(self.descriptor.output_activation))
 
     def apply(
         self, tensors: Mapping[str, torch.Tensor], x: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """x [..., K] → its columns [..., stop − start]."""
-        return with_output(self.method.apply(tensors, x, bias), self.output_text, tensors)
+        taken = rotated(x, self.rotation)
+        return with_output(self.method.apply(tensors, taken, bias), self.output, tensors)
 
 
 def prepare(
@@ -98,7 +111,7 @@ def prepare(
         _check_pinned(name, parts, pinned)
     prepared = []
     for index, part in enumerate(parts):
-        product, output = part.descriptor.product, part.descriptor.output_activation
+        product, output = product_of(part.descriptor, platform), part.descriptor.output_activation
         selection = pinned[index].selection if pinned else choose(name, product, platform, settings)
         method = selection.chosen(product)
         obtained = _obtain(
@@ -108,7 +121,8 @@ def prepare(
         if output is not None:
             tensors = {**tensors, **output_tensors(output, part.weights)}
         stop = part.start + product.n
-        prepared.append((Executor(method, selection, part.start, stop, output), tensors))
+        executor = Executor(method, selection, part.start, stop, part.descriptor)
+        prepared.append((executor, tensors))
         plan.add(
             PlanEntry(
                 name=name,
@@ -130,6 +144,7 @@ def prepare(
                             _composite_note(parts, part),
                             *part.notes,
                             contract_note(method),
+                            "x is rotated before the product" if executor.rotation else "",
                             "" if output is None else "y is quantized after the product",
                         ),
                     )
@@ -184,11 +199,10 @@ def choose(
     name: str, descriptor: CompressedLinearDescriptor, platform: Platform, settings: Settings
 ) -> Selection:
     """The backend for the product of (a part of) layer ``name`` under the user's settings and the
-    tune file; outputs are quantized after it. Raises ``NoBackendError`` with every reason if there
-    is none."""
+    tune file. Raises ``NoBackendError`` with every reason if there is none."""
     quantized = descriptor.weight.element.kind != "dense"
     return select(
-        descriptor.product,
+        product_of(descriptor, platform),
         platform,
         override=settings.backend.backend_for(name, quantized=quantized),
         strict=settings.strict and quantized,

@@ -44,7 +44,7 @@ from vllm.compressed_linear.formats.registry import format_of, formats, parse_in
 from vllm.compressed_linear.integration import compat
 from vllm.compressed_linear.integration.preparation import detect_platform
 from vllm.compressed_linear.machine.platform import Platform
-from vllm.compressed_linear.prepare.layer import choose, settle_lookup
+from vllm.compressed_linear.prepare.layer import choose, product_of, settle_lookup
 from vllm.compressed_linear.prepare.plan import rejections, rounding_note
 from vllm.compressed_linear.settings import ENABLE, Settings, enabled
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
@@ -347,19 +347,19 @@ class _Explainer:
                 backend=selection.chosen.name,
                 variant=selection.variant,
                 chosen_by=selection.chosen_by,
-                bytes_prepared=_prepared_bytes(selection, part.descriptor),
+                bytes_prepared=_prepared_bytes(selection, part.descriptor, self.platform),
                 rejected=rejections(selection),
                 untested_on_hardware=selection.untested,
             )
         return self._parts[key]
 
 
-def _prepared_bytes(selection: Selection, descriptor: CompressedLinearDescriptor) -> int | None:
+def _prepared_bytes(
+    selection: Selection, descriptor: CompressedLinearDescriptor, platform: Platform
+) -> int | None:
     """Bytes of a part's prepared tensors, with the numbers of a quantized output."""
-    product, output = (
-        selection.chosen.prepared_bytes(descriptor.product),
-        descriptor.output_activation,
-    )
+    product = selection.chosen.prepared_bytes(product_of(descriptor, platform))
+    output = descriptor.output_activation
     if product is None or output is None:
         return product
     return product + (8 if output.needs_zero else 4)
