@@ -129,6 +129,8 @@ def quant_method_of(config: dict[str, Any]) -> str:
     """``quant_method`` in lower case; some tools wrote upper case. ModelOpt does not always write
     one, but its ``quant_algo``, perhaps one level deeper."""
     named = str(config.get("quant_method") or "").lower()
+    if named == "mxfp4" and config.get("format") == "mxfp4-pack-quantized":
+        return "compressed-tensors"  # as vLLM renames it for some models
     inner = config.get("quantization")
     for found in (config, inner if isinstance(inner, dict) else {}):
         if not named and isinstance(found.get("quant_algo"), str):

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from vllm.compressed_linear.formats.base import Format, register_format
+from vllm.compressed_linear.formats.base import Format, quant_method_of, register_format
 from vllm.compressed_linear.formats.entries import Components
 from vllm.compressed_linear.formats.fields import Fields
 from vllm.compressed_linear.formats.file_view import FileView
@@ -41,14 +41,13 @@ PLAIN = Names(("weight_scale", "weight_scale_inv", "scale"), ("input_scale", "ac
 SCHEMES = ("static", "dynamic", "")
 
 
-@register_format("fp8")
+@register_format("fp8", "deepseek_v4_fp8")
 @dataclass(frozen=True)
 class Fp8(Format):
     """``activation``: "static", "dynamic", "none", or "" for what the file has a scale for.
     ``ignored``: see ``left_out``."""
 
     aliases = ("fp8",)
-    vllm_name = "fp8"
     marker_tensors = ("weight_scale_inv", "weight_scale")
 
     activation: str
@@ -117,7 +116,8 @@ class Fp8(Format):
 
     def delegated(self) -> tuple[str | None, dict[str, Any]]:
         scheme = self.activation if self.activation in ("static", "dynamic") else "dynamic"
-        return self.vllm_name, {**self.config, "activation_scheme": scheme}
+        # vLLM calls it otherwise for DeepSeek-V4, whose experts may be of another kind.
+        return quant_method_of(self.config), {**self.config, "activation_scheme": scheme}
 
     def misread_by_vllm(self) -> str:
         return "scales are divisors here (weight_scale_semantics), and factors there" * self.inverse

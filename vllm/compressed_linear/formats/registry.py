@@ -14,6 +14,7 @@ from vllm.compressed_linear.formats import (  # noqa: F401
     fp8,
     gptq,
     modelopt,
+    mxfp4,
 )
 from vllm.compressed_linear.formats.base import _FORMATS, Format, quant_method_of
 from vllm.compressed_linear.formats.resolution import ConfigError

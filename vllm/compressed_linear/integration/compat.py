@@ -21,6 +21,7 @@ from vllm.compressed_linear import settings
 from vllm.compressed_linear.backends.vllm_native.classes import process
 from vllm.compressed_linear.integration import compat_loading
 from vllm.compressed_linear.spec.elements import dtype_name
+from vllm.compressed_linear.spec.scheme import StoredTensor
 
 SUPPORTED = ((0, 32), (0, 34))
 """Tested vLLM versions: [first, beyond)."""
@@ -188,21 +189,28 @@ def knows_how_to_load(layer: torch.nn.Module) -> bool:
 @dataclass(frozen=True)
 class RowReordering:
     """A vLLM model that reorders rows of some modules' weights while it loads them, and the names
-    of the tensors that it reorders."""
+    of the tensors that it reorders, or None for all that have a row for each output channel."""
 
     model: str
     modules: tuple[str, ...]
-    tensors: tuple[str, ...]
+    tensors: tuple[str, ...] | None
+
+    def misses(self, stored: StoredTensor) -> bool:
+        """Whether it leaves a tensor as it is whose rows should follow those of the weight."""
+        if "B" in stored.axes:
+            return True
+        return "N" in stored.axes and self.tensors is not None and stored.name not in self.tensors
 
 
 _N_MAJOR = ("weight", "weight_packed", "weight_scale")
 _REORDERING = {
     "llama4": RowReordering("Llama 4", ("q_proj", "k_proj"), _N_MAJOR),
     "llama4_text": RowReordering("Llama 4", ("q_proj", "k_proj"), _N_MAJOR),
+    "falcon": RowReordering("Falcon", ("query_key_value",), None),
     "bloom": RowReordering("BLOOM", ("query_key_value",), _N_MAJOR),
 }
 """By model type: ``permute_qk_weight_for_rotary`` selects tensors by name, ``_repack_qkv`` reorders
-the first axis of any tensor. Other models use a parameter's ``output_dim``."""
+the first axis of any tensor. Falcon uses a parameter's ``output_dim``, which blocks do not have."""
 
 
 _MISTRAL_NAMES = RowReordering("Mistral", ("q_proj", "k_proj"), ("weight",))
@@ -214,7 +222,10 @@ def row_reordering(hf_config: Any, modules: Container[str]) -> RowReordering | N
     ``modules``: names of the modules in the files."""
     if "tok_embeddings" in modules and "layers.0.attention.wq" in modules:
         return _MISTRAL_NAMES
-    return _REORDERING.get(str(getattr(hf_config, "model_type", "")))
+    model_type = str(getattr(hf_config, "model_type", ""))
+    if model_type == "falcon" and hf_config.multi_query and not hf_config.new_decoder_architecture:
+        return None  # one head of keys, which is in order
+    return _REORDERING.get(model_type)
 
 
 _READS_TABLES = {"diffusion_gemma": "DiffusionGemma", "diffusion_gemma_text": "DiffusionGemma"}

@@ -343,13 +343,13 @@ class CompressedLinearConfig(QuantizationConfig):
             or last_word(module) not in reorders.modules
         ):
             return
-        with_rows = [t.name for t in resolution.tensors if "N" in t.axes]
-        missed = [name for name in with_rows if name not in reorders.tensors]
+        missed = [tensor.name for tensor in resolution.tensors if reorders.misses(tensor)]
         if missed:
+            does = ", ".join(reorders.tensors or ("tensors with a row for each output channel",))
             raise ConfigError(
                 f"{layer}: vLLM's {reorders.model} model reorders the rows of {module} while it "
                 f"loads them, but not those of {', '.join(missed)}, so {resolution} would compute "
-                f"wrong numbers (only {', '.join(reorders.tensors)} are reordered)"
+                f"wrong numbers (only {does} are reordered)"
             )
 
     def _is_vllms_own(self, layer: torch.nn.Module, prefix: str) -> bool:

@@ -91,6 +91,9 @@ class Delegation:
             raise RefusedByVllmError(f"{refused}: {error}", reason) from error
         if method is not None:
             _explain_refusals(method, refused, reason)
+            if compat.holds_experts(layer):
+                # Its loader asks it for its name, on which the form of the tensors depends.
+                layer.quant_config = config  # type: ignore[assignment]
             plan.add(
                 PlanEntry(
                     name=prefix,
