@@ -13,7 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.architectures import MIXTURE, WITHOUT_LOGITS, Family, layer_outputs
+from tests.support.architectures import (
+    FAMILIES,
+    MIXTURE,
+    WITHOUT_LOGITS,
+    Family,
+    layer_outputs,
+)
 from tests.support.described import Described
 from tests.support.float8_store import Float8
 from tests.support.float_models import (
@@ -285,6 +291,31 @@ def test_latent_attention_gets_weights_without_the_rounding_of_x(
     for key in derived:
         error = (ours[key] - ideal[key]).abs().max() / ideal[key].abs().max()
         assert float(error) <= (1e-6 if dtype == "float32" else 2.0**-7), key
+
+
+@pytest.mark.usefixtures("inspect_in_process")
+@pytest.mark.parametrize("family", ["falcon-kv-groups", "falcon-fused-by-heads"])
+def test_a_model_that_reorders_rows_of_weights_but_not_of_blocks_is_refused(
+    family: str, tmp_path: Path
+) -> None:
+    store = Float8((128, 128), scale=INV, x="group")
+    twins = write_family(FAMILIES[family], BLOCKS, store, tmp_path)
+    with (
+        pytest.raises(ConfigError, match=saying("query_key_value", "reorders", INV)),
+        loaded(twins.quantized, skip_tokenizer_init=True),
+    ):
+        pass
+
+
+@pytest.mark.usefixtures("inspect_in_process")
+def test_the_same_model_runs_with_scales_of_rows(tmp_path: Path) -> None:
+    config = INVERSE | {"weight_scale_method": "row"}
+    store = Float8(shape="N", scale=INV, inverse=True)
+    twins = write_family(FAMILIES["falcon-kv-groups"], config, store, tmp_path)
+    ours, ideal = (layer_outputs(path) for path in (twins.quantized, twins.ideal))
+    for name, expected in ideal.items():
+        error = (ours[name] - expected).abs().max() / expected.abs().max()
+        assert float(error) <= 1e-5, name
 
 
 MIXTRAL = Family(
