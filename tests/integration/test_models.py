@@ -78,9 +78,15 @@ def test_bf16_logits_are_near_the_fp32_reference(
         assert float(error.mean()) <= 1.05 * float(of_exact.mean())
 
 
-OF_ANOTHER_FUNCTION = ("llmcompressor-w8a8-int8-dyn", "llmcompressor-w4a8-int")
-"""Of int8 inputs per token, symmetric: the tool divides by 2 · max|x| / 255, and vLLM by
-max|x| / 127."""
+OF_ANOTHER_FUNCTION = {
+    "llmcompressor-w8a8-int8-dyn": 0.12,
+    "llmcompressor-w4a8-int": 0.12,
+    "quark-int4_fp8": 0.35,
+    "quark-int8": 0.3,
+}
+"""Mean difference that the makers' functions of x make. LLM Compressor divides max|x| by 127.5,
+vLLM by 127; Quark has one dynamic scale for all tokens, and its static reference is of the model
+in memory before it was exported. Tests of single layers hold these to definitions."""
 
 
 @pytest.mark.parametrize("backend", ["reference", ""])
@@ -98,7 +104,7 @@ def test_logits_with_quantized_inputs_are_near_the_makers(
         ours = torch.log_softmax(logits(model, reference["input_ids"]), -1)
     error = (ours - torch.log_softmax(reference["logits_actquant"], -1)).abs()
     if name in OF_ANOTHER_FUNCTION:
-        assert float(error.mean()) <= 0.12
+        assert float(error.mean()) <= OF_ANOTHER_FUNCTION[name]
     else:
         assert float(error.amax(-1).quantile(0.5)) <= 1e-3
         assert float(error.mean()) <= 2e-2

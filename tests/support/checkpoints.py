@@ -79,7 +79,7 @@ def entry_of(name: str) -> Entry:
     return next(entry for entry in index() if entry.name == name)
 
 
-WHOLE = ("fp8", "compressed-tensors", "modelopt")
+WHOLE = ("fp8", "compressed-tensors", "modelopt", "quark")
 """Methods of which we read every weight, whatever it is, and quantize x as they say."""
 
 

@@ -45,14 +45,20 @@ def int8_static(x: Single, scale: float, zero: int = 0) -> Floats:
     return result
 
 
-def mxfp4(x: Single) -> Floats:
-    """x [M, K] through e2m1 with powers of two for 32 channels."""
+def mx(x: Single, table: Floats, mantissa: int, power: int) -> Floats:
+    """x [M, K] through small floats with powers of two for 32 channels. ``mantissa``: bits to which
+    max|x| is rounded; ``power``: exponent of the type's largest power of two."""
     groups = x.astype(np.float64).reshape(x.shape[0], -1, 32)
     largest = np.abs(groups).max(2, keepdims=True)
     with np.errstate(divide="ignore"):
         exponent = np.floor(np.log2(largest))
-        # One bit of mantissa: from 1.75 on the next power of two is nearer.
-        exponent += largest / np.exp2(exponent) >= 1.75
-    scale = np.exp2(np.where(np.isfinite(exponent), exponent - 2, -127.0))
-    result: Floats = (rounded(groups / scale, E2M1) * scale).reshape(x.shape)
+        # From there on the next power of two is nearer.
+        exponent += largest / np.exp2(exponent) >= 2 - 2.0 ** -(mantissa + 1)
+    scale = np.exp2(np.where(np.isfinite(exponent), exponent - power, -127.0))
+    result: Floats = (rounded(groups / scale, table) * scale).reshape(x.shape)
     return result
+
+
+def mxfp4(x: Single) -> Floats:
+    """x [M, K] through e2m1 with powers of two for 32 channels."""
+    return mx(x, E2M1, 1, 2)

@@ -4,21 +4,17 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from typing import Any, Self
 
-import torch
-
 from vllm.compressed_linear.formats.fields import Fields, whole, wrong
 from vllm.compressed_linear.formats.resolution import ConfigError
+from vllm.compressed_linear.spec.activation import JUST_ABOVE_224
 from vllm.compressed_linear.spec.descriptor import ActivationSpec
 from vllm.compressed_linear.spec.elements import E2M1, E4M3, uint
 
 _E4M3_LARGEST = 448.0
-_JUST_ABOVE_224 = float(torch.nextafter(torch.tensor(224.0), torch.tensor(math.inf)))
-"""vLLM's MXFP8 takes the smallest power of two under which nothing saturates."""
 _BYTES = ("torch.uint8", "uint8", "torch.float8_e8m0fnu", "float8_e8m0fnu")
 """Words of ``scale_dtype`` for powers of two (MX)."""
 
@@ -127,7 +123,7 @@ def _fp8(inputs: Arguments, weights: Arguments) -> ActivationSpec | None:
         return ActivationSpec(E4M3, False, "tensor", maximum=_E4M3_LARGEST)
     size = inputs.group_size
     if inputs.powers and inputs.strategy == "group":
-        return ActivationSpec(E4M3, True, "group", True, size, "e8m0", _JUST_ABOVE_224)
+        return ActivationSpec(E4M3, True, "group", True, size, "e8m0", JUST_ABOVE_224)
     if inputs.strategy in ("token", "tensor") and weights.strategy == "block":
         size = weights.block[1]
     elif inputs.strategy in ("token", "tensor"):

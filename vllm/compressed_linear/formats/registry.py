@@ -15,6 +15,7 @@ from vllm.compressed_linear.formats import (  # noqa: F401
     gptq,
     modelopt,
     mxfp4,
+    quark,
 )
 from vllm.compressed_linear.formats.base import _FORMATS, Format, quant_method_of
 from vllm.compressed_linear.formats.resolution import ConfigError

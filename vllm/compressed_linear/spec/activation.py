@@ -39,6 +39,9 @@ import torch
 from vllm.compressed_linear.spec.descriptor import ActivationSpec
 from vllm.compressed_linear.spec.elements import E4M3, E8M0, ElementType
 
+JUST_ABOVE_224 = float(torch.nextafter(torch.tensor(224.0), torch.tensor(float("inf"))))
+"""``maximum`` of vLLM's MXFP8."""
+
 
 def gather_channels(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """Gather x[:, order] of x [M, K], contiguous; ``order`` int [k], −1 for a channel of zeros."""
