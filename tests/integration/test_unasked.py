@@ -16,6 +16,7 @@ from tests.support.reloading import reload, worst_error
 from tests.support.table_models import Bits, TableModel, write
 from vllm.compressed_linear.formats.resolution import ConfigError
 from vllm.compressed_linear.integration.preparation import PROCESS_PLAN
+from vllm.compressed_linear.integration.reload import ReloadRefusedError
 
 pytestmark = pytest.mark.usefixtures("inspect_in_process")
 
@@ -52,6 +53,18 @@ def test_a_reload_gives_the_new_models_logits(tmp_path: Path) -> None:
         assert worst_error(logits(model, first["input_ids"]), first) <= 1e-4
         reload(model, tmp_path / "second")
         assert worst_error(logits(model, second["input_ids"]), second) <= 1e-4
+
+
+def test_a_reload_of_what_vllm_would_keep_of_the_old_weights_is_refused(tmp_path: Path) -> None:
+    """vLLM's class copies the sinks into tensors without values, and would serve with the old."""
+    models = (TableModel("gpt-oss-sinks", tied=False, seed=seed, **BOTH) for seed in (0, 1))
+    references = [write(model, tmp_path / str(i)) for i, model in enumerate(models)]
+    with load(tmp_path / "0") as model:
+        expected = saying("old weights", "attn.sinks", "GptOssForCausalLM", "restart")
+        with pytest.raises(ReloadRefusedError, match=expected):
+            reload(model, tmp_path / "1")
+        rows = table_and_head(model)[0](torch.arange(512))
+    torch.testing.assert_close(rows, references[0]["table"], rtol=1e-6, atol=0)
 
 
 def table_and_head(model: LoadedModel) -> tuple[Any, Any]:

@@ -28,7 +28,8 @@ from vllm.compressed_linear.formats.resolution import ConfigError
 from vllm.compressed_linear.integration import compat, compat_loading
 from vllm.compressed_linear.integration.compat_loading import LeftOut, Loading
 from vllm.compressed_linear.integration.config import CompressedLinearConfig
-from vllm.compressed_linear.integration.unasked import ask_for_all, under_other_names
+from vllm.compressed_linear.integration.given_weights import GivenWeights
+from vllm.compressed_linear.integration.unasked import ask_for_all
 from vllm.compressed_linear.integration.zeros_of_experts import ZerosOfExperts
 from vllm.compressed_linear.spec.elements import dtype_name
 
@@ -52,17 +53,16 @@ def load_and_check(loading: Loading) -> None:
         return
     configs[0].name_table()
     moved = ask_for_all(model, configs[0])
-    superseded = configs[0].superseded()
-    _report(superseded.findings())
     experts_zeros = ZerosOfExperts(configs[0].format, configs[0].file)
+    given = GivenWeights(configs[0].superseded, experts_zeros, moved)
+    _report(given.superseded.findings())
     record = LoadRecord(targets(model))
-    own = model.load_weights
+    own = given.install(model)
+    installed = model.load_weights
 
     def load_weights(weights: Iterable[tuple[str, torch.Tensor]], *args: Any, **kwargs: Any) -> Any:
         with record:
-            given = experts_zeros.as_vllm_reads_them(superseded.left(weights))
-            given = under_other_names(given, moved)
-            return own(record.weights(given), *args, **kwargs)
+            return own(record.weights(given.of(weights)), *args, **kwargs)
 
     model.load_weights = load_weights
     try:
@@ -72,7 +72,7 @@ def load_and_check(loading: Loading) -> None:
             raise
         raise not_loadable(loading, record, error) from error
     finally:
-        del model.load_weights
+        model.load_weights = installed
     if record.held:
         _report(findings_of(loading, record, configs[0]))
 

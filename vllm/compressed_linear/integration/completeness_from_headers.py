@@ -27,7 +27,8 @@ from vllm.compressed_linear.integration.completeness import (
     targets,
 )
 from vllm.compressed_linear.integration.config import CompressedLinearConfig
-from vllm.compressed_linear.integration.unasked import ask_for_all, under_other_names
+from vllm.compressed_linear.integration.given_weights import under_other_names
+from vllm.compressed_linear.integration.unasked import ask_for_all
 
 _NEEDS_VALUES = re.compile(r"\bmeta\b|PretendGroup|fake tensor", re.IGNORECASE)
 """In errors of a loader that asks for what the meta device and one process do not have."""

@@ -31,6 +31,7 @@ from vllm.compressed_linear.checkpoint.headers import (
 )
 from vllm.compressed_linear.checkpoint.superseded import Superseded
 from vllm.compressed_linear.formats.base import Format
+from vllm.compressed_linear.formats.entries import Rename
 from vllm.compressed_linear.formats.file_view import FileView
 from vllm.compressed_linear.formats.registry import format_of, parse, parse_in
 from vllm.compressed_linear.formats.resolution import (
@@ -88,6 +89,7 @@ class CompressedLinearConfig(QuantizationConfig):
         self._reorders_rows: compat.RowReordering | None = None
         self._asked: dict[str, LayerKind | None] = {}
         self._checkpoint = ""
+        self._renames: list[Rename] = []
         self._of_drafters: dict[str, Any] = {}
         self._use(parse({}) if found is None else found, FileView())
 
@@ -129,21 +131,27 @@ class CompressedLinearConfig(QuantizationConfig):
         files nor one of vLLM's so far."""
         return self.format.unmatched_entries(self.file, self._asked)
 
-    def superseded(self) -> Superseded:
-        """Tensors of the files that must not be loaded; call it when all layers are built."""
-        headers = self.file.headers
+    def superseded(self, checkpoint: str = "") -> Superseded:
+        """Tensors of the files that must not be loaded; call it when all layers are built.
+        ``checkpoint``: another one, whose weights are about to replace those of this one."""
+        file = self.file
+        if checkpoint not in ("", self._checkpoint):
+            file = FileView(read_headers(checkpoint), file.marker_tensors, packed=file.packed)
+            for rename in self._renames:
+                file = file.renamed(rename)
+        headers = file.headers
         if headers is None:
             return Superseded()
         plain = set()
         for module, kind in self._asked.items():
             found = headers.modules.get(module, set())
-            if kind is None or "weight" not in found or not self.file.quantized_on_disk(module):
+            if kind is None or "weight" not in found or not file.quantized_on_disk(module):
                 continue
-            scheme = self.format.resolve(module, kind, self.file)
+            scheme = self.format.resolve(module, kind, file)
             if isinstance(scheme, CheckpointScheme) and all(
                 tensor.name != "weight" for tensor in scheme.tensors
             ):
-                plain.add(f"{self.file.names_of(module)[-1]}.weight")
+                plain.add(f"{file.names_of(module)[-1]}.weight")
         return Superseded(headers.copies, frozenset(plain))
 
     def describes_model_being_built(self) -> bool:
@@ -211,6 +219,7 @@ class CompressedLinearConfig(QuantizationConfig):
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self.delegation.add_mapper(hf_to_vllm_mapper)
+        self._renames.append(hf_to_vllm_mapper.map_name)
         self.format = self.format.renamed(hf_to_vllm_mapper.map_name)
         self.file = self.file.renamed(hf_to_vllm_mapper.map_name)
 

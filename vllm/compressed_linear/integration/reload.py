@@ -21,6 +21,7 @@ import torch
 from vllm.compressed_linear.checkpoint.parameter import CheckpointParameter
 from vllm.compressed_linear.checkpoint.shard import CheckpointError
 from vllm.compressed_linear.integration import compat, compat_loading, compat_weights
+from vllm.compressed_linear.integration.given_weights import given_to
 from vllm.compressed_linear.integration.whole_model import allows_missing, is_ours, method_of
 from vllm.compressed_linear.machine import memory
 
@@ -269,7 +270,9 @@ class Reload:
             tied = tensor.data_ptr() in loaded
             if tensor.numel() and not tied and not compat_loading.fills_itself(layer.layer, name):
                 raise CheckpointError(
-                    f"{layer.name}: the new weights have no tensor for {layer.name}.{name}"
+                    f"{layer.name}: the new weights have no tensor for {layer.name}.{name}, or "
+                    f"vLLM's {type(self.model).__name__} writes it in a way that its reload does "
+                    "not follow; restart to load these weights"
                 )
 
     def _agree(self, error: BaseException | None) -> None:
@@ -327,6 +330,8 @@ def _initialize(original: Callable[..., Any], model: torch.nn.Module) -> None:
             original(model)
             return
         reload = _OPEN[model] = Reload(model, whole=False, every_rank=False)
+        if (given := given_to(model)) is not None:
+            given.read_from(None)
     with _undone_on_error(model):
         reload.begin(original)
 
@@ -362,6 +367,8 @@ def _reload_weights(
         _OPEN[model] = Reload(model, whole=whole, every_rank=True)
     try:
         with _undone_on_error(model):
+            if (given := given_to(model)) is not None and is_checkpoint_format:
+                given.read_from(None if weights_iterator is not None else weights_path or "")
             return original(
                 vllm_config, model, weights_iterator, weights_path, is_checkpoint_format
             )

@@ -7,7 +7,6 @@ of them, its method is replaced before weights are loaded; other layers are refu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -50,15 +49,6 @@ def ask_for_all(model: torch.nn.Module, config: CompressedLinearConfig) -> dict[
             raise _never_asked(model, name, layer, config)
         _ask(model, name, layer, config)
     return moved
-
-
-def under_other_names(
-    weights: Iterable[tuple[str, torch.Tensor]], moved: Mapping[str, str]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """``weights`` with the names that ``ask_for_all`` says the model's loader has to be given."""
-    for name, weight in weights:
-        module, dot, tensor = name.rpartition(".")
-        yield f"{moved.get(module, module)}{dot}{tensor}", weight
 
 
 def _built_unquantized(layer: Any, name: str, config: CompressedLinearConfig) -> bool:
