@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from tests.support.cpu_library import ISAS, ISAS_INT8
-from tests.support.no_torchvision import NoTorchvision
+from tests.support.no_torchvision import torchvision_or_stand_in
 from tests.support.unit import is_unit
 
 # Nobody's own measurements decide what a test sees.
@@ -105,14 +103,5 @@ def inspect_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def torchvision() -> Iterator[None]:
-    """Text needs none of it, and builds of it for CPUs are not on every index."""
-    if importlib.util.find_spec("torchvision") is not None:
+    with torchvision_or_stand_in():
         yield
-        return
-    # The transformers library asks for the version when this module is first imported.
-    import transformers.models.auto.image_processing_auto  # noqa: F401
-
-    finder = NoTorchvision()
-    sys.meta_path.insert(0, finder)
-    yield
-    sys.meta_path.remove(finder)

@@ -71,6 +71,16 @@ def test_the_last_of_repeated_keys_counts_unless_they_must_be_unique() -> None:
         parse_json(text, "x", unique=True)
 
 
+def test_configurations_may_hold_numbers_that_json_does_not_have(tmp_path: Path) -> None:
+    """The transformers library writes them: ``time_step_limit`` of published state-space models."""
+    file = tmp_path / "config.json"
+    file.write_text('{"time_step_limit": [0.0, Infinity], "a": -Infinity}')
+    found = read_json_file(file, "the configuration", infinities=True)
+    assert found == {"time_step_limit": [0.0, float("inf")], "a": float("-inf")}
+    with pytest.raises(CheckpointError, match=saying(file, "Infinity")):
+        read_json_file(file, "the index of tensors")
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [

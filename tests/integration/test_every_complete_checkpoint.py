@@ -151,9 +151,12 @@ def problems_of_loading(
     unused: set[str] = set()
     own = completeness.findings_of
 
-    def findings_of(*args: Any, **options: Any) -> list[Finding]:
-        found = own(*args, **options)
+    def findings_of(
+        loading: Loading, record: LoadRecord, *args: Any, **options: Any
+    ) -> list[Finding]:
+        found = own(loading, record, *args, **options)
         unused.update(name for finding in found for name in finding.names)
+        unused.update(record.held.keys() - record.taken)  # what the class leaves out on purpose
         return found
 
     with monkeypatch.context() as context:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -197,9 +197,12 @@ def quantization_config(family: Family, quant: Quant) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def layer_outputs(path: Path, **options: Any) -> dict[str, torch.Tensor]:
+def layer_outputs(
+    path: Path, x_of: Callable[[torch.Tensor], torch.Tensor] | None = None, **options: Any
+) -> dict[str, torch.Tensor]:
     """What each linear layer and head of the model at ``path`` gives for a fixed random input, and
-    what the attention layers made of their weights, as vLLM loads it: name → fp32.
+    what the attention layers made of their weights, as vLLM loads it: name → fp32. ``x_of``: what
+    the layers are given in the place of that input.
 
     Needs no forward pass, so it works for layers of which the CPU has no kernel or which need a
     cache (state-space models, latent attention).
@@ -220,6 +223,7 @@ def layer_outputs(path: Path, **options: Any) -> dict[str, torch.Tensor]:
             else:
                 continue
             x = torch.randn(3, k, generator=torch.Generator().manual_seed(k))
+            x = x if x_of is None else x_of(x)
             y = layer.quant_method.apply(layer, x, getattr(layer, "bias", None))
             out[name] = y.float()
     return out

@@ -6,9 +6,29 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import sys
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest.mock import MagicMock
+
+
+@contextmanager
+def torchvision_or_stand_in() -> Iterator[None]:
+    """Text needs none of it, and builds of it for CPUs are not on every index."""
+    if importlib.util.find_spec("torchvision") is not None:
+        yield
+        return
+    # The transformers library asks for the version when this module is first imported.
+    import transformers.models.auto.image_processing_auto  # noqa: F401
+
+    finder = NoTorchvision()
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
 
 
 class NoTorchvision(importlib.abc.MetaPathFinder, importlib.abc.Loader):

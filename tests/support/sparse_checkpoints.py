@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-_BYTES = {"I64": 8, "I32": 4, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}
+_BYTES = {"I64": 8, "I32": 4, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "U8": 1, "I8": 1}
 
 
 def write_sparse(path: Path, config: dict[str, Any], tensors: dict[str, Any], files: int) -> None:

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 from vllm.compressed_linear.checkpoint.shard import CheckpointError
 
@@ -51,20 +51,22 @@ def regular_file(path: Path) -> Iterator[tuple[BinaryIO, int]]:
             raise _unreadable(path, error) from None
 
 
-def read_json_file(path: Path, what: str) -> Any:
-    """The JSON value in a file. ``what``: what it should be, for messages."""
+def read_json_file(path: Path, what: str, *, infinities: bool = False) -> Any:
+    """The JSON value in a file. ``what``: what it should be, for messages. ``infinities``: as in
+    ``parse_json``."""
     with regular_file(path) as (stream, size):
         if size > MAX_JSON_BYTES:
             raise CheckpointError(
                 f"{path}: {size} bytes, expected {what} of at most {MAX_JSON_BYTES}"
             )
         data = stream.read(size)
-    return parse_json(data, f"{path}: {what}")
+    return parse_json(data, f"{path}: {what}", infinities=infinities)
 
 
-def parse_json(data: bytes, origin: str, *, unique: bool = False) -> Any:
+def parse_json(data: bytes, origin: str, *, unique: bool = False, infinities: bool = False) -> Any:
     """Parse UTF-8 JSON. ``origin`` begins messages; ``unique``: refuse a repeated key, of which
-    every reader would take another."""
+    every reader would take another; ``infinities``: take ``Infinity``, ``-Infinity`` and ``NaN``,
+    which JSON does not have and the transformers library writes into configurations."""
 
     def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
         entries = dict(found)
@@ -73,7 +75,9 @@ def parse_json(data: bytes, origin: str, *, unique: bool = False) -> Any:
             raise CheckpointError(f"{origin} has the key {shortened(twice)} twice")
         return entries
 
-    def constant(name: str) -> NoReturn:
+    def constant(name: str) -> float:
+        if infinities:
+            return float(name)
         raise ValueError(f"{name} is not a value of JSON")
 
     try:

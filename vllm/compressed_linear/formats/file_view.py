@@ -158,8 +158,8 @@ class FileView:
         try:
             with safe_open(header.file, framework="pt") as file:
                 n, k = (int(length) for length in file.get_tensor(name))
-        except (SafetensorError, OSError, ValueError):
-            return None
+        except (SafetensorError, OSError, RuntimeError, ValueError):
+            return None  # RuntimeError: the file is too large to be mapped
         return n, k
 
     def quantized_on_disk(self, module: str) -> bool:

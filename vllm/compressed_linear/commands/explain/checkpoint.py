@@ -104,7 +104,7 @@ class Checkpoint:
         if not file.is_file():
             raise ExplainError(f"{path}: not a checkpoint directory: no config.json")
         try:
-            config = read_json_file(file, "the configuration")
+            config = read_json_file(file, "the configuration", infinities=True)
             headers = read_headers(path)
         except CheckpointError as error:
             raise ExplainError(str(error)) from error

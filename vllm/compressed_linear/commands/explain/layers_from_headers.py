@@ -42,12 +42,13 @@ def layers_from_headers(
         lookup = kind is LayerKind.EMBEDDING
         bias_dtype = model.dtype if bias else None
         context = LayerContext(model.dtype, model.dtype, bias_dtype, lookup=lookup)
-        found = read_by.resolve(module, kind, file)
         nbytes = sum(header.nbytes for header in tensors.values())
-        if ".experts." in f".{module}.":
+        if ".experts." in f".{module}.":  # as many as tens of thousands: not asked for one by one
             mixture = f"{f'.{module}.'.partition('.experts.')[0]}.experts".strip(".")
             experts[mixture] = experts.get(mixture, 0) + nbytes
-        elif isinstance(found, Delegated):
+            continue
+        found = read_by.resolve(module, kind, file)
+        if isinstance(found, Delegated):
             model.left.append(LeftToVllm(module, str(kind), "", found.reason, nbytes=nbytes))
         elif isinstance(found, CheckpointScheme) and (shape := _shape(found, tensors)):
             n, k = shape

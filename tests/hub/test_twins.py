@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small checkpoints with published configurations, word for word, compute what their plain twins do.
+
+Routed experts are plain in both. All linear layers are compared, with inputs quantized as the
+format defines where it quantizes them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.architectures import layer_outputs
+from tests.support.hub.checkpoints import Twins, names, published, write_twins
+from tests.support.hub.selection import NotWrittenError
+from tests.support.stock_vllm import fp32_options
+from tests.support.tiny_checkpoints import FACTORS
+from vllm.compressed_linear.integration.preparation import PROCESS_PLAN
+from vllm.compressed_linear.prepare.plan import DELEGATED
+
+pytestmark = pytest.mark.usefixtures("inspect_in_process", "torchvision")
+
+TYPICAL = names(
+    [
+        "Qwen-Qwen2.5-7B-Instruct-AWQ",
+        "hugging-quants-Meta-Llama-3.1-8B-Instruct-GPTQ-INT4",
+        "RedHatAI-Qwen3-4B-Instruct-2507-quantized.w4a16",
+        "user9-grug-27b-AutoRound-W4A16-RTN",
+    ]
+)
+"""One of each method and kind of scheme; the others are slow."""
+OTHERS = [name for name in published() if name not in TYPICAL]
+
+WEIGHTS_ONLY = 1e-4
+INPUTS_TOO = 1e-3
+"""Largest error of a layer's output relative to its size: with quantized inputs, few elements of
+which fall on the other side of a rounding."""
+
+
+def twins_that_vllm_loads(name: str, path: Path) -> tuple[Twins, dict[str, torch.Tensor]]:
+    """The smallest whose plain twin vLLM loads, and what the layers of that give. Skips if there is
+    none."""
+    one, why = published()[name], ""
+    for factor in FACTORS:
+        try:
+            twins = write_twins(one, path / str(factor), factor)
+            return twins, layer_outputs(twins.plain, **fp32_options(one.architecture))
+        except NotWrittenError as error:
+            pytest.skip(str(error))
+        except Exception as error:  # heads that cannot be divided, no class, or no memory
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    pytest.skip(f"vLLM loads no small {one.architecture} here: {why}")
+
+
+def error_of(ours: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((ours - expected).norm() / expected.norm().clamp(min=1e-20))
+
+
+def compare(name: str, path: Path) -> None:
+    twins, plain = twins_that_vllm_loads(name, path)
+    options = fp32_options(published()[name].architecture)
+    quantized_inputs = {x for x in twins.modules.values() if x is not None}
+    with_inputs = [layer_outputs(twins.plain, x, **options) for x in quantized_inputs]
+    ours = layer_outputs(twins.quantized, **options)
+    assert twins.modules, "nothing of the model is quantized"
+    assert PROCESS_PLAN.prepared == PROCESS_PLAN.expected > 0
+    assert ours.keys() == plain.keys()
+    wrong, by_inputs = {}, 0
+    for layer, found in ours.items():
+        error = error_of(found, plain[layer])
+        others = min((error_of(found, o[layer]) for o in with_inputs), default=1.0)
+        by_inputs += error > WEIGHTS_ONLY and others <= INPUTS_TOO
+        if error > WEIGHTS_ONLY and others > INPUTS_TOO:
+            wrong[layer] = (error, others)
+    assert not wrong, json.dumps(wrong, indent=1)
+    if quantized_inputs:
+        assert by_inputs, "no input was quantized"
+    plans = [entry for entry in PROCESS_PLAN.entries.values() if entry.backend != DELEGATED]
+    assert "reference" not in {entry.backend for entry in plans}
+
+
+@pytest.mark.parametrize("name", TYPICAL)
+def test_published_configurations_give_what_they_mean(name: str, tmp_path: Path) -> None:
+    compare(name, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_all_published_configurations_give_what_they_mean(name: str, tmp_path: Path) -> None:
+    compare(name, tmp_path)

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of published configurations: of full size as headers, and small ones with values.
+
+Names and shapes of tensors are those that the transformers library saves for the architecture;
+those of quantized modules are what a writer of the tool's format makes of them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.support.header_checkpoints import default_configs, saved_headers
+from tests.support.hub.selection import Published, WriterOf, writers_of
+from tests.support.hub.writers import Quantize, Written
+from tests.support.repository import ROOT
+from tests.support.sparse_checkpoints import write_sparse
+from tests.support.tiny_checkpoints import shrunk, write_tiny
+
+TENSORS_OF_A_FILE = 4000
+HUB = ROOT / "tests" / "fixtures" / "hub"
+_TABLE = re.compile(r"(^|\.)(embed_tokens\w*|wte|embedding|word_embeddings)\.weight$")
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+_SAFETENSORS = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
+_INNER = {"KimiK25ForConditionalGeneration": ("DeepseekV3ForCausalLM", "language_model.")}
+"""Architectures that the library does not have → that of their language model, and the prefix of
+its names."""
+
+
+def published() -> dict[str, Published]:
+    """Every configuration, by the name of its file."""
+    found = {}
+    for file in sorted(HUB.glob("*.json")):
+        data = json.loads(file.read_text())
+        found[file.stem] = Published(
+            data["name"],
+            data["architecture"],
+            data["config"],
+            data["side_files"],
+            data["tensors"],
+        )
+    return found
+
+
+def configs(one: Published) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json of the checkpoint, and the library's configuration of the class whose tensors it
+    has. What is not published has the library's defaults. Raises whatever the library raises."""
+    from transformers import CONFIG_MAPPING
+
+    architecture = _INNER.get(one.architecture, (one.architecture, ""))[0]
+    model_type = default_configs()[architecture]["model_type"]
+    given = {k: v for k, v in one.config.items() if k not in ("quantization_config", "auto_map")}
+    if architecture != one.architecture:
+        given = given.get("text_config", given)
+    built = CONFIG_MAPPING[model_type].from_dict(given | {"model_type": model_type}).to_dict()
+    known = "model_type" in one.config and {"hidden_size", "text_config"} & one.config.keys()
+    config = one.config if known else built | one.config
+    return config | {"architectures": [one.architecture]}, built
+
+
+def write_headers(one: Published, path: Path) -> None:
+    """The checkpoint of full size, whose data is a hole in the file. Raises whatever the library
+    raises if it cannot build the model, and ``NotWrittenError``."""
+    config, built = configs(one)
+    inner, prefix = _INNER.get(one.architecture, (one.architecture, ""))
+    headers = saved_headers(inner, built)
+    weights = {
+        f"{prefix}{name}": torch.empty(header.shape, dtype=torch.bfloat16, device="meta")
+        for name, header in headers.items()
+    }
+    writer_of = writers_of(one)
+    tensors = {
+        name: (_SAFETENSORS[tensor.dtype], list(tensor.shape))
+        for written in _written(weights, writer_of, None)
+        for name, tensor in written.tensors.items()
+    }
+    write_sparse(path, config, tensors, files=1 + len(tensors) // TENSORS_OF_A_FILE)
+    _write_side_files(one, path)
+
+
+def _write_side_files(one: Published, path: Path) -> None:
+    for name, content in one.side_files.items():
+        (path / name).write_text(json.dumps(content))
+
+
+@dataclass(frozen=True)
+class _Module:
+    """What one tensor of a plain checkpoint becomes, and ``meaning``, in its place in the twin."""
+
+    name: str
+    tensors: dict[str, torch.Tensor]
+    meaning: torch.Tensor
+    x: Quantize | None = None
+    quantized: bool = False
+
+
+def _written(
+    weights: dict[str, torch.Tensor], writer_of: WriterOf, plain_experts: bool | None
+) -> Iterator[_Module]:
+    same: dict[Any, Written] = {}  # of tensors without values
+    for name, weight in weights.items():
+        module = name.removesuffix(".weight")
+        writer = None
+        if weight.ndim == 2 and name.endswith(".weight"):
+            writer = writer_of(module, bool(_TABLE.search(name)))
+        if writer is None or not writer.takes(*weight.shape):
+            yield _Module(name, {name: weight}, weight)
+        elif plain_experts and _EXPERT.search(name):
+            meaning = writer.write(weight.float())[1].to(weight.dtype)
+            yield _Module(name, {name: meaning}, meaning)
+        else:
+            key = (writer.write, weight.shape)
+            written = same.get(key) or writer.write(weight.float())
+            if weight.is_meta:
+                same[key] = written
+            tensors, meaning = written
+            found = {f"{module}.{last}": tensor for last, tensor in tensors.items()}
+            yield _Module(name, found, meaning, writer.x, quantized=True)
+
+
+@dataclass(frozen=True)
+class Twins:
+    """A small checkpoint with a published configuration, and the plain one that it means.
+
+    ``modules``: names of quantized modules on disk → how their input is quantized, if it is.
+    """
+
+    quantized: Path
+    plain: Path
+    modules: dict[str, Quantize | None]
+
+
+def write_twins(one: Published, path: Path, factor: int) -> Twins:
+    """Both, below ``path``; routed experts are plain in both. Raises as ``write_headers``."""
+    writer_of = writers_of(one)
+    inner, prefix = _INNER.get(one.architecture, (one.architecture, ""))
+    config = default_configs()[inner]
+    plain = path / "plain"
+    write_tiny(one.architecture, shrunk(config, factor), plain)
+    weights = {k: v for file in plain.glob("*.safetensors") for k, v in load_file(file).items()}
+    modules: dict[str, Quantize | None] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    meanings: dict[str, torch.Tensor] = {}
+    for module in _written(weights, writer_of, True):
+        tensors |= module.tensors
+        meanings[module.name] = module.meaning
+        if module.quantized:
+            modules[module.name.removesuffix(".weight")] = module.x
+    _save(meanings, plain)
+    saved = json.loads((plain / "config.json").read_text())
+    for place in ("quantization_config", "compression_config"):
+        if place in one.config:
+            saved[place] = one.config[place]
+    quantized = path / "quantized"
+    quantized.mkdir()
+    (quantized / "config.json").write_text(json.dumps(saved))
+    _save(tensors, quantized)
+    _write_side_files(one, quantized)
+    return Twins(quantized, plain, modules)
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    for file in path.glob("*.safetensors*"):
+        file.unlink()
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, path / "model.safetensors", {"format": "pt"})
+
+
+def names(chosen: Iterable[str]) -> list[str]:
+    """Those of ``chosen`` that are published, sorted."""
+    return sorted(set(chosen) & set(published()))
