@@ -3,7 +3,7 @@
 
     python -m tests.hub.table
 
-writes it anew, in some minutes. Files of full size are written as headers, so nothing is downloaded.
+writes it anew, in some minutes. Files of full size are written as headers; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.support.hub.checkpoints import published, write_headers
 from tests.support.hub.selection import NotWrittenError, Published
 from tests.support.no_torchvision import torchvision_or_stand_in
 from tests.support.repository import ROOT
-from vllm.compressed_linear.commands.explain.explain import ExplainError
+from vllm.compressed_linear.commands.explain.checkpoint import ExplainError
 from vllm.compressed_linear.commands.explain.explanation import Explanation
 from vllm.compressed_linear.formats.registry import format_of
 from vllm.compressed_linear.formats.resolution import ConfigError

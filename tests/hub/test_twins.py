@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small checkpoints with published configurations, word for word, compute what their plain twins do.
+"""Small checkpoints with published configurations as they are compute what their plain twins do.
 
 Routed experts are plain in both. All linear layers are compared, with inputs quantized as the
 format defines where it quantizes them.
@@ -17,7 +17,6 @@ from tests.support.architectures import layer_outputs
 from tests.support.hub.checkpoints import Twins, names, published, write_twins
 from tests.support.hub.selection import NotWrittenError
 from tests.support.stock_vllm import fp32_options
-from tests.support.tiny_checkpoints import FACTORS
 from vllm.compressed_linear.integration.preparation import PROCESS_PLAN
 from vllm.compressed_linear.prepare.plan import DELEGATED
 
@@ -34,6 +33,7 @@ TYPICAL = names(
 """One of each method and kind of scheme; the others are slow."""
 OTHERS = [name for name in published() if name not in TYPICAL]
 
+FACTORS = (16, 8, 4, 2)
 WEIGHTS_ONLY = 1e-4
 INPUTS_TOO = 1e-3
 """Largest error of a layer's output relative to its size: with quantized inputs, few elements of

@@ -72,11 +72,14 @@ def shrunk(config: dict[str, Any], factor: int) -> dict[str, Any]:
     return small
 
 
-def write_tiny(architecture: str, config: dict[str, Any], path: Path) -> None:
+def write_tiny(
+    architecture: str, config: dict[str, Any], path: Path, most_bytes: int = MOST_BYTES
+) -> None:
     """Build ``architecture`` of the transformers library and save it to ``path`` in bfloat16, with
     values that no parameter has before it is loaded.
 
-    Raises whatever the library raises if it cannot, and ``ValueError`` if the model is large.
+    Raises whatever the library raises if it cannot, and ``ValueError`` if the model has more than
+    ``most_bytes``.
     """
     import transformers
 
@@ -85,7 +88,7 @@ def write_tiny(architecture: str, config: dict[str, Any], path: Path) -> None:
     with wrapped_classes_uncompiled(described):
         with torch.device("meta"):
             nbytes = 2 * sum(p.numel() for p in cls(described).parameters())
-        if nbytes > MOST_BYTES:
+        if nbytes > most_bytes:
             raise ValueError(f"{nbytes / 2**30:.1f} GiB of weights")
         model = cls(described).to(torch.bfloat16)
     generator = torch.Generator().manual_seed(0)

@@ -25,6 +25,8 @@ from tests.support.sparse_checkpoints import write_sparse
 from tests.support.tiny_checkpoints import shrunk, write_tiny
 
 TENSORS_OF_A_FILE = 4000
+MOST_BYTES = 2**29
+"""Of a small model in bfloat16: it is loaded four times, in float32."""
 HUB = ROOT / "tests" / "fixtures" / "hub"
 _TABLE = re.compile(r"(^|\.)(embed_tokens\w*|wte|embedding|word_embeddings)\.weight$")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -149,10 +151,9 @@ class Twins:
 def write_twins(one: Published, path: Path, factor: int) -> Twins:
     """Both, below ``path``; routed experts are plain in both. Raises as ``write_headers``."""
     writer_of = writers_of(one)
-    inner, prefix = _INNER.get(one.architecture, (one.architecture, ""))
-    config = default_configs()[inner]
+    config = default_configs()[_INNER.get(one.architecture, (one.architecture, ""))[0]]
     plain = path / "plain"
-    write_tiny(one.architecture, shrunk(config, factor), plain)
+    write_tiny(one.architecture, shrunk(config, factor), plain, MOST_BYTES)
     weights = {k: v for file in plain.glob("*.safetensors") for k, v in load_file(file).items()}
     modules: dict[str, Quantize | None] = {}
     tensors: dict[str, torch.Tensor] = {}

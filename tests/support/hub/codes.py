@@ -76,7 +76,7 @@ def integers(
 
     ŵ = scale · (code − zero). ``group`` −1 is all of K.
     """
-    n, k = weight.shape
+    k = weight.shape[1]
     size = k if group == -1 else group
     grouped = torch.nn.functional.pad(weight, (0, -k % size)).unflatten(1, (-1, size))
     top = (1 << bits) - 1
