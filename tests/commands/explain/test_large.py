@@ -138,11 +138,14 @@ def hybrid(path: Path) -> None:
 
 
 @pytest.mark.usefixtures("torchvision")
+@pytest.mark.parametrize("platform", ["cpu:avx2", "cpu:emeraldrapids"])
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("model", [llama, alternating, hybrid])
-def test_sixty_four_layers_take_sixty_lines(model: Any, tp: int, tmp_path: Path) -> None:
+def test_sixty_four_layers_take_sixty_lines(
+    model: Any, tp: int, platform: str, tmp_path: Path
+) -> None:
     model(tmp_path)
-    found = explained(tmp_path, tp_size=tp, platform="cpu:avx2")
+    found = explained(tmp_path, tp_size=tp, platform=platform)
     assert not found.errors, found.errors
     assert len(found.layers) > 3 * LAYERS
     for width in (100, 120):

@@ -66,7 +66,7 @@ def writers_of(published: Published) -> WriterOf:
     if method == "fp8" and config.get("quant_algo") != "MIXED_PRECISION":
         return _fp8(config)
     if method == "fbgemm_fp8":
-        writer = Writer(w.fp8(per_channel=True, upper_bound=True), w.x_fp8(w.per_token))
+        writer = Writer(w.fp8(per_channel=True), w.x_fp8(w.per_token))
         return _but(config.get("modules_to_not_convert") or [], writer)
     if method == "compressed-tensors" or "sparsity_config" in config:
         return _compressed_tensors(config)

@@ -100,7 +100,7 @@ def fp8_block(rows: int, columns: int, name: str, *, powers_of_two: bool = False
     return write
 
 
-def fp8(*, per_channel: bool = False, input_scale: bool = False, upper_bound: bool = False) -> Any:
+def fp8(*, per_channel: bool = False, input_scale: bool = False) -> Any:
     def write(weight: torch.Tensor) -> Written:
         largest = weight.abs().amax(1, keepdim=True) if per_channel else weight.abs().amax()
         scale = c.nonzero(largest / c.E4M3_MAX)
@@ -108,8 +108,6 @@ def fp8(*, per_channel: bool = False, input_scale: bool = False, upper_bound: bo
         tensors = {"weight": codes, "weight_scale": scale}
         if input_scale:
             tensors["input_scale"] = scalar(INPUT_RANGE / c.E4M3_MAX, weight)
-        if upper_bound:
-            tensors["input_scale_ub"] = scalar(1200.0, weight, (1,))
         return tensors, codes.float() * scale
 
     return write

@@ -90,9 +90,9 @@ def rounding_note(choices: Iterable[tuple[str, Sequence[Rejection]]]) -> str:
     if not count:
         return ""
     return (
-        f"vLLM alone would round the activations of {count} layer{'s' * (count > 1)} to 8 bits "
-        "here, which the checkpoint does not ask for (VLLM_CPU_INT4_W4A8); this package does so "
-        f"only with VLLM_COMPRESSED_LINEAR_BACKEND={ROUNDING}"
+        f"vLLM alone would round activations of {count} layer{'s' * (count > 1)} to 8 bits, "
+        "unasked (VLLM_CPU_INT4_W4A8); this package does so only with "
+        f"VLLM_COMPRESSED_LINEAR_BACKEND={ROUNDING}"
     )
 
 

@@ -114,7 +114,7 @@ def _weight_in_words(d: CompressedLinearDescriptor, dtype: str) -> str:
     if w.row_scale is not None:
         parts.append(f"second-level scales ({w.row_scale})")
     if d.channel_order is not None:
-        filled = f", groups filled up to K={d.k}" if d.channel_order.padded else ""
+        filled = f", filled up to K={d.k}" if d.channel_order.padded else ""
         parts.append(f"channels reordered{filled}")
     if d.activation is not None:
         a = d.activation
@@ -184,7 +184,7 @@ def _table(groups: Sequence[LayerGroup], dtype: str, width: int) -> Table:
         for part in plan.likely.parts:
             words = in_words(part.descriptor, dtype)
             if plan.likely.from_sample:
-                words += " (K follows the order)"
+                words += " (by the order)"
             if len(plan.likely.parts) > 1:
                 words = f"{' + '.join(part.shards)}: {words}"
             prepared = None if part.bytes_prepared is None else part.bytes_prepared * count
@@ -240,8 +240,7 @@ def _facts_of(cases: Sequence[Possibility], dtype: str) -> list[Text]:
     everywhere = {part.runs for case in cases for part in case.parts}
     likely = [case for case in cases if case.likely] or list(cases[:1])
     if len(everywhere) == 1:
-        text = Text(f"likely {_fact(likely[0])}; every case runs on ")
-        return [text.append_text(_runs(likely[0].parts[0]))]
+        return [Text(f"likely {_fact(likely[0])}; all cases run alike")]
     others = [case for case in cases if not case.uniform and not case.likely]
     texts = [_case_text(case, dtype) for case in cases if case not in others]
     if others:
@@ -256,7 +255,7 @@ def _fact(case: Possibility) -> str:
 
 def _case_text(case: Possibility, dtype: str) -> Text:
     text = Text(f"{_fact(case)}{' (likely)' if case.likely else ''} → ")
-    about = " (K follows the order)" if case.from_sample else ""
+    about = " (K by the order)" if case.from_sample else ""
     for index, part in enumerate(case.parts):
         shards = f"{' + '.join(part.shards)} " if len(case.parts) > 1 else ""
         words = _weight_in_words(part.descriptor, dtype)
@@ -357,7 +356,7 @@ def _print_left(e: Explanation, console: Console) -> None:
         what = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(4))
         more = f" and {len(kinds) - 4} other kinds" if len(kinds) > 4 else ""
         held = size(sum(layer.nbytes for layer in e.others))
-        console.print(Text(f"modules that are not linear ({what}{more}), {held}"))
+        console.print(Text(f"not linear ({what}{more}), {held}"))
 
 
 def _totals(e: Explanation) -> str:
