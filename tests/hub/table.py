@@ -81,9 +81,10 @@ def first_line(error: Exception) -> str:
 
 
 def rows(chosen: Iterable[str]) -> list[list[str]]:
-    """Rows of the table for the named files of tests/fixtures/hub."""
+    """Rows of the table for the named files of tests/hub/published."""
     known, found = published(), []
     for name in chosen:
+        print(name, file=sys.stderr)
         with tempfile.TemporaryDirectory() as directory:
             found.append(row(known[name], Path(directory) / "checkpoint"))
     return found

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ from tests.support.sparse_checkpoints import write_sparse
 from tests.support.tiny_checkpoints import shrunk, write_tiny
 
 TENSORS_OF_A_FILE = 4000
+WORDS = 4096
 MOST_BYTES = 2**29
 """Of a small model in bfloat16: it is loaded four times, in float32."""
-HUB = ROOT / "tests" / "fixtures" / "hub"
-_TABLE = re.compile(r"(^|\.)(embed_tokens\w*|wte|embedding|word_embeddings)\.weight$")
+HUB = ROOT / "tests" / "hub" / "published"
+_TABLE = re.compile(r"(^|\.)(embed_tokens\w*|wte|pos\w*embed\w*|\w*embeddings?)\.weight$")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _SAFETENSORS = {
     torch.float32: "F32",
@@ -43,8 +45,11 @@ _SAFETENSORS = {
 _INNER = {"KimiK25ForConditionalGeneration": ("DeepseekV3ForCausalLM", "language_model.")}
 """Architectures that the library does not have → that of their language model, and the prefix of
 its names."""
+_MORE = {"Glm4MoeForCausalLM": {"head_dim": 128}}
+"""What vLLM needs and the library's default configuration does not have."""
 
 
+@cache
 def published() -> dict[str, Published]:
     """Every configuration, by the name of its file."""
     found = {}
@@ -60,19 +65,32 @@ def published() -> dict[str, Published]:
     return found
 
 
+def _model_of(one: Published) -> dict[str, Any]:
+    """What is published of the model itself."""
+    left_out = ("quantization_config", "compression_config", "auto_map")
+    return {k: v for k, v in one.config.items() if k not in left_out}
+
+
+def _is_whole(config: dict[str, Any]) -> bool:
+    return "model_type" in config and bool({"hidden_size", "text_config"} & config.keys())
+
+
 def configs(one: Published) -> tuple[dict[str, Any], dict[str, Any]]:
     """config.json of the checkpoint, and the library's configuration of the class whose tensors it
-    has. What is not published has the library's defaults. Raises whatever the library raises."""
+    has. What is not published is that of another checkpoint of the architecture, or the library's
+    default. Raises whatever the library raises."""
     from transformers import CONFIG_MAPPING
 
     architecture = _INNER.get(one.architecture, (one.architecture, ""))[0]
     model_type = default_configs()[architecture]["model_type"]
-    given = {k: v for k, v in one.config.items() if k not in ("quantization_config", "auto_map")}
+    given = _model_of(one)
+    if not _is_whole(given):
+        others = (_model_of(o) for o in published().values() if o.architecture == one.architecture)
+        given = next(filter(_is_whole, others), _MORE.get(architecture, {})) | given
     if architecture != one.architecture:
         given = given.get("text_config", given)
     built = CONFIG_MAPPING[model_type].from_dict(given | {"model_type": model_type}).to_dict()
-    known = "model_type" in one.config and {"hidden_size", "text_config"} & one.config.keys()
-    config = one.config if known else built | one.config
+    config = one.config if _is_whole(one.config) else built | one.config
     return config | {"architectures": [one.architecture]}, built
 
 
@@ -151,9 +169,9 @@ class Twins:
 def write_twins(one: Published, path: Path, factor: int) -> Twins:
     """Both, below ``path``; routed experts are plain in both. Raises as ``write_headers``."""
     writer_of = writers_of(one)
-    config = default_configs()[_INNER.get(one.architecture, (one.architecture, ""))[0]]
+    _, config = configs(one)
     plain = path / "plain"
-    write_tiny(one.architecture, shrunk(config, factor), plain, MOST_BYTES)
+    write_tiny(one.architecture, _few_words(shrunk(config, factor)), plain, MOST_BYTES)
     weights = {k: v for file in plain.glob("*.safetensors") for k, v in load_file(file).items()}
     modules: dict[str, Quantize | None] = {}
     tensors: dict[str, torch.Tensor] = {}
@@ -176,11 +194,26 @@ def write_twins(one: Published, path: Path, factor: int) -> Twins:
     return Twins(quantized, plain, modules)
 
 
+def _few_words(config: dict[str, Any]) -> dict[str, Any]:
+    """``config`` with a small vocabulary: no token is looked up."""
+    small = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            small[key] = _few_words(value)
+        elif type(value) is int and key.startswith("vocab_size"):
+            small[key] = min(value, WORDS)
+        elif type(value) is int and key == "pad_token_id":
+            small[key] = min(value, WORDS - 1)
+        else:
+            small[key] = value
+    return small
+
+
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
     for file in path.glob("*.safetensors*"):
         file.unlink()
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, path / "model.safetensors", {"format": "pt"})
+    own = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    save_file(own, path / "model.safetensors", {"format": "pt"})
 
 
 def names(chosen: Iterable[str]) -> list[str]:
