@@ -65,10 +65,10 @@ def published() -> dict[str, Published]:
     return found
 
 
-def _model_of(one: Published) -> dict[str, Any]:
-    """What is published of the model itself."""
+def _model_of(config: dict[str, Any]) -> dict[str, Any]:
+    """What a configuration says of the model itself."""
     left_out = ("quantization_config", "compression_config", "auto_map")
-    return {k: v for k, v in one.config.items() if k not in left_out}
+    return {k: v for k, v in config.items() if k not in left_out}
 
 
 def _is_whole(config: dict[str, Any]) -> bool:
@@ -83,13 +83,17 @@ def configs(one: Published) -> tuple[dict[str, Any], dict[str, Any]]:
 
     architecture = _INNER.get(one.architecture, (one.architecture, ""))[0]
     model_type = default_configs()[architecture]["model_type"]
-    given = _model_of(one)
+    given = _model_of(one.config)
     if not _is_whole(given):
-        others = (_model_of(o) for o in published().values() if o.architecture == one.architecture)
+        others = (
+            _model_of(o.config) for o in published().values() if o.architecture == one.architecture
+        )
         given = next(filter(_is_whole, others), _MORE.get(architecture, {})) | given
     if architecture != one.architecture:
-        given = given.get("text_config", given)
-    built = CONFIG_MAPPING[model_type].from_dict(given | {"model_type": model_type}).to_dict()
+        given = _model_of(given.get("text_config", given))
+    built = default_configs()[architecture]
+    if given.keys() - {"architectures", "torch_dtype"}:
+        built = CONFIG_MAPPING[model_type].from_dict(given | {"model_type": model_type}).to_dict()
     config = one.config if _is_whole(one.config) else built | one.config
     return config | {"architectures": [one.architecture]}, built
 
@@ -101,7 +105,7 @@ def write_headers(one: Published, path: Path) -> None:
     inner, prefix = _INNER.get(one.architecture, (one.architecture, ""))
     headers = saved_headers(inner, built)
     weights = {
-        f"{prefix}{name}": torch.empty(header.shape, dtype=torch.bfloat16, device="meta")
+        _on_hub(f"{prefix}{name}"): torch.empty(header.shape, dtype=torch.bfloat16, device="meta")
         for name, header in headers.items()
     }
     writer_of = writers_of(one)
@@ -112,6 +116,13 @@ def write_headers(one: Published, path: Path) -> None:
     }
     write_sparse(path, config, tensors, files=1 + len(tensors) // TENSORS_OF_A_FILE)
     _write_side_files(one, path)
+
+
+def _on_hub(name: str) -> str:
+    """The name under which published files have a tensor that the library saves otherwise."""
+    return re.sub(
+        r"vision_tower\.(embeddings|encoder|post_layernorm)", r"vision_tower.vision_model.\1", name
+    )
 
 
 def _write_side_files(one: Published, path: Path) -> None:
