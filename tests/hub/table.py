@@ -27,8 +27,13 @@ from vllm.compressed_linear.formats.resolution import ConfigError
 
 PAGE = ROOT / "docs" / "published-checkpoints.md"
 PLATFORM = "cpu:zen4"
-TRIVIAL = ("embedding tables are only looked up", "not quantize")
-"""Reasons to leave to vLLM what is not quantized."""
+TRIVIAL = (
+    "embedding tables are only looked up",
+    "not quantize",
+    "builds it without a quantization config",
+    "the model reads its weight itself",
+)
+"""Reasons to leave to vLLM what is not quantized; if it were, it would be refused."""
 LONGEST = 160
 
 

@@ -45,6 +45,13 @@ _SAFETENSORS = {
 _INNER = {"KimiK25ForConditionalGeneration": ("DeepseekV3ForCausalLM", "language_model.")}
 """Architectures that the library does not have → that of their language model, and the prefix of
 its names."""
+_RENAMES = {
+    "Gemma3ForConditionalGeneration": (
+        r"vision_tower\.(embeddings|encoder|post_layernorm)",
+        r"vision_tower.vision_model.\1",
+    )
+}
+"""(expression, replacement) from the names that the library saves to those of published files."""
 _MORE = {"Glm4MoeForCausalLM": {"head_dim": 128}}
 """What vLLM needs and the library's default configuration does not have."""
 
@@ -105,7 +112,9 @@ def write_headers(one: Published, path: Path) -> None:
     inner, prefix = _INNER.get(one.architecture, (one.architecture, ""))
     headers = saved_headers(inner, built)
     weights = {
-        _on_hub(f"{prefix}{name}"): torch.empty(header.shape, dtype=torch.bfloat16, device="meta")
+        _on_hub(f"{prefix}{name}", one.architecture): torch.empty(
+            header.shape, dtype=torch.bfloat16, device="meta"
+        )
         for name, header in headers.items()
     }
     writer_of = writers_of(one)
@@ -118,11 +127,9 @@ def write_headers(one: Published, path: Path) -> None:
     _write_side_files(one, path)
 
 
-def _on_hub(name: str) -> str:
+def _on_hub(name: str, architecture: str) -> str:
     """The name under which published files have a tensor that the library saves otherwise."""
-    return re.sub(
-        r"vision_tower\.(embeddings|encoder|post_layernorm)", r"vision_tower.vision_model.\1", name
-    )
+    return re.sub(*_RENAMES[architecture], name) if architecture in _RENAMES else name
 
 
 def _write_side_files(one: Published, path: Path) -> None:
