@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.hub.table import PAGE, row, rows
 from tests.support.hub.checkpoints import HUB, published
+from tests.support.hub.table import PAGE, row, rows
 
 pytestmark = pytest.mark.usefixtures("inspect_in_process", "torchvision")
 

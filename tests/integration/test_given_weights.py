@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.integration.test_quantized_experts import EXPERTS, checkpoint_in, store_zeros
 from tests.support.messages import saying
+from tests.support.quantized_experts import EXPERTS, checkpoint_in, store_zeros
 from vllm.compressed_linear.checkpoint.shard import CheckpointError
 from vllm.compressed_linear.formats.registry import parse
 from vllm.compressed_linear.integration.config import CompressedLinearConfig

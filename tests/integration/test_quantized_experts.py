@@ -4,21 +4,19 @@ a gap in it is an error, and elsewhere the error names the layer and vLLM's own 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsInt4
 
-from tests.support.architectures import MIXTURE, VOCABULARY, Checkpoint, Family, write
+from tests.support.architectures import VOCABULARY, Checkpoint
 from tests.support.edited import edited
 from tests.support.explained import explained
 from tests.support.messages import saying
 from tests.support.model_loading import loaded, logits
-from tests.support.synthetic import Quant
+from tests.support.quantized_experts import AUTO_ROUND, EXPERTS, FORMS, checkpoint_in, store_zeros
 from vllm.compressed_linear.checkpoint.completeness import IncompleteCheckpointError
 from vllm.compressed_linear.checkpoint.shard import CheckpointError
 from vllm.compressed_linear.integration import completeness
@@ -28,41 +26,10 @@ from vllm.compressed_linear.prepare.plan import DELEGATED
 
 pytestmark = pytest.mark.usefixtures("inspect_in_process")
 
-FAMILY = Family(
-    "mixtral",
-    "MixtralForCausalLM",
-    MIXTURE,
-    quantized=r"layers\.\d+\.(self_attn|.*experts\.\d+)\..*\.weight$",
-)
-QUANTS = {
-    "gptq": Quant("gptq"),
-    "awq": Quant("awq", symmetric=False),
-    "compressed-tensors": Quant("ct"),
-}
-AUTO_ROUND: dict[str, tuple[str, dict[str, Any]]] = {
-    "auto-round": ("gptq", {"packing_format": "auto_round:gptqmodel"}),
-    "auto-round-awq": ("awq", {"packing_format": "auto_round:auto_awq", "sym": False}),
-}
-"""Form of the tensors, and what the configuration says of them."""
-FORMS = [*QUANTS, *AUTO_ROUND]
-EXPERTS = "model.layers.1.block_sparse_moe.experts"
-
 needs_vllms_class = pytest.mark.skipif(
     not CPUExpertsInt4._supports_current_device(),
     reason="vLLM's class for quantized experts cannot run on this processor",
 )
-
-
-def checkpoint_in(form: str, path: Path) -> Checkpoint:
-    written, changes = AUTO_ROUND.get(form, (form, {}))
-    checkpoint = write(FAMILY, QUANTS[written], path, reference=False)
-    if changes:
-        file = checkpoint.quantized / "config.json"
-        config = json.loads(file.read_text())
-        kept = {k: config["quantization_config"].get(k) for k in ("bits", "group_size", "sym")}
-        config["quantization_config"] = {"quant_method": "auto-round", **kept, **changes}
-        file.write_text(json.dumps(config))
-    return checkpoint
 
 
 def difference(checkpoint: Checkpoint) -> float:
@@ -94,20 +61,6 @@ def test_where_vllm_cannot_run_them_it_says_why(
 
 LOADED = ["gptq", "awq", *AUTO_ROUND]
 """vLLM has no class for a CPU and compressed-tensors with groups."""
-
-
-def store_zeros(path: Path, stored: int, version: str) -> None:
-    """Change all zero points of a GPTQ checkpoint, and its version."""
-    file = path / "config.json"
-    config = json.loads(file.read_text())
-    config["quantization_config"]["checkpoint_format"] = version
-    file.write_text(json.dumps(config))
-    tensors = load_file(path / "model.safetensors")
-    word = int.from_bytes(bytes([stored << 4 | stored] * 4), "little", signed=True)
-    for name, tensor in tensors.items():
-        if name.endswith(".qzeros"):
-            tensor.fill_(word)
-    save_file(tensors, path / "model.safetensors", {"format": "pt"})
 
 
 @needs_vllms_class

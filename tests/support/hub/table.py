@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `explain` says of published checkpoints, as the table of docs/published-checkpoints.md.
 
-    python -m tests.hub.table
+    python -m tests.support.hub.table
 
 writes it anew, in some minutes. Files of full size are written as headers; nothing is downloaded.
 """
