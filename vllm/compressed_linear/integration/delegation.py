@@ -93,7 +93,7 @@ class Delegation:
             _explain_refusals(method, refused, reason)
             if compat.holds_experts(layer):
                 # Its loader asks it for its name, on which the form of the tensors depends.
-                layer.quant_config = config  # type: ignore[assignment]
+                layer.quant_config = config
             plan.add(
                 PlanEntry(
                     name=prefix,

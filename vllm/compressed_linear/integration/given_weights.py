@@ -62,7 +62,7 @@ class GivenWeights:
         (""), or of no file (None): a trainer sends them."""
         self.superseded = Superseded() if checkpoint is None else self._superseded_in(checkpoint)
 
-    def install(self, model: torch.nn.Module) -> Callable[..., Any]:
+    def install(self, model: Any) -> Callable[..., Any]:
         """Let ``model.load_weights`` give the class's own loader these weights from now on. Returns
         that loader."""
         if model in _GIVEN:
