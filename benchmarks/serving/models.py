@@ -15,6 +15,7 @@ from rich.console import Console
 from benchmarks import checkpoint
 from benchmarks.machine import BUILD
 from benchmarks.remote import X_AS_IT_IS
+from benchmarks.serving.gemma_schemes import SCHEMES, quantize
 from benchmarks.serving.llama_engine import LlamaEngine
 from benchmarks.serving.llama_file import write_llama
 from benchmarks.serving.vllm_engine import VllmEngine
@@ -143,6 +144,22 @@ def _gemma() -> dict[str, Maker]:
     return engines | _alone(engines, *ALONE)
 
 
+def _gemma_schemes() -> dict[str, Maker]:
+    """Each scheme with this package and without, in one process."""
+
+    def made(scheme: str) -> Callable[[], Path]:
+        def write(directory: Path) -> None:
+            quantize(_gemma_source("gemma-3-270m-bf16"), directory, scheme)
+
+        return lambda: _once(MODELS / f"gemma-3-270m-{scheme}", write)
+
+    engines = {}
+    for scheme in SCHEMES:
+        engines[f"ours-{scheme}"] = _ours(scheme, made(scheme))
+        engines[f"vllm-{scheme}"] = _stock(scheme, made(scheme))
+    return _alone(engines, *engines)
+
+
 def _synthetic(name: str) -> dict[str, Maker]:
     shape = checkpoint.SHAPES[name]
 
@@ -167,6 +184,9 @@ def _synthetic(name: str) -> dict[str, Maker]:
 
 ALL = {
     "gemma-3-270m": Model("Gemma 3 270M", 262144, _gemma()),
+    "gemma-3-270m-schemes": Model(
+        "Gemma 3 270M in the schemes that servers use", 262144, _gemma_schemes()
+    ),
     "llama-3.2-1b": Model("Llama 3.2 1B, synthetic weights", 128256, _synthetic("llama-3.2-1b")),
     "llama-3-8b": Model("Llama 3 8B, synthetic weights", 128256, _synthetic("llama-3-8b")),
 }
