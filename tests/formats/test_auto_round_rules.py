@@ -13,6 +13,8 @@ from tests.support.format_configs import AUTO_ROUND, GPTQ, Q, bits_and_group, re
 from tests.support.messages import saying
 from vllm.compressed_linear.formats.registry import format_of, parse
 from vllm.compressed_linear.formats.resolution import ConfigError, LayerKind
+from vllm.compressed_linear.spec.elements import E2M1, E4M3
+from vllm.compressed_linear.spec.scheme import CheckpointScheme
 
 
 @pytest.mark.parametrize(
@@ -58,12 +60,57 @@ def test_auto_round_packing_says_who_stores_zero_points_less_one(
     assert scheme == resolve({**GPTQ, "checkpoint_format": version})
 
 
+@pytest.mark.parametrize(
+    ("backend", "packing"),
+    [
+        ("auto", None),
+        ("auto_round:gptq", "auto_round:auto_gptq"),
+        ("auto_round:auto_awq", "auto_round:auto_awq"),
+        ("gptq:exllamav2", "auto_round:auto_gptq"),
+        ("awq:gemm", "auto_round:auto_awq"),
+        ("auto_round", "auto_round"),
+    ],
+)
+def test_early_configurations_say_backend(backend: str, packing: str | None) -> None:
+    early = resolve({**AUTO_ROUND, "backend": backend})
+    assert early == resolve({**AUTO_ROUND, "packing_format": packing})
+    # The later word decides.
+    both = {**AUTO_ROUND, "backend": "awq", "packing_format": "auto_round"}
+    assert resolve(both) == resolve({**AUTO_ROUND, "packing_format": "auto_round"})
+
+
+def test_settings_of_single_layers_of_floats() -> None:
+    config = {
+        "quant_method": "auto-round",
+        "bits": 4,
+        "data_type": "mx_fp",
+        "group_size": 32,
+        "extra_config": {Q: {"bits": 8}, "lm_head": {"bits": 16}},
+    }
+    found = resolve(config)
+    assert isinstance(found, CheckpointScheme)
+    assert found.weight.element == E4M3
+    other = resolve(config, Q.replace("q_proj", "k_proj"))
+    assert isinstance(other, CheckpointScheme)
+    assert other.weight.element == E2M1
+
+
+@pytest.mark.parametrize("size", [[0, 128], -2, "x"])
+def test_group_sizes_of_floats_must_be_possible(size: object) -> None:
+    config = {"quant_method": "auto-round", "bits": 8, "data_type": "fp", "group_size": size}
+    with pytest.raises(ConfigError, match=saying("group_size", "expected")):
+        resolve(config)
+
+
 def test_auto_round_head_and_schemes_of_vllm() -> None:
     head = LayerKind.HEAD
     assert bits_and_group(resolve(AUTO_ROUND, "lm_head", head)) is None
     extra = {**AUTO_ROUND, "extra_config": {"lm_head": {"bits": 8}}}
     assert bits_and_group(resolve(extra, "lm_head", head)) == (8, 128)
-    assert format_of({**AUTO_ROUND, "data_type": "mx_fp"}) is None
+    assert format_of({**AUTO_ROUND, "data_type": "bfp"}) is None
+    assert format_of({**AUTO_ROUND, "data_type": "mx_fp", "bits": 6}) is None
+    mx = {**AUTO_ROUND, "data_type": "mx_fp", "act_bits": 4, "act_data_type": "bfp"}
+    assert format_of(mx) is None
     assert format_of({**AUTO_ROUND, "act_bits": 8}) is None
     with pytest.raises(ConfigError, match=saying("packing_format", "'x'")):
         parse({**AUTO_ROUND, "packing_format": "x"})

@@ -100,6 +100,8 @@ def test_logits_with_quantized_inputs_are_near_the_makers(
     if backend:
         use_backend(monkeypatch, backend)
     reference = checkpoint_reference(name)
+    if "logits_actquant" not in reference:
+        pytest.skip("its maker's library does not compute these on a CPU")
     with loaded(checkpoint(name)) as model:
         ours = torch.log_softmax(logits(model, reference["input_ids"]), -1)
     error = (ours - torch.log_softmax(reference["logits_actquant"], -1)).abs()

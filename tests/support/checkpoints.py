@@ -79,7 +79,7 @@ def entry_of(name: str) -> Entry:
     return next(entry for entry in index() if entry.name == name)
 
 
-WHOLE = ("fp8", "compressed-tensors", "modelopt", "quark")
+WHOLE = ("fp8", "compressed-tensors", "modelopt", "quark", "auto-round")
 """Methods of which we read every weight, whatever it is, and quantize x as they say."""
 
 
@@ -88,7 +88,7 @@ def is_ours(entry: Entry) -> bool:
     method."""
     if entry.quant_method in WHOLE:
         return True
-    methods = ("gptq", "awq", "auto-round")
+    methods = ("gptq", "awq")
     return (
         entry.quant_method in methods and entry.activation is None and "int" in entry.weight_types
     )

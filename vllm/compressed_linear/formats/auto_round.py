@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AutoRound's integer exports, which use GPTQ's or AWQ's layout (auto_round ``export`` modules)."""
+"""AutoRound (auto_round ``export`` modules): integers in GPTQ's or AWQ's layout, and the other
+exports of ``auto_round_floats``."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+from vllm.compressed_linear.formats.auto_round_floats import float_scheme, is_float
 from vllm.compressed_linear.formats.awq import awq_gemm_scheme, checked_group
 from vllm.compressed_linear.formats.base import Format, Hints, register_format
 from vllm.compressed_linear.formats.entries import Entries, ModuleNames
@@ -17,6 +19,7 @@ from vllm.compressed_linear.formats.file_view import FileView
 from vllm.compressed_linear.formats.gptq import gptq_scheme
 from vllm.compressed_linear.formats.resolution import (
     ConfigError,
+    Delegated,
     LayerKind,
     Resolution,
     Unquantized,
@@ -82,7 +85,7 @@ class Blocks(Entries):
 @register_format("auto-round", "intel/auto-round")
 @dataclass(frozen=True)
 class AutoRound(Format):
-    """``quant_method: auto-round`` with an integer packing.
+    """``quant_method: auto-round``. ``floats``: it is one of the exports of ``auto_round_floats``.
 
     ``extra``: the entries of ``extra_config`` that override settings of modules, which are in
     ``overrides``; 16 bits means unquantized. Modules outside of ``blocks`` are unquantized, unless
@@ -91,7 +94,7 @@ class AutoRound(Format):
 
     aliases = ("inc", "auto-round", "auto_round")
     vllm_name = "inc"
-    marker_tensors = ("qweight",)
+    marker_tensors = ("qweight", "weight_packed")
 
     bits: int
     group_size: int
@@ -100,13 +103,17 @@ class AutoRound(Format):
     extra: ExtraConfig
     overrides: dict[str, Fields]
     blocks: Blocks
+    floats: bool = False
 
     @classmethod
     def parse(cls, config: dict[str, Any]) -> Self:
         fields = Fields(config)
-        bits, group_size = fields.integer("bits"), fields.integer("group_size")
-        packing = fields.word("packing_format") or DEFAULT_PACKING
-        if packing not in (*GPTQ_VERSIONS, *AWQ_PACKINGS):
+        packing = _packing(fields)
+        floats = is_float(fields, packing)
+        packing = packing or DEFAULT_PACKING
+        bits = fields.integer("bits")
+        group_size = -1 if floats else fields.integer("group_size")
+        if not floats and packing not in (*GPTQ_VERSIONS, *AWQ_PACKINGS):
             raise ConfigError(
                 f"packing_format {packing!r} "
                 f"(supported: {', '.join((*GPTQ_VERSIONS, *AWQ_PACKINGS))})"
@@ -117,13 +124,17 @@ class AutoRound(Format):
         blocks = Blocks.of(field, _at_commas(fields.names(field)))
         extra = ExtraConfig.of("extra_config", overrides)
         symmetric = bool(fields.flag("sym"))
-        return cls(config, bits, group_size, packing, symmetric, extra, overrides, blocks)
+        return cls(config, bits, group_size, packing, symmetric, extra, overrides, blocks, floats)
 
     @classmethod
     def unsupported(cls, config: dict[str, Any]) -> str | None:
         fields = Fields(config)
-        packing = fields.word("packing_format") or DEFAULT_PACKING
+        packing = _packing(fields)
         data_type = fields.word("data_type") or "int"
+        if is_float(fields, packing):
+            found = float_scheme(fields, "", FileView())
+            return f"AutoRound with {found}" if isinstance(found, str) else None
+        packing = packing or DEFAULT_PACKING
         if packing not in (*GPTQ_VERSIONS, *AWQ_PACKINGS) or not data_type.startswith("int"):
             return f"AutoRound packing {packing} of {data_type}"
         if fields.integer("act_bits", default=16) < 16:
@@ -132,6 +143,8 @@ class AutoRound(Format):
 
     def delegated(self) -> tuple[str | None, dict[str, Any]]:
         """As GPTQ or AWQ, whose tensors these are: vLLM's class for AutoRound has no experts."""
+        if self.floats:
+            return self.vllm_name, self.config
         if self.packing in AWQ_PACKINGS:
             kept = [entry for entry, o in self.overrides.items() if _is_unquantized(o)]
             return "auto_awq", {
@@ -186,6 +199,12 @@ class AutoRound(Format):
                 return Unquantized("outside of block_name_to_quantize")
             if not self.blocks and kind is LayerKind.HEAD:
                 return Unquantized("lm_head is not quantized")
+        if self.floats:
+            merged = Fields({**self.config, **override.values})
+            scheme = float_scheme(merged, module, file)
+            if isinstance(scheme, str):
+                return Delegated(f"AutoRound with {scheme}")
+            return scheme
         group_size = override.integer("group_size", default=self.group_size)
         sym = override.flag("sym")
         symmetric = "sym: true" if (self.symmetric if sym is None else sym) else ""
@@ -198,6 +217,16 @@ class AutoRound(Format):
         if bits != 4:
             raise ConfigError(f"{module}: AWQ packing with {bits} bits (supported: 4)")
         return awq_gemm_scheme(checked_group(group_size), symmetric=symmetric)
+
+
+def _packing(fields: Fields) -> str:
+    """``packing_format``, or what early releases called ``backend``; empty if neither says one."""
+    backend = fields.word("backend")
+    if (packing := fields.word("packing_format")) or backend in ("", "auto"):
+        return packing
+    if backend in (*GPTQ_VERSIONS, *AWQ_PACKINGS):
+        return backend
+    return AWQ_PACKINGS[0] if "awq" in backend else DEFAULT_PACKING
 
 
 def _is_unquantized(override: Fields) -> bool:

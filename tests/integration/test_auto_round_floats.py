@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small models as AutoRound exports floats, layer by layer against definitions in numpy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.compressed_tensors_store import CompressedWeight
+from tests.support.float8_store import Float8
+from tests.support.float_models import (
+    FloatModel,
+    Store,
+    assert_computes,
+    layers_of,
+    some_input,
+    write,
+)
+from tests.support.model_loading import loaded
+from tests.support.synthetic import Model, Quant
+from vllm.compressed_linear.integration.preparation import PROCESS_PLAN
+
+SMALL: dict[str, Any] = {"quant": Quant("gptq"), "hidden": 128, "intermediate": 256}
+PACKING = {"packing_format": "auto_round:llm_compressor"}
+MX = {"data_type": "mx_fp", "group_size": 32, "act_data_type": "mx_fp", "act_group_size": 32}
+FP8 = {"bits": 8, "data_type": "fp", "packing_format": "auto_round:fp8"}
+NVFP4 = {"bits": 4, "data_type": "nv_fp", "group_size": 16}
+STATIC_GS = {"act_bits": 4, "act_data_type": "nv_fp4_with_static_gs", "act_group_size": 16}
+
+VARIANTS: dict[str, tuple[dict[str, Any], Store]] = {
+    "mxfp4": (
+        {"bits": 4, "act_bits": 4, **MX, **PACKING},
+        CompressedWeight(4, "mxfp4-pack-quantized", "group", 32, x="mxfp4"),
+    ),
+    "mxfp4-a16": (
+        {"bits": 4, **MX},
+        CompressedWeight(4, "mxfp4-pack-quantized", "group", 32),
+    ),
+    "mxfp8": (
+        {"bits": 8, "act_bits": 8, **MX, **PACKING},
+        Float8((1, 32), scale_dtype=torch.uint8, x="ue8m0"),
+    ),
+    "nvfp4": (
+        {**NVFP4, **STATIC_GS, **PACKING},
+        CompressedWeight(4, "nvfp4-pack-quantized", "tensor_group", 16, x="nvfp4"),
+    ),
+    "nvfp4-a16": (
+        {**NVFP4, **PACKING},
+        CompressedWeight(4, "nvfp4-pack-quantized", "tensor_group", 16),
+    ),
+    "fp8-static": (
+        {**FP8, "group_size": 0, "act_bits": 8, "act_group_size": 0, "act_dynamic": False},
+        Float8(x="static"),
+    ),
+    "fp8-channel-static": (
+        {**FP8, "group_size": -1, "act_bits": 8, "act_group_size": 0, "act_dynamic": False},
+        Float8(shape="N", x="static"),
+    ),
+    "fp8-channel-dynamic": (
+        {**FP8, "group_size": -1, "act_bits": 8, "act_group_size": -1},
+        Float8(shape="N1", x="token"),
+    ),
+    "fp8-blocks": (
+        {**FP8, "group_size": [128, 128], "act_bits": 8, "act_group_size": 128},
+        Float8((128, 128), scale="weight_scale_inv", x="group"),
+    ),
+    "int8": (
+        {"bits": 8, "data_type": "int", "group_size": -1, "act_bits": 8, "sym": True, **PACKING},
+        CompressedWeight(x="token"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_layer_computes_what_its_file_means(name: str, tmp_path: Path) -> None:
+    settings, store = VARIANTS[name]
+    config = {"quant_method": "auto-round", "sym": True, **settings}
+    found = write(FloatModel(config, store, Model(**SMALL)), tmp_path)
+    with loaded(tmp_path) as model:
+        for layer_name, layer, members in layers_of(model, found.stored):
+            x = some_input(members[0].meaning.shape[1])
+            assert_computes(layer, layer_name, members, x)
+        assert {e.backend for e in PROCESS_PLAN.entries.values()} <= {"cpu", "cpu_int8"}
+
+
+def test_negative_scales(tmp_path: Path) -> None:
+    """About half of AutoRound's scales are."""
+    settings, _ = VARIANTS["int8"]
+
+    def store(module: str, *rest: Any) -> Any:
+        stored = CompressedWeight(x="token")(module, *rest)
+        assert stored is not None
+        signs = torch.where(torch.arange(len(stored.tensors["weight_scale"])) % 2 == 0, -1.0, 1.0)
+        stored.tensors["weight_scale"] *= signs.unsqueeze(1)
+        stored.meaning[:] *= signs.double().unsqueeze(1).numpy()
+        return stored
+
+    config = {"quant_method": "auto-round", **settings}
+    found = write(FloatModel(config, store, Model(**SMALL)), tmp_path)
+    with loaded(tmp_path) as model:
+        for layer_name, layer, members in layers_of(model, found.stored):
+            assert_computes(layer, layer_name, members, some_input(members[0].meaning.shape[1]))
