@@ -19,6 +19,7 @@ from tests.support.float_models import (
     FloatModel,
     Store,
     Stored,
+    Twins,
     Written,
     assert_computes,
     assert_near,
@@ -319,3 +320,42 @@ def test_latent_attention_gets_weights_without_the_rounding_of_x(
     for key in derived:
         error = (ours[key] - expected[key]).abs().max() / expected[key].abs().max()
         assert float(error) <= 1e-6, key
+
+
+@pytest.mark.usefixtures("torchvision", "inspect_in_process")
+def test_mixed_precision_of_linear_attention_with_several_parts_in_a_tensor(
+    mixed_qwen: Twins,
+) -> None:
+    """As nvidia's Qwen3.6: fp8 with a scale for q, k and v in one tensor and another for z."""
+    with loaded(mixed_qwen.quantized, skip_tokenizer_init=True) as model:
+        layers = list(layers_of(model, mixed_qwen.stored))
+        for name, layer, members in layers:
+            assert_computes(layer, name, members, some_input(members[0].meaning.shape[1]))
+        entries = PROCESS_PLAN.entries.values()
+        assert {entry.backend for entry in entries} == {"cpu"}
+    assert any("in_proj_qkvz" in name for name, _, _ in layers)
+    assert any("mlp.down_proj" in name for name, _, _ in layers)
+
+
+LINEAR_ATTENTION = ("in_proj_qkv", "in_proj_z", "out_proj")
+PLAIN = ("in_proj_a", "in_proj_b", "conv1d", "q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@pytest.fixture(scope="module")
+def mixed_qwen(tmp_path_factory: pytest.TempPathFactory) -> Twins:
+    """Written before torchvision has a stand-in, which the transformers library would take."""
+    fp8 = Float8(shape="", x="static", plain=PLAIN)
+    store = Of(fp8, ModelOptWeights("nvfp4"))
+    layers = {
+        f"model.layers.{i}.linear_attn.{name}": {"quant_algo": "FP8"}
+        for i in range(4)
+        for name in LINEAR_ATTENTION
+    }
+    layers |= {
+        f"model.layers.{i}.mlp.{name}_proj": {"quant_algo": "W4A16_NVFP4", "group_size": 16}
+        for i in range(4)
+        for name in ("gate", "up", "down")
+    }
+    config = flat("MIXED_PRECISION", quantized_layers=layers)
+    path = tmp_path_factory.mktemp("mixed")
+    return write_family(WITHOUT_LOGITS["qwen3.5-hybrid"], config, store, path)
