@@ -17,8 +17,9 @@ from pydantic import ValidationError
 
 from tests.support.checkpoints import COPIES
 from tests.support.fuzzing import configs, containers, tensors
-from tests.support.fuzzing.decode import NoMeaningError, stored_layers, weight
+from tests.support.fuzzing.decode import stored_layers, weight
 from tests.support.fuzzing.files import Mutant, Tensor, unmutated
+from tests.support.fuzzing.numbers import NoMeaningError
 from tests.support.fuzzing.verdict import ERRORS, draw_mutant, judge_error
 from tests.support.model_loading import loaded, logits
 

@@ -204,6 +204,16 @@ DAMAGES: dict[str, tuple[str, Callable[[Tensors], object], tuple[object, ...]]] 
         _set(f"{K}.{INV}", _with(0)),
         (f"{K}.{INV}", "finite", "inf"),
     ),
+    "NaN among the codes": (
+        "channel",
+        _set(f"{K}.weight", lambda t: _with(0x7F)(t.view(torch.uint8)).view(t.dtype)),
+        (f"{K}.weight", "nan", "channel 0"),
+    ),
+    "an infinite code": (
+        "e5m2",
+        _set(f"{K}.weight", lambda t: _with(0xFC)(t.view(torch.uint8)).view(t.dtype)),
+        (f"{K}.weight", "-inf", "channel 0"),
+    ),
     "input scale of zero": (
         "scalars",
         _set(f"{K}.input_scale", _with(0)),

@@ -12,21 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from tests.support.fuzzing import decode_floats
 from tests.support.fuzzing.files import Tensor
+from tests.support.fuzzing.numbers import FLOATS, Array, NoMeaningError, floats
 
-Array = npt.NDArray[Any]
 INTEGERS = {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"}
 INTEGERS |= {"U64": "<u8", "U32": "<u4", "U16": "<u2"}
-FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 OPTIONAL = ("qzeros", "g_idx", "weight_shape")
 PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-
-
-class NoMeaningError(Exception):
-    """The tensors say nothing: a shape, a dtype or a value that the layout does not have."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +37,9 @@ class Stored:
     shapes: dict[str, tuple[int, ...]]
     ordered: bool = False
     symmetric: bool = False
+    block: tuple[int, int] = (128, 128)
+    inverse: bool = False
+    """Of scales of 8-bit codes: rows and channels that share one, and whether they are divisors."""
 
 
 def stored_layers(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Stored]:
@@ -57,10 +55,17 @@ def stored_layers(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> d
             if name.rpartition(".")[0] == module
         }
         shapes = {last: tensor.shape for last, tensor in own.items()}
-        if "weight" in own and len(shapes["weight"]) == 2 and "embed" not in module:
-            if own["weight"].dtype in ("BF16", *FLOATS):
-                n, k = shapes["weight"]
-                found[module] = Stored("plain", n, k, 16, 1, shapes)
+        plain = "weight" in own and own["weight"].dtype in ("BF16", *FLOATS)
+        if plain and len(shapes["weight"]) == 2 and "embed" not in module:
+            n, k = shapes["weight"]
+            found[module] = Stored("plain", n, k, 16, 1, shapes)
+        elif (small := decode_floats.family_of(own)) is not None:
+            codes = shapes.get("weight", shapes.get("weight_packed", (0, 0)))
+            n, k = decode_floats.extents(small, codes)
+            inverse = quantization.get("weight_scale_semantics") == "inverse"
+            block = decode_floats.block_of(quantization)
+            bits = 8 if small == "eight" else 4
+            found[module] = Stored(small, n, k, bits, 1, shapes, block=block, inverse=inverse)
         elif "weight_packed" in own:
             n, groups = shapes["weight_scale"]
             k = int(np.frombuffer(own["weight_shape"].data, "<i8")[1])
@@ -119,21 +124,13 @@ def weight(layer: str, stored: Stored, tensors: Mapping[str, Tensor]) -> Array:
         if tensor.shape != stored.shapes[last]:
             raise NoMeaningError(f"{last} has another shape")
     try:
+        if stored.family == "eight":
+            return decode_floats.eight(stored.n, stored.k, stored.block, stored.inverse, own)
+        if (small := _SMALL.get(stored.family)) is not None:
+            return small(stored.n, stored.k, own)
         return _DECODERS[stored.family](stored, own)
     except KeyError as error:
         raise NoMeaningError(f"{error} is missing") from None
-
-
-def floats(tensor: Tensor) -> Array:
-    """float64 values. Raises ``NoMeaningError`` for integers and for infinite values."""
-    if tensor.dtype == "BF16":
-        wide = np.frombuffer(tensor.data, "<u2").astype(np.uint32) << 16
-        values = wide.view(np.float32).astype(np.float64)
-    elif tensor.dtype in FLOATS:
-        values = np.frombuffer(tensor.data, FLOATS[tensor.dtype]).astype(np.float64)
-    else:
-        raise NoMeaningError(f"{tensor.dtype} is not a float")
-    return values.reshape(tensor.shape)
 
 
 def _words(tensor: Tensor, dtype: str = "I32") -> Array:
@@ -263,6 +260,11 @@ def _plain(stored: Stored, own: Mapping[str, Tensor]) -> Array:
     return floats(own["weight"])
 
 
+_SMALL = {
+    "nvfp4": decode_floats.nvfp4,
+    "mxfp4": decode_floats.mxfp4,
+    "int4_rows": decode_floats.int4_rows,
+}
 _DECODERS = {
     "plain": _plain,
     "packed": _packed,

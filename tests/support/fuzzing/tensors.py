@@ -10,15 +10,17 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from tests.support.fuzzing.decode import INTEGERS, floats
+from tests.support.fuzzing.decode import INTEGERS
+from tests.support.fuzzing.decode_floats import FLOATS8
 from tests.support.fuzzing.files import Mutant, Tensor
+from tests.support.fuzzing.numbers import floats
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
 WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1}
 WIDTHS |= {"U8": 1, "U16": 2, "U32": 4, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "BOOL": 1}
 CODES = ("qweight", "weight_packed")
-SCALES = ("scales", "weight_scale")
+SCALES = ("scales", "weight_scale", "weight_scale_inv")
 ZEROS = ("qzeros", "weight_zero_point")
 
 
@@ -99,6 +101,9 @@ def widen(draw: Draw, mutant: Mutant) -> None:
     tensor = mutant.tensors[name]
     if tensor.dtype in INTEGERS:
         values, dtype = _array(tensor), draw(st.sampled_from(["I64", "I32", "I16", "I8", "F32"]))
+    elif tensor.dtype in FLOATS8:
+        values = FLOATS8[tensor.dtype][_array(tensor)]
+        dtype = draw(st.sampled_from(["F32", "F64"]))
     else:
         values, dtype = floats(tensor), draw(st.sampled_from(["F32", "F64", "I32"]))
     kind = INTEGERS.get(dtype) or {"F32": "<f4", "F64": "<f8"}[dtype]
@@ -129,7 +134,7 @@ def scales(draw: Draw, mutant: Mutant) -> None:
     """NaN, infinite, 0, negative and tiny scales and float zero points."""
     name = choose(draw, mutant, *SCALES, "qzeros")
     tensor = mutant.tensors[name]
-    if tensor.dtype in INTEGERS:
+    if tensor.dtype in INTEGERS or tensor.dtype in FLOATS8:
         return
     value = draw(st.sampled_from([np.nan, np.inf, -np.inf, 0.0, -0.0, -1.0, 6e-8, 65504.0]))
     values = floats(tensor).astype(np.float32)
@@ -142,8 +147,15 @@ def scales(draw: Draw, mutant: Mutant) -> None:
 
 def codes(draw: Draw, mutant: Mutant) -> None:
     """Other codes are other weights, and nothing else."""
-    name = choose(draw, mutant, *CODES)
+    coded = (*FLOATS8, "U8", "I8")
+    called_weight = any(
+        name.endswith("_proj.weight") and tensor.dtype in coded
+        for name, tensor in mutant.tensors.items()
+    )
+    name = choose(draw, mutant, *CODES, *(("weight",) if called_weight else ()))
     tensor = mutant.tensors[name]
+    if name.endswith(".weight") and tensor.dtype not in coded:
+        return
     array = _array(tensor).copy()
     at = draw(st.integers(0, array.size - 1))
     array.reshape(-1)[at] ^= 1 << draw(st.integers(0, 8 * array.itemsize - 2))

@@ -13,8 +13,10 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from tests.support.fuzzing.decode import NoMeaningError, Stored, flags, stored_layers, weight
+from tests.support.fuzzing.decode import Stored, flags, stored_layers, weight
+from tests.support.fuzzing.decode_floats import block_of
 from tests.support.fuzzing.files import FILE, INDEX, Mutant, Tensor, unmutated
+from tests.support.fuzzing.numbers import NoMeaningError
 from tests.support.fuzzing.reader import Found, equal
 from tests.support.fuzzing.tensors import Draw
 from vllm.compressed_linear.checkpoint.shard import CheckpointError
@@ -111,6 +113,9 @@ def _meanings(mutant: Mutant, whole: Mutant, stored: Stored) -> list[Stored]:
     original = whole.config["quantization_config"]
     if not isinstance(config, dict) or config == original or stored.family in ("plain", "packed"):
         return [stored]
+    if stored.family == "eight":
+        divisors = config.get("weight_scale_semantics") == "inverse"
+        return [replace(stored, block=block_of(config), inverse=divisors)]
     ordered, symmetric = flags(config)
     stored = replace(stored, ordered=ordered, symmetric=symmetric)
     if "gptq" not in stored.family:
@@ -131,7 +136,8 @@ _WEIGHTS: dict[Any, Any] = {}
 def _weight(layer: str, stored: Stored, found: Mapping[str, Tensor]) -> Any:
     """The oracle's weight, or None; computed once for the same tensors."""
     own = tuple((last, found.get(f"{layer}.{last}")) for last in stored.shapes)
-    key = (layer, stored.family, stored.ordered, stored.symmetric, own)
+    meaning = (stored.ordered, stored.symmetric, stored.block, stored.inverse)
+    key = (layer, stored.family, meaning, own)
     if key not in _WEIGHTS:
         if len(_WEIGHTS) > 2000:
             _WEIGHTS.clear()

@@ -24,6 +24,7 @@ def check_values(
     units of codes.
     """
     _check_numbers(shard)
+    _check_codes(shard)
     codes = shard.stored(Role.CODES)
     if codes is not None and (packing := shard.packing(codes)) is not None and packing.single:
         _check_range(shard, codes, packing)
@@ -42,6 +43,28 @@ def check_values(
         _check_range(shard, points, packing)
     if not underflows and bool((scale == 0).any()):
         _check_dead_groups(shard, name, scale, zero)
+
+
+def _check_codes(shard: LoadedShard) -> None:
+    """Validate that 8-bit floats are finite."""
+    element = shard.source.scheme.weight.element
+    if element.kind != "float" or element.bits != 8:
+        return
+    # Codes without their sign, of which the last ones are infinite or no numbers.
+    first = int((~torch.isfinite(element.table()[:128])).nonzero()[0])
+    step = max(CHUNK_BYTES // max(shard.source.k, 1), 1)
+    for start in range(0, shard.source.n, step):
+        codes = shard.codes(start, min(start + step, shard.source.n))
+        bad = (codes & 127) >= first
+        if bool(bad.any()):
+            row, channel = (int(i) for i in bad.nonzero()[0])
+            stored = shard.stored(Role.CODES)
+            raise CheckpointError(
+                f"{shard.source.name}.{stored.name if stored else 'weight'}: a weight is "
+                f"{float(element.decode(codes[row, channel]))} at output channel "
+                f"{shard.source.n_start + start + row}, input channel "
+                f"{shard.source.k_start + channel}; expected finite numbers"
+            )
 
 
 def _check_numbers(shard: LoadedShard) -> None:

@@ -26,6 +26,9 @@ OUTER_NAMES = ("draft_model", "language_model")
 ATTENTION_SCALES = frozenset({"kv_scale", "k_scale", "v_scale"})
 """Scales of the key-value cache, by the names that vLLM knows (``get_cache_scale_mapper``)."""
 
+SCALES = frozenset({"weight_scale", "weight_scale_inv"})
+"""Scales of codes that are called ``weight``: next to a plain one they say that it is damaged."""
+
 _LIST_TWICE = re.compile(r"\.(\w+)\.(\d+)\.\1\.")
 """A list whose name follows the index in it once more."""
 
@@ -174,8 +177,9 @@ class FileView:
         return self.headers.holding(self.marker_tensors).modules
 
     def unquantized_on_disk(self, module: str) -> Unquantized | None:
-        """``Unquantized`` if the file has a float ``weight`` for ``module`` and no codes, or has
-        its name only under other parents (models rename while they load) and never with codes."""
+        """``Unquantized`` if the file has a float ``weight`` for ``module`` and neither codes nor
+        scales, or has its name only under other parents (models rename while they load) and never
+        with codes."""
         if self.headers is None:
             return None
         found = self.tensors_on_disk(module)
@@ -184,7 +188,7 @@ class FileView:
             if self._quantized_by_last_word.get(name) is False:
                 return Unquantized(f"no {name} of the checkpoint is quantized")
             return None
-        if "weight" not in found or self.quantized_on_disk(module):
+        if "weight" not in found or self.quantized_on_disk(module) or found & SCALES:
             return None
         header = self.header(module, "weight")
         if header is None or header.dtype not in ("bfloat16", "float16", "float32"):

@@ -117,6 +117,9 @@ def _weight_on_disk(module: str, file: FileView) -> str | None:
     if weight is None or scale is None:
         return None
     powers = scale.dtype in BYTES
+    second = "weight_scale_2" in (file.tensors_on_disk(module) or ())
+    if powers and second:
+        return None
     if weight.dtype in ("float8_e4m3fn", "float8_e5m2"):
         return "mxfp8" if powers else "fp8"
     if weight.dtype == "uint8":
@@ -200,7 +203,11 @@ def _grouped(
         ),
         "int8": (INT8, _packed(Packing(8, "K", container="int8", signed=True)), "float32", -1),
     }[kind]
-    size = -1 if usual == -1 else _group(module, file, codes, group_size or usual)
+    size = group_size or usual
+    if kind == "int4":
+        size = _group(module, file, size)
+    elif kind == "int8":
+        size = -1
     header = file.header(module, "weight_scale")
     axes: tuple[str | int, ...] = ("N", "G")
     if kind == "int8":
@@ -225,15 +232,13 @@ def _packed(packing: Packing) -> StoredTensor:
     return StoredTensor("weight", Role.CODES, packing.container, ("N", "K"), packing)
 
 
-def _group(module: str, file: FileView, codes: StoredTensor, stated: int) -> int:
+def _group(module: str, file: FileView, stated: int) -> int:
     """Channels that share a scale: ``stated``, unless the file has another number of groups, into
-    which they divide evenly."""
+    which they divide evenly. Only integers have groups of any size."""
     weight, scale = file.header(module, "weight"), file.header(module, "weight_scale")
     if weight is None or scale is None or len(weight.shape) != 2 or len(scale.shape) != 2:
         return stated
-    packed = codes.packing is not None and codes.packing.axis == "K"
-    k = weight.shape[1] * (2 if packed else 1)
-    groups = scale.shape[1]
+    k, groups = weight.shape[1], scale.shape[1]
     if not groups or -(-k // stated) == groups or k % groups:
         return stated
     return k // groups
