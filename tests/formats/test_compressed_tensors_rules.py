@@ -255,6 +255,24 @@ def test_the_file_settles_which_of_several_groups_a_module_has(
             assert (found.weight.zero is not None) == zero
 
 
+def test_two_formats_with_one_target_are_told_by_the_container() -> None:
+    """As in published mixtures of fp8 attention and 4-bit experts."""
+    blocks = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]}
+    config = groups((["Linear"], blocks), (["Linear", "re:.*w1$"], INT4), format="mixed-precision")
+    for group, form in (("group_0", "float-quantized"), ("group_1", "pack-quantized")):
+        config["config_groups"][group]["format"] = form
+    fp8 = Headers(
+        {
+            f"{Q}.weight": TensorHeader("float8_e4m3fn", (64, 256), 0, "a"),
+            f"{Q}.weight_scale": TensorHeader("float32", (1, 2), 0, "a"),
+        }
+    )
+    found = Described.of(config, fp8).resolve(Q)
+    assert isinstance(found, CheckpointScheme)
+    assert found.weight.element.name == "e4m3"
+    assert bits_and_group(Described.of(config, headers_of_packed(4)).resolve(Q)) == (4, 128)
+
+
 def test_where_shapes_fit_two_groups_the_stated_shape_settles_it(tmp_path: Path) -> None:
     """Per channel, 4 bits of 256 channels and 8 bits of 128 are as wide."""
     channel = {"strategy": "channel", "group_size": None}
@@ -326,3 +344,15 @@ def test_static_outputs(inputs: bool, symmetric: bool) -> None:
     looked_up = resolve(table, "model.embed_tokens", LayerKind.EMBEDDING)
     assert isinstance(looked_up, CheckpointScheme)
     assert (looked_up.activation, looked_up.output_activation) == (None, None)
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_quantized_activations_of_plain_weights_are_refused_by_name(side: str) -> None:
+    config = groups((["Linear"], INT4))
+    static = {"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": False}
+    config["config_groups"]["group_0"] |= {"weights": None, f"{side}_activations": static}
+    with pytest.raises(ConfigError, match=saying(Q, f"group_0.{side}_activations", "null")):
+        resolve(config)
+    # Of attention they are scales of the cache, which vLLM reads elsewhere.
+    config["config_groups"]["group_0"]["targets"] = ["LlamaAttention"]
+    assert isinstance(resolve(config), Unquantized)

@@ -4,6 +4,7 @@ numpy."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support.compressed_tensors_store import CompressedWeight
+from tests.support.described import Described
 from tests.support.float_models import (
     FloatModel,
     assert_computes,
@@ -22,8 +24,14 @@ from tests.support.float_models import (
 )
 from tests.support.messages import saying
 from tests.support.model_loading import loaded
+from tests.support.shards import load, source_of
 from tests.support.synthetic import Model, Quant
+from vllm.compressed_linear.checkpoint.describe import LayerContext
+from vllm.compressed_linear.checkpoint.parts import refine
+from vllm.compressed_linear.formats.resolution import ConfigError
+from vllm.compressed_linear.integration.linear import CompressedLinearMethod
 from vllm.compressed_linear.integration.preparation import PROCESS_PLAN
+from vllm.compressed_linear.spec.scheme import CheckpointScheme
 
 SMALL: dict[str, Any] = {"quant": Quant("gptq"), "hidden": 128, "intermediate": 256}
 PACKED = CompressedWeight(4, "pack-quantized")
@@ -178,3 +186,81 @@ def test_other_shapes_and_dtypes_are_one_clear_error(
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=saying(f"{K}.{tensor}", *complaint)), loaded(tmp_path):
         pass
+
+
+def test_a_mixture_as_in_googles_mobile_checkpoints(tmp_path: Path) -> None:
+    """2-bit head, 4-bit attention and 8-bit feed-forward layers between static inputs and
+    outputs; the configuration is where early releases had it."""
+    attention = replace(PACKED, x="static", y=True)
+    wide = CompressedWeight(x="static", y=True)
+    head = CompressedWeight(2, "pack-quantized")
+    named = {"embeddings": head, "llm": attention, "gates": wide}
+    targets = {
+        "embeddings": ["re:.*lm_head$"],
+        "llm": [r"re:.*self_attn\..*_proj$"],
+        "gates": [r"re:.*mlp\..*"],
+    }
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": "mixed-precision",
+        "config_groups": {
+            name: {**store.config_group, "targets": targets[name]} for name, store in named.items()
+        },
+        "ignore": [],
+    }
+
+    def store(module: str, *rest: Any) -> Any:
+        kind = "embeddings" if module == "lm_head" else "llm" if "attn" in module else "gates"
+        return named[kind](module, *rest)
+
+    found = write(FloatModel(config, store, Model(**(SMALL | {"vocab": 501})), head=True), tmp_path)
+    described = json.loads((tmp_path / "config.json").read_text())
+    described["compression_config"] = described.pop("quantization_config")
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    with loaded(tmp_path) as model:
+        checked = [name for name, *_ in layers_of(model, found.stored)]
+        for layer_name, layer, members in layers_of(model, found.stored):
+            x = some_input(members[0].meaning.shape[1])
+            assert_computes(layer, layer_name, members, x)
+        assert "lm_head" in checked
+        assert {e.backend for e in PROCESS_PLAN.entries.values()} <= {"cpu", "cpu_int8"}
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_together_hold_the_whole_weight(size: int, tmp_path: Path) -> None:
+    """Of every kind of scales, rows and channels divided, also where a border is inside of a block
+    or group."""
+    for name in ("ragged-blocks", "group-token-asymmetric", "nvfp4", "mxfp4", "outputs"):
+        variant = VARIANTS[name]
+        found = write(model_of(variant), tmp_path / name)
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        described = Described.of(variant.store.config).with_file(tmp_path / name)
+        module = "model.layers.0.mlp.down_proj"
+        meaning = torch.from_numpy(found.stored[module].meaning)
+        n, k = meaning.shape
+        scheme = described.resolve(module)
+        assert isinstance(scheme, CheckpointScheme)
+        for axis, length in (("n", n), ("k", k)):
+            step = length // size
+            for rank in range(size):
+                part = {f"{axis}_start": rank * step, axis: step}
+                shard = load(source_of(module, scheme, n, k, part), tensors)
+                (refined,) = refine([shard], LayerContext("float32", "float32"))
+                own = meaning.narrow(0 if axis == "n" else 1, rank * step, step)
+                got = refined.weights.dequantize(0, shard.source.n).double()
+                torch.testing.assert_close(got, own, rtol=1e-6, atol=1e-9)
+                assert (shard.output_scale() is None) == (not variant.store.y)
+
+
+@pytest.mark.parametrize("name", ["outputs", "rotated"])
+def test_what_needs_all_channels_is_refused_where_ranks_divide_them(name: str) -> None:
+    store = replace(VARIANTS[name].store, rotation=128 if name == "rotated" else 0)
+    scheme = Described.of(store.config).resolve("a.down_proj")
+    assert isinstance(scheme, CheckpointScheme)
+    method = CompressedLinearMethod.__new__(CompressedLinearMethod)
+    method.prefix = "a.down_proj"
+    method.sources = [source_of("a.down_proj", scheme, 96, 128, {"k_start": 0, "k": 64})]
+    with pytest.raises(ConfigError, match=saying("a.down_proj", "--tensor-parallel-size 1")):
+        method._check_sums_over_ranks(64)
+    if name == "rotated":
+        method._check_sums_over_ranks(128)

@@ -174,7 +174,7 @@ def _group(name: str, group: Fields, config: Fields) -> Group:
     sparsity = _sparsity(config)
     fields = group.fields("weights")
     if not fields:
-        return Group(name, reason=f"config group {name} has no weights")
+        return Group(name, reason=f"config group {name} has no weights", refusal=_alone(group))
     word = group.word("format") or config.word("format")
     packed = word in ("", "pack-quantized")
     weights = Arguments.read(fields, default_strategy="channel" if packed else "tensor")
@@ -223,6 +223,19 @@ def _group(name: str, group: Fields, config: Fields) -> Group:
     )
     found.resolve("", LayerKind.LINEAR, FileView())  # raises for widths that do not exist
     return found
+
+
+def _alone(group: Fields) -> str:
+    """Why modules whose weights are not quantized cannot run; empty if nothing else is either."""
+    sides = ("input", "output")
+    found = [side for side in sides if group.fields(f"{side}_activations")]
+    if not found:
+        return ""
+    return (
+        f"{group.where}.{found[0]}_activations asks for quantized {found[0]}s of layers whose "
+        "weights are not quantized, which neither this package nor vLLM computes; set it to null to "
+        "run the layer without"
+    )
 
 
 def _likely_form(weights: Arguments) -> Form:
