@@ -339,7 +339,7 @@ def test_plans_name_the_instruction_set_that_runs(
 ) -> None:
     monkeypatch.delenv(CPU_ISA, raising=False)
     descriptor = Case(uint(4)).build().descriptor
-    assert CpuBackend.variant(descriptor, Platform.parse(f"cpu:{tier}")) == tier
+    assert CpuBackend.variant(descriptor, Platform.parse(f"cpu:{tier}")).endswith(tier)
     for isa in ISAS:
         torch.ops.compressed_linear.select_isa("floats", isa)
         try:

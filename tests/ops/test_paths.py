@@ -15,7 +15,7 @@ from vllm.compressed_linear.machine import native
 
 pytestmark = pytest.mark.skipif(native.available() is not None, reason=str(native.available()))
 
-NARROW = "floats/narrow/bfloat16"
+NARROW = "floats/int/bfloat16"
 FIRST, LAST = (ISAS[0], ISAS[-1]) if ISAS else ("", "")
 
 

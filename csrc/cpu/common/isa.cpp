@@ -21,7 +21,7 @@ namespace compressed_linear::cpu {
 // Each is defined in the file of its name: float/avx2.cpp has float_avx2, repack/avx2.cpp
 // repack_avx2.
 #if defined(COMPRESSED_LINEAR_X86)
-LinearFunction float_amx, float_avx512bf16, float_avx512, float_avx2;
+LinearFunction float_amx, float_avx512bf16, float_avx512vnni, float_avx512, float_avx2;
 LinearFunction integer_avx512vnni, integer_amx, integer_avxvnni, integer_avx512, integer_avx2;
 RepackFunction repack_avx512, repack_avx2;
 #elif defined(COMPRESSED_LINEAR_ARM)
@@ -87,8 +87,8 @@ constexpr Isa kIsas[] = {
 #if defined(COMPRESSED_LINEAR_X86)
     {"avx512bf16", "avx512bf16", kNeedsAvx512 | bits_of(kAvx512Bf16), float_avx512bf16, nullptr,
      repack_avx512},
-    {"avx512vnni", "avx512bf16", kNeedsAvx512 | bits_of(kAvx512Vnni), nullptr, integer_avx512vnni,
-     nullptr},
+    {"avx512vnni", "avx512bf16", kNeedsAvx512 | bits_of(kAvx512Vnni), float_avx512vnni,
+     integer_avx512vnni, repack_avx512},
     {"amx", "amx", kNeedsAvx512 | bits_of(kAvx512Bf16, kAvx512Vnni) | kNeedsTiles, float_amx,
      integer_amx, repack_avx512},
     // Byte dot products of 256 bits are faster than 16-bit ones of 512.

@@ -70,6 +70,13 @@ Paths parse(const std::string& line, std::istringstream& rest, Kernels kernels) 
 
 }  // namespace
 
+bool takes_digits(const Problem& p) {
+  const Geometry& g = p.weight.geometry;
+  return g.element.kind == Kind::integer && p.weight.layout == PackedLayout::planes &&
+         p.weight.table == nullptr && p.weight.wide_table == nullptr &&
+         (g.groups == 1 || g.padded_group % kBlock == 0);
+}
+
 PathClass path_class(const Problem& p) {
   const Element element = p.weight.geometry.element;
   const bool integer = element.kind == Kind::integer;
@@ -81,9 +88,11 @@ PathClass path_class(const Problem& p) {
   const PathClass first = element.kind == Kind::float16 || element.kind == Kind::float32 ||
                                   p.weight.wide_table != nullptr
                               ? PathClass::wide_bfloat16
-                          : element.kind == Kind::bfloat16 ? PathClass::bf16_bfloat16
-                          : integer && element.bits < 8    ? PathClass::narrow_bfloat16
-                                                           : PathClass::bytes_bfloat16;
+                          : element.kind == Kind::bfloat16      ? PathClass::bf16_bfloat16
+                          : takes_digits(p) && element.bits < 8 ? PathClass::int_bfloat16
+                          : takes_digits(p)                     ? PathClass::int8_bfloat16
+                          : integer && element.bits < 8         ? PathClass::narrow_bfloat16
+                                                                : PathClass::bytes_bfloat16;
   const Scalar x = prepared_type(p);
   const int dtype = x == Scalar::bfloat16 ? 0 : x == Scalar::float16 ? 1 : 2;
   return static_cast<PathClass>(static_cast<int>(first) + dtype);

@@ -14,9 +14,9 @@ namespace compressed_linear::cpu {
 // Calls that have a list of paths in common, by the names in kPathNames.
 enum class PathClass : uint8_t {
   // Layout planes. Codes below 8 bits; bytes: 8 bits and floats of 8 bits; bf16; wide: what bf16
-  // does not hold, weights of fp16 or fp32 or a table of fp32. Then the dtype that holds the rows
-  // of
-  // x, after what is done to them first.
+  // does not hold, weights of fp16 or fp32 or a table of fp32; int and int8: the integers of narrow
+  // and of bytes that takes_digits is true for. Then the dtype that holds the rows of x, after what
+  // is done to them first.
   narrow_bfloat16,
   narrow_float16,
   narrow_float32,
@@ -29,6 +29,12 @@ enum class PathClass : uint8_t {
   wide_bfloat16,
   wide_float16,
   wide_float32,
+  int_bfloat16,
+  int_float16,
+  int_float32,
+  int8_bfloat16,
+  int8_float16,
+  int8_float32,
   // Layout quads. Codes below 8 bits, or of 8; x with a scale for each token or for groups of it.
   narrow_token,
   narrow_group,
@@ -42,10 +48,16 @@ inline constexpr const char* kPathNames[] = {
     "floats/bytes/bfloat16",  "floats/bytes/float16",  "floats/bytes/float32",
     "floats/bf16/bfloat16",   "floats/bf16/float16",   "floats/bf16/float32",
     "floats/wide/bfloat16",   "floats/wide/float16",   "floats/wide/float32",
+    "floats/int/bfloat16",    "floats/int/float16",    "floats/int/float32",
+    "floats/int8/bfloat16",   "floats/int8/float16",   "floats/int8/float32",
     "integers/narrow/token",  "integers/narrow/group", "integers/bytes/token",
     "integers/bytes/group"};
 
 PathClass path_class(const Problem& p);
+
+// Whether the weights are integers that dot products of bytes multiply with digits of x
+// (float/digits.h): without a table, in groups of whole blocks.
+bool takes_digits(const Problem& p);
 
 // The row that multiplies `p`: the forced one, or that of its class and M.
 const Isa& isa_of(const Problem& p);

@@ -75,6 +75,18 @@ def test_bf16_dots_are_taken_where_they_are_fast(name: str) -> None:
     assert isas(NARROW, Platform.parse(f"cpu:{name}")) == ["avx512bf16"]
 
 
+def test_digits_of_x_are_taken_for_few_tokens_of_integers() -> None:
+    zen4 = Platform.parse("cpu:zen4")
+    for weights, most in (("int", 1), ("int8", 3)):
+        found = paths.paths_of(CallClass("floats", weights, "bfloat16"), zen4)
+        assert found == ((most, "avx512vnni"), (None, "avx512bf16"))
+    call = CpuBackend.call_class
+    assert call(descriptor(Case(uint(4), group=32))).weights == "int"
+    assert call(descriptor(Case(uint(8), group=-1))).weights == "int8"
+    assert call(descriptor(Case(uint(4), group=16))).weights == "narrow", "no whole blocks"
+    assert call(descriptor(Case(NF4))).weights == "wide", "no integers"
+
+
 def test_flags_alone_decide_nothing() -> None:
     """One processor, with another rate of bf16 dot products."""
     zen4 = PROFILES["zen4"]

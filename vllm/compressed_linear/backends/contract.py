@@ -24,18 +24,23 @@ class Contract:
     before it is multiplied, for kernels that round dequantized weights. ``activation``: how x is
     quantized although the descriptor does not ask for it, ``activation_error`` on top; such a
     backend is only taken where the user names it. ``input_slack``: for external kernels that
-    multiply by 1/scale, so that ties may round to the neighbouring code.
+    multiply by 1/scale, so that ties may round to the neighbouring code. ``input_rounding``:
+    largest error of each x̂, as a share of the largest |x| among its ``input_group`` channels, for
+    kernels that multiply integers: it is nothing beside the other errors unless those channels meet
+    weights that are nearly 0 where |x| is large.
     """
 
     constant: float = 4.0
     weight_rounding: float = 0.0
     activation: ActivationSpec | None = None
     input_slack: InputSlack | None = None
+    input_rounding: float = 0.0
+    input_group: int = 0
 
     @property
     def exact_input(self) -> bool:
         """Whether x̂ is that of ``spec/activation.py``, so that ``input_error`` is 0."""
-        return self.activation is None and self.input_slack is None
+        return self.activation is None and self.input_slack is None and self.input_rounding == 0
 
     def input_error(
         self,
@@ -51,10 +56,13 @@ class Contract:
         """
         if self.activation is not None:
             return activation_error(x, magnitude, self.activation)
-        if self.input_slack is None:
+        if self.input_slack is not None:
+            slack = self.input_slack(x, input_scale, input_zero).to(torch.float64)
+        elif self.input_rounding:
+            slack = _group_largest(x, self.input_group) * self.input_rounding
+        else:
             return 0.0
-        slack = self.input_slack(x, input_scale, input_zero)
-        return slack.to(torch.float64) @ magnitude.to(torch.float64).t()
+        return slack @ magnitude.to(torch.float64).t()
 
 
 STANDARD = Contract()
@@ -114,13 +122,17 @@ def activation_error(
     """
     if spec.element.kind != "integer" or not spec.dynamic or not spec.symmetric:
         raise ValueError(f"no bound is known for x as {spec}")
-    k = x.shape[1]
-    size = spec.group_size if spec.granularity == "group" else max(k, 1)
-    filled = torch.nn.functional.pad(x.abs().to(torch.float64), (0, -k % size))
+    size = spec.group_size if spec.granularity == "group" else max(x.shape[1], 1)
     # Scale and division are fp32; and what is added up are the rounded x.
-    step = filled.unflatten(1, (-1, size)).amax(2) / spec.maximum * (1 + 2.0**-10)
-    half = (step / 2).repeat_interleave(size, 1)[:, :k]
+    half = _group_largest(x, size) / spec.maximum * (1 + 2.0**-10) / 2
     return half @ magnitude.to(torch.float64).t()
+
+
+def _group_largest(x: torch.Tensor, size: int) -> torch.Tensor:
+    """The largest |x| of the ``size`` channels that each is among: x [M, K] → float64 [M, K]."""
+    k = x.shape[1]
+    filled = torch.nn.functional.pad(x.abs().to(torch.float64), (0, -k % size))
+    return filled.unflatten(1, (-1, size)).amax(2).repeat_interleave(size, 1)[:, :k]
 
 
 def weight_magnitude(

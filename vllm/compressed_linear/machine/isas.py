@@ -35,7 +35,7 @@ ISAS = (
     CpuIsa("avx2", AVX2),
     CpuIsa("avx512", AVX512),
     CpuIsa("avxvnni", AVX2 | {"avxvnni"}, floats=False),
-    CpuIsa("avx512vnni", AVX512_VNNI, floats=False),
+    CpuIsa("avx512vnni", AVX512_VNNI),
     CpuIsa("avx512bf16", AVX512 | {"avx512_bf16"}, integers=False),
     CpuIsa("amx", AMX),
     CpuIsa("neon", frozenset({"neon"}), machine="aarch64"),

@@ -6,6 +6,8 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
+import torch
+
 from vllm.compressed_linear.spec.descriptor import (
     ActivationSpec,
     ScaleSpec,
@@ -18,7 +20,7 @@ from vllm.compressed_linear.spec.packing import Packing
 from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role, StoredTensor
 
 ORDERS = ("plain", "cut", "act", "ragged")
-DATA = ("random", "signed", "largest", "huge", "tiny", "spread", "dead")
+DATA = ("random", "signed", "largest", "huge", "tiny", "spread", "dead", "outliers")
 _SHORT = {
     "bfloat16": "bf16",
     "float16": "fp16",
@@ -38,7 +40,8 @@ class WeightCase:
     group; "cut" the same, but this rank begins in the middle of a group; "act" shuffled; "ragged"
     shuffled, with groups of different sizes. ``data``: "random"; "signed" also negative scales;
     "largest" every code the largest; "huge" and "tiny" scales near the limits of their dtype;
-    "spread" scales over many magnitudes in one row; "dead" whole groups that mean zero.
+    "spread" scales over many magnitudes in one row; "dead" whole groups that mean zero; "outliers"
+    x over 60 binary orders in every group, the largest where all weights are zero.
     ``block_rows``: output channels that share a group's scale. ``row_scale``: None, "tensor" (one
     for each shard) or "channel". ``activation``, ``prescale`` and ``hadamard`` (the block, 0 for
     none): preparation of x. ``output``: static quantization of y.
@@ -89,6 +92,11 @@ class WeightCase:
         parts += [f"x as {self.activation}"] if self.activation else []
         parts += [f"y as {self.output}"] if self.output else []
         return "-".join(parts)
+
+
+def outlying(k: int) -> torch.Tensor:
+    """Which of ``k`` input channels have the largest x of "outliers": bool [K]."""
+    return torch.arange(k) % 32 == 5
 
 
 def offsets(case: WeightCase) -> list[tuple[int, int]]:

@@ -19,6 +19,7 @@ from vllm.compressed_linear.testing.case import (
     WeightCase,
     checkpoint_scheme,
     offsets,
+    outlying,
     weight_spec,
 )
 
@@ -140,10 +141,12 @@ def _values(
         zero = torch.randint(count, scales, generator=generator, dtype=torch.uint8)
     elif case.zero == "float":
         zero = (torch.rand(scales, generator=generator) * (count - 1)).to(scale.dtype)
+    middle = 0 if element.kind != "integer" else element.bias
+    blank = torch.full(scales, middle) if zero is None else zero.to(torch.int64)
+    if case.data == "outliers":
+        codes = torch.where(outlying(full_k), blank[:, index].to(torch.uint8), codes)
     if case.data == "dead":
         dead = (torch.rand(scales, generator=generator) < 0.5)[firsts]
-        middle = 0 if element.kind != "integer" else element.bias
-        blank = torch.full(scales, middle) if zero is None else zero.to(torch.int64)
         if zero is not None:
             zero = torch.where(dead, blank.to(zero.dtype), zero)
         codes = torch.where(dead[:, index], blank[:, index].to(torch.uint8), codes)

@@ -26,7 +26,7 @@ from vllm.compressed_linear.checkpoint.weights import CompressedWeights
 from vllm.compressed_linear.spec.activation import quantize_dequantize
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor, ScaleSpec
 from vllm.compressed_linear.spec.elements import scale_dtype_name, torch_dtype, widen_scale
-from vllm.compressed_linear.testing.case import WeightCase
+from vllm.compressed_linear.testing.case import WeightCase, outlying
 from vllm.compressed_linear.testing.data import WeightData, draw, load_shards
 
 
@@ -56,12 +56,19 @@ class Problem:
 
     def activations(self, rows: int) -> torch.Tensor:
         """x [rows, K] in the input dtype: normal numbers, some channels 30 times larger; scaled so
-        that no result of "huge" weights overflows. If x is quantized, tokens differ in magnitude
+        that no result of "huge" weights overflows; for "outliers" of many magnitudes, zeros and
+        denormals among them. If x is quantized, tokens differ in magnitude
         and some of their channels are zero."""
         x = torch.randn(rows, self.case.k, generator=self.generator, dtype=torch.float64)
         x[:, ::17] *= 30
         if self.case.data == "largest":
             x = x.abs()
+        if self.case.data == "outliers":
+            orders = torch.rand(x.shape, generator=self.generator, dtype=torch.float64) * 60
+            x = x * torch.exp2(-orders)
+            x[:, 3::7] *= 0.0  # of both signs
+            x[:, 2::11] *= 2.0**-100
+            x[:, outlying(self.case.k)] = 2.0 ** (10 if self.case.input_dtype == "float16" else 30)
         if self.case.activation is not None:
             sizes = torch.randint(-12, 3, (rows, 1), generator=self.generator, dtype=torch.float64)
             x = x * torch.exp2(sizes.masked_fill(torch.arange(rows).unsqueeze(1) % 2 == 0, 0))

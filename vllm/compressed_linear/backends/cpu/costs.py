@@ -28,9 +28,10 @@ class KernelCost:
     with scales of x for groups of channels; ``floor``: the fewest cycles from one to the next,
     since operands are loaded for each. ``rows``: the fewest tokens that a call is charged for.
     ``decode``: kind of weights → cycles that 64 of them take once in a call, if the ``lookup``
-    instruction runs once a cycle. ``parts``: dtype of x → terms of bf16 it is split into, others
-    not being multiplied; None: multiplied in fp32, whatever it is. ``narrow``: speed-up of products
-    with codes below 8 bits, two of which fit 16 bits, so that they need not be widened.
+    instruction runs once a cycle. ``parts``: dtype of x → terms of bf16, or digits, that it is
+    split into, others not being multiplied; None: multiplied in fp32, whatever it is. ``narrow``:
+    speed-up of products with codes below 8 bits, two of which fit 16 bits, so that they need not be
+    widened. ``digits``: multiplies integers with digits of x, and nothing else.
     """
 
     instruction: str
@@ -43,11 +44,12 @@ class KernelCost:
     parts: Mapping[str, int] | None = None
     grouped: float = 0.0
     narrow: float = 1.0
+    digits: bool = False
 
     def cycles(self, call: CallClass, profile: Profile, m: int, weights: float) -> float:
         """Of one core for ``m`` tokens and so many ``weights``."""
         slower = 1.0 / (profile.rate(self.lookup) or 1.0) if self.lookup else 1.0
-        decode = self.decode.get(call.weights, 0.0) * slower * weights / CODES_PER_BLOCK
+        decode = self.decode.get(call.decoded, 0.0) * slower * weights / CODES_PER_BLOCK
         efficiency = self.grouped if call.x == "group" else self.efficiency
         if call.weights == "narrow":
             efficiency *= self.narrow
@@ -60,8 +62,9 @@ class KernelCost:
 @dataclass(frozen=True)
 class CallClass:
     """Calls that take one path for each M, as in ``csrc/cpu/common/paths.h``. ``weights``:
-    "narrow" (codes below 8 bits), "bytes", "bf16" or "wide" (what bf16 does not hold); ``x``: the
-    dtype that holds x, or for integers what has a scale of x, "token" or "group"."""
+    "narrow" (codes below 8 bits), "bytes", "bf16" or "wide" (what bf16 does not hold), "int" and
+    "int8" (those of narrow and bytes that can be multiplied with digits of x); ``x``: the dtype
+    that holds x, or for integers what has a scale of x, "token" or "group"."""
 
     kernels: Kernels
     weights: str
@@ -70,11 +73,16 @@ class CallClass:
     def __str__(self) -> str:
         return f"{self.kernels}/{self.weights}/{self.x}"
 
+    @property
+    def decoded(self) -> str:
+        """Kind of weights for kernels that decode them."""
+        return {"int": "narrow", "int8": "bytes"}.get(self.weights, self.weights)
+
 
 CALL_CLASSES = (
     *(
         CallClass("floats", weights, x)
-        for weights in ("narrow", "bytes", "bf16", "wide")
+        for weights in ("narrow", "bytes", "bf16", "wide", "int", "int8")
         for x in ("bfloat16", "float16", "float32")
     ),
     *(
@@ -86,6 +94,7 @@ CALL_CLASSES = (
 
 _PAIRS = {"bfloat16": 1, "float16": 2}
 _TILES = {"bfloat16": 1, "float16": 2, "float32": 3}
+_DIGITS = {"bfloat16": 3, "float16": 3, "float32": 3}
 
 COSTS: dict[Kernels, dict[str, KernelCost]] = {
     "floats": {
@@ -115,6 +124,7 @@ COSTS: dict[Kernels, dict[str, KernelCost]] = {
             floor=1.05,
             parts=_PAIRS,
         ),
+        "avx512vnni": KernelCost("dot8_512", 64, 0.6, {}, floor=1.0, parts=_DIGITS, digits=True),
         "amx": KernelCost(
             "tile_bf16",
             8192,
@@ -154,4 +164,6 @@ def can_multiply(isa: str, call: CallClass) -> bool:
     cost = COSTS[call.kernels].get(isa)
     if cost is None:
         return False
+    if cost.digits:
+        return call.decoded != call.weights
     return cost.parts is None or (call.weights != "wide" and call.x in cost.parts)

@@ -36,7 +36,7 @@ Paths = tuple[tuple[int | None, str], ...]
 
 _WEIGHTS = 4096.0 * 4096.0
 """Weights of the layer for which paths are computed. Its size hardly matters."""
-_BYTES = {"narrow": 0.53, "bytes": 1.0, "bf16": 2.0, "wide": 2.0}
+_BYTES = {"narrow": 0.53, "bytes": 1.0, "bf16": 2.0, "wide": 2.0, "int": 0.53, "int8": 1.0}
 _LARGEST_M = 512
 _MOST_PATHS = 4
 

@@ -2,8 +2,9 @@
 """Weight-only CPU kernels: codes stay packed in memory and are decoded in registers.
 
 Every width from 1 to 8 bits, any group size, bf16/fp16/fp32 weights and activations; AMX, AVX-512
-with or without bf16 dot products, AVX2, NEON, or plain C++, whichever is fastest on the processor
-for the number of tokens of a call (``paths.py``).
+with bf16 dot products, with byte dot products of integer weights and digits of x, or without
+either, AVX2, NEON, or plain C++, whichever is fastest on the processor for the number of tokens of
+a call (``paths.py``).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from vllm.compressed_linear.backends.base import Capabilities, QuantLinearMethod
+from vllm.compressed_linear.backends.contract import STANDARD, Contract
 from vllm.compressed_linear.backends.cpu import paths
 from vllm.compressed_linear.backends.cpu.costs import CallClass
 from vllm.compressed_linear.backends.cpu.packing import new_packed, pack_codes, pack_scales
@@ -33,6 +35,12 @@ from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor, a
 from vllm.compressed_linear.spec.elements import ElementType, torch_dtype
 
 _CALL_SECONDS = 5e-6
+_BLOCK, _SEGMENT = 32, 128
+"""Input channels of a block of the layout, and most that digits of x are made for at once."""
+
+DIGITS_ROUNDING = 1.07 * 2.0**-23
+"""Half the last digit's step, of the largest |x|. A step more than 2⁻²³ where three digits would
+overflow, and where |x̂| is more than |x| because x is quantized."""
 
 
 class CpuBackend(QuantLinearMethod):
@@ -89,9 +97,20 @@ class CpuBackend(QuantLinearMethod):
             weights = "wide"
         elif element.kind == "dense":
             weights = "bf16"
+        elif element.kind == "integer" and (d.groups == 1 or d.group_size % _BLOCK == 0):
+            weights = "int" if element.bits < 8 else "int8"
         else:
             weights = "narrow" if element.bits < 8 else "bytes"
         return CallClass("floats", weights, _prepared_dtype(d))
+
+    @classmethod
+    def contract(cls, descriptor: CompressedLinearDescriptor) -> Contract:
+        # On every platform, since a path with digits of x (csrc/cpu/float/digits.h) may take any M.
+        d = descriptor
+        if cls.call_class(d).weights not in ("int", "int8"):
+            return STANDARD
+        group = d.group_size if d.groups > 1 else _SEGMENT
+        return Contract(input_rounding=DIGITS_ROUNDING, input_group=group)
 
     @classmethod
     def variant(cls, descriptor: CompressedLinearDescriptor, platform: Platform) -> str:
