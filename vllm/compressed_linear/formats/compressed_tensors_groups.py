@@ -233,8 +233,8 @@ def _alone(group: Fields) -> str:
         return ""
     return (
         f"{group.where}.{found[0]}_activations asks for quantized {found[0]}s of layers whose "
-        "weights are not quantized, which neither this package nor vLLM computes; set it to null to "
-        "run the layer without"
+        "weights are not quantized, which neither this package nor vLLM computes; set it to null "
+        "to run the layer without"
     )
 
 
