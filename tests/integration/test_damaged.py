@@ -233,15 +233,15 @@ TENSOR_DAMAGES: dict[str, tuple[str, Callable[[Tensors], object], str, str, tupl
         f"{DOWN}.weight_shape",
         ([264, 520], [256, 512]),
     ),
-    "unpacked codes": (
+    "unpacked codes with packed zero points": (
         PACKED,
         lambda tensors: (
             tensors.update({f"{DOWN}.weight": torch.zeros(256, 512, dtype=torch.int8)})
             or tensors.pop(f"{DOWN}.weight_packed")
         ),
         DOWN,
-        f"{DOWN}.weight_packed",
-        ("checkpoint", "weight, weight_scale"),
+        f"{DOWN}.weight_zero_point",
+        ([32, 16], [256, 16]),
     ),
 }
 

@@ -111,6 +111,7 @@ def marlin_holds(entry: Entry) -> bool:
     return (
         is_weight_only(entry)
         and entry.bits in (4, 8)
+        and entry.weight_types == {"int"}
         and (entry.quant_method, entry.version_field) in methods
     )
 
