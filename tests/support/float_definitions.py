@@ -36,6 +36,7 @@ def _decoded(code: int, exponent: int, mantissa: int, nan: set[int], infinite: s
 E4M3 = np.array([_decoded(c, 4, 3, {0x7F}, set()) for c in range(256)])
 E5M2 = np.array([_decoded(c, 5, 2, {0x7D, 0x7E, 0x7F}, {0x7C}) for c in range(256)])
 E2M1 = np.array([_decoded(c, 2, 1, set(), set()) for c in range(16)])
+E3M2 = np.array([_decoded(c, 3, 2, set(), set()) for c in range(64)])
 E8M0 = np.array([2.0 ** (c - 127) for c in range(255)] + [np.nan])
 
 

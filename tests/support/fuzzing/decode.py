@@ -64,7 +64,7 @@ def stored_layers(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> d
             n, k = decode_floats.extents(small, codes)
             inverse = quantization.get("weight_scale_semantics") == "inverse"
             block = decode_floats.block_of(quantization)
-            bits = 8 if small == "eight" else 4
+            bits = {"eight": 8, "mxfp6": 6}.get(small, 4)
             found[module] = Stored(small, n, k, bits, 1, shapes, block=block, inverse=inverse)
         elif "weight_packed" in own:
             n, groups = shapes["weight_scale"]
@@ -264,6 +264,9 @@ _SMALL = {
     "nvfp4": decode_floats.nvfp4,
     "mxfp4": decode_floats.mxfp4,
     "int4_rows": decode_floats.int4_rows,
+    "mxfp6": decode_floats.mxfp6,
+    "quark_words": decode_floats.quark_words,
+    "quark_two_levels": decode_floats.quark_two_levels,
 }
 _DECODERS = {
     "plain": _plain,

@@ -15,6 +15,7 @@ from tests.support.fuzzing.numbers import Array, NoMeaningError, floats
 
 FLOATS8 = {"F8_E4M3": definitions.E4M3, "F8_E5M2": definitions.E5M2, "F8_E8M0": definitions.E8M0}
 SCALES = ("weight_scale", "weight_scale_inv")
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 SECOND = ("weight_scale_2", "weight_global_scale")
 
 
@@ -24,17 +25,27 @@ def family_of(own: Mapping[str, Tensor]) -> str | None:
     scale = next((own[name] for name in SCALES if name in own), None)
     if codes is None or scale is None:
         return None
+    if codes.dtype == "I32" and "weight" in own:
+        return "quark_two_levels" if "weight_scale_2" in own else "quark_words"
     if codes.dtype == "U8":
         if scale.dtype == "F8_E4M3":
             return "nvfp4"
-        return "mxfp4" if scale.dtype == "U8" else "int4_rows"
+        if scale.dtype != "U8":
+            return "int4_rows"
+        return "mxfp4" if codes.shape[1] == 16 * scale.shape[1] else "mxfp6"
     return "eight" if "weight" in own and codes.dtype in ("I8", "F8_E4M3", "F8_E5M2") else None
 
 
 def extents(family: str, shape: tuple[int, ...]) -> tuple[int, int]:
     """(N, K) of a layer whose codes have this shape."""
     n, k = shape
-    return (2 * n, k) if family == "int4_rows" else (n, k) if family == "eight" else (n, 2 * k)
+    return {
+        "eight": (n, k),
+        "int4_rows": (2 * n, k),
+        "mxfp6": (n, 4 * k // 3),
+        "quark_words": (8 * k, n),
+        "quark_two_levels": (n, 8 * k),
+    }.get(family, (n, 2 * k))
 
 
 def block_of(quantization: Mapping[str, Any]) -> tuple[int, int]:
@@ -89,6 +100,44 @@ def mxfp4(n: int, k: int, own: Mapping[str, Tensor]) -> Array:
     if scale.dtype not in ("U8", "F8_E8M0"):
         raise NoMeaningError(f"{scale.dtype} where scales are e8m0")
     return _scaled(definitions.E2M1[_nibbles(own)], _spread(_scales(scale), n, k, (1, k)))
+
+
+def mxfp6(n: int, k: int, own: Mapping[str, Tensor]) -> Array:
+    """e3m2 with powers of two: four codes in three bytes, low bits first."""
+    tensor, scale = own["weight"], _first(own, SCALES)
+    if tensor.dtype != "U8" or scale.dtype not in ("U8", "F8_E8M0"):
+        raise NoMeaningError("bytes of another dtype")
+    raw = np.frombuffer(tensor.data, "u1").reshape(n, -1)
+    bits = np.unpackbits(raw, axis=1, bitorder="little").reshape(n, k, 6)
+    codes = bits @ (1 << np.arange(6))
+    return _scaled(definitions.E3M2[codes], _spread(_scales(scale), n, k, (1, k)))
+
+
+def quark_words(n: int, k: int, own: Mapping[str, Tensor]) -> Array:
+    """Eight output channels in a word, and zero points in the same way."""
+    codes, zero = _in_words(own["weight"], k), _in_words(own["weight_zero_point"], None)
+    scale = floats(_first(own, SCALES))
+    size = k // len(scale)
+    values = (codes - np.repeat(zero, size, 0)).T
+    return _scaled(values.astype(np.float64), np.repeat(scale, size, 0).T)
+
+
+def quark_two_levels(n: int, k: int, own: Mapping[str, Tensor]) -> Array:
+    """Eight input channels in a word, in two's complement, under a scale of the row and one of
+    the tensor."""
+    codes = _in_words(own["weight"], n)
+    codes = np.where(codes > 7, codes - 16, codes).astype(np.float64)
+    scale = floats(_first(own, SCALES)).reshape(-1, 1) * floats(own["weight_scale_2"])[:, None]
+    return _scaled(codes, np.broadcast_to(scale, codes.shape))
+
+
+def _in_words(tensor: Tensor, rows: int | None) -> Array:
+    """Codes of int32 words in AWQ's order along the last axis."""
+    if tensor.dtype not in ("I32", "U32"):
+        raise NoMeaningError(f"{tensor.dtype} where int32 is packed")
+    words = np.frombuffer(tensor.data, "<u4").reshape(tensor.shape).astype(np.int64)
+    slots = (words[:, :, None] >> np.arange(0, 32, 4)) & 15
+    return slots[:, :, np.argsort(AWQ_ORDER)].reshape(rows or len(words), -1)
 
 
 def int4_rows(n: int, k: int, own: Mapping[str, Tensor]) -> Array:
