@@ -121,7 +121,8 @@ def weight(layer: str, stored: Stored, tensors: Mapping[str, Tensor]) -> Array:
     # Some tools write an empty tensor where they have none.
     own = {last: t for last, t in own.items() if t.data or last not in OPTIONAL}
     for last, tensor in own.items():
-        if tensor.shape != stored.shapes[last]:
+        numbers = {int(np.prod(tensor.shape)), int(np.prod(stored.shapes[last]))} == {1}
+        if tensor.shape != stored.shapes[last] and not numbers:
             raise NoMeaningError(f"{last} has another shape")
     try:
         if stored.family == "eight":
