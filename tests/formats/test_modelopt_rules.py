@@ -194,6 +194,16 @@ def test_mixed_precision() -> None:
     assert says(left.reason, "NVFP4_SVD")
 
 
+def test_a_size_of_groups_for_all_is_that_of_nvfp4() -> None:
+    """As vLLM's class reads it."""
+    config = NVFP4 | {"quant_algo": "MIXED_PRECISION", "group_size": 16}
+    for kind, expected in (("mxfp8", "e4m3 group 32"), ("blocks", "e4m3 block 128")):
+        for algorithm in ("MXFP8", "FP8_PB_WO"):
+            config = config | {"quantized_layers": {Q: {"quant_algo": algorithm}}}
+            found = in_words(Described.of(config, headers(kind)).resolve(Q))
+            assert found.startswith(expected)
+
+
 def test_mixed_precision_whose_layers_are_in_the_separate_file(tmp_path: Path) -> None:
     config = NVFP4 | {"quant_algo": "MIXED_PRECISION"}
     # Without a list, tensors tell.
@@ -246,11 +256,19 @@ def test_scales_that_nothing_needs_are_taken_and_not_used() -> None:
     assert [t.name for t in found.tensors if t.role is Role.IGNORED] == ["input_scale"]
 
 
-def test_group_sizes_that_the_configuration_does_not_give() -> None:
-    described = Described.of(NVFP4 | {"quant_algo": "W4A16_AWQ"}, headers("int4"))
+def test_group_sizes_that_the_configuration_does_not_give(tmp_path: Path) -> None:
+    config = NVFP4 | {"quant_algo": "W4A16_AWQ"}
+    described = Described.of(config, headers("int4"))
     assert in_words(described.resolve(Q)) == "uint4b8 group 128"
-    described = Described.of(NVFP4 | {"quant_algo": "W4A16_AWQ", "group_size": 64})
+    described = Described.of(config | {"group_size": 64})
     assert in_words(described.resolve(Q)) == "uint4b8 group 64"
+    # A size that is given is not bent to scales that do not fit.
+    described = Described.of(config | {"group_size": 64}, headers("int4"))
+    assert in_words(described.resolve(Q)) == "uint4b8 group 64"
+    inner = {"quant_algo": "W4A16_AWQ", "group_size": 32}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": inner}))
+    read = parse_in(tmp_path, config)
+    assert in_words(read.resolve(Q, LayerKind.LINEAR, FileView())) == "uint4b8 group 32"
 
 
 @pytest.mark.parametrize(

@@ -209,14 +209,15 @@ def fp4_scheme(weights: Arguments, header: HeaderOf) -> CheckpointScheme:
 
 
 def _group_on_disk(header: HeaderOf, stated: int) -> int:
-    """The group size of the files, where codes and scales tell it: ``stated`` if it is possible."""
+    """The group size of the files, where codes and scales tell it: ``stated`` if it is possible.
+    There are two (NVFP4, MX); any other is one of damaged scales."""
     codes, scales = header("weight_packed"), header("weight_scale")
     if codes is None or scales is None or len(codes.shape) != 2 or len(scales.shape) != 2:
         return stated
     k, groups = 2 * codes.shape[1], scales.shape[1]
     if -(-k // stated) == groups or not groups or k % groups:
         return stated
-    return k // groups
+    return k // groups if k // groups in (16, 32) else stated
 
 
 def _scales(weights: Arguments, header: HeaderOf) -> tuple[ScaleSpec, StoredTensor]:

@@ -155,18 +155,23 @@ class ModelOpt(Format):
         if algorithm is None:
             held = ", ".join(sorted(file.tensors_on_disk(module) or ()))
             return Delegated(f"tensors of no algorithm of ModelOpt that is known ({held})")
-        return modelopt_scheme(module, file, algorithm, size or self.group_size)
+        # With several kinds, a size for all means those of NVFP4, whose groups have one size anyway.
+        size = size or (self.group_size if self.algorithm else 0)
+        return modelopt_scheme(module, file, algorithm, size)
 
     def _with_inputs(self, stated: Algorithm | None) -> Algorithm | None:
         """``stated`` as ``config_groups`` make it exact."""
         return None if stated is None else stated.with_inputs(self.inputs, self.config)
 
 
-def with_layers(directory: str | Path, config: dict[str, Any]) -> dict[str, Any]:
-    """``config`` with the modules that early versions list in the separate file only."""
+def with_separate(directory: str | Path, config: dict[str, Any]) -> dict[str, Any]:
+    """``config`` with what it lacks and the separate file has: the list of modules, and the size of
+    groups."""
     path = Path(directory) / SEPARATE_FILE
     fields = _inner(config)
-    if _algorithm(config) != MIXED or fields.fields("quantized_layers") or not path.is_file():
+    lists = ("quantized_layers",) if _algorithm(config) == MIXED else ()
+    lacks = [name for name in (*lists, "group_size") if fields.values.get(name) is None]
+    if not lacks or not path.is_file():
         return config
     try:
         found = read_json_file(path, "the configuration of ModelOpt")
@@ -174,8 +179,9 @@ def with_layers(directory: str | Path, config: dict[str, Any]) -> dict[str, Any]
         raise ConfigError(str(error)) from None
     if not isinstance(found, dict):
         raise ConfigError(f"{path}: {type(found).__name__}, expected a map")
-    layers = _inner(found).values.get("quantized_layers")
-    return config if layers is None else {**config, **fields.values, "quantized_layers": layers}
+    separate = _inner(found).values
+    more = {name: separate[name] for name in lacks if separate.get(name) is not None}
+    return {**config, **fields.values, **more} if more else config
 
 
 def _inner(config: dict[str, Any]) -> Fields:

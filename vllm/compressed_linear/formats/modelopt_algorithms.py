@@ -171,7 +171,7 @@ def _fp8(
     blocks = algorithm.blocks
     if scale is not None and weight is not None and len(scale.shape) > 1:
         blocks = blocks or scale.shape not in ((weight.shape[0], 1), (1, 1))
-    size = group_size or 128
+    size = group_size if group_size > 1 else 128
     return float8_scheme(
         module,
         file,
@@ -204,7 +204,7 @@ def _grouped(
         "int8": (INT8, _packed(Packing(8, "K", container="int8", signed=True)), "float32", -1),
     }[kind]
     size = group_size or usual
-    if kind == "int4":
+    if kind == "int4" and not group_size:
         size = _group(module, file, size)
     elif kind == "int8":
         size = -1
@@ -234,7 +234,7 @@ def _packed(packing: Packing) -> StoredTensor:
 
 def _group(module: str, file: FileView, stated: int) -> int:
     """Channels that share a scale: ``stated``, unless the file has another number of groups, into
-    which they divide evenly. Only integers have groups of any size."""
+    which they divide evenly. config.json may not have the size of integers' groups."""
     weight, scale = file.header(module, "weight"), file.header(module, "weight_scale")
     if weight is None or scale is None or len(weight.shape) != 2 or len(scale.shape) != 2:
         return stated

@@ -50,5 +50,5 @@ def parse_in(directory: str | Path, config: dict[str, Any]) -> Format:
     own = None if quant_method_of(config) else read_config_file(directory)
     config = config if own is None else own
     if _FORMATS.get(quant_method_of(config)) is modelopt.ModelOpt:
-        config = modelopt.with_layers(directory, config)
+        config = modelopt.with_separate(directory, config)
     return parse(config)
