@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,8 +13,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from tests.support.architectures import WITHOUT_LOGITS, layer_outputs
+from tests.support.changed_checkpoints import changed_copy
+from tests.support.checkpoints import checkpoint_reference
 from tests.support.float8_store import Float8
 from tests.support.float_models import (
     FloatModel,
@@ -33,6 +37,7 @@ from tests.support.model_loading import loaded, logits
 from tests.support.modelopt_store import ModelOptWeights
 from tests.support.synthetic import Model, Quant
 from vllm.compressed_linear.integration.preparation import PROCESS_PLAN
+from vllm.compressed_linear.prepare.plan import DELEGATED
 
 SMALL: dict[str, Any] = {"quant": Quant("gptq"), "hidden": 128, "intermediate": 256}
 PRODUCER = {"name": "modelopt", "version": "0.47.0"}
@@ -359,3 +364,35 @@ def mixed_qwen(tmp_path_factory: pytest.TempPathFactory) -> Twins:
     config = flat("MIXED_PRECISION", quantized_layers=layers)
     path = tmp_path_factory.mktemp("mixed")
     return write_family(WITHOUT_LOGITS["qwen3.5-hybrid"], config, store, path)
+
+
+@pytest.mark.parametrize("cache", ["auto", "fp8"])
+@pytest.mark.parametrize(
+    ("name", "quantization"),
+    [
+        ("own-fp8-static", {}),
+        ("modelopt-nvfp4", {"kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}}),
+    ],
+)
+def test_scales_of_the_cache_go_to_vllm(
+    name: str, quantization: dict[str, Any], cache: str, tmp_path: Path
+) -> None:
+    """The configuration of fp8 does not say that there are any, but the file has them."""
+
+    def with_scales(tensors: Tensors) -> None:
+        for layer, at in itertools.product(range(2), "kv"):
+            tensors[f"model.layers.{layer}.self_attn.{at}_proj.{at}_scale"] = torch.tensor(0.5)
+
+    path = changed_copy(name, tmp_path, with_scales, lambda config: config.update(quantization))
+    reference = checkpoint_reference(name)
+    with loaded(path, kv_cache_dtype=cache) as model:
+        ours = logits(model, reference["input_ids"])
+        attention = [m for m in model.model.modules() if isinstance(m, AttentionLayerBase)]
+        entries = list(PROCESS_PLAN.entries.values())
+        scales = {float(layer._k_scale) for layer in attention}
+    quantized = cache == "fp8" or bool(quantization)
+    assert scales == ({0.5} if quantized else {1.0})
+    left = [entry.name for entry in entries if entry.backend == DELEGATED]
+    assert left == [f"model.layers.{layer}.self_attn.attn" for layer in range(2)]
+    error = torch.log_softmax(ours, -1) - torch.log_softmax(reference["logits_actquant"], -1)
+    assert float(error.abs().amax(-1).median()) <= 1e-3

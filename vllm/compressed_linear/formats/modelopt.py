@@ -155,7 +155,7 @@ class ModelOpt(Format):
         if algorithm is None:
             held = ", ".join(sorted(file.tensors_on_disk(module) or ()))
             return Delegated(f"tensors of no algorithm of ModelOpt that is known ({held})")
-        # With several kinds, a size for all means those of NVFP4, whose groups have one size anyway.
+        # With several kinds, a size for all means NVFP4, whose groups have one size anyway.
         size = size or (self.group_size if self.algorithm else 0)
         return modelopt_scheme(module, file, algorithm, size)
 
