@@ -26,6 +26,8 @@ SMALL: dict[str, Any] = {"quant": Quant("gptq"), "hidden": 128, "intermediate": 
 VARIANTS = {
     "int8-static": QuarkWeight("int8", x="static"),
     "int8-channel-dynamic": QuarkWeight("int8", channel=True, x="token"),
+    "int8-groups": QuarkWeight("int8-groups"),
+    "uint8-groups": QuarkWeight("uint8-groups"),
     "fp8-static": QuarkWeight("fp8", x="static"),
     "fp8-channel-dynamic": QuarkWeight("fp8", channel=True, x="token"),
     "int4-groups": QuarkWeight("int4"),

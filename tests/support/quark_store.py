@@ -33,9 +33,10 @@ def entry(dtype: str, scheme: str, *, dynamic: bool = False, **other: Any) -> di
 
 @dataclass(frozen=True)
 class QuarkWeight:
-    """A ``Store``. ``kind``: "int8", "int4", "uint4", "int4-fp8", "fp8", "mxfp4", "mxfp6" or
-    "nvfp4". ``channel``: a scale for each channel instead of one, or groups for 4 bits. ``x``:
-    "none", "static", "token" of int8 or fp8, or "own", the inputs of MX and NVFP4."""
+    """A ``Store``. ``kind``: "int8", "int8-groups", "uint8-groups", "int4", "uint4", "int4-fp8",
+    "fp8", "mxfp4", "mxfp6" or "nvfp4". ``channel``: a scale for each channel instead of one, or
+    groups for 4 bits. ``x``: "none", "static", "token" of int8 or fp8, or "own", the inputs of MX
+    and NVFP4."""
 
     kind: str
     channel: bool = False
@@ -53,6 +54,8 @@ class QuarkWeight:
         ]
         weight: Any = {
             "int8": entry("int8", scheme),
+            "int8-groups": entry("int8", "per_group", **group),
+            "uint8-groups": entry("uint8", "per_group", symmetric=False, **group),
             "fp8": entry("fp8_e4m3", scheme),
             "int4": entry("int4", scheme if self.channel else "per_group", **group),
             "uint4": entry("uint4", "per_group", symmetric=False, **group),
@@ -127,6 +130,17 @@ class QuarkWeight:
                 "weight_zero_point": torch.zeros_like(scale, dtype=torch.int8),
             }
             return tensors, signed.double().numpy() * wide
+        if self.kind.endswith("8-groups"):
+            group = scales(k // 32, n)
+            signs = self.kind == "int8-groups"
+            values = codes(8) - (128 if signs else 0)
+            dtype = torch.int8 if signs else torch.uint8
+            zero = codes(8)[:, : k // 32].t() - (128 if signs else 0)
+            tensors = {"weight": values.t().to(dtype), "weight_scale": group}
+            if not signs:
+                tensors["weight_zero_point"] = zero.to(dtype)
+            points = np.repeat(zero.numpy(), 32, 0).T if not signs else 0
+            return tensors, (values.numpy() - points) * np.repeat(group.double().numpy(), 32, 0).T
         if self.kind == "fp8":
             small = (codes(8) % 0x60).to(torch.uint8)
             tensors = {"weight": small.view(torch.float8_e4m3fn), "weight_scale": scale}

@@ -3,7 +3,7 @@
 
 * int4 and uint4: eight in an int32 word; per group along N of a transposed matrix, else along K.
   ``pack_method`` "reorder" has AWQ's order of nibbles, "order" plain words
-* int8 and fp8: ``weight`` [N, K]
+* int8 and uint8: ``weight`` [N, K], per group transposed, too; fp8: ``weight`` [N, K]
 * fp4, fp6: OCP MX with E8M0 scales of 32 channels, or NVFP4 with e4m3 scales of 16; low bits first
 * two levels of scales (int4 + fp8, NVFP4): ``weight_scale_2``. All of them are multiplied
 """
@@ -143,7 +143,7 @@ def weight_scheme(
     (entry,) = entries
     if entry.dtype in ("int4", "uint4"):
         return _int4(entry, pack_method, header)
-    if entry.dtype == "int8":
+    if entry.dtype in ("int8", "uint8"):
         return _int8(entry, header)
     if entry.dtype in FLOATS:
         return _floats(entry, header)
@@ -197,15 +197,21 @@ def _int4(
 def _int8(entry: TensorConfig, header: HeaderOf) -> CheckpointScheme | None:
     if entry.scheme not in ("per_tensor", "per_channel", "per_group", "per_block"):
         return None
+    signed = entry.dtype == "int8"
+    if entry.symmetric and not signed:
+        return None
     scale, axes = _scale(entry, header, "weight_scale")
-    packing = Packing(8, "K", "int8", signed=True)
+    codes: tuple[str, str] = ("N", "K")
+    if entry.scheme == "per_group":
+        codes, axes = ("K", "N"), ("G", "N")
+    packing = Packing(8, codes[1], entry.dtype, signed=signed)
     tensors = [
-        StoredTensor("weight", Role.CODES, "int8", ("N", "K"), packing),
+        StoredTensor("weight", Role.CODES, entry.dtype, codes, packing),
         StoredTensor("weight_scale", Role.SCALE, "float32", axes),
     ]
     if entry.symmetric and header("weight_zero_point") is None:
         return CheckpointScheme(WeightSpec(INT8, scale), tuple(tensors))
-    points = Packing(8, "N", signed=True, single=True)
+    points = Packing(8, "N", signed=signed, single=True)
     tensors.append(
         StoredTensor(
             "weight_zero_point", Role.ZERO, "int32", axes, points, optional=entry.symmetric
