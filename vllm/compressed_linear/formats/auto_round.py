@@ -35,6 +35,8 @@ GPTQ_VERSIONS = {
 }
 """packing_format → GPTQ version, which says whether zero points are stored minus 1."""
 AWQ_PACKINGS = ("auto_round:auto_awq", "auto_awq", "auto_round:awq")
+ROTATIONS = ("rotation_config", "hadamard_config")
+"""Fields of models whose weights were rotated (auto_round ``inference/convert_model.py``)."""
 DEFAULT_PACKING = "auto_round:auto_gptq"
 """Default of packing_format."""
 
@@ -110,6 +112,13 @@ class AutoRound(Format):
         fields = Fields(config)
         packing = _packing(fields)
         floats = is_float(fields, packing)
+        for field in ROTATIONS:
+            if config.get(field):
+                raise ConfigError(
+                    f"quantization_config.{field}: AutoRound rotated the weights, and inputs are to "
+                    "be rotated while the model runs, which neither this package nor vLLM does; "
+                    "quantize the model again without"
+                )
         packing = packing or DEFAULT_PACKING
         bits = fields.integer("bits")
         group_size = -1 if floats else fields.integer("group_size")
