@@ -79,7 +79,7 @@ def test_early_configurations_say_backend(backend: str, packing: str | None) -> 
     assert resolve(both) == resolve({**AUTO_ROUND, "packing_format": "auto_round"})
 
 
-@pytest.mark.parametrize("field", ["rotation_config", "hadamard_config"])
+@pytest.mark.parametrize("field", ["rotation_config", "hadamard_config", "spinquant_config"])
 def test_rotated_models_are_refused_by_name(field: str) -> None:
     for config in (AUTO_ROUND, {**AUTO_ROUND, "data_type": "mx_fp", "group_size": 32}):
         with pytest.raises(ConfigError, match=saying(field, "rotated")):

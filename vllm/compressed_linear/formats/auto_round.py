@@ -35,7 +35,7 @@ GPTQ_VERSIONS = {
 }
 """packing_format → GPTQ version, which says whether zero points are stored minus 1."""
 AWQ_PACKINGS = ("auto_round:auto_awq", "auto_awq", "auto_round:awq")
-ROTATIONS = ("rotation_config", "hadamard_config")
+ROTATIONS = ("rotation_config", "hadamard_config", "spinquant_config")
 """Fields of models whose weights were rotated (auto_round ``inference/convert_model.py``)."""
 DEFAULT_PACKING = "auto_round:auto_gptq"
 """Default of packing_format."""
@@ -115,7 +115,7 @@ class AutoRound(Format):
         for field in ROTATIONS:
             if config.get(field):
                 raise ConfigError(
-                    f"quantization_config.{field}: AutoRound rotated the weights, and inputs are to "
+                    f"quantization_config.{field}: AutoRound rotated the weights, and inputs must "
                     "be rotated while the model runs, which neither this package nor vLLM does; "
                     "quantize the model again without"
                 )
