@@ -124,7 +124,9 @@ COSTS: dict[Kernels, dict[str, KernelCost]] = {
             floor=1.05,
             parts=_PAIRS,
         ),
-        "avx512vnni": KernelCost("dot8_512", 64, 0.6, {}, floor=1.0, parts=_DIGITS, digits=True),
+        "avx512vnni": KernelCost(
+            "dot8_512", 64, 0.6, {"bytes": 2.5}, floor=1.0, parts=_DIGITS, digits=True
+        ),
         "amx": KernelCost(
             "tile_bf16",
             8192,
