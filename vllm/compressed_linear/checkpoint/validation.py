@@ -46,9 +46,11 @@ def check_values(
 
 
 def _check_codes(shard: LoadedShard) -> None:
-    """Validate that 8-bit floats are finite."""
-    element = shard.source.scheme.weight.element
-    if element.kind != "float" or element.bits != 8:
+    """Validate that 8-bit floats are finite, unless codes are not read (``explain``)."""
+    element, stored = shard.source.scheme.weight.element, shard.stored(Role.CODES)
+    if element.kind != "float" or element.bits != 8 or stored is None:
+        return
+    if shard.tensors[stored.name].is_meta:
         return
     # Codes without their sign, of which the last ones are infinite or no numbers.
     first = int((~torch.isfinite(element.table()[:128])).nonzero()[0])
@@ -58,9 +60,8 @@ def _check_codes(shard: LoadedShard) -> None:
         bad = (codes & 127) >= first
         if bool(bad.any()):
             row, channel = (int(i) for i in bad.nonzero()[0])
-            stored = shard.stored(Role.CODES)
             raise CheckpointError(
-                f"{shard.source.name}.{stored.name if stored else 'weight'}: a weight is "
+                f"{shard.source.name}.{stored.name}: a weight is "
                 f"{float(element.decode(codes[row, channel]))} at output channel "
                 f"{shard.source.n_start + start + row}, input channel "
                 f"{shard.source.k_start + channel}; expected finite numbers"
