@@ -135,6 +135,21 @@ def test_experts_are_known_by_what_is_below_the_layer(
     assert view(*names).experts_quantized("a.mlp.experts") is quantized
 
 
+@pytest.mark.parametrize(
+    ("names", "quantized"),
+    [
+        (["a.3.moe.experts.0.w1.weight", "a.3.attn.k_proj.qweight"], False),
+        (["a.3.moe.experts.0.w1.weight", "a.3.moe.experts.1.w1.qweight"], True),
+        (["a.4.moe.experts.0.w1.weight"], None),
+    ],
+)
+def test_experts_are_known_by_the_number_of_their_layer(
+    names: list[str], quantized: bool | None
+) -> None:
+    """vLLM's class for MiniMax says mlp where the files say block_sparse_moe."""
+    assert view(*names).experts_quantized("a.3.mlp.experts") is quantized
+
+
 def test_views_are_values() -> None:
     file = view(f"{Q}.qweight")
     other = replace(file, marker_tensors=("weight_packed",))

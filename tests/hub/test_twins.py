@@ -7,7 +7,9 @@ format defines where it quantizes them.
 
 from __future__ import annotations
 
+import gc
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,14 @@ WEIGHTS_ONLY = 1e-4
 INPUTS_TOO = 1e-3
 """Largest error of a layer's output relative to its size: with quantized inputs, few elements of
 which fall on the other side of a rounding."""
+
+
+@pytest.fixture(autouse=True)
+def memory_given_back() -> Iterator[None]:
+    """Loading exempts what is there from collection, which would keep every model."""
+    yield
+    gc.unfreeze()
+    gc.collect()
 
 
 def twins_that_vllm_loads(name: str, path: Path) -> tuple[Twins, dict[str, torch.Tensor]]:

@@ -63,6 +63,24 @@ class HoldingModules:
                 parent = parent.rpartition(".")[0]
         return found
 
+    @cached_property
+    def experts(self) -> Mapping[str, bool]:
+        """Numbered layer that holds experts (``model.layers.3``) → whether one of them has such
+        tensors."""
+        found: dict[str, bool] = {}
+        for module in self._all:
+            above, dot, _ = f"{module}.".partition(".experts.")
+            if dot and (layer := numbered_layer(above)):
+                found[layer] = found.get(layer, False) or module in self.modules
+        return found
+
+
+def numbered_layer(module: str) -> str:
+    """The innermost parent of ``module`` whose name ends in a number, or itself; "" if none."""
+    while module and not module.rpartition(".")[2].isdigit():
+        module = module.rpartition(".")[0]
+    return module
+
 
 class Headers(Mapping[str, TensorHeader]):
     """Tensor name → header, over all files of a checkpoint. Immutable, so copies share it: a

@@ -14,7 +14,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from vllm.compressed_linear.checkpoint.file_header import TensorHeader
-from vllm.compressed_linear.checkpoint.headers import NATURAL_DTYPES, Headers, last_word
+from vllm.compressed_linear.checkpoint.headers import (
+    NATURAL_DTYPES,
+    Headers,
+    last_word,
+    numbered_layer,
+)
 from vllm.compressed_linear.formats.entries import ModuleNames, Rename
 from vllm.compressed_linear.formats.resolution import ConfigError, Resolution, Unquantized
 from vllm.compressed_linear.formats.shapes import has_shape, possible_shapes
@@ -274,15 +279,16 @@ class FileView:
         """Whether the file holds codes for an expert of ``layer``; None when it does not say.
 
         Some models store the experts fused, as siblings of the layer, so only a parent without
-        any codes means "no".
+        any codes means "no". Others are built under a name that their tensors do not have.
         """
         if self.headers is None:
             return None
+        holding = self.headers.holding(self.marker_tensors)
         for parent in (layer, layer.rpartition(".")[0]):
-            quantized = self.headers.holding(self.marker_tensors).inside.get(parent)
+            quantized = holding.inside.get(parent)
             if quantized is not None and (parent == layer or not quantized):
                 return quantized
-        return None
+        return holding.experts.get(numbered_layer(layer))
 
     @cached_property
     def _quantized_by_last_word(self) -> Mapping[str, bool]:
