@@ -20,6 +20,7 @@ from tests.support.hub.checkpoints import Twins, names, published, write_twins
 from tests.support.hub.selection import NotWrittenError
 from tests.support.stock_vllm import fp32_options
 from tests.support.tiny_checkpoints import LOADED_INCOMPLETELY_BY_VLLM
+from vllm.compressed_linear.integration.config import NAME
 from vllm.compressed_linear.integration.preparation import PROCESS_PLAN
 from vllm.compressed_linear.prepare.plan import DELEGATED
 
@@ -31,6 +32,9 @@ TYPICAL = names(
         "hugging-quants-Meta-Llama-3.1-8B-Instruct-GPTQ-INT4",
         "RedHatAI-Qwen3-4B-Instruct-2507-quantized.w4a16",
         "user9-grug-27b-AutoRound-W4A16-RTN",
+        "Qwen-Qwen3-32B-FP8",
+        "google-gemma-4-E4B-it-qat-mobile-ct",
+        "nvidia-Qwen3-8B-NVFP4",
     ]
 )
 """One of each method and kind of scheme; the others are slow."""
@@ -39,8 +43,9 @@ OTHERS = [name for name in published() if name not in TYPICAL]
 FACTORS = (16, 8, 4, 2)
 WEIGHTS_ONLY = 1e-4
 INPUTS_TOO = 1e-3
-"""Largest error of a layer's output relative to its size: with quantized inputs, few elements of
-which fall on the other side of a rounding."""
+OUTPUTS_TOO = 1e-2
+"""Largest error of a layer's output relative to its size: with quantized inputs or outputs, few
+elements fall on the other side of a rounding."""
 
 
 @pytest.fixture(autouse=True)
@@ -77,21 +82,28 @@ def compare(name: str, path: Path) -> None:
     if not twins.modules:
         pytest.skip("nothing but routed experts is quantized")
     options = fp32_options(published()[name].architecture)
-    quantized_inputs = {x for x in twins.modules.values() if x is not None}
-    with_inputs = [layer_outputs(twins.plain, x, **options) for x in quantized_inputs]
+    sides = {found for found in twins.modules.values() if found != (None, None)}
+    with_sides = [
+        {layer: y if of_y is None else of_y(y) for layer, y in outputs.items()}
+        for of_x, of_y in sides
+        for outputs in [layer_outputs(twins.plain, of_x, **options)]
+    ]
+    if "quantize_config.json" in published()[name].side_files:
+        options["quantization"] = NAME  # early tools wrote nothing into config.json
     ours = layer_outputs(twins.quantized, **options)
     assert PROCESS_PLAN.prepared == PROCESS_PLAN.expected > 0
     assert ours.keys() == plain.keys()
-    wrong, by_inputs = {}, 0
+    limit = OUTPUTS_TOO if any(of_y for _, of_y in sides) else INPUTS_TOO
+    wrong, by_sides = {}, 0
     for layer, found in ours.items():
         error = error_of(found, plain[layer])
-        others = min((error_of(found, o[layer]) for o in with_inputs), default=1.0)
-        by_inputs += error > WEIGHTS_ONLY and others <= INPUTS_TOO
-        if error > WEIGHTS_ONLY and others > INPUTS_TOO:
+        others = min((error_of(found, o[layer]) for o in with_sides), default=1.0)
+        by_sides += error > WEIGHTS_ONLY and others <= limit
+        if error > WEIGHTS_ONLY and others > limit:
             wrong[layer] = (error, others)
     assert not wrong, json.dumps(wrong, indent=1)
-    if quantized_inputs:
-        assert by_inputs, "no input was quantized"
+    if sides:
+        assert by_sides, "no input was quantized"
     plans = [entry for entry in PROCESS_PLAN.entries.values() if entry.backend != DELEGATED]
     assert "reference" not in {entry.backend for entry in plans}
 

@@ -137,6 +137,10 @@ def _write_side_files(one: Published, path: Path) -> None:
         (path / name).write_text(json.dumps(content))
 
 
+Sides = tuple[Quantize | None, Quantize | None]
+"""How a layer's input and output are quantized; None where they are not."""
+
+
 @dataclass(frozen=True)
 class _Module:
     """What one tensor of a plain checkpoint becomes, and ``meaning``, in its place in the twin."""
@@ -144,7 +148,7 @@ class _Module:
     name: str
     tensors: dict[str, torch.Tensor]
     meaning: torch.Tensor
-    x: Quantize | None = None
+    sides: Sides = (None, None)
     quantized: bool = False
 
 
@@ -169,19 +173,19 @@ def _written(
                 same[key] = written
             tensors, meaning = written
             found = {f"{module}.{last}": tensor for last, tensor in tensors.items()}
-            yield _Module(name, found, meaning, writer.x, quantized=True)
+            yield _Module(name, found, meaning, (writer.x, writer.y), quantized=True)
 
 
 @dataclass(frozen=True)
 class Twins:
     """A small checkpoint with a published configuration, and the plain one that it means.
 
-    ``modules``: names of quantized modules on disk → how their input is quantized, if it is.
+    ``modules``: names of quantized modules on disk → how their input and output are quantized.
     """
 
     quantized: Path
     plain: Path
-    modules: dict[str, Quantize | None]
+    modules: dict[str, Sides]
 
 
 def write_twins(one: Published, path: Path, factor: int) -> Twins:
@@ -191,14 +195,14 @@ def write_twins(one: Published, path: Path, factor: int) -> Twins:
     plain = path / "plain"
     write_tiny(one.architecture, _few_words(shrunk(config, factor)), plain, MOST_BYTES)
     weights = {k: v for file in plain.glob("*.safetensors") for k, v in load_file(file).items()}
-    modules: dict[str, Quantize | None] = {}
+    modules: dict[str, Sides] = {}
     tensors: dict[str, torch.Tensor] = {}
     meanings: dict[str, torch.Tensor] = {}
     for module in _written(weights, writer_of, True):
         tensors |= module.tensors
         meanings[module.name] = module.meaning
         if module.quantized:
-            modules[module.name.removesuffix(".weight")] = module.x
+            modules[module.name.removesuffix(".weight")] = module.sides
     _save(meanings, plain)
     saved = json.loads((plain / "config.json").read_text())
     for place in ("quantization_config", "compression_config"):

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import torch
-
 from tests.support.hub import writers as w
 from tests.support.hub.writers import Writer
 
@@ -140,18 +138,19 @@ def _compressed_tensors(config: dict[str, Any]) -> WriterOf:
 def _group(group: dict[str, Any], form: str | None) -> Writer:
     weights, x = group["weights"], group.get("input_activations")
     strategy, bits = weights.get("strategy"), weights.get("num_bits")
+    static = (w.static_int8, w.static_int8) if x and group.get("output_activations") else ()
+    numbers = w.STATIC_INT8 if static else None
     if form == "pack-quantized":
         size = weights["group_size"] if strategy == "group" else -1
-        numbers = {}
-        if x and group.get("output_activations"):
-            scale = torch.tensor([w.INPUT_RANGE / 127])
-            numbers = {"input_scale": scale, "output_scale": scale}
         return Writer(
             w.pack_quantized(bits, size, symmetric=weights["symmetric"], numbers=numbers),
+            *static,
             takes=lambda n, k: k % (32 if size == -1 else size) == 0 and n % 8 == 0,
         )
     if form == "int-quantized" and strategy == "channel":
-        return Writer(w.int8_channel, w.x_int8_per_token)
+        if static:
+            return Writer(w.int8_channel(numbers), *static)
+        return Writer(w.int8_channel(), w.x_int8_per_token)
     if form == "float-quantized" and strategy == "block":
         rows, columns = weights.get("block_structure") or (128, 128)
         quantized = w.x_fp8(w.per_group(columns)) if x else None

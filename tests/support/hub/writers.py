@@ -25,11 +25,12 @@ INPUT_RANGE = 8.0
 
 @dataclass(frozen=True)
 class Writer:
-    """How one weight is written; ``x``: None if its input is not quantized. ``takes``: whether the
-    tool would quantize a weight [N, K]."""
+    """How one weight is written; ``x``, ``y``: None if its input, or output, is not quantized.
+    ``takes``: whether the tool would quantize a weight [N, K]."""
 
     write: Callable[[torch.Tensor], Written]
     x: Quantize | None = None
+    y: Quantize | None = None
     takes: Callable[[int, int], bool] = lambda n, k: True
 
 
@@ -72,7 +73,17 @@ def x_int8_per_token(x: torch.Tensor) -> torch.Tensor:
     return ((x.float() / s).round().clamp(-128, 127) * s).to(x.dtype)
 
 
+def static_int8(x: torch.Tensor) -> torch.Tensor:
+    s = INPUT_RANGE / 127
+    return ((x.float() / s).round().clamp(-128, 127) * s).to(x.dtype)
+
+
+STATIC_INT8 = {name: torch.tensor([INPUT_RANGE / 127]) for name in ("input_scale", "output_scale")}
+
+
 def x_nvfp4(x: torch.Tensor) -> torch.Tensor:
+    if x.shape[-1] % 16:
+        return x  # of a layer that is not quantized
     second = INPUT_RANGE / (c.E2M1_MAX * c.E4M3_MAX)
     grouped = x.float().unflatten(-1, (-1, 16))
     s = c.to_e4m3(grouped.abs().amax(-1, keepdim=True) / c.E2M1_MAX / second).float() * second
@@ -80,8 +91,14 @@ def x_nvfp4(x: torch.Tensor) -> torch.Tensor:
 
 
 def x_mxfp4(x: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude of a group is rounded to one bit of mantissa before its exponent is
+    taken, as vLLM does for MXFP4 of Quark ("even") and of compressed-tensors."""
+    if x.shape[-1] % 32:
+        return x
     grouped = x.float().unflatten(-1, (-1, 32))
-    s = c.e8m0_values(c.e8m0_exponents(grouped.abs().amax(-1, keepdim=True), 2))
+    bits = grouped.abs().amax(-1, keepdim=True).view(torch.int32)
+    largest = ((bits + 0x200000) & 0x7F800000).view(torch.float32)
+    s = c.e8m0_values(c.e8m0_exponents(largest, 2))
     return (c.e2m1_values(c.e2m1_codes(grouped / s)) * s).flatten(-2).to(x.dtype)
 
 
@@ -169,10 +186,16 @@ def pack_quantized(
     return write
 
 
-def int8_channel(weight: torch.Tensor) -> Written:
-    codes, scale, zero = c.integers(weight, 8, -1, symmetric=True)
-    signed = (codes.to(torch.int16) - 128).to(torch.int8)
-    return {"weight": signed, "weight_scale": scale}, c.meaning(codes, scale, zero, -1)
+def int8_channel(numbers: Tensors | None = None) -> Any:
+    """compressed-tensors; ``numbers`` as in ``pack_quantized``."""
+
+    def write(weight: torch.Tensor) -> Written:
+        codes, scale, zero = c.integers(weight, 8, -1, symmetric=True)
+        signed = (codes.to(torch.int16) - 128).to(torch.int8)
+        tensors = {"weight": signed, "weight_scale": scale, **(numbers or {})}
+        return tensors, c.meaning(codes, scale, zero, -1)
+
+    return write
 
 
 def gptq(bits: int, group: int, *, version_2: bool = False) -> Any:

@@ -177,7 +177,7 @@ class LeftOut:
             model
         )
         self._modules = {name for name, _ in model.named_modules()}
-        self._towers = _towers(model)
+        self._towers = _parts_that_see(model, "tower_model")
         parallel = vllm_config.parallel_config
         self._ranks_share_experts = bool(parallel.enable_expert_parallel)
         model_config = vllm_config.model_config
@@ -203,13 +203,33 @@ class LeftOut:
         )
 
 
-def _towers(model: Any) -> tuple[str, ...]:
-    """Names of the modules that encode images and sound, as the model's class tells."""
+def _parts_that_see(model: Any, *kinds: str) -> tuple[str, ...]:
+    """Names of the modules that encode images and sound (``tower_model``), and of those that make
+    embeddings of these (``connector``), as the model's class tells."""
     mapping = getattr(model, "get_mm_mapping", None)
     if mapping is None:
         return ()
-    found = getattr(mapping(), "tower_model", None) or ()
-    return (found,) if isinstance(found, str) else tuple(found)
+    found: list[str] = []
+    for kind in kinds:
+        names = getattr(mapping(), kind, None) or ()
+        found += [names] if isinstance(names, str) else names
+    return tuple(found)
+
+
+def is_linear_that_sees(model: Any, name: str, layer: Any) -> bool:
+    """Whether ``layer`` is a plain linear layer of what encodes images and sound. A model's class
+    may leave the choice to quantize it to the name of the quantization config; nothing reads its
+    weight but its own method."""
+    from vllm.model_executor.layers.linear import (
+        ColumnParallelLinear,
+        ReplicatedLinear,
+        RowParallelLinear,
+    )
+
+    parts = _parts_that_see(model, "tower_model", "connector")
+    return type(layer) in (ReplicatedLinear, ColumnParallelLinear, RowParallelLinear) and any(
+        name == part or name.startswith(f"{part}.") for part in (p.rstrip(".") for p in parts)
+    )
 
 
 def batch_statistics(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers that a model's class builds without asking the quantization config for a method.
 
-Many classes of vLLM build their embedding table or output head so. If the checkpoint quantizes one
-of them, its method is replaced before weights are loaded; other layers are refused by name.
+Many classes of vLLM build their embedding table or output head so, and some the linear layers that
+encode images and sound. If the checkpoint quantizes one of them, its method is replaced before
+weights are loaded; other layers are refused by name.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from vllm.compressed_linear.integration.linear import CompressedLinearMethod
 
 
 def ask_for_all(model: torch.nn.Module, config: CompressedLinearConfig) -> dict[str, str]:
-    """Give every table and head that the checkpoint quantizes a method of ``config``. Idempotent.
+    """Give every table, head and linear layer that sees a method of ``config`` if the checkpoint
+    quantizes it. Idempotent.
 
     Returns the modules whose tensors the model's loader has to be given under other names: module
     in the files → in the model. A class that renames its table may rename its plain weight only.
@@ -45,7 +47,9 @@ def ask_for_all(model: torch.nn.Module, config: CompressedLinearConfig) -> dict[
             moved[config.file.names_of(name)[-1]] = path
         if not _built_unquantized(layer, name, config):
             continue
-        if not isinstance(layer, VocabParallelEmbedding):
+        if not isinstance(layer, VocabParallelEmbedding) and not compat_loading.is_linear_that_sees(
+            model, path, layer
+        ):
             raise _never_asked(model, name, layer, config)
         _ask(model, name, layer, config)
     return moved
@@ -85,7 +89,7 @@ def _never_asked(
 
 
 def _ask(model: Any, name: str, layer: Any, config: CompressedLinearConfig) -> None:
-    """Replace the method of one table or head, and of the heads that are tied to it."""
+    """Replace the method of one layer, and of the heads that are tied to it if it is a table."""
     weight = layer.weight
     tied = [
         (path, other)
@@ -99,7 +103,7 @@ def _ask(model: Any, name: str, layer: Any, config: CompressedLinearConfig) -> N
     layer.quant_method = method
     method.create_weights(
         layer,
-        layer.input_size_per_partition,
+        getattr(layer, "input_size_per_partition", layer.input_size),
         layer.output_partition_sizes,
         layer.input_size,
         layer.output_size,
