@@ -275,6 +275,19 @@ class Attention(Float8):
         return super().__call__(module, n, k, generator)
 
 
+@pytest.mark.parametrize("name", ["dynamic-tensor", "blocks", "divisors-of-blocks"])
+def test_a_scale_of_x_that_nothing_needs_is_taken_and_not_used(name: str, tmp_path: Path) -> None:
+    variant = VARIANTS[name]
+    shape = Model(**SMALL | variant.shape)
+    files = write(FloatModel(variant.config, variant.store, shape, **variant.model), tmp_path)
+    tensors = load_file(files.path / "model.safetensors")
+    tensors |= {f"{module}.input_scale": torch.tensor(0.01) for module in files.stored}
+    save_file(tensors, files.path / "model.safetensors")
+    with loaded(files.path) as model:
+        ours = logits(model, files.input_ids)
+    assert_near(ours, files.logits, exact=variant.store.x == "none")
+
+
 LATENT = {
     "blocks": (BLOCKS, Attention((128, 128), scale=INV, x="group")),
     "blocks-powers-of-two": (

@@ -76,6 +76,9 @@ def float8_scheme(
     if activation is not None and activation.needs_scale:
         given = _present(module, file, names.input)
         tensors.append(StoredTensor(given, Role.INPUT_SCALE, "float32", (1,)))
+    elif has_input_scale(module, file, names):
+        given = _present(module, file, names.input)
+        tensors.append(StoredTensor(given, Role.IGNORED, "float32", (1,), optional=True))
     return CheckpointScheme(
         WeightSpec(E5M2 if five else E4M3, ScaleSpec(dtype, granularity, channels, rows)),
         tuple(tensors),
