@@ -199,3 +199,10 @@ def test_the_library_gets_the_paths_of_this_machine() -> None:
     for call in CALL_CLASSES:
         expected = paths.paths_of(call, replace(here, cpu=""))
         assert paths.paths_of(call, here) == expected
+
+
+def test_an_instruction_without_a_rate_is_never_the_fastest() -> None:
+    """An instruction set that is forced here may be asked about for a processor without it."""
+    zen3 = Platform.parse("cpu:zen3").rates
+    for cost, call in ((COSTS["floats"]["avx512bf16"], NARROW), (COSTS["integers"]["amx"], BYTES8)):
+        assert cost.cycles(call, zen3, 1, 4096.0) == float("inf")

@@ -9,6 +9,7 @@ instruction that does it. The numbers were measured on Zen 4 (``avx512bf16``, ``
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -47,13 +48,16 @@ class KernelCost:
     digits: bool = False
 
     def cycles(self, call: CallClass, profile: Profile, m: int, weights: float) -> float:
-        """Of one core for ``m`` tokens and so many ``weights``."""
+        """Of one core for ``m`` tokens and so many ``weights``; infinite where the profile has no
+        rate of the instruction, as for an instruction set that is forced for another processor."""
+        if not (rate := profile.rate(self.instruction)):
+            return math.inf
         slower = 1.0 / (profile.rate(self.lookup) or 1.0) if self.lookup else 1.0
         decode = self.decode.get(call.decoded, 0.0) * slower * weights / CODES_PER_BLOCK
         efficiency = self.grouped if call.x == "group" else self.efficiency
         if call.weights == "narrow":
             efficiency *= self.narrow
-        each = max(1.0 / (profile.rate(self.instruction) * efficiency), self.floor)
+        each = max(1.0 / (rate * efficiency), self.floor)
         rows = max(m, self.rows)
         parts = 1 if self.parts is None else self.parts[call.x]
         return decode + each * parts * rows * weights / self.products
