@@ -118,6 +118,10 @@ def _gemma_source(name: str) -> Path:
     return WORK / name
 
 
+def _llama() -> Engine:
+    return LlamaEngine("llama.cpp, Q4_K_M", _gemma_source("gemma-3-270m-q4_k_m.gguf"))
+
+
 def _gemma() -> dict[str, Maker]:
     def head8() -> Path:
         return _gemma_quantized(8)
@@ -137,15 +141,13 @@ def _gemma() -> dict[str, Maker]:
         "vllm-default": _stock("4-bit, x in 8 bits where that is its default", head16, BY_DEFAULT),
         "ours-bf16": _ours_plain(plain),
         "vllm-bf16": _stock("bf16", plain),
-        "llama": lambda: LlamaEngine(
-            "llama.cpp, Q4_K_M", _gemma_source("gemma-3-270m-q4_k_m.gguf")
-        ),
+        "llama": _llama,
     }
     return engines | _alone(engines, *ALONE)
 
 
 def _gemma_schemes() -> dict[str, Maker]:
-    """Each scheme with this package and without, in one process."""
+    """Each scheme with this package and without."""
 
     def made(scheme: str) -> Callable[[], Path]:
         def write(directory: Path) -> None:
@@ -157,7 +159,8 @@ def _gemma_schemes() -> dict[str, Maker]:
     for scheme in SCHEMES:
         engines[f"ours-{scheme}"] = _ours(scheme, made(scheme))
         engines[f"vllm-{scheme}"] = _stock(scheme, made(scheme))
-    return _alone(engines, *engines)
+    alone = _alone(engines, *engines)
+    return {**engines, **alone, "llama": _llama}
 
 
 def _synthetic(name: str) -> dict[str, Maker]:
