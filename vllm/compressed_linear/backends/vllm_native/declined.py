@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's kernel classes without an adapter: the reasons, and what is missing.
 
-From the source of vLLM 0.32. A class gets an adapter if its input can be checked on a machine
-without a GPU: its operators' arguments against their schemas, its tensors against those of vLLM's
-own linear methods. Classes with operators in separate packages have neither. If a class *with* an
+From the sources of vLLM 0.32 and 0.33. A class gets an adapter if its input can be checked on a
+machine without a GPU: its operators' arguments against their schemas, its tensors against those of
+vLLM's own linear methods. Classes with operators in separate packages have neither. If a class *with* an
 adapter computes something else than a descriptor says, the adapter declines.
 """
 
 from __future__ import annotations
 
-UNKNOWN = "vLLM added it after 0.32, and no adapter knows it"
+UNKNOWN = "vLLM added it after 0.33, and no adapter knows it"
 """The reason of a class that is not listed."""
 
 _PACKAGE = "runs operators of the package {}, which were not checked: {} would have to be"
@@ -64,6 +64,15 @@ REASONS: tuple[tuple[str, str], ...] = (
 devices than those where the question comes up."""
 
 
+SINCE_0_33: tuple[tuple[str, str], ...] = (
+    ("Rdna3W4A8", _LIBRARY.format("ROCm", "_rocm_C")),
+    ("TorchMxFp4", "quantizes x by an operator of vLLM's XPU library, which was not checked"),
+    ("TorchMxFp8", "torch's product of MXFP8: in which order it reads scales was not checked"),
+)
+"""The same for classes that vLLM 0.32 does not have."""
+
+
 def why(kernel: str) -> str:
     """Why vLLM's class ``kernel`` has no adapter."""
-    return next((text for prefix, text in REASONS if kernel.startswith(prefix)), UNKNOWN)
+    known = (*REASONS, *SINCE_0_33)
+    return next((text for prefix, text in known if kernel.startswith(prefix)), UNKNOWN)
