@@ -3,8 +3,8 @@
 
 From the sources of vLLM 0.32 and 0.33. A class gets an adapter if its input can be checked on a
 machine without a GPU: its operators' arguments against their schemas, its tensors against those of
-vLLM's own linear methods. Classes with operators in separate packages have neither. If a class *with* an
-adapter computes something else than a descriptor says, the adapter declines.
+vLLM's own linear methods. Classes with operators in separate packages have neither. If a class
+*with* an adapter computes something else than a descriptor says, the adapter declines.
 """
 
 from __future__ import annotations
