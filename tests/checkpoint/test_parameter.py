@@ -263,6 +263,16 @@ def test_scales_keep_the_dtype_of_the_file() -> None:
         assert torch.equal(shard.scale(), scale)  # type: ignore[arg-type]
 
 
+def test_scales_of_64_bits_are_refused_since_32_do_not_hold_them() -> None:
+    weight = disk("q", GPTQ, 32)
+    parts = weight.standard
+    assert parts.scale is not None
+    wide = Disk("q", GPTQ, StandardWeights(parts.codes, parts.scale.double(), parts.zero))
+    expected = saying("q.scales", "float64", "a dtype that float32 holds")
+    with pytest.raises(CheckpointError, match=expected):
+        loaded([wide.source()], [wide], [None])
+
+
 def test_padding_rows_follow_the_real_ones() -> None:
     weight = disk("lm_head", AWQ, 40)
     source = ShardSource("lm_head", AWQ, 40, K, 16, 24, 0, K, padding=8)

@@ -252,6 +252,8 @@ def _dtype_fits(
     # No other dtype converts to eight bits without loss.
     if stored.packing is not None or container in (torch.float8_e4m3fn, torch.float8_e5m2):
         return found == container
+    if found == torch.float64 and stored.role is not Role.CODES:
+        return False  # float32 does not hold it, and no kernel reads it
     if found.is_floating_point or container.is_floating_point:
         return found.is_floating_point and container.is_floating_point
     return found in _INTEGERS
