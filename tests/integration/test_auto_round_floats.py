@@ -12,18 +12,16 @@ import torch
 from tests.support.compressed_tensors_store import CompressedWeight
 from tests.support.float8_store import Float8
 from tests.support.float_models import (
+    SMALL,
     FloatModel,
     Store,
-    assert_computes,
-    layers_of,
-    some_input,
+    assert_every_layer_computes,
     write,
 )
 from tests.support.model_loading import loaded
-from tests.support.synthetic import Model, Quant
+from tests.support.synthetic import Model
 from vllm.compressed_linear.integration.preparation import PROCESS_PLAN
 
-SMALL: dict[str, Any] = {"quant": Quant("gptq"), "hidden": 128, "intermediate": 256}
 PACKING = {"packing_format": "auto_round:llm_compressor"}
 MX = {"data_type": "mx_fp", "group_size": 32, "act_data_type": "mx_fp", "act_group_size": 32}
 FP8 = {"bits": 8, "data_type": "fp", "packing_format": "auto_round:fp8"}
@@ -80,9 +78,7 @@ def test_every_layer_computes_what_its_file_means(name: str, tmp_path: Path) -> 
     config = {"quant_method": "auto-round", "sym": True, **settings}
     found = write(FloatModel(config, store, Model(**SMALL)), tmp_path)
     with loaded(tmp_path) as model:
-        for layer_name, layer, members in layers_of(model, found.stored):
-            x = some_input(members[0].meaning.shape[1])
-            assert_computes(layer, layer_name, members, x)
+        assert_every_layer_computes(model, found.stored)
         assert {e.backend for e in PROCESS_PLAN.entries.values()} <= {"cpu", "cpu_int8"}
 
 
@@ -101,5 +97,4 @@ def test_negative_scales(tmp_path: Path) -> None:
     config = {"quant_method": "auto-round", **settings}
     found = write(FloatModel(config, store, Model(**SMALL)), tmp_path)
     with loaded(tmp_path) as model:
-        for layer_name, layer, members in layers_of(model, found.stored):
-            assert_computes(layer, layer_name, members, some_input(members[0].meaning.shape[1]))
+        assert_every_layer_computes(model, found.stored)

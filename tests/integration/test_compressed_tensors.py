@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from tests.support.compressed_tensors_store import CompressedWeight
 from tests.support.described import Described
 from tests.support.float_models import (
+    SMALL,
     FloatModel,
-    assert_computes,
+    assert_every_layer_computes,
     layers_of,
     some_input,
     write,
@@ -25,7 +26,7 @@ from tests.support.float_models import (
 from tests.support.messages import saying
 from tests.support.model_loading import loaded
 from tests.support.shards import load, source_of
-from tests.support.synthetic import Model, Quant
+from tests.support.synthetic import Model
 from vllm.compressed_linear.checkpoint.describe import LayerContext
 from vllm.compressed_linear.checkpoint.parts import refine
 from vllm.compressed_linear.formats.resolution import ConfigError
@@ -33,7 +34,6 @@ from vllm.compressed_linear.integration.linear import CompressedLinearMethod
 from vllm.compressed_linear.integration.preparation import PROCESS_PLAN
 from vllm.compressed_linear.spec.scheme import CheckpointScheme
 
-SMALL: dict[str, Any] = {"quant": Quant("gptq"), "hidden": 128, "intermediate": 256}
 PACKED = CompressedWeight(4, "pack-quantized")
 
 
@@ -90,9 +90,7 @@ def test_every_layer_computes_what_its_file_means(name: str, tmp_path: Path) -> 
     variant = VARIANTS[name]
     found = write(model_of(variant), tmp_path)
     with loaded(tmp_path) as model:
-        for layer_name, layer, members in layers_of(model, found.stored):
-            x = some_input(members[0].meaning.shape[1])
-            assert_computes(layer, layer_name, members, x)
+        assert_every_layer_computes(model, found.stored)
         entries = list(PROCESS_PLAN.entries.values())
     assert {entry.backend for entry in entries} <= {"cpu", "cpu_int8"}
     if variant.store.y and not variant.store.uncalibrated:
@@ -218,10 +216,7 @@ def test_a_mixture_as_in_googles_mobile_checkpoints(tmp_path: Path) -> None:
     described["compression_config"] = described.pop("quantization_config")
     (tmp_path / "config.json").write_text(json.dumps(described))
     with loaded(tmp_path) as model:
-        checked = [name for name, *_ in layers_of(model, found.stored)]
-        for layer_name, layer, members in layers_of(model, found.stored):
-            x = some_input(members[0].meaning.shape[1])
-            assert_computes(layer, layer_name, members, x)
+        checked = assert_every_layer_computes(model, found.stored)
         assert "lm_head" in checked
         assert {e.backend for e in PROCESS_PLAN.entries.values()} <= {"cpu", "cpu_int8"}
 

@@ -23,20 +23,19 @@ from tests.support.architectures import (
 from tests.support.described import Described
 from tests.support.float8_store import Float8
 from tests.support.float_models import (
+    SMALL,
     FloatModel,
     Stored,
     Written,
-    assert_computes,
+    assert_every_layer_computes,
     assert_near,
-    layers_of,
-    some_input,
     write,
     write_family,
 )
 from tests.support.messages import saying
 from tests.support.model_loading import loaded, logits
 from tests.support.shards import load, source_of
-from tests.support.synthetic import Model, Quant
+from tests.support.synthetic import Model
 from vllm.compressed_linear.checkpoint.describe import LayerContext
 from vllm.compressed_linear.checkpoint.file_header import TensorHeader
 from vllm.compressed_linear.checkpoint.headers import Headers
@@ -48,7 +47,6 @@ from vllm.compressed_linear.prepare.plan import DELEGATED
 from vllm.compressed_linear.spec.elements import dtype_name
 from vllm.compressed_linear.spec.scheme import CheckpointScheme
 
-SMALL: dict[str, Any] = {"quant": Quant("gptq"), "hidden": 128, "intermediate": 256}
 BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 TINY = BLOCKS | {"weight_block_size": [32, 64]}
 STATIC = {"quant_method": "fp8", "activation_scheme": "static"}
@@ -219,7 +217,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Tensors], object], tuple[object, ...]]] 
         _set(f"{K}.input_scale", _with(0)),
         (f"{K}.input_scale", "other than 0"),
     ),
-    "input scale that is no number": (
+    "input scale that is not a number": (
         "scalars",
         _set(f"{K}.input_scale", _with(float("nan"))),
         (f"{K}.input_scale", "nan"),
@@ -242,9 +240,7 @@ def test_every_layer_computes_what_its_file_means(written: tuple[Variant, Writte
     variant, files = written
     with loaded(files.path) as model:
         ours = logits(model, files.input_ids)
-        layers = list(layers_of(model, files.stored))
-        for name, layer, members in layers:
-            assert_computes(layer, name, members, some_input(members[0].meaning.shape[1]))
+        layers = assert_every_layer_computes(model, files.stored)
         entries = PROCESS_PLAN.entries.values()
         assert {entry.backend for entry in entries} == {"cpu"}
     assert len(layers) >= 4

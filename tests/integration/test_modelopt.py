@@ -20,26 +20,24 @@ from tests.support.changed_checkpoints import changed_copy
 from tests.support.checkpoints import checkpoint_reference
 from tests.support.float8_store import Float8
 from tests.support.float_models import (
+    SMALL,
     FloatModel,
     Store,
     Stored,
     Twins,
     Written,
-    assert_computes,
+    assert_every_layer_computes,
     assert_near,
-    layers_of,
-    some_input,
     write,
     write_family,
 )
 from tests.support.messages import saying, says
 from tests.support.model_loading import loaded, logits
 from tests.support.modelopt_store import ModelOptWeights
-from tests.support.synthetic import Model, Quant
+from tests.support.synthetic import Model
 from vllm.compressed_linear.integration.preparation import PROCESS_PLAN
 from vllm.compressed_linear.prepare.plan import DELEGATED
 
-SMALL: dict[str, Any] = {"quant": Quant("gptq"), "hidden": 128, "intermediate": 256}
 PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 RAGGED = {"hidden": 192, "heads": 6, "kv_heads": 2, "intermediate": 160}
 AWQ = ("o_proj", "down_proj")
@@ -189,10 +187,7 @@ def test_every_layer_computes_what_its_file_means(name: str, tmp_path: Path) -> 
     files = write_variant(variant, tmp_path)
     with loaded(files.path) as model:
         ours = logits(model, files.input_ids)
-        layers = list(layers_of(model, files.stored))
-        for layer_name, layer, members in layers:
-            x = some_input(members[0].meaning.shape[1])
-            assert_computes(layer, layer_name, members, x)
+        layers = assert_every_layer_computes(model, files.stored)
         entries = list(PROCESS_PLAN.entries.values())
         assert {entry.backend for entry in entries} <= {"cpu", "cpu_int8"}
     assert len(layers) >= 4
@@ -237,7 +232,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Tensors], object], tuple[object, ...]]] 
         _set(f"{DOWN}.pre_quant_scale", lambda t: t[:-1]),
         (f"{DOWN}.pre_quant_scale", [255], [256]),
     ),
-    "a prescale that is no number": (
+    "a prescale that is not a number": (
         "int4-awq",
         _set(f"{DOWN}.pre_quant_scale", lambda t: t * float("nan")),
         (f"{DOWN}.pre_quant_scale", "nan"),
@@ -333,13 +328,11 @@ def test_mixed_precision_of_linear_attention_with_several_parts_in_a_tensor(
 ) -> None:
     """As nvidia's Qwen3.6: fp8 with a scale for q, k and v in one tensor and another for z."""
     with loaded(mixed_qwen.quantized, skip_tokenizer_init=True) as model:
-        layers = list(layers_of(model, mixed_qwen.stored))
-        for name, layer, members in layers:
-            assert_computes(layer, name, members, some_input(members[0].meaning.shape[1]))
+        layers = assert_every_layer_computes(model, mixed_qwen.stored)
         entries = PROCESS_PLAN.entries.values()
         assert {entry.backend for entry in entries} == {"cpu"}
-    assert any("in_proj_qkvz" in name for name, _, _ in layers)
-    assert any("mlp.down_proj" in name for name, _, _ in layers)
+    assert any("in_proj_qkvz" in name for name in layers)
+    assert any("mlp.down_proj" in name for name in layers)
 
 
 LINEAR_ATTENTION = ("in_proj_qkv", "in_proj_z", "out_proj")

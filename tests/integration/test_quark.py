@@ -10,19 +10,17 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.support.float_models import (
+    SMALL,
     FloatModel,
-    assert_computes,
-    layers_of,
-    some_input,
+    assert_every_layer_computes,
     write,
 )
 from tests.support.messages import saying
 from tests.support.model_loading import loaded
 from tests.support.quark_store import QuarkWeight
-from tests.support.synthetic import Model, Quant
+from tests.support.synthetic import Model
 from vllm.compressed_linear.integration.preparation import PROCESS_PLAN
 
-SMALL: dict[str, Any] = {"quant": Quant("gptq"), "hidden": 128, "intermediate": 256}
 VARIANTS = {
     "int8-static": QuarkWeight("int8", x="static"),
     "int8-channel-dynamic": QuarkWeight("int8", channel=True, x="token"),
@@ -54,9 +52,7 @@ def model_of(name: str, **shape: Any) -> FloatModel:
 def test_every_layer_computes_what_its_file_means(name: str, tmp_path: Path) -> None:
     found = write(model_of(name, bias=True), tmp_path)
     with loaded(tmp_path) as model:
-        for layer_name, layer, members in layers_of(model, found.stored):
-            x = some_input(members[0].meaning.shape[1])
-            assert_computes(layer, layer_name, members, x)
+        assert_every_layer_computes(model, found.stored)
         assert {e.backend for e in PROCESS_PLAN.entries.values()} <= {"cpu", "cpu_int8"}
 
 
@@ -75,9 +71,7 @@ def test_mixed_layers_by_name(tmp_path: Path) -> None:
 
     found = write(FloatModel(config, store, Model(**SMALL)), tmp_path)
     with loaded(tmp_path) as model:
-        for layer_name, layer, members in layers_of(model, found.stored):
-            x = some_input(members[0].meaning.shape[1])
-            assert_computes(layer, layer_name, members, x)
+        assert_every_layer_computes(model, found.stored)
 
 
 K = "model.layers.0.self_attn.k_proj"

@@ -121,6 +121,10 @@ def assert_near(ours: torch.Tensor, reference: torch.Tensor, *, exact: bool) -> 
     assert float(worst.quantile(0.7)) <= 1e-3
 
 
+SMALL: dict[str, Any] = {"quant": Quant("gptq"), "hidden": 128, "intermediate": 256}
+"""Sizes of a ``Model``; its own quantization is replaced."""
+
+
 def layers_of(
     model: LoadedModel, stored: dict[str, Stored]
 ) -> Iterator[tuple[str, Any, list[Stored]]]:
@@ -165,6 +169,14 @@ def assert_computes(
     assert (error <= tolerance * magnitude + steps * 1.0001 + 1e-9).all(), (
         f"{name}: {float((error / (magnitude + 1e-30)).max()):.3g} of the sum of magnitudes"
     )
+
+
+def assert_every_layer_computes(model: LoadedModel, stored: dict[str, Stored]) -> list[str]:
+    """``assert_computes`` of every layer that is stored so; their names."""
+    found = list(layers_of(model, stored))
+    for name, layer, members in found:
+        assert_computes(layer, name, members, some_input(members[0].meaning.shape[1]))
+    return [name for name, *_ in found]
 
 
 def some_input(k: int, tokens: int = 5) -> torch.Tensor:
