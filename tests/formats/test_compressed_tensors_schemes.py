@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights of compressed-tensors as the installed library writes them, and what is computed for
-activations."""
+"""Weights of compressed-tensors as the installed library writes them."""
 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from tests.support.described import Described
-from tests.support.format_configs import INT4, groups
+from tests.support.format_configs import BLOCKS, FLOAT4, FLOAT8, INT4, NVFP4, groups
+from tests.support.format_configs import INT8 as CHANNEL8
 from tests.support.messages import saying
 from tests.support.shards import in_file_order, load, source_of
 from vllm.compressed_linear.checkpoint.describe import LayerContext
@@ -24,25 +23,15 @@ from vllm.compressed_linear.formats.registry import format_of
 from vllm.compressed_linear.formats.resolution import (
     ConfigError,
     Delegated,
-    LayerKind,
     Unquantized,
 )
 from vllm.compressed_linear.spec.descriptor import ActivationSpec
-from vllm.compressed_linear.spec.elements import E2M1, E4M3, INT8, uint
+from vllm.compressed_linear.spec.elements import INT8
 from vllm.compressed_linear.spec.scheme import CheckpointScheme
 
 CONTEXT = LayerContext("float32", "float32")
 NAME = "a.q_proj"
 N, K = 200, 336  # ragged blocks
-FLOAT8 = {"num_bits": 8, "type": "float"}
-FLOAT4 = {"num_bits": 4, "type": "float"}
-BLOCKS = {"strategy": "block", "block_structure": [128, 128]}
-NVFP4 = {
-    **FLOAT4,
-    "strategy": "tensor_group",
-    "group_size": 16,
-    "scale_dtype": "torch.float8_e4m3fn",
-}
 MX = {"strategy": "group", "group_size": 16, "scale_dtype": "torch.uint8"}
 
 WEIGHTS: list[tuple[str, dict[str, Any], tuple[int, ...]]] = [
@@ -237,148 +226,6 @@ def test_4_bit_codes_in_int8_that_have_more_bits_are_an_error() -> None:
         refine([shard], CONTEXT)
 
 
-# Activations.
-
-TOKEN = {"strategy": "token", "dynamic": True}
-TENSOR = {"strategy": "tensor", "dynamic": False}
-NVFP4_INPUTS = {**NVFP4, "dynamic": "local"}
-
-
-def described_inputs(
-    inputs: dict[str, Any], weights: dict[str, Any], form: str
-) -> CheckpointScheme | Delegated:
-    config = groups((["Linear"], weights), format=form)
-    config["config_groups"]["group_0"]["input_activations"] = inputs
-    found = Described.of(config).resolve(NAME)
-    assert not isinstance(found, Unquantized)
-    return found
-
-
-CHANNEL8 = {"num_bits": 8, "strategy": "channel"}
-MXFP4 = {**FLOAT4, "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
-MXFP8 = {**MXFP4, "num_bits": 8}
-ABOVE_224 = float(torch.nextafter(torch.tensor(224.0), torch.tensor(math.inf)))
-
-
-@pytest.mark.parametrize(
-    ("form", "weights", "inputs", "expected"),
-    [
-        ("int-quantized", CHANNEL8, {"num_bits": 8, **TOKEN}, ActivationSpec(INT8, True, "token")),
-        (
-            "int-quantized",
-            CHANNEL8,
-            {"num_bits": 8, **TOKEN, "symmetric": False},
-            ActivationSpec(INT8, True, "token", False),
-        ),
-        (
-            "int-quantized",
-            CHANNEL8,
-            {"num_bits": 8, **TENSOR},
-            ActivationSpec(INT8, False, "tensor"),
-        ),
-        (
-            "int-quantized",
-            CHANNEL8,
-            {"num_bits": 8, **TENSOR, "symmetric": False},
-            ActivationSpec(INT8, False, "tensor", False),
-        ),
-        (
-            "int-quantized",
-            INT4,
-            {"num_bits": 8, "strategy": "group", "group_size": 128, "dynamic": True},
-            ActivationSpec(INT8, True, "group", group_size=128),
-        ),
-        (
-            "pack-quantized",
-            INT4,
-            {"num_bits": 4, **TOKEN},
-            ActivationSpec(uint(4, 8), True, "token", maximum=7.0),
-        ),
-        (
-            "pack-quantized",
-            INT4,
-            {**FLOAT8, **TOKEN},
-            ActivationSpec(E4M3, True, "token", maximum=448.0),
-        ),
-        (
-            "float-quantized",
-            {**FLOAT8, "strategy": "channel"},
-            {**FLOAT8, "strategy": "tensor", "dynamic": True},
-            ActivationSpec(E4M3, True, "token", maximum=448.0),
-        ),
-        (
-            "float-quantized",
-            {**FLOAT8, "strategy": "tensor"},
-            {**FLOAT8, **TENSOR},
-            ActivationSpec(E4M3, False, "tensor", maximum=448.0),
-        ),
-        (
-            "float-quantized",
-            {**FLOAT8, **BLOCKS},
-            {**FLOAT8, **TOKEN},
-            ActivationSpec(E4M3, True, "group", group_size=128, maximum=448.0),
-        ),
-        (
-            "nvfp4-pack-quantized",
-            NVFP4,
-            NVFP4_INPUTS,
-            ActivationSpec(E2M1, True, "group", True, 16, "float8_e4m3fn", 6.0),
-        ),
-        (
-            "mxfp4-pack-quantized",
-            MXFP4,
-            {**MXFP4, "dynamic": True},
-            ActivationSpec(E2M1, True, "group", True, 32, "e8m0", 3.5),
-        ),
-        (
-            "mxfp8-quantized",
-            MXFP8,
-            {**MXFP8, "dynamic": True},
-            ActivationSpec(E4M3, True, "group", True, 32, "e8m0", ABOVE_224),
-        ),
-        (
-            "mxfp4-pack-quantized",
-            MXFP4,
-            {**FLOAT8, **TOKEN},
-            ActivationSpec(E4M3, True, "token", maximum=448.0),
-        ),
-        ("float-quantized", {**FLOAT8, "strategy": "channel"}, None, None),
-        ("nvfp4-pack-quantized", NVFP4, None, None),
-    ],
-)
-def test_activations_are_what_vllm_computes(
-    form: str,
-    weights: dict[str, Any],
-    inputs: dict[str, Any],
-    expected: ActivationSpec | None,
-) -> None:
-    found = described_inputs(inputs, weights, form)
-    assert isinstance(found, CheckpointScheme)
-    assert found.activation == expected
-    needed = {t.name for t in found.tensors if t.name.startswith("input_") and not t.optional}
-    if expected is None or not expected.needs_scale:
-        assert not needed
-    elif expected.scale_dtype == "float8_e4m3fn":
-        assert needed == {"input_global_scale"}
-    else:
-        assert needed == {"input_scale"} | ({"input_zero_point"} if expected.needs_zero else set())
-
-
-@pytest.mark.parametrize(
-    ("inputs", "word"),
-    [
-        ({"num_bits": 8, "strategy": "channel"}, "channel"),
-        ({"num_bits": 16, **TOKEN}, "int16"),
-        ({**FLOAT4, "strategy": "tensor"}, "float4"),
-        ({**FLOAT8, **TENSOR, "symmetric": False}, "asymmetric"),
-    ],
-)
-def test_inputs_that_are_not_known_are_left_to_vllm(inputs: dict[str, Any], word: str) -> None:
-    found = described_inputs(inputs, CHANNEL8, "int-quantized")
-    assert isinstance(found, Delegated)
-    assert word in found.reason
-
-
 @pytest.mark.parametrize("zero", [None, 0, 7])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_static_zero_point_next_to_a_symmetric_scale_must_be_0(
@@ -392,7 +239,7 @@ def test_a_static_zero_point_next_to_a_symmetric_scale_must_be_0(
     named = {f"{NAME}.{key}": value for key, value in tensors.items()}
     save_file(named, tmp_path / "model.safetensors")
     config = groups((["Linear"], CHANNEL8), format="int-quantized")
-    inputs = {"num_bits": 8, **TENSOR, "symmetric": symmetric}
+    inputs = {"num_bits": 8, "strategy": "tensor", "dynamic": False, "symmetric": symmetric}
     config["config_groups"]["group_0"]["input_activations"] = inputs
     described = Described.of(config).with_file(tmp_path)
     scheme = described.resolve(NAME)
@@ -408,14 +255,6 @@ def test_a_static_zero_point_next_to_a_symmetric_scale_must_be_0(
         return
     (part,) = refine([shard], CONTEXT)
     assert part.descriptor.activation == ActivationSpec(INT8, False, "tensor", symmetric)
-
-
-def test_nothing_is_multiplied_with_a_table() -> None:
-    config = groups((["Embedding"], INT4))
-    config["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8, **TOKEN}
-    found = Described.of(config).resolve("model.embed_tokens", LayerKind.EMBEDDING)
-    assert isinstance(found, CheckpointScheme)
-    assert found.activation is None
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,7 @@ def test_a_part_of_a_name_yields_to_codes_in_the_file_and_a_full_name_does_not(
 @pytest.mark.parametrize("config", [FP8, BLOCKS, FBGEMM])
 def test_a_plain_weight_in_the_file_goes_first(config: dict[str, Any]) -> None:
     assert isinstance(of_file(config, weight=("bfloat16", (N, K))), Unquantized)
-    # With scales beside it, it is damaged, which loading finds.
+    # With scales next to it, it is damaged, which loading finds.
     scales = {"weight_scale": ("float32", (1,))}
     assert isinstance(of_file(config, weight=("bfloat16", (N, K)), **scales), CheckpointScheme)
 

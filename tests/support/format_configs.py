@@ -14,6 +14,15 @@ AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}
 AUTO_ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": 128}
 INT4 = {"num_bits": 4, "group_size": 128, "strategy": "group"}
 INT8 = {"num_bits": 8, "strategy": "channel"}
+FLOAT8 = {"num_bits": 8, "type": "float"}
+FLOAT4 = {"num_bits": 4, "type": "float"}
+BLOCKS = {"strategy": "block", "block_structure": [128, 128]}
+NVFP4 = {
+    **FLOAT4,
+    "strategy": "tensor_group",
+    "group_size": 16,
+    "scale_dtype": "torch.float8_e4m3fn",
+}
 Q = "model.layers.1.self_attn.q_proj"
 
 
