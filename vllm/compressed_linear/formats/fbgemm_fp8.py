@@ -16,7 +16,7 @@ from vllm.compressed_linear.formats.fields import Fields
 from vllm.compressed_linear.formats.file_view import FileView
 from vllm.compressed_linear.formats.float8 import PER_TOKEN, Names, float8_scheme
 from vllm.compressed_linear.formats.fp8 import left_out
-from vllm.compressed_linear.formats.resolution import LayerKind, Resolution, Unquantized
+from vllm.compressed_linear.formats.resolution import LayerKind, Resolution
 
 
 @register_format("fbgemm_fp8")
@@ -37,11 +37,6 @@ class FbgemmFp8(Format):
         return cls(config, Components.of(field, fields.names(field)))
 
     def resolve(self, module: str, kind: LayerKind, file: FileView) -> Resolution:
-        if (found := file.unquantized_on_disk(module)) is not None:
-            return found
-        quantized = file.quantized_on_disk(module)
-        if (entry := left_out(self.ignored, file.names_of(module), quantized)) is not None:
-            return Unquantized(f"{self.ignored.field}: {entry}")
-        if kind is not LayerKind.LINEAR and not quantized:
-            return Unquantized("fbgemm_fp8 is for linear layers")
+        if (plain := left_out("fbgemm_fp8", self.ignored, module, kind, file)) is not None:
+            return plain
         return float8_scheme(module, file, Names(), PER_TOKEN, by_channel=True)

@@ -12,7 +12,6 @@ of such groups up to powers of two. GPTQModel does not quantize x.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -83,13 +82,8 @@ class Fp8(Format):
         )
 
     def resolve(self, module: str, kind: LayerKind, file: FileView) -> Resolution:
-        if (found := file.unquantized_on_disk(module)) is not None:
-            return found
-        quantized = file.quantized_on_disk(module)
-        if (entry := left_out(self.ignored, file.names_of(module), quantized)) is not None:
-            return Unquantized(f"{self.ignored.field}: {entry}")
-        if kind is not LayerKind.LINEAR and not quantized:
-            return Unquantized("fp8 is for linear layers")
+        if (plain := left_out("fp8", self.ignored, module, kind, file)) is not None:
+            return plain
         return float8_scheme(
             module,
             file,
@@ -123,11 +117,20 @@ class Fp8(Format):
         return "scales are divisors here (weight_scale_semantics), and factors there" * self.inverse
 
 
-def left_out(entries: Components, names: Sequence[str], quantized: bool) -> str | None:
-    """The entry that leaves a module unquantized, or None. ``quantized``: the file has codes of it,
-    which only an entry of its full name contradicts; vLLM does not look at parts of names."""
+def left_out(
+    quant_method: str, entries: Components, module: str, kind: LayerKind, file: FileView
+) -> Unquantized | None:
+    """Why a module is not quantized; None if it is. Codes in the file are contradicted only by an
+    entry of the module's full name; vLLM does not look at parts of names."""
+    if (found := file.unquantized_on_disk(module)) is not None:
+        return found
+    names, quantized = file.names_of(module), file.quantized_on_disk(module)
     entry = entries.first(names)
-    return entry if not quantized or entries.names_fully(names) else None
+    if entry is not None and (not quantized or entries.names_fully(names)):
+        return Unquantized(f"{entries.field}: {entry}")
+    if kind is not LayerKind.LINEAR and not quantized:
+        return Unquantized(f"{quant_method} is for linear layers")
+    return None
 
 
 def _block(fields: Fields) -> tuple[int, int] | None:
