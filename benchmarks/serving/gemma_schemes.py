@@ -7,12 +7,10 @@ on. The embedding table, which is the head as well, stays bf16.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from compressed_tensors import ModelCompressor
 from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationConfig,
@@ -25,8 +23,9 @@ from compressed_tensors.quantization.utils import (
     generate_gparam,
     is_module_quantized,
 )
-from safetensors.torch import save_file
 from transformers import Gemma3ForCausalLM
+
+from quantize import save
 
 SCHEMES = {
     "fp8-static": ("FP8", "float-quantized"),
@@ -39,7 +38,6 @@ SCHEMES = {
     "mxfp8": ("MXFP8", "mxfp8-quantized"),
 }
 """Name → the library's preset, and the format in which it stores it."""
-NOT_SAVED = ("lm_head.weight", "model.embed_tokens.embed_scale")
 INPUT_RANGE = 32.0
 """Largest |x| that static scales of inputs expect."""
 
@@ -53,18 +51,8 @@ def quantize(source: Path, target: Path, name: str) -> None:
     apply_quantization_config(model, config)
     for module in filter(is_module_quantized, model.modules()):
         _calibrate(module)
-    compressor = ModelCompressor(config)
-    compressor.compress_model(model)
-    tensors = {
-        name: tensor.contiguous()
-        for name, tensor in model.state_dict().items()
-        if name not in NOT_SAVED
-    }
     target.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    for path in source.glob("*.json"):
-        shutil.copy(path, target)
-    compressor.update_config(str(target))
+    save(model, config, source, target)
 
 
 def _calibrate(module: Any) -> None:

@@ -54,9 +54,13 @@ def quantize(source: Path, target: Path, *, table: bool) -> None:
         scheme = module.quantization_scheme.weights
         scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), scheme)
         module.weight_scale.data.copy_(scale)
+    save(model, config, source, target)
+
+
+def save(model: Gemma3ForCausalLM, config: QuantizationConfig, source: Path, target: Path) -> None:
+    """Writes `model`, calibrated for `config`, into `target`, with the other files of `source`."""
     compressor = ModelCompressor(config)
     compressor.compress_model(model)
-
     tensors = {
         name: tensor.contiguous()
         for name, tensor in model.state_dict().items()
