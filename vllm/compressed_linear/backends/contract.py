@@ -26,8 +26,8 @@ class Contract:
     backend is only taken where the user names it. ``input_slack``: for external kernels that
     multiply by 1/scale, so that ties may round to the neighbouring code. ``input_rounding``:
     largest error of each x̂, as a share of the largest |x| among its ``input_group`` channels, for
-    kernels that multiply integers: it is nothing beside the other errors unless those channels meet
-    weights that are nearly 0 where |x| is large.
+    kernels that multiply integers: it is negligible next to the other errors unless those channels
+    meet weights that are nearly 0 where |x| is large.
     """
 
     constant: float = 4.0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights of 8-bit floats called ``weight``, with scales beside them: what the file says of them.
+"""Weights of 8-bit floats called ``weight``, with scales next to them: what the file says of them.
 
 The shape of the scales tells how many rows and channels share one, so a file is read as it is, even
 if its configuration says something else. A weight of a fused layer keeps the scales of each of its
