@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from tests.support.described import Described
 from tests.support.format_configs import Q, as_a_part, resolve
@@ -16,6 +18,7 @@ from vllm.compressed_linear.checkpoint.file_header import TensorHeader
 from vllm.compressed_linear.checkpoint.headers import Headers
 from vllm.compressed_linear.formats.file_view import FileView
 from vllm.compressed_linear.formats.modelopt import ModelOpt
+from vllm.compressed_linear.formats.modelopt_algorithms import MXFP4_INPUT, MXFP8_INPUT
 from vllm.compressed_linear.formats.registry import format_of, parse, parse_in
 from vllm.compressed_linear.formats.resolution import (
     ConfigError,
@@ -24,6 +27,8 @@ from vllm.compressed_linear.formats.resolution import (
     Resolution,
     Unquantized,
 )
+from vllm.compressed_linear.spec.activation import quantize_dequantize
+from vllm.compressed_linear.spec.descriptor import ActivationSpec
 from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role
 
 PRODUCER = {"name": "modelopt", "version": "0.47.0"}
@@ -314,3 +319,18 @@ def test_vllms_own_configurations_are_complete() -> None:
 def test_wrong_values_are_errors(change: dict[str, Any], complaint: tuple[object, ...]) -> None:
     with pytest.raises(ConfigError, match=saying(*complaint)):
         parse(NVFP4 | change)
+
+
+@pytest.mark.parametrize(("spec", "largest"), [(MXFP8_INPUT, 448.0), (MXFP4_INPUT, 6.0)])
+def test_scales_that_are_powers_of_two_are_the_least_under_which_x_fits(
+    spec: ActivationSpec, largest: float
+) -> None:
+    """Also for the float32 next to the largest value, where a smaller scale would saturate, which
+    small values show: half of the least one is a tie to 0."""
+    least = spec.element.table()
+    least = float(least[least > 0].min())
+    for top, doubled in ((largest, False), (float(np.nextafter(np.float32(largest), 1e3)), True)):
+        x = torch.zeros(1, 32)
+        x[0, 0], x[0, 1] = top, least
+        found = quantize_dequantize(x, spec)
+        assert found[0].tolist()[:2] == [largest, 0.0 if doubled else least]

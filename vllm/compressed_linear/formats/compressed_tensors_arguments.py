@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from vllm.compressed_linear.formats.fields import Fields, whole, wrong
+from vllm.compressed_linear.formats.float8 import PER_TOKEN, STATIC, per_group
 from vllm.compressed_linear.formats.resolution import ConfigError
-from vllm.compressed_linear.spec.activation import JUST_ABOVE_224
+from vllm.compressed_linear.spec.activation import nvfp4_input
 from vllm.compressed_linear.spec.descriptor import ActivationSpec
-from vllm.compressed_linear.spec.elements import E2M1, E4M3, uint
+from vllm.compressed_linear.spec.elements import E2M1, uint
 
-_E4M3_LARGEST = 448.0
 _BYTES = ("torch.uint8", "uint8", "torch.float8_e8m0fnu", "float8_e8m0fnu")
 """Words of ``scale_dtype`` for powers of two (MX)."""
 
@@ -91,8 +91,7 @@ def activation_of(inputs: Arguments, weights: Arguments) -> ActivationSpec | Non
     if inputs.bits == 8:
         return _fp8(inputs, weights)
     if inputs.bits == 4 and inputs.strategy == "tensor_group":
-        size = inputs.group_size
-        return ActivationSpec(E2M1, True, "group", True, size, "float8_e4m3fn", E2M1.largest)
+        return nvfp4_input(inputs.group_size)
     if inputs.bits == 4 and inputs.strategy == "group" and inputs.dynamic:
         # max|x| is rounded to the type's mantissa before its exponent is taken.
         return ActivationSpec(E2M1, True, "group", True, inputs.group_size, "e8m0", 3.5)
@@ -120,17 +119,12 @@ def _fp8(inputs: Arguments, weights: Arguments) -> ActivationSpec | None:
     if not inputs.dynamic:
         if inputs.strategy != "tensor":
             return None
-        return ActivationSpec(E4M3, False, "tensor", maximum=_E4M3_LARGEST)
-    size = inputs.group_size
-    if inputs.powers and inputs.strategy == "group":
-        return ActivationSpec(E4M3, True, "group", True, size, "e8m0", JUST_ABOVE_224)
-    if inputs.strategy in ("token", "tensor") and weights.strategy == "block":
-        size = weights.block[1]
-    elif inputs.strategy in ("token", "tensor"):
-        return ActivationSpec(E4M3, True, "token", maximum=_E4M3_LARGEST)
-    elif inputs.strategy != "group":
+        return STATIC
+    if inputs.strategy == "group":
+        return per_group(inputs.group_size, powers_of_two=inputs.powers)
+    if inputs.strategy not in ("token", "tensor"):
         return None
-    return ActivationSpec(E4M3, True, "group", True, size, maximum=_E4M3_LARGEST)
+    return per_group(weights.block[1]) if weights.strategy == "block" else PER_TOKEN
 
 
 def _dynamic(fields: Fields) -> bool:

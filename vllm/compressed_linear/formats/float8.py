@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from vllm.compressed_linear.checkpoint.file_header import TensorHeader
 from vllm.compressed_linear.formats.file_view import FileView
+from vllm.compressed_linear.spec.activation import JUST_ABOVE_224
 from vllm.compressed_linear.spec.descriptor import ActivationSpec, ScaleSpec, WeightSpec
 from vllm.compressed_linear.spec.elements import E4M3, E5M2
 from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role, StoredTensor
@@ -21,14 +22,12 @@ STATIC = ActivationSpec(E4M3, False, "tensor", maximum=448.0)
 PER_TOKEN = replace(STATIC, dynamic=True, granularity="token")
 
 _POWERS_OF_TWO = {"uint8": "e8m0", "float8_e8m0fnu": "e8m0"}
-_CEILING = 224.0 * (1 + 2.0**-23)
-"""The next float32 after 224: a scale is the smallest power of two under which x fits 448."""
 
 
 def per_group(size: int, *, powers_of_two: bool = False) -> ActivationSpec:
     """x in e4m3 with a dynamic scale for ``size`` channels of a token."""
     spec = replace(PER_TOKEN, granularity="group", group_size=size)
-    return replace(spec, scale_dtype="e8m0", maximum=_CEILING) if powers_of_two else spec
+    return replace(spec, scale_dtype="e8m0", maximum=JUST_ABOVE_224) if powers_of_two else spec
 
 
 @dataclass(frozen=True)

@@ -23,16 +23,15 @@ from vllm.compressed_linear.formats.float8 import (
     float8_scheme,
     per_group,
 )
+from vllm.compressed_linear.spec.activation import just_above, nvfp4_input
 from vllm.compressed_linear.spec.descriptor import ActivationSpec, ScaleSpec, WeightSpec
 from vllm.compressed_linear.spec.elements import E2M1, E4M3, INT8, uint
 from vllm.compressed_linear.spec.packing import Packing
 from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role, StoredTensor
 
-NVFP4_INPUT = ActivationSpec(
-    E2M1, True, "group", group_size=16, scale_dtype="float8_e4m3fn", maximum=6.0
-)
+NVFP4_INPUT = nvfp4_input()
 MXFP8_INPUT = per_group(32, powers_of_two=True)
-MXFP4_INPUT = replace(MXFP8_INPUT, element=E2M1, maximum=3.0 * (1 + 2.0**-22))
+MXFP4_INPUT = replace(MXFP8_INPUT, element=E2M1, maximum=just_above(3.0))
 """The scale is the smallest power of two under which x fits 6."""
 INT8_INPUT = ActivationSpec(INT8, False, "tensor", maximum=127.0)
 BYTES = ("uint8", "float8_e8m0fnu")

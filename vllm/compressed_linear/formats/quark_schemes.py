@@ -17,7 +17,7 @@ from typing import Self
 from vllm.compressed_linear.checkpoint.file_header import TensorHeader
 from vllm.compressed_linear.formats.fields import Fields
 from vllm.compressed_linear.formats.resolution import ConfigError
-from vllm.compressed_linear.spec.activation import JUST_ABOVE_224
+from vllm.compressed_linear.spec.activation import JUST_ABOVE_224, nvfp4_input
 from vllm.compressed_linear.spec.descriptor import (
     ActivationSpec,
     ScaleSpec,
@@ -89,8 +89,7 @@ def activation_of(inputs: list[TensorConfig]) -> ActivationSpec | None:
     """What vLLM computes for inputs; None if nothing is known of it. Dynamic scales of a tensor
     are those of tokens there."""
     if len(inputs) == 2 and [entry.dtype for entry in inputs] == ["fp4", "fp8_e4m3"]:
-        size = inputs[0].group_size
-        return ActivationSpec(E2M1, True, "group", True, size, "float8_e4m3fn", E2M1.largest)
+        return nvfp4_input(inputs[0].group_size)
     if len(inputs) != 1:
         return None
     (entry,) = inputs

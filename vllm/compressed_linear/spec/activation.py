@@ -37,10 +37,22 @@ from __future__ import annotations
 import torch
 
 from vllm.compressed_linear.spec.descriptor import ActivationSpec
-from vllm.compressed_linear.spec.elements import E4M3, E8M0, ElementType
+from vllm.compressed_linear.spec.elements import E2M1, E4M3, E8M0, ElementType
 
-JUST_ABOVE_224 = float(torch.nextafter(torch.tensor(224.0), torch.tensor(float("inf"))))
+
+def just_above(value: float) -> float:
+    """The next float32 after ``value``. As ``maximum`` of e8m0 scales it gives the smallest power
+    of two under which max|x| is at most 2·``value``."""
+    return float(torch.nextafter(torch.tensor(value), torch.tensor(float("inf"))))
+
+
+JUST_ABOVE_224 = just_above(224.0)
 """``maximum`` of vLLM's MXFP8."""
+
+
+def nvfp4_input(size: int = 16) -> ActivationSpec:
+    """x of NVFP4, with e4m3 scales of ``size`` channels each."""
+    return ActivationSpec(E2M1, True, "group", True, size, "float8_e4m3fn", E2M1.largest)
 
 
 def gather_channels(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ import random
 from dataclasses import replace
 
 from vllm.compressed_linear.spec import elements
+from vllm.compressed_linear.spec.activation import nvfp4_input
 from vllm.compressed_linear.spec.descriptor import ActivationSpec
 from vllm.compressed_linear.spec.elements import (
     E2M1,
@@ -172,9 +173,7 @@ def mx(element: ElementType, maximum: float) -> ActivationSpec:
     )
 
 
-NVFP4_INPUT = ActivationSpec(
-    E2M1, True, "group", group_size=16, scale_dtype="float8_e4m3fn", maximum=6.0
-)
+NVFP4_INPUT = nvfp4_input()
 
 
 def _activation_cases() -> list[Case]:
