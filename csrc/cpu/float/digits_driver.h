@@ -12,17 +12,14 @@
 // threads change a result.
 #pragma once
 
-#include "cpu/common/arena.h"
 #include "cpu/common/panels.h"
 #include "digits.h"
+#include "strips.h"
 
 namespace compressed_linear::cpu {
 namespace {  // see layouts/planes.h
 
-constexpr int64_t kDigitRowBytes = 16 << 20;   // of x prepared at once
-constexpr int64_t kDigitPartBytes = 16 << 10;  // packed weights of a strip worth a thread's while
-constexpr int64_t kDigitKeptBytes = 4 << 20;   // sums of segments kept at once
-constexpr int64_t kStripLanes = kStrip * kTile;
+constexpr int64_t kDigitRowBytes = 16 << 20;  // of x prepared at once
 
 struct DigitArgs {
   const Problem& p;
@@ -58,7 +55,7 @@ struct DigitCall {
   float* row_sums;
   float* sums;  // [strip][panel: segment, row][kStripLanes], null if K is not cut
 
-  int64_t strips() const { return (g.tiles + kStrip - 1) / kStrip; }
+  int64_t strips() const { return strip_count(g); }
   int64_t strip_tiles(int64_t strip) const { return least(g.tiles - strip * kStrip, kStrip); }
   int64_t row_bytes() const { return g.padded_k * kDigits; }
 
@@ -166,19 +163,6 @@ struct DigitCall {
   }
 };
 
-// Parts of K for each strip: several where there are too few strips for the threads.
-inline int64_t count_digit_parts(const Geometry& g, int64_t rows, int64_t segments,
-                                 int64_t threads) {
-  const int64_t strips = (g.tiles + kStrip - 1) / kStrip;
-  if (threads == 1 || strips == 0 || strips >= 2 * threads ||
-      strips * rows * segments * kStripLanes * 4 > kDigitKeptBytes)
-    return 1;
-  int64_t parts = (4 * threads + strips - 1) / strips;
-  const int64_t worthwhile = kStrip * g.tile_bytes() / kDigitPartBytes;
-  parts = least(least(parts, worthwhile), chunk_count(g));
-  return parts > 1 ? parts : 1;
-}
-
 template <class Core>
 void run_digits(const Problem& given, const Parallel& parallel) {
   Problem p = given;
@@ -190,7 +174,7 @@ void run_digits(const Problem& given, const Parallel& parallel) {
   int64_t rows_at_once = kDigitRowBytes / row_bytes;
   if (rows_at_once < Core::kRows) rows_at_once = Core::kRows;
   rows_at_once = least(rows_at_once, p.x.m);
-  const int64_t k_parts = count_digit_parts(g, rows_at_once, bound, parallel.threads);
+  const int64_t k_parts = count_k_parts(g, rows_at_once, bound, parallel.threads);
 
   float *factor = nullptr, *sums = nullptr, *units = nullptr, *row_sums = nullptr;
   DigitSums* start = nullptr;
@@ -208,12 +192,7 @@ void run_digits(const Problem& given, const Parallel& parallel) {
     segments = carver.take<Segment>(bound);
     chunk_first = carver.take<int32_t>(chunk_count(g) + 1);
   });
-  if (p.x.activation.present) {
-    p.x.factor = factor;
-    float* row = static_cast<float*>(
-        worker_arena().reserve(static_cast<size_t>(g.padded_k + g.k) * sizeof(float)));
-    measure_tensor(p, row, row + g.padded_k);
-  }
+  measure_input(p, factor);
   const int64_t segment_count = make_segments(g, segments, chunk_first);
 
   using Context = const DigitCall<Core>;

@@ -29,10 +29,10 @@
 
 #include <cstring>
 
-#include "cpu/common/arena.h"
 #include "cpu/common/panels.h"
 #include "cpu/common/rows.h"
 #include "micro_kernel.h"
+#include "strips.h"
 
 namespace compressed_linear::cpu {
 namespace {  // see layouts/planes.h
@@ -40,9 +40,6 @@ namespace {  // see layouts/planes.h
 constexpr int64_t kRowsPerUnit = 288;           // share one decoding of a chunk
 constexpr int64_t kTilesPerUnit = 16;           // sums of a unit stay in the second-level cache
 constexpr int64_t kActivationBytes = 16 << 20;  // rows of x prepared at once
-constexpr int64_t kStripLanes = kStrip * kTile;
-constexpr int64_t kLeastPartBytes = 16 << 10;  // packed weights of a strip worth a thread's while
-constexpr int64_t kSumBytes = 4 << 20;         // sums of segments kept at once
 
 // Work of the path for few rows: one panel, one strip, some of its segments.
 struct FewRowsArgs {
@@ -106,7 +103,7 @@ struct Call {
     multiply(panel0, panel1, tile0, tile1);
   }
 
-  int64_t strips() const { return (g.tiles + kStrip - 1) / kStrip; }
+  int64_t strips() const { return strip_count(g); }
   int64_t strip_tiles(int64_t strip) const { return least(g.tiles - strip * kStrip, kStrip); }
   bool takes(int64_t strip) const { return Core::kCutStrips || strip_tiles(strip) == kStrip; }
 
@@ -232,18 +229,6 @@ struct Call {
   }
 };
 
-// Parts of K for each strip: several where there are too few strips for the threads.
-inline int64_t count_k_parts(const Geometry& g, int64_t rows, int64_t segments, int64_t threads) {
-  const int64_t strips = (g.tiles + kStrip - 1) / kStrip;
-  if (strips == 0 || strips >= 2 * threads ||
-      strips * rows * segments * kStripLanes * 4 > kSumBytes)
-    return 1;
-  int64_t parts = (4 * threads + strips - 1) / strips;
-  const int64_t worthwhile = kStrip * g.tile_bytes() / kLeastPartBytes;
-  parts = least(least(parts, worthwhile), chunk_count(g));
-  return parts > 1 ? parts : 1;
-}
-
 template <class Core>
 void run_few_rows(Call<Core>& call, const Parallel& parallel) {
   using Context = const Call<Core>;
@@ -285,10 +270,8 @@ void run_linear(const Problem& given, const Parallel& parallel) {
   if (rows_at_once < Core::kRows) rows_at_once = Core::kRows;
   rows_at_once = least(rows_at_once, p.x.m);
 
-  // One thread has all the strips to itself.
-  const int64_t k_parts = Core::kHasFewRows && parallel.threads > 1
-                              ? count_k_parts(g, rows_at_once, bound, parallel.threads)
-                              : 1;
+  const int64_t k_parts =
+      Core::kHasFewRows ? count_k_parts(g, rows_at_once, bound, parallel.threads) : 1;
   float *factor = nullptr, *sums = nullptr, *row_sums = nullptr;
   uint32_t* x = nullptr;
   Segment* segments = nullptr;
@@ -302,12 +285,7 @@ void run_linear(const Problem& given, const Parallel& parallel) {
     segments = carver.take<Segment>(bound);
     chunk_first = carver.take<int32_t>(chunk_count(g) + 1);
   });
-  if (p.x.activation.present) {
-    p.x.factor = factor;
-    float* row = static_cast<float*>(
-        worker_arena().reserve(static_cast<size_t>(g.padded_k + g.k) * sizeof(float)));
-    measure_tensor(p, row, row + g.padded_k);
-  }
+  measure_input(p, factor);
   const int64_t segment_count = make_segments(g, segments, chunk_first);
 
   for (int64_t row0 = 0; row0 < p.x.m; row0 += rows_at_once) {
