@@ -84,19 +84,29 @@ OF_ANOTHER_FUNCTION = {
     "quark-int4_fp8": 0.35,
     "quark-int8": 0.3,
 }
-"""Mean difference that the makers' functions of x make. LLM Compressor divides max|x| by 127.5,
-vLLM by 127; Quark has one dynamic scale for all tokens, and its static reference is of the model
-in memory before it was exported. Tests of single layers hold these to definitions."""
+"""Mean difference that the makers' functions make. LLM Compressor divides max|x| by 127.5, vLLM by
+127; Quark has one dynamic scale for all tokens, and both of its references are of the model in
+memory before it was exported. ``test_activation_definitions`` holds these to definitions."""
+
+HANGS_ON_ROUNDING = (
+    "llmcompressor-fp8-block",
+    "llmcompressor-fp8-dynamic",
+    "llmcompressor-mixed-qv-differ",
+    "modelopt-w4a8-awq",
+    "own-fp8-block128",
+    "own-fp8-static",
+)
+"""Checkpoints in which some x lie so near the middle of two codes that the order of additions
+decides; ``test_activation_definitions`` has the same codes on both sides."""
 
 
 @pytest.mark.parametrize("backend", ["reference", ""])
 @pytest.mark.parametrize("name", checkpoints(quantizes_inputs))
-def test_logits_with_quantized_inputs_are_near_the_makers(
+def test_logits_with_quantized_inputs_are_the_makers(
     name: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At most tokens they are equal. Rounding x turns a last bit of an intermediate result into a
-    step of a code now and then, also between two implementations of attention in the maker's
-    library, and the rest of the model magnifies that; tests of single layers have no such steps."""
+    """Where x hangs on rounding, at most tokens: the rest of the model magnifies a step of a code,
+    also between two implementations of attention in the maker's library."""
     if backend:
         use_backend(monkeypatch, backend)
     reference = checkpoint_reference(name)
@@ -107,9 +117,11 @@ def test_logits_with_quantized_inputs_are_near_the_makers(
     error = (ours - torch.log_softmax(reference["logits_actquant"], -1)).abs()
     if name in OF_ANOTHER_FUNCTION:
         assert float(error.mean()) <= OF_ANOTHER_FUNCTION[name]
-    else:
+    elif name in HANGS_ON_ROUNDING:
         assert float(error.amax(-1).quantile(0.5)) <= 1e-3
         assert float(error.mean()) <= 2e-2
+    else:
+        assert float(error.max()) <= 2e-2
     taken = {entry.backend for entry in PROCESS_PLAN.entries.values()}
     assert taken <= ({backend} if backend else {"cpu", "cpu_int8"})
 
