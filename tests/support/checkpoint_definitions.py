@@ -28,9 +28,8 @@ from safetensors.torch import load_file
 
 from tests.support import float_definitions as floats
 from tests.support import integer_definitions as integers
-from tests.support.float_definitions import Floats
+from tests.support.float_definitions import Floats, Single
 
-Single = npt.NDArray[np.float32]
 Tensors = dict[str, npt.NDArray[np.generic]]
 """Tensors of a module by the last component of their names: floats of 8 bits as bytes, bf16 as
 fp32, all others as they are."""

@@ -11,7 +11,7 @@ import torch
 
 from tests.support import float_definitions as floats
 from tests.support import integer_definitions as integers
-from tests.support.float_models import Stored
+from tests.support.float_models import Stored, unlike_factor
 
 Arguments = dict[str, Any]
 
@@ -29,7 +29,8 @@ class CompressedWeight:
     "static", "static-asymmetric", "fp8", "nvfp4" or "mxfp4". ``y``: whether outputs are static
     int8; an ``uncalibrated`` side has a scale of 0, which changes nothing. ``rotation``: block of a
     Hadamard transform of all inputs, also of modules that stay as they are.
-    ``plain``: last components of modules that stay as they are.
+    ``plain``: last components of modules that stay as they are. ``unlike``: members of a fused
+    layer have very different scales, of x too.
     """
 
     bits: int = 8
@@ -43,6 +44,7 @@ class CompressedWeight:
     rotation: int = 0
     scale_dtype: torch.dtype = torch.float32
     plain: tuple[str, ...] = ()
+    unlike: bool = False
 
     @property
     def config_group(self) -> dict[str, Any]:
@@ -99,7 +101,13 @@ class CompressedWeight:
             tensors, meaning = self._fp4(n, k, generator)
         else:
             tensors, meaning = self._integers(n, k, generator)
-        given = float(torch.rand((), generator=generator)) * 0.02 + 0.02
+        factor = unlike_factor(module) if self.unlike else 1.0  # a power of two
+        if factor != 1 and "weight_global_scale" in tensors:
+            tensors["weight_global_scale"] /= factor
+        elif factor != 1:
+            tensors["weight_scale"] *= factor
+        meaning = meaning * factor
+        given = (float(torch.rand((), generator=generator)) * 0.02 + 0.02) * factor
         points = 0
         if self.x.startswith("static"):
             tensors["input_scale"] = torch.tensor([0.0 if "x" in self.uncalibrated else given])
@@ -107,7 +115,7 @@ class CompressedWeight:
                 points = -17
                 tensors["input_zero_point"] = torch.tensor([points], dtype=torch.int8)
         if self.x == "nvfp4":
-            given = 600.0 + 100 * float(torch.rand((), generator=generator))
+            given = (600.0 + 100 * float(torch.rand((), generator=generator))) / factor
             tensors["input_global_scale"] = torch.tensor([given])
         step = float(torch.rand((), generator=generator)) * 0.05 + 0.02
         if self.y:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from tests.support import float_definitions as definitions
-from tests.support.float_models import Stored
+from tests.support.float_models import Stored, unlike_factor
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Float8:
     """A ``Store``. ``shape``: of a scale that is neither per block nor a single number, "N" or
     "N1"; or "", "1", "11" for a number. ``x``: "none", "static", "token", "group" or "ue8m0".
     ``plain``: last components of modules that stay as they are. ``four``: scales of blocks have
-    four dimensions."""
+    four dimensions. ``unlike``: members of a fused layer have very different scales, of x too."""
 
     block: tuple[int, int] | None = None
     shape: str = "1"
@@ -30,6 +30,7 @@ class Float8:
     input_scale: str = "input_scale"
     plain: tuple[str, ...] = ()
     four: bool = False
+    unlike: bool = False
 
     def __call__(self, module: str, n: int, k: int, generator: torch.Generator) -> Stored | None:
         if module.rpartition(".")[2] in self.plain:
@@ -39,12 +40,13 @@ class Float8:
         codes = (codes & 0x80) | (codes & 0x7F) % (0x60 if not self.e5m2 else 0x48)
         codes = codes.to(torch.uint8)
         table = definitions.E5M2 if self.e5m2 else definitions.E4M3
-        scale, wide = self._scale(n, k, generator)
+        factor = unlike_factor(module) if self.unlike else 1.0
+        scale, wide = self._scale(n, k, generator, factor)
         tensors: dict[str, torch.Tensor] = {
             "weight": codes.view(torch.float8_e5m2 if self.e5m2 else torch.float8_e4m3fn),
             self.scale: scale,
         }
-        given = float(torch.rand((), generator=generator)) * 0.01 + 0.005
+        given = (float(torch.rand((), generator=generator)) * 0.01 + 0.005) * factor
         if self.x == "static":
             tensors[self.input_scale] = torch.tensor(given)
         meaning = table[codes.numpy()] * wide
@@ -62,7 +64,7 @@ class Float8:
         return Stored(tensors, meaning, prepare)
 
     def _scale(
-        self, n: int, k: int, generator: torch.Generator
+        self, n: int, k: int, generator: torch.Generator, factor: float
     ) -> tuple[torch.Tensor, definitions.Floats]:
         """The scale as stored, and as factors of all weights."""
         rows, columns = n, 1
@@ -70,7 +72,7 @@ class Float8:
             rows, columns = -(-n // self.block[0]), -(-k // self.block[1])
         elif not self.shape.startswith("N"):
             rows = 1
-        values = (torch.rand(rows, columns, generator=generator) + 0.5) * 0.02
+        values = (torch.rand(rows, columns, generator=generator) + 0.5) * 0.02 * factor
         if self.scale_dtype in (torch.uint8, torch.float8_e8m0fnu):
             stored = torch.randint(118, 124, (rows, columns), generator=generator).to(torch.uint8)
             factors = definitions.E8M0[stored.numpy()]

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
+Single = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
 

@@ -36,6 +36,14 @@ class Stored:
     step: float = 0.0
 
 
+UNLIKE = {"q_proj": 1.0, "k_proj": 1 / 16, "v_proj": 8.0, "gate_proj": 1 / 16, "up_proj": 4.0}
+
+
+def unlike_factor(module: str) -> float:
+    """For the scales of a store that is ``unlike``, by the last component of the module's name."""
+    return UNLIKE.get(module.rpartition(".")[2], 1.0)
+
+
 Store = Callable[[str, int, int, torch.Generator], Stored | None]
 """(module, N, K, random numbers) → its weight; None leaves it as it is."""
 

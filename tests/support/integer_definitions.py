@@ -15,9 +15,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from tests.support.float_definitions import E2M1, Floats, rounded
-
-Single = npt.NDArray[np.float32]
+from tests.support.float_definitions import E2M1, Floats, Single, rounded
 
 
 def int8_per_token(x: Single, *, symmetric: bool = True, bits: int = 8) -> Floats:

@@ -10,14 +10,15 @@ import numpy as np
 import torch
 
 from tests.support import float_definitions as definitions
-from tests.support.float_models import Stored
+from tests.support.float_models import Stored, unlike_factor
 
 
 @dataclass(frozen=True)
 class ModelOptWeights:
     """A ``Store``. ``kind``: "nvfp4", "mxfp8", "mxfp4", "int4" or "int8". ``x``: "none", "nvfp4",
     "mxfp8", "mxfp4", "fp8" or "int8". ``prescaled``: last components of modules with a prescale.
-    ``unused``: tensors that are written and mean nothing."""
+    ``unused``: tensors that are written and mean nothing. ``unlike``: members of a fused layer have
+    very different scales of x, and second ones of NVFP4."""
 
     kind: str
     x: str = "none"
@@ -25,15 +26,21 @@ class ModelOptWeights:
     prescaled: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     plain: tuple[str, ...] = ()
+    unlike: bool = False
 
     def __call__(self, module: str, n: int, k: int, generator: torch.Generator) -> Stored | None:
         last = module.rpartition(".")[2]
         if last in self.plain:
             return None
         tensors, meaning = getattr(self, f"_{self.kind}")(n, k, generator)
+        unlike = unlike_factor(module) if self.unlike else 1.0
+        if "weight_scale_2" in tensors:
+            tensors["weight_scale_2"] *= unlike  # powers of two
+            meaning = meaning * unlike
         given = float(np.float32(torch.rand((), generator=generator)) * 0.01 + 0.005)
         if self.x == "nvfp4":
             given /= 20  # the static scale of scales up to 448
+        given *= unlike
         given = float(np.float32(given))
         if self.x in ("nvfp4", "fp8", "int8"):
             tensors["input_scale"] = torch.tensor(given)

@@ -11,7 +11,7 @@ import torch
 
 from tests.support import float_definitions as floats
 from tests.support import integer_definitions as integers
-from tests.support.float_models import Stored
+from tests.support.float_models import Stored, unlike_factor
 
 REORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 E3M2 = np.array([floats._decoded(c, 3, 2, set(), set()) for c in range(64)])
@@ -36,12 +36,13 @@ class QuarkWeight:
     """A ``Store``. ``kind``: "int8", "int8-groups", "uint8-groups", "int4", "uint4", "int4-fp8",
     "fp8", "mxfp4", "mxfp6" or "nvfp4". ``channel``: a scale for each channel instead of one, or
     groups for 4 bits. ``x``: "none", "static", "token" of int8 or fp8, or "own", the inputs of MX
-    and NVFP4."""
+    and NVFP4. ``unlike``: members of a fused layer have very different scales, of x too."""
 
     kind: str
     channel: bool = False
     x: str = "none"
     pack_method: str = "reorder"
+    unlike: bool = False
 
     @property
     def config(self) -> dict[str, Any]:
@@ -84,7 +85,13 @@ class QuarkWeight:
 
     def __call__(self, module: str, n: int, k: int, generator: torch.Generator) -> Stored:
         tensors, meaning = self._weight(n, k, generator)
+        factor = unlike_factor(module) if self.unlike else 1.0  # a power of two
+        if factor != 1:
+            outer = "weight_scale_2" if self.kind == "nvfp4" else "weight_scale"
+            tensors[outer] = tensors[outer] * factor
+            meaning = meaning * factor
         given = float(np.float32(float(torch.rand((), generator=generator)) * 0.02 + 0.02))
+        given *= factor
         if self.x == "static":
             tensors["input_scale"] = torch.tensor(given)
             if self.kind == "int8":
