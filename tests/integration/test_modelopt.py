@@ -31,6 +31,7 @@ from tests.support.float_models import (
     write,
     write_family,
 )
+from tests.support.format_configs import PRODUCER, modelopt
 from tests.support.messages import saying, says
 from tests.support.model_loading import loaded, logits
 from tests.support.modelopt_store import ModelOptWeights
@@ -38,23 +39,11 @@ from tests.support.synthetic import Model
 from vllm.compressed_linear.integration.preparation import PROCESS_PLAN
 from vllm.compressed_linear.prepare.plan import DELEGATED
 
-PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 RAGGED = {"hidden": 192, "heads": 6, "kv_heads": 2, "intermediate": 160}
 AWQ = ("o_proj", "down_proj")
 WITHOUT_INPUTS = {"group_0": {"weights": {"num_bits": 4}, "targets": ["Linear"]}}
 WITH_INPUTS = {"group_0": {"weights": {"num_bits": 4}, "input_activations": {"num_bits": 4}}}
 Tensors = dict[str, torch.Tensor]
-
-
-def flat(algorithm: str, **more: Any) -> dict[str, Any]:
-    """As in config.json."""
-    return {
-        "quant_method": "modelopt",
-        "quant_algo": algorithm,
-        "ignore": ["lm_head"],
-        "producer": PRODUCER,
-        **more,
-    }
 
 
 def nested(algorithm: str, **more: Any) -> dict[str, Any]:
@@ -98,7 +87,7 @@ MLP = {
 MIXED = Of(FP8, ModelOptWeights("nvfp4"))
 
 VARIANTS = {
-    "fp8": Variant(flat("FP8"), FP8),
+    "fp8": Variant(modelopt("FP8"), FP8),
     "fp8-separate-file": Variant(nested("FP8"), FP8, separate=True),
     "fp8-without-producer": Variant(
         {"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": None}}, FP8, separate=True
@@ -106,61 +95,62 @@ VARIANTS = {
     "fp8-without-method": Variant(
         {"quant_algo": "FP8", "producer": PRODUCER, "ignore": ["lm_head"]}, FP8
     ),
-    "fp8-channel": Variant(flat("FP8_PER_CHANNEL_PER_TOKEN"), Float8(shape="N", x="token")),
+    "fp8-channel": Variant(modelopt("FP8_PER_CHANNEL_PER_TOKEN"), Float8(shape="N", x="token")),
     "fp8-blocks-ragged": Variant(
-        flat("fp8_pb_wo"), Float8((128, 128), four=True), True, RAGGED | {"intermediate": 200}
+        modelopt("fp8_pb_wo"), Float8((128, 128), four=True), True, RAGGED | {"intermediate": 200}
     ),
-    "mxfp8": Variant(flat("MXFP8"), ModelOptWeights("mxfp8", "mxfp8"), shape={"bias": True}),
+    "mxfp8": Variant(modelopt("MXFP8"), ModelOptWeights("mxfp8", "mxfp8"), shape={"bias": True}),
     "mxfp8-minimax": Variant(
         {"quant_method": "mxfp8", "ignored_layers": ["lm_head"]}, ModelOptWeights("mxfp8", "mxfp8")
     ),
-    "nvfp4": Variant(flat("NVFP4"), NVFP4, shape={"bias": True}),
+    "nvfp4": Variant(modelopt("NVFP4"), NVFP4, shape={"bias": True}),
     "nvfp4-separate-file": Variant(nested("NVFP4", group_size=16), NVFP4, separate=True),
-    "nvfp4-method-fp4": Variant(flat("NVFP4") | {"quant_method": "modelopt_fp4"}, NVFP4),
-    "nvfp4-rows-cut": Variant(flat("NVFP4"), NVFP4, shape=RAGGED),
+    "nvfp4-method-fp4": Variant(modelopt("NVFP4") | {"quant_method": "modelopt_fp4"}, NVFP4),
+    "nvfp4-rows-cut": Variant(modelopt("NVFP4"), NVFP4, shape=RAGGED),
     "nvfp4-weights-only": Variant(
-        flat("W4A16_NVFP4"), ModelOptWeights("nvfp4", unused=("input_scale",)), True
+        modelopt("W4A16_NVFP4"), ModelOptWeights("nvfp4", unused=("input_scale",)), True
     ),
     "nvfp4-groups-without-inputs": Variant(
-        flat("NVFP4", config_groups=WITHOUT_INPUTS), ModelOptWeights("nvfp4"), True
+        modelopt("NVFP4", config_groups=WITHOUT_INPUTS), ModelOptWeights("nvfp4"), True
     ),
-    "nvfp4-groups-with-inputs": Variant(flat("NVFP4", config_groups=WITH_INPUTS), NVFP4),
-    "nvfp4-without-input-scales": Variant(flat("NVFP4"), ModelOptWeights("nvfp4"), True),
-    "nvfp4-awq": Variant(flat("NVFP4_AWQ"), ModelOptWeights("nvfp4", "nvfp4", prescaled=AWQ)),
-    "nvfp4-under-fp8": Variant(flat("W4A8_NVFP4_FP8"), ModelOptWeights("nvfp4", "fp8")),
-    "nvfp4-with-head": Variant(flat("NVFP4"), NVFP4, model={"head": True}),
+    "nvfp4-groups-with-inputs": Variant(modelopt("NVFP4", config_groups=WITH_INPUTS), NVFP4),
+    "nvfp4-without-input-scales": Variant(modelopt("NVFP4"), ModelOptWeights("nvfp4"), True),
+    "nvfp4-awq": Variant(modelopt("NVFP4_AWQ"), ModelOptWeights("nvfp4", "nvfp4", prescaled=AWQ)),
+    "nvfp4-under-fp8": Variant(modelopt("W4A8_NVFP4_FP8"), ModelOptWeights("nvfp4", "fp8")),
+    "nvfp4-with-head": Variant(modelopt("NVFP4"), NVFP4, model={"head": True}),
     "nvfp4-plain-though-not-excluded": Variant(
-        flat("NVFP4", ignore=[]), ModelOptWeights("nvfp4", "nvfp4", plain=("v_proj", "down_proj"))
+        modelopt("NVFP4", ignore=[]),
+        ModelOptWeights("nvfp4", "nvfp4", plain=("v_proj", "down_proj")),
     ),
-    "mxfp4": Variant(flat("mxfp4"), ModelOptWeights("mxfp4"), True),
+    "mxfp4": Variant(modelopt("mxfp4"), ModelOptWeights("mxfp4"), True),
     "mxfp4-with-inputs": Variant(
-        flat("mxfp4", config_groups=WITH_INPUTS), ModelOptWeights("mxfp4", "mxfp4")
+        modelopt("mxfp4", config_groups=WITH_INPUTS), ModelOptWeights("mxfp4", "mxfp4")
     ),
-    "mxfp4-under-fp8": Variant(flat("W4A8_MXFP4_FP8"), ModelOptWeights("mxfp4", "fp8")),
+    "mxfp4-under-fp8": Variant(modelopt("W4A8_MXFP4_FP8"), ModelOptWeights("mxfp4", "fp8")),
     "int4-awq": Variant(
-        flat("W4A16_AWQ", pre_quant_scale=True), ModelOptWeights("int4", prescaled=AWQ), True
+        modelopt("W4A16_AWQ", pre_quant_scale=True), ModelOptWeights("int4", prescaled=AWQ), True
     ),
     "int4-awq-of-another-group": Variant(
-        flat("W4A16_AWQ"), ModelOptWeights("int4", group=32), True
+        modelopt("W4A16_AWQ"), ModelOptWeights("int4", group=32), True
     ),
     "int4-awq-separate-file": Variant(
         nested("W4A16_AWQ", group_size=64), ModelOptWeights("int4", group=64), True, separate=True
     ),
     "int4-awq-under-fp8": Variant(
-        flat("W4A8_AWQ"),
+        modelopt("W4A8_AWQ"),
         ModelOptWeights("int4", "fp8", prescaled=AWQ, unused=("weight_scale_2",)),
     ),
-    "int8": Variant(flat("W8A16"), ModelOptWeights("int8"), True),
+    "int8": Variant(modelopt("W8A16"), ModelOptWeights("int8"), True),
     "int8-smoothquant": Variant(
-        flat("W8A8_SQ_PER_CHANNEL"), ModelOptWeights("int8", "int8", prescaled=AWQ)
+        modelopt("W8A8_SQ_PER_CHANNEL"), ModelOptWeights("int8", "int8", prescaled=AWQ)
     ),
-    "mixed": Variant(flat("MIXED_PRECISION", quantized_layers=ATTENTION | MLP), MIXED),
+    "mixed": Variant(modelopt("MIXED_PRECISION", quantized_layers=ATTENTION | MLP), MIXED),
     "mixed-method": Variant(
-        flat("MIXED_PRECISION", quantized_layers=ATTENTION | MLP)
+        modelopt("MIXED_PRECISION", quantized_layers=ATTENTION | MLP)
         | {"quant_method": "modelopt_mixed"},
         MIXED,
     ),
-    "mixed-layers-in-the-separate-file": Variant(flat("MIXED_PRECISION"), MIXED),
+    "mixed-layers-in-the-separate-file": Variant(modelopt("MIXED_PRECISION"), MIXED),
     "mixed-separate-file": Variant(
         nested("MIXED_PRECISION", quantized_layers=ATTENTION | MLP), MIXED, separate=True
     ),
@@ -308,7 +298,7 @@ def test_latent_attention_gets_weights_without_the_rounding_of_x(
     algorithm: str, store: Store, tmp_path: Path
 ) -> None:
     family = WITHOUT_LOGITS["deepseek3-latent-attention"]
-    twins = write_family(family, flat(algorithm), Attention(store), tmp_path)
+    twins = write_family(family, modelopt(algorithm), Attention(store), tmp_path)
     ideal = load_file(twins.ideal / "model.safetensors")
     for module, stored in twins.stored.items():
         if (factor := stored.tensors.get("pre_quant_scale")) is not None:
@@ -354,7 +344,7 @@ def mixed_qwen(tmp_path_factory: pytest.TempPathFactory) -> Twins:
         for i in range(4)
         for name in ("gate", "up", "down")
     }
-    config = flat("MIXED_PRECISION", quantized_layers=layers)
+    config = modelopt("MIXED_PRECISION", quantized_layers=layers)
     path = tmp_path_factory.mktemp("mixed")
     return write_family(WITHOUT_LOGITS["qwen3.5-hybrid"], config, store, path)
 

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from tests.support.choice import use_backend
-from tests.support.compressed_tensors_store import CompressedWeight, arguments
+from tests.support.compressed_tensors_store import CompressedWeight
 from tests.support.defined_models import Defined, assert_computes_its_definition, run_defined
 from tests.support.float8_store import Float8
 from tests.support.float_models import SMALL, FloatModel, Store, write
+from tests.support.format_configs import auto_round, compressed_fp8, modelopt
 from tests.support.modelopt_store import ModelOptWeights
 from tests.support.quark_store import QuarkWeight
 from tests.support.synthetic import Model
@@ -23,36 +24,8 @@ from vllm.compressed_linear.integration.preparation import PROCESS_PLAN
 FP8 = Float8(shape="", unlike=True)
 FP8_STATIC = replace(FP8, x="static")
 FP4 = CompressedWeight(4, "nvfp4-pack-quantized", "tensor_group", 16, unlike=True)
+TENSOR = {"strategy": "tensor"}
 INT8 = CompressedWeight(strategy="tensor", unlike=True)
-
-
-def compressed_fp8(*, dynamic: bool) -> dict[str, Any]:
-    inputs = arguments(8, "float", "token" if dynamic else "tensor", dynamic=dynamic)
-    group = {
-        "targets": ["Linear"],
-        "weights": arguments(8, "float", "tensor"),
-        "input_activations": inputs,
-    }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "float-quantized",
-        "config_groups": {"group_0": group},
-        "ignore": ["lm_head"],
-    }
-
-
-def modelopt(algorithm: str) -> dict[str, Any]:
-    producer = {"name": "modelopt", "version": "0.47.0"}
-    return {
-        "quant_method": "modelopt",
-        "quant_algo": algorithm,
-        "ignore": ["lm_head"],
-        "producer": producer,
-    }
-
-
-def auto_round(**settings: Any) -> dict[str, Any]:
-    return {"quant_method": "auto-round", "sym": True, "group_size": 0, **settings}
 
 
 def of(store: CompressedWeight | QuarkWeight) -> tuple[dict[str, Any], Store]:
@@ -70,11 +43,11 @@ VARIANTS: dict[str, tuple[dict[str, Any], Store]] = {
         replace(FP8, scale="weight_scale_inv", inverse=True),
     ),
     "compressed-tensors-fp8-static": (
-        compressed_fp8(dynamic=False),
+        compressed_fp8(TENSOR, TENSOR | {"dynamic": False}),
         replace(FP8_STATIC, shape="1"),
     ),
     "compressed-tensors-fp8-tensor": (
-        compressed_fp8(dynamic=True),
+        compressed_fp8(TENSOR, {"strategy": "token", "dynamic": True}),
         replace(FP8, shape="1", x="token"),
     ),
     "compressed-tensors-int8-static": of(replace(INT8, x="static")),
@@ -104,6 +77,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], Store]] = {
     "auto-round-fp8-static": (
         auto_round(
             bits=8,
+            group_size=0,
             data_type="fp",
             packing_format="auto_round:fp8",
             act_bits=8,

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support.float_definitions import Floats, Single
-from tests.support.model_loading import loaded, logits
+from tests.support.model_loading import LoadedModel, loaded, logits
 
 Inputs = dict[str, Single]
 """x [M, K] of each module, tokens of all prompts one after another."""
@@ -34,8 +34,8 @@ class Defined:
     prepare: Callable[[Single], Floats]
 
 
-def run_ours(path: Path, input_ids: torch.Tensor, modules: set[str]) -> tuple[torch.Tensor, Inputs]:
-    """Log-probabilities [batch, tokens, vocabulary] of vLLM's fp32 model, and x of ``modules``."""
+def record_inputs(model: LoadedModel, modules: set[str]) -> Callable[[], Inputs]:
+    """Record x of the layers that consist of ``modules``; the result tells all that came."""
     found: dict[str, list[torch.Tensor]] = {}
 
     def recorder(members: list[str]) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
@@ -45,16 +45,26 @@ def run_ours(path: Path, input_ids: torch.Tensor, modules: set[str]) -> tuple[to
 
         return record
 
+    for name, layer in model.model.named_modules():
+        parent, _, last = name.rpartition(".")
+        packed = model.model.packed_modules_mapping.get(last)
+        members = [f"{parent}.{member}" for member in packed] if packed else [name]
+        if modules.issuperset(members):
+            layer.register_forward_pre_hook(recorder(members))
+
+    def recorded() -> Inputs:
+        assert found.keys() == modules
+        return {module: torch.cat(x).numpy() for module, x in found.items()}
+
+    return recorded
+
+
+def run_ours(path: Path, input_ids: torch.Tensor, modules: set[str]) -> tuple[torch.Tensor, Inputs]:
+    """Log-probabilities [batch, tokens, vocabulary] of vLLM's fp32 model, and x of ``modules``."""
     with loaded(path) as model:
-        for name, layer in model.model.named_modules():
-            parent, _, last = name.rpartition(".")
-            packed = model.model.packed_modules_mapping.get(last)
-            members = [f"{parent}.{member}" for member in packed] if packed else [name]
-            if modules.issuperset(members):
-                layer.register_forward_pre_hook(recorder(members))
+        recorded = record_inputs(model, modules)
         ours = logits(model, input_ids)
-    assert found.keys() == modules
-    return torch.log_softmax(ours, -1), {m: torch.cat(x).numpy() for m, x in found.items()}
+    return torch.log_softmax(ours, -1), recorded()
 
 
 @torch.no_grad()

@@ -54,6 +54,39 @@ def groups(*entries: tuple[list[str], dict[str, Any]], **other: Any) -> dict[str
     }
 
 
+PRODUCER = {"name": "modelopt", "version": "0.47.0"}
+
+
+def modelopt(algorithm: str, **more: Any) -> dict[str, Any]:
+    """As ModelOpt has it in config.json."""
+    return {
+        "quant_method": "modelopt",
+        "quant_algo": algorithm,
+        "ignore": ["lm_head"],
+        "producer": PRODUCER,
+        **more,
+    }
+
+
+def compressed_fp8(weights: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
+    """compressed-tensors with weights and inputs of 8-bit floats."""
+    group = {
+        "targets": ["Linear"],
+        "weights": FLOAT8 | weights,
+        "input_activations": FLOAT8 | inputs,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
+
+
+def auto_round(**settings: Any) -> dict[str, Any]:
+    return {"quant_method": "auto-round", "sym": True, **settings}
+
+
 def as_a_part(name: str) -> str:
     """The renaming of a model whose language model is a part of it."""
     return f"language_model.{name}" if name.startswith("model.") else name

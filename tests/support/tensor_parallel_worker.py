@@ -3,7 +3,8 @@
 
 Run as ``python -m tests.support.tensor_parallel_worker RANK SIZE PORT JOBS``, JOBS a JSON file:
 list of {"model": directory, "input_ids": list, "out": file, "environment": [2 maps]}, and
-optionally "reload": a directory whose weights rank 1 finds damaged.
+optionally "reload": a directory whose weights rank 1 finds damaged, and "record": modules whose
+inputs each rank saves, too (``inputs_file``).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from unittest import mock
 
 import torch
 
+from tests.support.defined_models import record_inputs
 from tests.support.model_loading import LoadedModel, init_distributed, loaded, logits
 from tests.support.reloading import reload
 from vllm.compressed_linear.integration.preparation import PROCESS_PLAN
@@ -41,6 +43,10 @@ def _refused(rank: int, model: LoadedModel, path: str) -> str:
     return "accepted"
 
 
+def inputs_file(out: str, rank: int) -> str:
+    return f"{out}.inputs{rank}"
+
+
 def main(rank: int, size: int, port: int, jobs: Path) -> None:
     init_distributed(rank, size, port)
     for job in json.loads(jobs.read_text()):
@@ -49,7 +55,10 @@ def main(rank: int, size: int, port: int, jobs: Path) -> None:
         options = {"tensor_parallel_size": size, "skip_tokenizer_init": True}
         with environment, loaded(Path(job["model"]), **options) as model:
             told = _refused(rank, model, job["reload"]) if "reload" in job else ""
+            recorded = record_inputs(model, set(job.get("record", ())))
             result = logits(model, torch.tensor(job["input_ids"]), gathered_on_rank_0=True)
+        if "record" in job:
+            torch.save(recorded(), inputs_file(job["out"], rank))
         if rank == 0:
             assert result is not None
             plan = [entry.descriptor for entry in PROCESS_PLAN.entries.values()]
