@@ -18,7 +18,9 @@ from tests.support.float_models import (
     assert_every_layer_computes,
     write,
 )
+from tests.support.format_configs import auto_round
 from tests.support.model_loading import loaded
+from tests.support.shards import assert_ranks_hold_the_whole
 from tests.support.synthetic import Model
 from vllm.compressed_linear.integration.preparation import PROCESS_PLAN
 
@@ -75,8 +77,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], Store]] = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_layer_computes_what_its_file_means(name: str, tmp_path: Path) -> None:
     settings, store = VARIANTS[name]
-    config = {"quant_method": "auto-round", "sym": True, **settings}
-    found = write(FloatModel(config, store, Model(**SMALL)), tmp_path)
+    found = write(FloatModel(auto_round(**settings), store, Model(**SMALL)), tmp_path)
     with loaded(tmp_path) as model:
         assert_every_layer_computes(model, found.stored)
         assert {e.backend for e in PROCESS_PLAN.entries.values()} <= {"cpu", "cpu_int8"}
@@ -94,7 +95,14 @@ def test_negative_scales(tmp_path: Path) -> None:
         stored.meaning[:] *= signs.double().unsqueeze(1).numpy()
         return stored
 
-    config = {"quant_method": "auto-round", **settings}
-    found = write(FloatModel(config, store, Model(**SMALL)), tmp_path)
+    found = write(FloatModel(auto_round(**settings), store, Model(**SMALL)), tmp_path)
     with loaded(tmp_path) as model:
         assert_every_layer_computes(model, found.stored)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("axis", ["n", "k"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_ranks_together_hold_the_whole_weight(name: str, axis: str, ranks: int) -> None:
+    settings, store = VARIANTS[name]
+    assert_ranks_hold_the_whole(auto_round(**settings), store, axis, ranks, 208, 320)

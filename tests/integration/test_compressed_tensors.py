@@ -25,10 +25,8 @@ from tests.support.float_models import (
 )
 from tests.support.messages import saying
 from tests.support.model_loading import loaded
-from tests.support.shards import load, source_of
+from tests.support.shards import assert_ranks_hold_the_whole, source_of
 from tests.support.synthetic import Model
-from vllm.compressed_linear.checkpoint.describe import LayerContext
-from vllm.compressed_linear.checkpoint.parts import refine
 from vllm.compressed_linear.formats.resolution import ConfigError
 from vllm.compressed_linear.integration.linear import CompressedLinearMethod
 from vllm.compressed_linear.integration.preparation import PROCESS_PLAN
@@ -221,30 +219,14 @@ def test_a_mixture_as_in_googles_mobile_checkpoints(tmp_path: Path) -> None:
         assert {e.backend for e in PROCESS_PLAN.entries.values()} <= {"cpu", "cpu_int8"}
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_ranks_together_hold_the_whole_weight(size: int, tmp_path: Path) -> None:
-    """Of every kind of scales, rows and channels divided, also where a border is inside of a block
-    or group."""
-    for name in ("ragged-blocks", "group-token-asymmetric", "nvfp4", "mxfp4", "outputs"):
-        variant = VARIANTS[name]
-        found = write(model_of(variant), tmp_path / name)
-        tensors = load_file(tmp_path / name / "model.safetensors")
-        described = Described.of(variant.store.config).with_file(tmp_path / name)
-        module = "model.layers.0.mlp.down_proj"
-        meaning = torch.from_numpy(found.stored[module].meaning)
-        n, k = meaning.shape
-        scheme = described.resolve(module)
-        assert isinstance(scheme, CheckpointScheme)
-        for axis, length in (("n", n), ("k", k)):
-            step = length // size
-            for rank in range(size):
-                part = {f"{axis}_start": rank * step, axis: step}
-                shard = load(source_of(module, scheme, n, k, part), tensors)
-                (refined,) = refine([shard], LayerContext("float32", "float32"))
-                own = meaning.narrow(0 if axis == "n" else 1, rank * step, step)
-                got = refined.weights.dequantize(0, shard.source.n).double()
-                torch.testing.assert_close(got, own, rtol=1e-6, atol=1e-9)
-                assert (shard.output_scale() is None) == (not variant.store.y)
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("axis", ["n", "k"])
+@pytest.mark.parametrize("name", [name for name, v in VARIANTS.items() if not v.store.rotation])
+def test_ranks_together_hold_the_whole_weight(name: str, axis: str, ranks: int) -> None:
+    """Of every kind of scales, also where a border is inside of a block or group; rotations whose
+    blocks would be cut are refused."""
+    store = VARIANTS[name].store
+    assert_ranks_hold_the_whole(store.config, store, axis, ranks, 208, 320)
 
 
 @pytest.mark.parametrize("name", ["outputs", "rotated"])

@@ -20,7 +20,6 @@ from tests.support.architectures import (
     Family,
     layer_outputs,
 )
-from tests.support.described import Described
 from tests.support.float8_store import Float8
 from tests.support.float_models import (
     SMALL,
@@ -34,18 +33,12 @@ from tests.support.float_models import (
 )
 from tests.support.messages import saying
 from tests.support.model_loading import loaded, logits
-from tests.support.shards import load, source_of
+from tests.support.shards import assert_ranks_hold_the_whole
 from tests.support.synthetic import Model
-from vllm.compressed_linear.checkpoint.describe import LayerContext
-from vllm.compressed_linear.checkpoint.file_header import TensorHeader
-from vllm.compressed_linear.checkpoint.headers import Headers
-from vllm.compressed_linear.checkpoint.parts import refine
 from vllm.compressed_linear.formats.resolution import ConfigError
 from vllm.compressed_linear.integration.delegation import RefusedByVllmError
 from vllm.compressed_linear.integration.preparation import PROCESS_PLAN
 from vllm.compressed_linear.prepare.plan import DELEGATED
-from vllm.compressed_linear.spec.elements import dtype_name
-from vllm.compressed_linear.spec.scheme import CheckpointScheme
 
 BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 TINY = BLOCKS | {"weight_block_size": [32, 64]}
@@ -372,24 +365,5 @@ def test_experts_are_vllms_and_it_says_which_it_cannot_run(tmp_path: Path) -> No
 @pytest.mark.parametrize("name", VARIANTS)
 def test_ranks_together_hold_the_whole_weight(name: str, axis: str, ranks: int) -> None:
     """Slices that cut blocks, and the last one with a short block."""
-    variant, n, k = VARIANTS[name], 200, 328
-    stored = variant.store("a.x_proj", n, k, torch.Generator().manual_seed(1))
-    assert stored is not None
-    tensors = {f"a.x_proj.{key}": value for key, value in stored.tensors.items()}
-    headers = Headers(
-        {
-            key: TensorHeader(dtype_name(t.dtype), tuple(t.shape), t.nbytes, "model.safetensors")
-            for key, t in tensors.items()
-        }
-    )
-    scheme = Described.of(variant.config, headers).resolve("a.x_proj")
-    assert isinstance(scheme, CheckpointScheme)
-    length = (n if axis == "n" else k) // ranks
-    parts = []
-    for rank in range(ranks):
-        part = {f"{axis}_start": rank * length, axis: length}
-        shard = load(source_of("a.x_proj", scheme, n, k, part), tensors)
-        parts.append(shard.dequantize(0, shard.source.n))
-        refine([shard], LayerContext("bfloat16", "bfloat16"))
-    whole = torch.cat(parts, 0 if axis == "n" else 1).double().numpy()
-    assert (abs(whole - stored.meaning) <= 1e-7 * abs(stored.meaning)).all()
+    variant = VARIANTS[name]
+    assert_ranks_hold_the_whole(variant.config, variant.store, axis, ranks, 200, 328)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from tests.support.format_configs import PRODUCER, modelopt
 from tests.support.messages import saying, says
 from tests.support.model_loading import loaded, logits
 from tests.support.modelopt_store import ModelOptWeights
+from tests.support.shards import assert_ranks_hold_the_whole
 from tests.support.synthetic import Model
 from vllm.compressed_linear.integration.preparation import PROCESS_PLAN
 from vllm.compressed_linear.prepare.plan import DELEGATED
@@ -123,6 +124,7 @@ VARIANTS = {
         ModelOptWeights("nvfp4", "nvfp4", plain=("v_proj", "down_proj")),
     ),
     "mxfp4": Variant(modelopt("mxfp4"), ModelOptWeights("mxfp4"), True),
+    "mxfp4-of-gpt-oss": Variant({"quant_method": "mxfp4"}, ModelOptWeights("mxfp4"), True),
     "mxfp4-with-inputs": Variant(
         modelopt("mxfp4", config_groups=WITH_INPUTS), ModelOptWeights("mxfp4", "mxfp4")
     ),
@@ -184,6 +186,20 @@ def test_every_layer_computes_what_its_file_means(name: str, tmp_path: Path) -> 
     assert_near(ours, files.logits, exact=variant.exact)
     told = [entry.name for entry in entries if says(entry.note, "no input_scale")]
     assert len(told) == (4 if name == "nvfp4-without-input-scales" else 0)
+
+
+ONE_KIND = [name for name, variant in VARIANTS.items() if not isinstance(variant.store, Of)]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("axis", ["n", "k"])
+@pytest.mark.parametrize("name", ONE_KIND)
+def test_ranks_together_hold_the_whole_weight(name: str, axis: str, ranks: int) -> None:
+    """Slices that cut groups; the module has a prescale where some of the variant have."""
+    variant, store = VARIANTS[name], VARIANTS[name].store
+    if getattr(store, "prescaled", ()):
+        store = replace(store, prescaled=("x_proj",))
+    assert_ranks_hold_the_whole(variant.config, store, axis, ranks, 208, 320)
 
 
 DOWN = "model.layers.0.mlp.down_proj"

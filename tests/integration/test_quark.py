@@ -18,6 +18,7 @@ from tests.support.float_models import (
 from tests.support.messages import saying
 from tests.support.model_loading import loaded
 from tests.support.quark_store import QuarkWeight
+from tests.support.shards import assert_ranks_hold_the_whole
 from tests.support.synthetic import Model
 from vllm.compressed_linear.integration.preparation import PROCESS_PLAN
 
@@ -72,6 +73,15 @@ def test_mixed_layers_by_name(tmp_path: Path) -> None:
     found = write(FloatModel(config, store, Model(**SMALL)), tmp_path)
     with loaded(tmp_path) as model:
         assert_every_layer_computes(model, found.stored)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("axis", ["n", "k"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_ranks_together_hold_the_whole_weight(name: str, axis: str, ranks: int) -> None:
+    """Slices that cut groups, and words of eight output channels."""
+    store = VARIANTS[name]
+    assert_ranks_hold_the_whole(store.config, store, axis, ranks, 208, 320)
 
 
 K = "model.layers.0.self_attn.k_proj"

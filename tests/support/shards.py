@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import torch
 
@@ -12,11 +13,15 @@ from tests.support.checkpoints import (
     checkpoint_reference,
 )
 from tests.support.described import Described
+from tests.support.float_models import Store
+from vllm.compressed_linear.checkpoint.describe import LayerContext
+from vllm.compressed_linear.checkpoint.file_header import TensorHeader
+from vllm.compressed_linear.checkpoint.headers import Headers
 from vllm.compressed_linear.checkpoint.parameter import collect_shards, create_parameters
-from vllm.compressed_linear.checkpoint.parts import Part
+from vllm.compressed_linear.checkpoint.parts import Part, refine
 from vllm.compressed_linear.checkpoint.shard import LoadedShard, ShardSource
 from vllm.compressed_linear.formats.resolution import LayerKind
-from vllm.compressed_linear.spec.elements import widen_scale
+from vllm.compressed_linear.spec.elements import dtype_name, widen_scale
 from vllm.compressed_linear.spec.scheme import CheckpointScheme
 
 
@@ -73,3 +78,35 @@ def in_file_order(part: Part) -> torch.Tensor:
     kept = order >= 0
     out[:, order[kept].to(torch.int64)] = values[:, kept]
     return out
+
+
+def assert_ranks_hold_the_whole(
+    config: dict[str, Any], store: Store, axis: str, ranks: int, n: int, k: int
+) -> None:
+    """Parts of a weight [n, k] along ``axis``, each loaded as a rank loads it: together they mean
+    what the weight does, and each has its own factors of x."""
+    module = "a.x_proj"
+    stored = store(module, n, k, torch.Generator().manual_seed(1))
+    assert stored is not None
+    tensors = {f"{module}.{key}": value for key, value in stored.tensors.items()}
+    headers = Headers(
+        {
+            key: TensorHeader(dtype_name(t.dtype), tuple(t.shape), t.nbytes, "model.safetensors")
+            for key, t in tensors.items()
+        }
+    )
+    scheme = Described.of(config, headers).resolve(module)
+    assert isinstance(scheme, CheckpointScheme)
+    length = (n if axis == "n" else k) // ranks
+    parts = []
+    for rank in range(ranks):
+        part = {f"{axis}_start": rank * length, axis: length}
+        shard = load(source_of(module, scheme, n, k, part), tensors)
+        (refined,) = refine([shard], LayerContext("float32", "float32"))
+        parts.append(refined.weights.dequantize(0, shard.source.n))
+        if (factors := stored.tensors.get("pre_quant_scale")) is not None:
+            own = factors[rank * length :][:length] if axis == "k" else factors
+            assert refined.weights.prescale is not None
+            assert torch.equal(refined.weights.prescale.float(), own.float())
+    whole = torch.cat(parts, 0 if axis == "n" else 1).double().numpy()
+    assert (abs(whole - stored.meaning) <= 1e-6 * abs(stored.meaning)).all()
