@@ -288,14 +288,14 @@ def test_a_prescale_follows_the_order_of_channels() -> None:
         index,
         input_scale=torch.ones(1),
         input_zero=torch.zeros(1),
-        prescale=torch.arange(K).float(),
+        prescale=torch.arange(1, K + 1).float(),
     )
     (part,) = refine([load_shard(ShardSource("layer", scheme, N, K, 0, N, 0, K), tensors)], CONTEXT)
     order, prescale = part.weights.permutation, part.weights.prescale
     assert order is not None
     assert prescale is not None
     assert bool((order < 0).any())
-    assert torch.equal(prescale, torch.where(order < 0, 1, order).float())
+    assert torch.equal(prescale, torch.where(order < 0, 1, order + 1).float())
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.support.compressed_tensors_store import CompressedWeight
+from tests.support.damages import untold_damages
 from tests.support.float8_store import Float8
 from tests.support.float_models import (
     SMALL,
@@ -19,6 +21,7 @@ from tests.support.float_models import (
     write,
 )
 from tests.support.format_configs import auto_round
+from tests.support.messages import saying
 from tests.support.model_loading import loaded
 from tests.support.shards import assert_ranks_hold_the_whole
 from tests.support.synthetic import Model
@@ -106,3 +109,44 @@ def test_negative_scales(tmp_path: Path) -> None:
 def test_ranks_together_hold_the_whole_weight(name: str, axis: str, ranks: int) -> None:
     settings, store = VARIANTS[name]
     assert_ranks_hold_the_whole(auto_round(**settings), store, axis, ranks, 208, 320)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_damage_of_a_tensor_is_right_or_told(name: str) -> None:
+    settings, store = VARIANTS[name]
+    harmless = ["weight_global_scale with 3e+38"]  # a divisor
+    assert untold_damages(auto_round(**settings), store, 208, 384, harmless) == []
+
+
+K = "model.layers.0.self_attn.k_proj"
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "change", "complaint"),
+    [
+        ("mxfp4", "weight_scale", None, ("not in the checkpoint",)),
+        ("mxfp4", "weight_scale", lambda t: t[:, :-1], ([64, 3], [64, 4])),
+        ("mxfp8", "weight_scale", lambda t: t * 0 + 255, ("finite", "nan")),
+        ("nvfp4", "weight_global_scale", None, ("not in the checkpoint",)),
+        ("nvfp4", "weight_scale", lambda t: t[:, ::2], ([64, 4], [64, 8])),
+        ("nvfp4", "input_global_scale", lambda t: t * 0, ("finite",)),
+        ("nvfp4-a16", "weight_packed", lambda t: t.to(torch.int32), ("int32", "uint8")),
+        ("fp8-static", "input_scale", None, ("not in the checkpoint",)),
+        ("fp8-channel-static", "weight_scale", lambda t: t[:-1], ([63],)),
+        ("fp8-blocks", "weight_scale_inv", lambda t: t * float("nan"), ("finite", "nan")),
+        ("int8", "weight", lambda t: t[:-8], ([56, 128],)),
+    ],
+)
+def test_damaged_files_are_one_clear_error(
+    name: str, tensor: str, change: Any, complaint: tuple[object, ...], tmp_path: Path
+) -> None:
+    settings, store = VARIANTS[name]
+    write(FloatModel(auto_round(**settings), store, Model(**SMALL)), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    if change is None:
+        del tensors[f"{K}.{tensor}"]
+    else:
+        tensors[f"{K}.{tensor}"] = change(tensors[f"{K}.{tensor}"]).contiguous()
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=saying(f"{K}.{tensor}", *complaint)), loaded(tmp_path):
+        pass

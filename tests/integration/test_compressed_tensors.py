@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support.compressed_tensors_store import CompressedWeight
+from tests.support.damages import untold_damages
 from tests.support.described import Described
 from tests.support.float_models import (
     SMALL,
@@ -182,6 +183,13 @@ def test_other_shapes_and_dtypes_are_one_clear_error(
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=saying(f"{K}.{tensor}", *complaint)), loaded(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_damage_of_a_tensor_is_right_or_told(name: str) -> None:
+    store = VARIANTS[name].store
+    harmless = ["weight_global_scale with 3e+38"]  # a divisor
+    assert untold_damages(store.config, store, 208, 384, harmless) == []
 
 
 def test_a_mixture_as_in_googles_mobile_checkpoints(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from tests.support.architectures import (
     Family,
     layer_outputs,
 )
+from tests.support.damages import untold_damages
 from tests.support.float8_store import Float8
 from tests.support.float_models import (
     SMALL,
@@ -157,6 +158,26 @@ DAMAGES: dict[str, tuple[str, Callable[[Tensors], object], tuple[object, ...]]] 
         _set(f"{DOWN}.{INV}", lambda t: t.t()),
         (f"{DOWN}.{INV}", [2, 1], [1, 2]),
     ),
+    "one scale of two blocks": (
+        "blocks",
+        _set(f"{DOWN}.{INV}", lambda t: t[:, :1]),
+        (f"{DOWN}.{INV}", [1, 1], [1, 2], "block 128x128"),
+    ),
+    "bytes as scales of channels": (
+        "fbgemm",
+        _set(f"{K}.weight_scale", lambda t: (t * 0 + 120).to(torch.uint8)),
+        (f"{K}.weight_scale", "uint8"),
+    ),
+    "a scale under which weights overflow": (
+        "channel",
+        _set(f"{K}.weight_scale", _with(3e38)),
+        (f"{K}.weight_scale", "3e+38", "fp32"),
+    ),
+    "wide floats with scales of DeepSeek-V4": (
+        "blocks-e8m0",
+        _set(f"{DOWN}.weight", lambda t: t.to(torch.bfloat16)),
+        (f"{DOWN}.weight", "bfloat16", "float8_e4m3fn"),
+    ),
     "two scales of a tensor": (
         "scalars",
         _set(f"{DOWN}.weight_scale", lambda t: t.repeat(2)),
@@ -252,6 +273,14 @@ def test_damaged_files_are_one_clear_error(what: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=saying(*complaint)) as caught, loaded(files.path):
         pass
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_damage_of_a_tensor_is_right_or_told(name: str) -> None:
+    variant = VARIANTS[name]
+    # The reciprocal of a large number is a small one.
+    harmless = [f"{INV} with 3e+38"] if variant.store.inverse else []
+    assert untold_damages(variant.config, variant.store, 200, 328, harmless) == []
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from tests.support.architectures import WITHOUT_LOGITS, layer_outputs
 from tests.support.changed_checkpoints import changed_copy
 from tests.support.checkpoints import checkpoint_reference
+from tests.support.damages import untold_damages
 from tests.support.float8_store import Float8
 from tests.support.float_models import (
     SMALL,
@@ -202,6 +203,19 @@ def test_ranks_together_hold_the_whole_weight(name: str, axis: str, ranks: int) 
     assert_ranks_hold_the_whole(variant.config, store, axis, ranks, 208, 320)
 
 
+@pytest.mark.parametrize("name", ONE_KIND)
+def test_every_damage_of_a_tensor_is_right_or_told(name: str) -> None:
+    variant, store = VARIANTS[name], VARIANTS[name].store
+    if getattr(store, "prescaled", ()):
+        store = replace(store, prescaled=("x_proj",))
+    harmless = ["pre_quant_scale dropped"]
+    if getattr(store, "kind", "") == "int4":
+        # Where the separate file does not tell the size of groups, the scales do.
+        harmless += ["weight_scale twice along 1"]
+        harmless += ["weight_scale half of 1"] * (getattr(store, "group", 0) == 32)
+    assert untold_damages(variant.config, store, 208, 384, harmless) == []
+
+
 DOWN = "model.layers.0.mlp.down_proj"
 K = "model.layers.0.self_attn.k_proj"
 
@@ -237,6 +251,41 @@ DAMAGES: dict[str, tuple[str, Callable[[Tensors], object], tuple[object, ...]]] 
         "int4-awq",
         _set(f"{DOWN}.pre_quant_scale", lambda t: t[:-1]),
         (f"{DOWN}.pre_quant_scale", [255], [256]),
+    ),
+    "a prescale of zero": (
+        "int8-smoothquant",
+        _set(f"{DOWN}.pre_quant_scale", lambda t: t * 0),
+        (f"{DOWN}.pre_quant_scale", "other than 0"),
+    ),
+    "a prescale that is empty": (
+        "int4-awq",
+        _set(f"{DOWN}.pre_quant_scale", lambda t: t[:0]),
+        (f"{DOWN}.pre_quant_scale", [0], [256]),
+    ),
+    "a second scale of zero": (
+        "nvfp4",
+        _set(f"{K}.weight_scale_2", lambda t: t * 0),
+        (f"{K}.weight_scale_2", "scale", 0),
+    ),
+    "scales of zero": (
+        "nvfp4",
+        _set(f"{K}.weight_scale", lambda t: (t.float() * 0).to(t.dtype)),
+        (f"{K}.weight_scale", "scale", 0),
+    ),
+    "wide scales": (
+        "nvfp4",
+        _set(f"{DOWN}.weight_scale", lambda t: t.float()),
+        (f"{DOWN}.weight_scale", "float32", "float8_e4m3fn"),
+    ),
+    "half of the groups": (
+        "int4-awq",
+        _set(f"{DOWN}.weight_scale", lambda t: t[:, :1]),
+        (f"{DOWN}.weight_scale", [128, 1], [128, 2]),
+    ),
+    "one scale of the blocks": (
+        "fp8-blocks-ragged",
+        _set(f"{K}.weight_scale", lambda t: t[:, :, :1]),
+        (f"{K}.weight_scale",),
     ),
     "a prescale that is not a number": (
         "int4-awq",

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from tests.support.damages import untold_damages
 from tests.support.float_models import (
     SMALL,
     FloatModel,
@@ -82,6 +83,12 @@ def test_ranks_together_hold_the_whole_weight(name: str, axis: str, ranks: int) 
     """Slices that cut groups, and words of eight output channels."""
     store = VARIANTS[name]
     assert_ranks_hold_the_whole(store.config, store, axis, ranks, 208, 320)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_damage_of_a_tensor_is_right_or_told(name: str) -> None:
+    store = VARIANTS[name]
+    assert untold_damages(store.config, store, 208, 384) == []
 
 
 K = "model.layers.0.self_attn.k_proj"

@@ -13,7 +13,7 @@ from tests.support.checkpoints import (
     checkpoint_reference,
 )
 from tests.support.described import Described
-from tests.support.float_models import Store
+from tests.support.float_models import Store, Stored
 from vllm.compressed_linear.checkpoint.describe import LayerContext
 from vllm.compressed_linear.checkpoint.file_header import TensorHeader
 from vllm.compressed_linear.checkpoint.headers import Headers
@@ -80,28 +80,40 @@ def in_file_order(part: Part) -> torch.Tensor:
     return out
 
 
-def assert_ranks_hold_the_whole(
-    config: dict[str, Any], store: Store, axis: str, ranks: int, n: int, k: int
-) -> None:
-    """Parts of a weight [n, k] along ``axis``, each loaded as a rank loads it: together they mean
-    what the weight does, and each has its own factors of x."""
-    module = "a.x_proj"
-    stored = store(module, n, k, torch.Generator().manual_seed(1))
-    assert stored is not None
-    tensors = {f"{module}.{key}": value for key, value in stored.tensors.items()}
+MODULE = "a.x_proj"
+
+
+def described_by(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Described:
+    """What a format sees of a file with ``tensors``."""
     headers = Headers(
         {
             key: TensorHeader(dtype_name(t.dtype), tuple(t.shape), t.nbytes, "model.safetensors")
             for key, t in tensors.items()
         }
     )
-    scheme = Described.of(config, headers).resolve(module)
+    return Described.of(config, headers)
+
+
+def stored_by(store: Store, n: int, k: int) -> tuple[Stored, dict[str, torch.Tensor]]:
+    """A weight [n, k] of ``MODULE``, and its tensors in a file."""
+    stored = store(MODULE, n, k, torch.Generator().manual_seed(1))
+    assert stored is not None
+    return stored, {f"{MODULE}.{key}": value for key, value in stored.tensors.items()}
+
+
+def assert_ranks_hold_the_whole(
+    config: dict[str, Any], store: Store, axis: str, ranks: int, n: int, k: int
+) -> None:
+    """Parts of a weight [n, k] along ``axis``, each loaded as a rank loads it: together they mean
+    what the weight does, and each has its own factors of x."""
+    stored, tensors = stored_by(store, n, k)
+    scheme = described_by(config, tensors).resolve(MODULE)
     assert isinstance(scheme, CheckpointScheme)
     length = (n if axis == "n" else k) // ranks
     parts = []
     for rank in range(ranks):
         part = {f"{axis}_start": rank * length, axis: length}
-        shard = load(source_of(module, scheme, n, k, part), tensors)
+        shard = load(source_of(MODULE, scheme, n, k, part), tensors)
         (refined,) = refine([shard], LayerContext("float32", "float32"))
         parts.append(refined.weights.dequantize(0, shard.source.n))
         if (factors := stored.tensors.get("pre_quant_scale")) is not None:

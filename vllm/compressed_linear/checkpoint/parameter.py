@@ -194,7 +194,8 @@ def _copy(
     stored = region.stored
     name = f"{source.name}.{stored.name}"
     shape = tuple(loaded.shape)
-    if stored.optional and 0 in shape and 0 not in stored.shape(source.extents):
+    none = stored.optional and stored.role is not Role.PRESCALE
+    if none and 0 in shape and 0 not in stored.shape(source.extents):
         return  # some tools write an empty tensor where they have none
     if loaded.dtype == torch.float8_e8m0fnu and region.dtype == torch.uint8:
         loaded = loaded.view(torch.uint8)

@@ -41,7 +41,13 @@ def check_values(
         _check_finite(shard, f"{shard.source.name}.{points.name}", "zero points", stored_zero)
     elif points is not None and packing is not None and packing.single:
         _check_range(shard, points, packing)
-    if not underflows and bool((scale == 0).any()):
+    row_scale, second = shard.row_scale(), shard.stored(Role.ROW_SCALE)
+    _check_magnitude(shard, name, scale, row_scale)
+    if row_scale is not None and second is not None and bool((row_scale == 0).any()):
+        spread = row_scale.unsqueeze(1).expand_as(scale)
+        _check_dead_groups(shard, f"{shard.source.name}.{second.name}", spread, zero)
+    # A weight that underflows as a whole was not quantized so.
+    if bool((scale == 0).all() if underflows else (scale == 0).any()):
         _check_dead_groups(shard, name, scale, zero)
 
 
@@ -72,7 +78,9 @@ def _check_numbers(shard: LoadedShard) -> None:
     """Validate scalars and per-channel numbers: present, finite, static scales not 0."""
     scheme = shard.source.scheme
     _check_finite_numbers(shard, Role.ROW_SCALE, shard.row_scale())
-    _check_finite_numbers(shard, Role.PRESCALE, shard.prescale())
+    prescale = shard.prescale()
+    lost = None if prescale is None else prescale == 0
+    _check_finite_numbers(shard, Role.PRESCALE, prescale, lost, "finite numbers other than 0")
     scales = {
         Role.INPUT_SCALE: (scheme.activation, shard.input_scale()),
         Role.OUTPUT_SCALE: (scheme.output_activation, shard.output_scale()),
@@ -129,6 +137,26 @@ def _check_finite_numbers(
         raise CheckpointError(
             f"{shard.source.name}.{stored.name}: {int(bad.sum())} of {numbers.numel()} values "
             f"cannot be used, the first is {float(numbers[bad][0])}; expected {expected}"
+        )
+
+
+def _check_magnitude(
+    shard: LoadedShard, name: str, scale: torch.Tensor, row_scale: torch.Tensor | None
+) -> None:
+    """Validate that weights are finite in fp32, in which they are defined."""
+    element = shard.source.scheme.weight.element
+    if not scale.numel() or scale.is_meta:
+        return
+    largest = float(1 << element.bits) if element.kind == "integer" else element.largest
+    reach = float(scale.abs().max()) * largest
+    second = 1.0 if row_scale is None else max(float(row_scale.abs().max()), 1.0)
+    if reach * second > torch.finfo(torch.float32).max:
+        stored = shard.stored(Role.ROW_SCALE)
+        times = "" if stored is None else f" and {shard.source.name}.{stored.name} {second:.6g}"
+        raise CheckpointError(
+            f"{name}: scales reach {float(scale.abs().max()):.6g}{times}, with which weights of "
+            f"{element.name} exceed fp32; expected weights below "
+            f"{torch.finfo(torch.float32).max:.3g}"
         )
 
 

@@ -28,6 +28,8 @@ from vllm.compressed_linear.spec.elements import E2M1, E4M3, E5M2, uint
 from vllm.compressed_linear.spec.packing import Packing
 from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role, StoredTensor
 
+_BYTES = ("uint8", "float8_e8m0fnu")
+
 HeaderOf = Callable[[str], TensorHeader | None]
 """Last component of a tensor's name → its header; None if the file is not known or lacks it."""
 
@@ -192,13 +194,12 @@ def fp8_scheme(weights: Arguments, header: HeaderOf) -> CheckpointScheme:
 def fp4_scheme(weights: Arguments, header: HeaderOf) -> CheckpointScheme:
     """Layout of NVFP4 and MXFP4 weights; the scales in the file tell which, if it is known."""
     scales = header("weight_scale")
-    if scales is None:
-        nvfp4 = weights.strategy == "tensor_group"
-    else:
+    nvfp4 = weights.strategy == "tensor_group"
+    if scales is not None and scales.dtype in ("float8_e4m3fn", *_BYTES):
         nvfp4 = scales.dtype == "float8_e4m3fn"
     packing = Packing(4, "K", "uint8")
     codes = StoredTensor("weight_packed", Role.CODES, "uint8", ("N", "K"), packing)
-    size = _group_on_disk(header, weights.group_size)
+    size = _group_on_disk(header, weights.group_size, 16 if nvfp4 else 32)
     if nvfp4:
         scale = StoredTensor("weight_scale", Role.SCALE, "float8_e4m3fn", ("N", "G"))
         outer = _number("weight_global_scale", Role.ROW_SCALE, reciprocal=True)
@@ -208,16 +209,13 @@ def fp4_scheme(weights: Arguments, header: HeaderOf) -> CheckpointScheme:
     return CheckpointScheme(WeightSpec(E2M1, ScaleSpec("e8m0", "group", size)), (codes, scale))
 
 
-def _group_on_disk(header: HeaderOf, stated: int) -> int:
-    """The group size of the files, where codes and scales tell it: ``stated`` if it is possible.
-    There are two (NVFP4, MX); any other is one of damaged scales."""
+def _group_on_disk(header: HeaderOf, stated: int, usual: int) -> int:
+    """The group size of the files: ``usual``, of NVFP4 or MX, if codes and scales have it, else
+    ``stated``; any other is one of damaged scales."""
     codes, scales = header("weight_packed"), header("weight_scale")
     if codes is None or scales is None or len(codes.shape) != 2 or len(scales.shape) != 2:
         return stated
-    k, groups = 2 * codes.shape[1], scales.shape[1]
-    if -(-k // stated) == groups or not groups or k % groups:
-        return stated
-    return k // groups if k // groups in (16, 32) else stated
+    return usual if usual * scales.shape[1] == 2 * codes.shape[1] else stated
 
 
 def _scales(weights: Arguments, header: HeaderOf) -> tuple[ScaleSpec, StoredTensor]:
@@ -225,8 +223,8 @@ def _scales(weights: Arguments, header: HeaderOf) -> tuple[ScaleSpec, StoredTens
     the configuration says."""
     codes, scales = header("weight"), header("weight_scale")
     powers = weights.powers
-    if scales is not None and scales.dtype in ("uint8", "float8_e8m0fnu", "bfloat16", "float32"):
-        powers = scales.dtype in ("uint8", "float8_e8m0fnu")
+    if scales is not None and scales.dtype in (*_BYTES, "bfloat16", "float32"):
+        powers = scales.dtype in _BYTES
     layouts = [_layout(weights.strategy, weights, powers)]
     if codes is None or scales is None or len(codes.shape) != 2:
         return layouts[0]
@@ -242,7 +240,8 @@ def _scales(weights: Arguments, header: HeaderOf) -> tuple[ScaleSpec, StoredTens
 def _others(
     weights: Arguments, n: int, k: int, shape: tuple[int, ...], powers: bool
 ) -> Iterator[tuple[ScaleSpec, StoredTensor]]:
-    """Layouts that the configuration does not state, as far as a shape can tell them."""
+    """Layouts that the configuration does not state, as far as a shape can tell them. Another size
+    of groups than it states is one of damaged scales."""
     if _size(shape) == 1 and n > 1:
         yield _layout("tensor", weights, powers)
     if len(shape) == 1 and shape[0] == n:
@@ -250,6 +249,8 @@ def _others(
         yield scale, replace(stored, axes=("N",))
     if len(shape) == 2 and shape[0] == n and shape[1] and k % shape[1] == 0:
         size = -1 if shape[1] == 1 else k // shape[1]
+        if weights.strategy == "group" and size != -1:
+            return
         strategy = "channel" if size == -1 else "group"
         yield _layout(strategy, replace(weights, group_size=size), powers)
     yield _layout("block", replace(weights, block=(128, 128)), powers)

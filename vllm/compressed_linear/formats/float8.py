@@ -68,6 +68,8 @@ def float8_scheme(
         granularity = "tensor"
     rows, channels = block if block and "B" in axes else (1, -1)
     dtype = "float32" if scale is None else _POWERS_OF_TWO.get(scale.dtype, "float32")
+    if scale is not None and scale.dtype == "uint8" and "B" not in axes:
+        dtype = "float32"  # only scales of blocks are stored as bytes
     tensors = [
         StoredTensor("weight", Role.CODES, "float8_e5m2" if five else "float8_e4m3fn", ("N", "K")),
         StoredTensor(name, Role.SCALE, dtype, axes, reciprocal=reciprocal),
@@ -92,15 +94,19 @@ def has_input_scale(module: str, file: FileView, names: Names) -> bool | None:
 
 
 def _present(module: str, file: FileView, names: tuple[str, ...]) -> str:
-    """The first of ``names`` that the module has in the file, or the first of all."""
+    """The first of ``names`` that the module has in the file, or else any module, or the first of
+    all."""
     found = file.tensors_on_disk(module) or set()
-    return next((name for name in names if name in found), names[0])
+    present = [name for name in names if name in found]
+    present += [name for name in names if file.headers is not None and not file.lacks(name)]
+    return present[0] if present else names[0]
 
 
 def _axes(
     weight: TensorHeader | None, scale: TensorHeader | None, block: tuple[int, int] | None
 ) -> tuple[str | int, ...] | None:
-    """The axes of scales of this shape; None if it does not tell."""
+    """The axes of scales of this shape; None if it does not tell. One number in as many dimensions
+    as blocks have is what is left of them, unless there is one block."""
     if weight is None or scale is None or len(weight.shape) != 2:
         return None
     n, k = weight.shape
@@ -110,6 +116,8 @@ def _axes(
             return ("B", "G")
         if scale.shape == (grid[0], 1, grid[1], 1):
             return ("B", 1, "G", 1)
+        if len(scale.shape) > 1 and all(length == 1 for length in scale.shape):
+            return None
     if scale.shape in ((n,), (n, 1)) and n > 1:
         return ("N",) if len(scale.shape) == 1 else ("N", 1)
     if all(length == 1 for length in scale.shape):

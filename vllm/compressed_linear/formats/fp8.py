@@ -47,7 +47,7 @@ class Fp8(Format):
     ``ignored``: see ``left_out``."""
 
     aliases = ("fp8",)
-    marker_tensors = ("weight_scale_inv", "weight_scale")
+    marker_tensors = ("weight_scale_inv", "weight_scale", "scale")
 
     activation: str
     block: tuple[int, int] | None

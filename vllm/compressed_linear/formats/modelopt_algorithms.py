@@ -124,7 +124,10 @@ def _weight_on_disk(module: str, file: FileView) -> str | None:
     if weight.dtype == "uint8":
         if scale.dtype == "float8_e4m3fn":
             return "nvfp4"
-        return "mxfp4" if powers else "int4"
+        if powers:
+            return "mxfp4"
+        # Two output channels are in a byte.
+        return "int4" if scale.shape[:1] == (2 * weight.shape[0],) else None
     return "int8" if weight.dtype == "int8" else None
 
 
@@ -232,12 +235,13 @@ def _packed(packing: Packing) -> StoredTensor:
 
 
 def _group(module: str, file: FileView, stated: int) -> int:
-    """Channels that share a scale: ``stated``, unless the file has another number of groups, into
-    which they divide evenly. config.json may not have the size of integers' groups."""
+    """Channels that share a scale: ``stated``, unless the file has more groups, into which they
+    divide evenly. config.json may not have the size of integers' groups, and of too few scales some
+    are lost."""
     weight, scale = file.header(module, "weight"), file.header(module, "weight_scale")
     if weight is None or scale is None or len(weight.shape) != 2 or len(scale.shape) != 2:
         return stated
     k, groups = weight.shape[1], scale.shape[1]
-    if not groups or -(-k // stated) == groups or k % groups:
+    if groups <= -(-k // stated) or k % groups:
         return stated
     return k // groups
