@@ -31,7 +31,7 @@ static_assert(kRegisterTiles == kStrip, "the blocks of a register block follow e
 constexpr int64_t few_panels(Element element) {
   switch (element.kind) {
     case Kind::bfloat16:
-      return 11;
+      return 8;
     case Kind::e4m3:
     case Kind::e5m2:
       return 3;
@@ -191,6 +191,7 @@ struct DotCore : RegisterCore<DotCore> {
     }
   }
 
+  static bool is_plain(Element element) { return element.kind == Kind::bfloat16; }
   static void decode(const Problem& p, int64_t tile, int64_t k0, int64_t width, uint8_t* out) {
     decode_tile(p, tile, k0, width, out);
   }

@@ -13,7 +13,8 @@
 //   zero, load, broadcast, mac
 //   sum, add_offset, scale_into        one fp32 sum per channel of a tile, and what is done to it
 //   parts(type), split(problem, row, ...)   how a row of x becomes words
-//   decode(...)                        weights of one chunk and tile into steps of kStepBytes
+//   is_plain(element)                  whether packed weights are steps already, block by block
+//   decode(...)                        else: weights of one chunk and tile into steps of kStepBytes
 //   copy_row(problem, m, ...)          the same for a row of x that needs no conversion, or false
 //   load_sum(sums)                     one fp32 sum per channel of a tile, back from memory
 //   are_few(problem, rows)             whether so many rows take the path for few, which decodes in
@@ -187,6 +188,7 @@ struct Call {
     });
     std::memset(totals, 0, static_cast<size_t>(total_floats) * sizeof(float));
 
+    const bool plain = Core::is_plain(g.element);
     typename Core::Blocks blocks;
     for (int64_t c = 0; c < chunk_count(g); ++c) {
       const int64_t k0 = c * kChunk;
@@ -195,10 +197,17 @@ struct Call {
       for (int64_t tile = tile0; tile < tile1; tile += Core::kTiles) {
         const int64_t tiles = least(tile1 - tile, Core::kTiles);
         MicroArgs args;
-        args.weights = slab;
-        args.tile_stride = kSlabBytes / Core::kTiles;
-        for (int64_t t = 0; t < tiles; ++t)
-          Core::decode(p, tile + t, k0, width, slab + t * args.tile_stride);
+        if (plain) {
+          args.weights = block_of(p.weight, tile, k0);
+          args.tile_stride = g.block_bytes();
+          args.block_stride = g.block_stride(tile);
+        } else {
+          args.weights = slab;
+          args.tile_stride = kSlabBytes / Core::kTiles;
+          args.block_stride = kBlock / Core::kStep * Core::kStepBytes;
+          for (int64_t t = 0; t < tiles; ++t)
+            Core::decode(p, tile + t, k0, width, slab + t * args.tile_stride);
+        }
         for (int64_t s = 0; s < count; ++s)
           for (int64_t t = 0; t < tiles; ++t) {
             const int64_t group = segments[first + s].group;
@@ -211,7 +220,15 @@ struct Call {
         args.scale = scale;
         args.negated_offset = offset ? negated_offset : nullptr;
         float* block = totals + (tile - tile0) * kTile * rows;
+        const uint8_t* next = tile + Core::kTiles < tile1
+                                  ? block_of(p.weight, tile + Core::kTiles, k0)
+                                  : block_of(p.weight, tile0, k0 + kChunk);
+        const int64_t lines = plain ? width / kBlock * args.block_stride / kRowBytes : 0;
         for (int64_t panel = panel0; panel < panel1; ++panel) {
+          // Next to the products, a share of the lines with each panel.
+          for (int64_t line = lines * (panel - panel0) / (panel1 - panel0);
+               line < lines * (panel - panel0 + 1) / (panel1 - panel0); ++line)
+            __builtin_prefetch(next + line * kRowBytes);
           const int64_t begin = panels.begin(panel), height = panels.rows(panel);
           args.x = x + begin * row_words + k0 / Core::kStep * parts * height * Core::kWords;
           args.row_sums = row_sums + begin * segment_count + first * height;

@@ -9,9 +9,10 @@ namespace compressed_linear::cpu {
 namespace {  // see layouts/planes.h
 
 struct MicroArgs {
-  const uint8_t* weights;  // tile t, step i: weights + t * tile_stride + i * kStepBytes
+  const uint8_t* weights;  // tile t, step i of a block: weights + t * tile_stride + i * kStepBytes
   int64_t tile_stride;
-  const uint32_t* x;  // [step][part][row][word]
+  int64_t block_stride;  // from a block of a tile to its next one
+  const uint32_t* x;     // [step][part][row][word]
   const Segment* segments;
   int64_t segment_count;
   const float* scale;           // [segment][tile][16]
@@ -31,23 +32,29 @@ void micro_kernel(const MicroArgs& a) {
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
       for (int t = 0; t < Tiles; ++t) acc[r][t] = Core::zero();
+    constexpr int64_t kBlockSteps = kBlock / Core::kStep;
     const int64_t first = segment.begin / Core::kStep;
     const int64_t last = (segment.end + Core::kStep - 1) / Core::kStep;
     constexpr int kStepWords = Parts * Rows * Core::kWords;
-    const uint8_t* w = a.weights + first * Core::kStepBytes;
+    const uint8_t* block = a.weights + first / kBlockSteps * a.block_stride;
     const uint32_t* x = a.x + first * kStepWords;
-    for (int64_t i = first; i < last; ++i, w += Core::kStepBytes, x += kStepWords) {
-      typename Core::Weights weights[Tiles];
-      for (int t = 0; t < Tiles; ++t) weights[t] = Core::load(w + t * a.tile_stride);
+    for (int64_t i = first; i < last; block += a.block_stride) {
+      const int64_t end = least(last, (i / kBlockSteps + 1) * kBlockSteps);
+      const uint8_t* w = block + i % kBlockSteps * Core::kStepBytes;
+      for (; i < end; ++i, w += Core::kStepBytes, x += kStepWords) {
+        typename Core::Weights weights[Tiles];
+        for (int t = 0; t < Tiles; ++t) weights[t] = Core::load(w + t * a.tile_stride);
 #pragma GCC unroll 4
-      for (int q = 0; q < Parts; ++q)
+        for (int q = 0; q < Parts; ++q)
 #pragma GCC unroll 16
-        for (int r = 0; r < Rows; ++r) {
-          const typename Core::Activation activation =
-              Core::broadcast(x + (q * Rows + r) * Core::kWords);
+          for (int r = 0; r < Rows; ++r) {
+            const typename Core::Activation activation =
+                Core::broadcast(x + (q * Rows + r) * Core::kWords);
 #pragma GCC unroll 8
-          for (int t = 0; t < Tiles; ++t) acc[r][t] = Core::mac(acc[r][t], weights[t], activation);
-        }
+            for (int t = 0; t < Tiles; ++t)
+              acc[r][t] = Core::mac(acc[r][t], weights[t], activation);
+          }
+      }
     }
     typename Core::Sum sums[Rows][Tiles];
 #pragma GCC unroll 16
@@ -104,6 +111,7 @@ struct RegisterCore {
       micro_kernel_for<Core>(rows, tiles, parts)(a);
     }
   };
+  static bool is_plain(Element) { return false; }
   static constexpr bool kHasFewRows = true, kHasUnit = false;
 };
 
