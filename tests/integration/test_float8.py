@@ -21,6 +21,7 @@ from tests.support.architectures import (
     layer_outputs,
 )
 from tests.support.damages import untold_damages
+from tests.support.described import Described
 from tests.support.float8_store import Float8
 from tests.support.float_models import (
     SMALL,
@@ -77,7 +78,13 @@ VARIANTS = {
     "channel": Variant(DYNAMIC, Float8(shape="N1", x="token"), {"bias": True}),
     "channel-vector-static": Variant(STATIC, Float8(shape="N", x="static")),
     "e5m2": Variant(DYNAMIC, Float8(shape="N1", x="token", e5m2=True)),
-    "fbgemm": Variant(FBGEMM, Float8(shape="N1", x="token", plain=("down_proj",))),
+    "fbgemm": Variant(FBGEMM, Float8(shape="N1", x="token", plain=("down_proj",), limit=1200.0)),
+    "fbgemm-with-a-low-limit": Variant(
+        FBGEMM | {"activation_scale_ub": 0.5}, Float8(shape="N1", x="token", limit=0.5)
+    ),
+    "fbgemm-without-saying": Variant(
+        {"quant_method": "fbgemm_fp8"}, Float8(shape="N1", x="token", limit=1200.0)
+    ),
     "blocks": Variant(BLOCKS, Float8((128, 128), scale=INV, x="group"), {"bias": True}),
     "blocks-bf16-scales": Variant(
         BLOCKS, Float8((128, 128), scale=INV, x="group", scale_dtype=torch.bfloat16)
@@ -304,6 +311,22 @@ def test_a_scale_of_x_that_nothing_needs_is_taken_and_not_used(name: str, tmp_pa
     with loaded(files.path) as model:
         ours = logits(model, files.input_ids)
     assert_near(ours, files.logits, exact=variant.store.x == "none")
+
+
+def test_the_limit_of_x_is_taken_from_the_configuration(tmp_path: Path) -> None:
+    """transformers never reads or writes ``input_scale_ub``, which its modules have."""
+    variant = VARIANTS["fbgemm-with-a-low-limit"]
+    files = write(FloatModel(variant.config, variant.store, Model(**SMALL)), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors |= {f"{module}.input_scale_ub": torch.zeros(1) for module in files.stored}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with loaded(tmp_path) as model:
+        assert_every_layer_computes(model, files.stored)
+        entries = PROCESS_PLAN.entries.values()
+        assert all("limit 0.5" in e.descriptor for e in entries if "e4m3" in e.descriptor)
+    for wrong in (0, -1, "many", float("inf"), True, [1200]):
+        with pytest.raises(ConfigError, match=saying("activation_scale_ub", "positive")):
+            Described.of(FBGEMM | {"activation_scale_ub": wrong})
 
 
 LATENT = {

@@ -308,3 +308,28 @@ def test_the_steps_come_in_order() -> None:
     turned = [4 * root, 2 * root, 9 * root, 1 * root]
     taken = [turned[3] * 2, 0.0, turned[0] * 0.5, turned[1]]
     assert got.tolist() == [[round(value / 0.5) * 0.5 for value in taken]]
+
+
+def test_a_limit_bounds_the_scale_as_in_vllm() -> None:
+    """vLLM multiplies by the reciprocal of the scale: x in the middle of two codes may differ."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
+    from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
+
+    spec = ActivationSpec(E4M3, True, "token", maximum=448.0, limit=1.5)
+    x = torch.randn(16, 256, generator=torch.Generator().manual_seed(1))
+    with set_current_vllm_config(VllmConfig()):
+        codes, scale = QuantFP8(False, GroupShape.PER_TOKEN).forward_native(
+            x, None, torch.tensor(1.5)
+        )
+    ours, theirs = quantize_dequantize(x, spec), codes.float() * scale
+    assert float(ours.abs().max()) == 1.5
+    assert float(quantize_dequantize(x, replace(spec, limit=0.0)).abs().max()) > 3
+    assert float(((ours - theirs).abs() > 1e-6).float().mean()) < 1e-3
+    assert torch.equal(quantize_dequantize(x, spec), quantize_dequantize(x.clamp(-1.5, 1.5), spec))
+
+
+def test_limits_are_positive_and_for_dynamic_scales() -> None:
+    for wrong in ({"limit": -1.0}, {"limit": math.inf}, {"limit": 1.0, "dynamic": False}):
+        with pytest.raises(ValueError, match=saying("limit", "dynamic")):
+            replace(STATIC if "dynamic" in wrong else TOKEN, **wrong)

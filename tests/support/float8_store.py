@@ -18,7 +18,8 @@ class Float8:
     """A ``Store``. ``shape``: of a scale that is neither per block nor a single number, "N" or
     "N1"; or "", "1", "11" for a number. ``x``: "none", "static", "token", "group" or "ue8m0".
     ``plain``: last components of modules that stay as they are. ``four``: scales of blocks have
-    four dimensions. ``unlike``: members of a fused layer have very different scales, of x too."""
+    four dimensions. ``unlike``: members of a fused layer have very different scales, of x too.
+    ``limit``: of max|x| in scales per token."""
 
     block: tuple[int, int] | None = None
     shape: str = "1"
@@ -31,6 +32,7 @@ class Float8:
     plain: tuple[str, ...] = ()
     four: bool = False
     unlike: bool = False
+    limit: float = float("inf")
 
     def __call__(self, module: str, n: int, k: int, generator: torch.Generator) -> Stored | None:
         if module.rpartition(".")[2] in self.plain:
@@ -55,7 +57,7 @@ class Float8:
             if self.x == "static":
                 return definitions.static(x, float(np.float32(given)))
             if self.x == "token":
-                return definitions.per_token(x)
+                return definitions.per_token(x, limit=self.limit)
             if self.x in ("group", "ue8m0"):
                 assert self.block is not None
                 return definitions.per_token(x, group=self.block[1], ue8m0=self.x == "ue8m0")

@@ -6,6 +6,8 @@
 * x in 8 bits: vLLM ``layers/quantization/input_quant_fp8.py`` (scale = max|x| / 448, x / scale,
   clamped, rounded to nearest even); with ``ue8m0`` the scale is 2^ceil(log2) of that (DeepSeek-V3.1
   ``inference/kernel.py``)
+* with fbgemm's ``activation_scale_ub``: FBGEMM ``quantize_fp8_per_row``, vLLM ``QuantFP8`` (max|x|
+  is at most that)
 * x in NVFP4: vLLM ``layers/quantization/utils/nvfp4_emulation_utils.py`` (the scale of 16 channels
   is e4m3(max|x| / 6 / global) · global)
 """
@@ -55,13 +57,17 @@ def rounded(values: Floats, table: npt.NDArray[np.float64]) -> Floats:
     return result
 
 
-def per_token(x: npt.NDArray[np.float32], *, group: int = 0, ue8m0: bool = False) -> Floats:
-    """x [M, K] through e4m3 with a scale for each token, or each ``group`` channels of one."""
+def per_token(
+    x: npt.NDArray[np.float32], *, group: int = 0, ue8m0: bool = False, limit: float = np.inf
+) -> Floats:
+    """x [M, K] through e4m3 with a scale for each token, or each ``group`` channels of one.
+    ``limit``: of max|x| in the scale."""
     out = np.zeros(x.shape, dtype=np.float64)
     size = group or x.shape[1]
     for start in range(0, x.shape[1], size):
         part = x[:, start : start + size].astype(np.float32)
-        scale = np.abs(part).max(1, keepdims=True) / np.float32(448)
+        largest = np.minimum(np.abs(part).max(1, keepdims=True), np.float32(limit))
+        scale = largest / np.float32(448)
         if ue8m0:
             with np.errstate(divide="ignore"):
                 scale = np.exp2(np.ceil(np.log2(scale.astype(np.float64)))).astype(np.float32)

@@ -8,6 +8,8 @@ was found, and what was expected. Null is the same as no field.
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -55,6 +57,17 @@ class Fields:
         if (number := whole(value)) is None or abs(number) > LARGEST:
             raise wrong(name, value, "int")
         return number
+
+    def positive(self, name: str, *, default: float) -> float:
+        """A positive number."""
+        where, value = self._found((name,))
+        if value is None:
+            return default
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            number = float(value)
+            if not isinstance(value, bool) and 0 < number < math.inf:
+                return number
+        raise wrong(where, value, "a positive number")
 
     def integers(self, name: str) -> list[int]:
         """Whole numbers of a list; empty if it is not there."""

@@ -47,8 +47,8 @@ class OtherPlanError(ValueError):
 def product_of(
     descriptor: CompressedLinearDescriptor, platform: Platform
 ) -> CompressedLinearDescriptor:
-    """What a backend is asked for: ``descriptor`` without the quantization of y, and on CPUs, whose
-    kernels have no rotations, without the one of x, which is done before, in fp32."""
+    """What a backend is asked for: ``descriptor.product``, and on CPUs, whose kernels have no
+    rotations, without the one of x, which is done before, in fp32."""
     product = descriptor.product
     if product.transform is None or platform.device != "cpu":
         return product
@@ -67,12 +67,15 @@ class Executor:
     stop: int
     descriptor: CompressedLinearDescriptor
     rotation: int = field(init=False)
+    limit: float = field(init=False)
     output: str = field(init=False)
 
     def __post_init__(self) -> None:
         # Made here, since compilers cannot trace it.
         ours = self.descriptor.transform if self.method.descriptor.transform is None else None
         object.__setattr__(self, "rotation", 0 if ours is None else ours.block)
+        activation = self.descriptor.activation
+        object.__setattr__(self, "limit", 0.0 if activation is None else activation.limit)
         object.__setattr__(self, "output", output_text(self.descriptor.output_activation))
 
     def apply(
@@ -80,6 +83,8 @@ class Executor:
     ) -> torch.Tensor:
         """x [..., K] → its columns [..., stop − start]."""
         taken = rotated(x, self.rotation)
+        if self.limit:
+            taken = taken.clamp(-self.limit, self.limit)
         return with_output(self.method.apply(tensors, taken, bias), self.output, tensors)
 
 

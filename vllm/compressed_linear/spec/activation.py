@@ -11,6 +11,7 @@ is to nearest, ties to even; ``max`` and ``min`` are over the values that share 
 * static: the same with s and zero from the checkpoint
 * e8m0 scales (MX): s = 2^⌊log2(max|x| / maximum)⌋, the exponent held to −127 … 127
 * e4m3 scales (NVFP4) with the static scale g: t = e4m3(clamp((max|x| / maximum) / g)), s = t·g
+* with a limit, x is clamped to ± it first
 * where s is 0, since x is or by underflow, x̂ = 0: asymmetric integers divide by 1, the others have
   q = 0
 
@@ -106,7 +107,8 @@ def quantize_dequantize(
         raise ValueError(f"x as {spec} needs a static zero point")
     if x.numel() == 0:
         return x.to(torch.float32)
-    groups = _grouped(x.to(torch.float32), spec)
+    wide = x.to(torch.float32)
+    groups = _grouped(wide.clamp(-spec.limit, spec.limit) if spec.limit else wide, spec)
     input_scale = None if input_scale is None else input_scale * nudge
     if not spec.symmetric:
         out = _asymmetric(groups, spec, input_scale, input_zero)

@@ -124,7 +124,8 @@ class ActivationSpec:
     (``group_size`` consecutive channels of a token). ``symmetric``: without a zero point.
     ``scale_dtype``: "float32"; "e8m0", powers of two for groups (MX); or "float8_e4m3fn", groups
     under a static scale of the tensor (NVFP4). ``maximum``: the |q| on which the largest |x| falls
-    (with e8m0: between it and its double); frameworks differ in it.
+    (with e8m0: between it and its double); frameworks differ in it. ``limit``: larger |x| count as
+    this, in the scale too; 0 for no limit.
     """
 
     element: ElementType
@@ -134,6 +135,7 @@ class ActivationSpec:
     group_size: int = -1
     scale_dtype: str = "float32"
     maximum: float = 127.0
+    limit: float = 0.0
 
     def __post_init__(self) -> None:
         for problem in self._problems():
@@ -158,10 +160,13 @@ class ActivationSpec:
             yield f"{self.scale_dtype} scales (expected for symmetric groups only)"
         if not 0 < self.maximum < float("inf"):
             yield f"maximum {self.maximum} (expected a positive number)"
+        if not 0 <= self.limit < float("inf") or (self.limit and not self.dynamic):
+            yield f"limit {self.limit} (expected a positive number, for dynamic scales, or 0)"
 
     @property
     def kind(self) -> str:
-        """The entry of ``Capabilities.activations``: all fields except sizes and ``maximum``."""
+        """The entry of ``Capabilities.activations``: all fields except sizes, ``maximum`` and
+        ``limit``."""
         integer = self.element.kind == "integer"
         name = f"int{self.element.bits}" if integer else self.element.name
         scales = {"e8m0": " with e8m0 scales", "float8_e4m3fn": " with e4m3 scales"}
@@ -198,7 +203,9 @@ class ActivationSpec:
 
     def __str__(self) -> str:
         group = f" of {self.group_size}" if self.granularity == "group" else ""
-        return self.kind.replace("per group", f"per group{group}") + f", maximum {self.maximum:g}"
+        limit = f", limit {self.limit:g}" if self.limit else ""
+        kind = self.kind.replace("per group", f"per group{group}")
+        return f"{kind}, maximum {self.maximum:g}{limit}"
 
 
 def activation_kinds() -> frozenset[str]:
@@ -272,8 +279,12 @@ class CompressedLinearDescriptor:
 
     @property
     def product(self) -> CompressedLinearDescriptor:
-        """The same without quantization of y, which the layer does after the product."""
-        return dataclasses.replace(self, output_activation=None)
+        """The same without quantization of y and the limit of x, which the layer sees to after and
+        before the product."""
+        activation = self.activation
+        if activation is not None and activation.limit:
+            activation = dataclasses.replace(activation, limit=0.0)
+        return dataclasses.replace(self, activation=activation, output_activation=None)
 
     @property
     def n(self) -> int:

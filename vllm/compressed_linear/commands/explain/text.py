@@ -118,7 +118,9 @@ def _weight_in_words(d: CompressedLinearDescriptor, dtype: str) -> str:
         parts.append(f"channels reordered{filled}")
     if d.activation is not None:
         a = d.activation
-        parts.append(f"x as {'dynamic' if a.dynamic else 'static'} {a.element} per {a.granularity}")
+        limit = f" (|x| up to {a.limit:g})" if a.limit else ""
+        kind = "dynamic" if a.dynamic else "static"
+        parts.append(f"x as {kind} {a.element} per {a.granularity}{limit}")
     if d.transform is not None:
         parts.append(f"{d.transform.kind} of x")
     if (o := d.output_activation) is not None:
