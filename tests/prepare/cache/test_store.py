@@ -183,9 +183,10 @@ def test_other_paths_read_what_these_prepared(
 def test_any_change_of_the_code_is_another_installation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "backends").mkdir()
-    files = [tmp_path / "cache.py", tmp_path / "backends" / "cpu.py", tmp_path / "library.so"]
+    store = tmp_path / "prepare" / "cache" / "store.py"
+    files = [store, tmp_path / "backends" / "cpu.py", tmp_path / "library.so"]
     for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("before")
     monkeypatch.setattr(cache_module, "__file__", str(files[0]))
 
