@@ -18,6 +18,7 @@ from tests.support.checkpoints import (
 )
 from tests.support.choice import use_backend
 from tests.support.defined_models import Defined, assert_computes_its_definition, run_defined
+from tests.support.model_loading import loaded
 
 NAMES = checkpoints(quantizes_inputs)
 """All of these have a definition."""
@@ -57,7 +58,8 @@ def test_the_model_computes_its_definition(
         use_backend(monkeypatch, backend)
     layers = layers_of(name, DEFINITIONS[name].x)
     input_ids = checkpoint_reference(name)["input_ids"]
-    inputs = assert_computes_its_definition(checkpoint(name), input_ids, layers)
+    with loaded(checkpoint(name)) as model:
+        inputs = assert_computes_its_definition(model, checkpoint(name), input_ids, layers)
     assert len(inputs) == 14
 
 

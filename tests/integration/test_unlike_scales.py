@@ -12,10 +12,16 @@ import pytest
 
 from tests.support.choice import use_backend
 from tests.support.compressed_tensors_store import CompressedWeight
-from tests.support.defined_models import Defined, assert_computes_its_definition, run_defined
+from tests.support.defined_models import (
+    Defined,
+    assert_computes_its_definition,
+    defined,
+    run_defined,
+)
 from tests.support.float8_store import Float8
 from tests.support.float_models import SMALL, FloatModel, Store, write
 from tests.support.format_configs import auto_round, compressed_fp8, modelopt
+from tests.support.model_loading import loaded
 from tests.support.modelopt_store import ModelOptWeights
 from tests.support.quark_store import QuarkWeight
 from tests.support.synthetic import Model
@@ -112,11 +118,10 @@ def test_members_of_fused_layers_keep_their_own_scales(
         use_backend(monkeypatch, backend)
     config, store = VARIANTS[name]
     files = write(FloatModel(config, store, Model(**SMALL, layers=2)), tmp_path)
-    layers = {
-        module: Defined(stored.meaning, stored.prepare) for module, stored in files.stored.items()
-    }
+    layers = defined(files)
     assert len(layers) == 14
-    assert_computes_its_definition(files.path, files.input_ids, layers)
+    with loaded(files.path) as model:
+        assert_computes_its_definition(model, files.path, files.input_ids, layers)
     assert {e.backend for e in PROCESS_PLAN.entries.values()} <= (
         {backend} if backend else {"cpu", "cpu_int8"}
     )
