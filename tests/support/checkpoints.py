@@ -31,6 +31,11 @@ def zoo() -> Path:
     return beside if (beside / "INDEX.json").is_file() else COPIES
 
 
+def _directory(name: str) -> Path:
+    """Where a checkpoint of the zoo or of ``tests/fixtures`` is, if it is there."""
+    return zoo() / name if (zoo() / name).is_dir() else COPIES / name
+
+
 @dataclass(frozen=True)
 class Entry:
     """What is known of one checkpoint: the fields of INDEX.json that tests choose by, and what its
@@ -49,7 +54,7 @@ class Entry:
     @cached_property
     def weight_types(self) -> frozenset[str]:
         """``int`` and ``float``, of the weights that its configuration quantizes."""
-        config = json.loads((zoo() / self.name / "config.json").read_text())
+        config = json.loads((_directory(self.name) / "config.json").read_text())
         quantization = config.get("quantization_config", {})
         if self.quant_method == "compressed-tensors":
             groups = quantization["config_groups"].values()
@@ -61,12 +66,14 @@ class Entry:
 
 @cache
 def index() -> tuple[Entry, ...]:
-    """The checkpoints that are there."""
+    """The checkpoints that are there: those of the zoo, and copies of others."""
     names = [field.name for field in fields(Entry) if field.name != "name"]
-    return tuple(
-        Entry(entry["dir"], **{name: entry.get(name) for name in names})
-        for entry in json.loads((zoo() / "INDEX.json").read_text())
-    )
+    found = {
+        entry["dir"]: Entry(entry["dir"], **{name: entry.get(name) for name in names})
+        for directory in (COPIES, zoo())
+        for entry in json.loads((directory / "INDEX.json").read_text())
+    }
+    return tuple(found.values())
 
 
 def checkpoints(where: Callable[[Entry], bool]) -> list[str]:
@@ -79,7 +86,7 @@ def entry_of(name: str) -> Entry:
     return next(entry for entry in index() if entry.name == name)
 
 
-WHOLE = ("fp8", "compressed-tensors", "modelopt", "quark", "auto-round")
+WHOLE = ("fp8", "compressed-tensors", "modelopt", "quark", "auto-round", "mlx")
 """Methods of which we read every weight, whatever it is, and quantize x as they say."""
 
 
@@ -106,7 +113,7 @@ def quantizes_inputs(entry: Entry) -> bool:
 
 def checkpoint(name: str) -> Path:
     """The directory of one checkpoint; skips the test if this copy of the zoo lacks it."""
-    path = zoo() / name
+    path = _directory(name)
     if not path.is_dir():
         pytest.skip(f"checkpoint {name} is not in {zoo()}")
     return path

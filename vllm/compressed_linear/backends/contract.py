@@ -142,11 +142,11 @@ def weight_magnitude(
     zero: torch.Tensor | None,
     row_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """fp32 [n, k]: |s₂·s|·(|q − c| + |z − c|) with c = 2^(b−1) where zero points exist, else |ŵ|.
-    ``row_scale``: fp32 [n], s₂.
+    """fp32 [n, k]: |s₂·s|·(|q − c| + |z − c|) where zero points exist, with c = 2^(b−1) for integer
+    ones and 0 for others; else |ŵ|. ``row_scale``: fp32 [n], s₂.
 
     Kernels subtract zero points as group sums, so the error follows both terms, not their
-    difference.
+    difference. A zero point that is no integer is itself rounded, in proportion to |z|.
     """
     element = descriptor.weight.element
     second = 1 if row_scale is None else row_scale.abs().unsqueeze(1)
@@ -156,6 +156,7 @@ def weight_magnitude(
     wide = (widen_scale(scale).abs() * second).repeat_interleave(size, 1)
     if zero is None:
         return element.decode(codes).abs() * wide
-    centre = 1 << (element.bits - 1) if element.kind == "integer" else 0
+    whole = element.kind == "integer" and not zero.is_floating_point()
+    centre = 1 << (element.bits - 1) if whole else 0
     offset = (zero.to(torch.float32) - centre).abs().repeat_interleave(size, 1)
     return ((element.decode(codes) - centre).abs() + offset) * wide

@@ -199,6 +199,13 @@ def _copy(
         return  # some tools write an empty tensor where they have none
     if loaded.dtype == torch.float8_e8m0fnu and region.dtype == torch.uint8:
         loaded = loaded.view(torch.uint8)
+    if stored.written_as:
+        if loaded.dtype != torch_dtype(stored.written_as):
+            raise CheckpointError(
+                f"{param.layer_name}: tensor {name} has dtype {loaded.dtype}, expected "
+                f"torch.{stored.written_as}"
+            )
+        loaded = loaded.view(region.dtype)
     if prod(shape) == 1 and _is_number(stored):
         loaded, shape = loaded.reshape(stored.shape({})), stored.shape({})
     try:

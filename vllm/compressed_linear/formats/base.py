@@ -127,7 +127,7 @@ def register_format(*quant_methods: str) -> Callable[[F], F]:
 
 def quant_method_of(config: dict[str, Any]) -> str:
     """``quant_method`` in lower case; some tools wrote upper case. ModelOpt does not always write
-    one, but its ``quant_algo``, perhaps one level deeper."""
+    one, but its ``quant_algo``, perhaps one level deeper; MLX never does."""
     named = str(config.get("quant_method") or "").lower()
     if named == "mxfp4" and config.get("format") == "mxfp4-pack-quantized":
         return "compressed-tensors"  # as vLLM renames it for some models
@@ -135,4 +135,22 @@ def quant_method_of(config: dict[str, Any]) -> str:
     for found in (config, inner if isinstance(inner, dict) else {}):
         if not named and isinstance(found.get("quant_algo"), str):
             return "modelopt"
-    return named
+    return named or ("mlx" if is_mlx(config) else "")
+
+
+def mlx_configuration(model: Mapping[str, Any]) -> dict[str, Any] | None:
+    """``quantization`` of a model's config.json, if it is one of MLX, which until 2024 wrote it
+    under this name only; else None."""
+    found = model.get("quantization")
+    if not isinstance(found, Mapping) or quant_method_of(dict(found)) != "mlx":
+        return None
+    return dict(found)
+
+
+def is_mlx(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration without ``quant_method`` is one of MLX: it has nothing but settings
+    and entries of modules, which are maps, or false for an unquantized one."""
+    own = {"group_size", "bits", "mode", "quant_method"}
+    others = [value for key, value in config.items() if key not in own]
+    named = {"group_size", "bits"} <= config.keys()
+    return named and all(value is False or isinstance(value, Mapping) for value in others)

@@ -13,6 +13,7 @@ from vllm.compressed_linear.formats import (  # noqa: F401
     fbgemm_fp8,
     fp8,
     gptq,
+    mlx,
     modelopt,
     mxfp4,
     quark,

@@ -56,9 +56,12 @@ def register_config(name: str, config: type) -> None:
     register_quantization_config(name)(config)
 
 
-def accept_configurations(knows: Callable[[dict[str, Any]], bool]) -> None:
-    """Let vLLM go on with a ModelOpt configuration in a separate file whose algorithm it does not
-    know, on a CPU, if ``knows`` does. Idempotent."""
+def accept_configurations(
+    knows: Callable[[dict[str, Any]], bool], elsewhere: Callable[[Any], dict[str, Any] | None]
+) -> None:
+    """Let vLLM go on, on a CPU, with a ModelOpt configuration in a separate file whose algorithm it
+    does not know, if ``knows`` does, and with one that ``elsewhere`` finds in a model's config
+    under a name that vLLM does not read. Idempotent."""
     from vllm.transformers_utils import model_arch_config_convertor as convertor
 
     base = getattr(convertor, "ModelArchConfigConvertorBase", None)
@@ -68,6 +71,10 @@ def accept_configurations(knows: Callable[[dict[str, Any]], bool]) -> None:
 
     @functools.wraps(original)
     def normalized(self: Any, config: Any) -> Any:
+        if getattr(config, "quantization_config", None) is None and current_device() == "cpu":
+            found = elsewhere(config)
+            if found is not None:
+                config.quantization_config = found
         try:
             return original(self, config)
         except ValueError:

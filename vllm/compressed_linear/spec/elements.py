@@ -29,6 +29,7 @@ DTYPE_NAMES: dict[str, torch.dtype] = {
     "int8": torch.int8,
     "int16": torch.int16,
     "int32": torch.int32,
+    "uint32": torch.uint32,
     "int64": torch.int64,
 }
 

@@ -81,6 +81,7 @@ class StoredTensor:
     stored rounded up to a multiple of this (AWQ gemv). ``interleave``: name of a permutation of the
     whole matrix, see ``interleave.py``; its shape on disk is then its own. ``reciprocal``: scales
     are stored as divisors (compressed-tensors' NVFP4): the scale is 1 / stored, in fp32.
+    ``written_as``: another dtype of the same size under which files have the bits (MLX: uint32).
     """
 
     name: str
@@ -93,6 +94,7 @@ class StoredTensor:
     group_multiple: int = 1
     interleave: str = ""
     reciprocal: bool = False
+    written_as: str = ""
 
     @property
     def packings(self) -> tuple[Packing | None, ...]:

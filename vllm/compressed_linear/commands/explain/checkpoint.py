@@ -11,6 +11,7 @@ from typing import Any
 from vllm.compressed_linear.checkpoint.bounded_read import read_json_file
 from vllm.compressed_linear.checkpoint.headers import Headers, read_headers
 from vllm.compressed_linear.checkpoint.shard import CheckpointError
+from vllm.compressed_linear.formats.base import mlx_configuration
 from vllm.compressed_linear.formats.registry import formats
 from vllm.compressed_linear.formats.unquantized import CONFIG_FILES
 
@@ -61,7 +62,7 @@ class Checkpoint:
                 )
             if found:
                 return dict(found)
-        return self._of_modelopt()
+        return mlx_configuration(self.config) or self._of_modelopt()
 
     def _of_modelopt(self) -> dict[str, Any]:
         """The separate file of early ModelOpt, which vLLM reads if config.json says nothing."""
