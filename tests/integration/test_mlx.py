@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from tests.support.changed_checkpoints import changed_copy
-from tests.support.checkpoints import checkpoint_reference
+from tests.support.checkpoints import checkpoint, checkpoint_reference
 from tests.support.damages import untold_damages
+from tests.support.explained import explained
 from tests.support.mlx_store import MlxWeight
 from tests.support.model_loading import loaded, logits
 from tests.support.shards import assert_ranks_hold_the_whole
@@ -51,3 +52,9 @@ def test_early_files_with_the_configuration_under_its_own_name_only(tmp_path: Pa
         ours = torch.log_softmax(logits(model, reference["input_ids"]), -1)
     assert {entry.backend for entry in PROCESS_PLAN.entries.values()} == {"cpu"}
     assert float((ours - torch.log_softmax(reference["logits"], -1)).abs().max()) <= 1e-4
+
+
+def test_explain_names_the_format_that_the_file_does_not_name() -> None:
+    found = explained(checkpoint("mlx-mixed"))
+    assert found.quant_method == "mlx"
+    assert {case.parts[0].backend for layer in found.layers for case in layer.cases} == {"cpu"}

@@ -39,7 +39,7 @@ from vllm.compressed_linear.commands.explain.possibilities import (
     read_possibility,
 )
 from vllm.compressed_linear.commands.explain.tensors import ReadTensor, assumed, load_shards, locate
-from vllm.compressed_linear.formats.base import Format, Hints
+from vllm.compressed_linear.formats.base import Format, Hints, quant_method_of
 from vllm.compressed_linear.formats.registry import format_of, formats, parse_in
 from vllm.compressed_linear.integration import compat
 from vllm.compressed_linear.integration.preparation import detect_platform
@@ -95,7 +95,9 @@ def _explain(
     found = Explanation(
         model=model,
         architecture=architectures[0],
-        quant_method=str(quantization.get("quant_method") or "none"),
+        quant_method=str(
+            quantization.get("quant_method") or quant_method_of(quantization) or "none"
+        ),
         platform=platform.name,
         rates=platform.rates.origin if platform.device == "cpu" else "",
         tp_size=tp_size,
