@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.markdown import caption, table
 
@@ -59,6 +60,52 @@ def serving(file: Path) -> str:
         "anonymous memory of all processes."
     )
     return f"{table(head, rows, len(head) - 1)}\n\n{text}"
+
+
+def schemes(file: Path) -> str:
+    """One model in several schemes: each with this package, next to vLLM alone on the same files.
+
+    The record's engines are named ``ours-SCHEME-alone`` and ``vllm-SCHEME-alone``.
+    """
+    report = json.loads(file.read_text())
+    engines = report["engines"]
+    names = [key.removeprefix("ours-").removesuffix("-alone") for key in engines if "ours-" in key]
+    rows = []
+    for name in names:
+        ours, stock = engines[f"ours-{name}-alone"], engines.get(f"vllm-{name}-alone")
+        kernels = [f"{count} × {kernel}" for kernel, count in ours["kernels"].items()]
+        rows.append([name, ", ".join(kernels), *_against(ours, stock), _without_us(stock)])
+    streams = list(engines[f"ours-{names[0]}-alone"]["decode_tokens_per_s"])
+    head = ["scheme", "layers × kernel", "prefill (tokens/s)"]
+    head += [f"{s} stream{'s' * (s != '1')} (tokens/s)" for s in streams] + ["vLLM alone"]
+    about = report["machine"]
+    text = caption(
+        f"{report['title']}, ×: as many times the tokens of vLLM alone on the same files. One "
+        f"thread of {about['cpu']}, no server, torch {about['torch']}, vLLM {about['vllm']}, "
+        f"{about['date']}. Prompts of {report['prefill_tokens']} tokens for prefill and "
+        f"{report['short_prompt']} else, {report['output_tokens']} tokens of output."
+    )
+    return f"{table(head, rows, 0)}\n\n{text}"
+
+
+def _against(ours: dict[str, Any], stock: dict[str, Any] | None) -> list[str]:
+    """Tokens per second of prefill and of each number of streams, with their ratios to vLLM's."""
+
+    def rates(engine: dict[str, Any]) -> list[float]:
+        return [engine["prefill_tokens_per_s"], *engine["decode_tokens_per_s"].values()]
+
+    if stock is None or "error" in stock:
+        return [f"{rate:.0f}" for rate in rates(ours)]
+    pairs = zip(rates(ours), rates(stock), strict=True)
+    return [f"{rate:.0f} (×{rate / other:.2g})" for rate, other in pairs]
+
+
+def _without_us(stock: dict[str, Any] | None) -> str:
+    if stock is None:
+        return "*not measured*"
+    if "error" in stock:
+        return f"does not start: {stock['error'].split(': ', 1)[-1][:110]}"
+    return ", ".join(stock["selected"])
 
 
 def preparation(file: Path) -> str:

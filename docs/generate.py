@@ -277,6 +277,7 @@ def benchmark(kind: str, *where: str) -> str:
         "gains": lambda: markdown.gains(family / "before", family / "linear"),
         "never-slower": lambda: markdown.never_slower(family / "never-slower.json"),
         "serving": lambda: markdown_models.serving(family / "serve" / f"{name}.json"),
+        "schemes": lambda: markdown_models.schemes(family / "serve" / f"{name}.json"),
         "preparation": lambda: markdown_models.preparation(family / f"{name}.json"),
         "step": lambda: markdown_models.step(family / "step" / f"{name}.json"),
     }[kind]()

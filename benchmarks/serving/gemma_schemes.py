@@ -32,8 +32,12 @@ SCHEMES = {
     "fp8": ("FP8_DYNAMIC", "float-quantized"),
     "fp8-block": ("FP8_BLOCK", "float-quantized"),
     "w8a8": ("W8A8", "int-quantized"),
+    "w8a16": ("W8A16", "pack-quantized"),
+    "w4a8": ("W4A8", "pack-quantized"),
+    "w4afp8": ("W4AFP8", "pack-quantized"),
     "nvfp4a16": ("NVFP4A16", "nvfp4-pack-quantized"),
     "nvfp4": ("NVFP4", "nvfp4-pack-quantized"),
+    "mxfp4a16": ("MXFP4A16", "mxfp4-pack-quantized"),
     "mxfp4": ("MXFP4", "mxfp4-pack-quantized"),
     "mxfp8": ("MXFP8", "mxfp8-quantized"),
 }

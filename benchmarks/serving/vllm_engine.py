@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,27 @@ def preparation(plan: Path) -> dict[str, Any]:
     }
 
 
+def kernels(plan: Path) -> dict[str, int]:
+    """Backend and code path of each layer that the plan names, and how many layers have it."""
+    layers = json.loads(plan.read_text())["layers"]
+    return dict(Counter(f"{x['backend']} ({x['variant']})".replace(" ()", "") for x in layers))
+
+
+def selected(log: str) -> list[str]:
+    """The kernel classes for linear layers that vLLM said it chose."""
+    return sorted(set(re.findall(r"Selected (\w+) for", log)))
+
+
+def last_error(log: str) -> str:
+    """What the last exception in a log said, in one line; empty if there is none."""
+    found = re.findall(r"^(?:\[rank\d+\]: )?(\w+Error: .+)$", log, re.MULTILINE)
+    return found[-1].strip() if found else ""
+
+
+def _plan_beside(log: Path) -> Path:
+    return log.with_suffix(".plan.json")
+
+
 @dataclass(frozen=True)
 class VllmEngine:
     """``model``: the checkpoint's directory. ``variables``: of the environment, on top of what
@@ -62,7 +85,10 @@ class VllmEngine:
         find the weights that the first one prepared.
         """
         if not self.server:
-            return self.worker("vllm_worker", log, str(tokens))
+            figures = self.worker("vllm_worker", log, str(tokens))
+            if self.ours:
+                return figures | {"kernels": kernels(_plan_beside(log))}
+            return figures | {"selected": selected(log.read_text(errors="replace"))}
         with tempfile.TemporaryDirectory(dir=log.parent, prefix="cache-") as directory:
             caches = Path(directory)
             plan = caches / "plan.json"
@@ -97,6 +123,7 @@ class VllmEngine:
         command = [sys.executable, "-m", f"benchmarks.serving.{module}", str(self.model)]
         variables = {
             **ENVIRONMENT,
+            settings.PLAN_FILE: str(_plan_beside(log)),
             "OMP_NUM_THREADS": "1",
             "VLLM_CACHE_ROOT": str(log.parent / "compiled"),
             **dict(self.variables),
@@ -111,7 +138,8 @@ class VllmEngine:
                 text=True,
             )
         if result.returncode:
-            raise RuntimeError(f"{self.name} ended with {result.returncode}, see {log}")
+            reason = last_error(log.read_text(errors="replace")) or f"see {log}"
+            raise RuntimeError(f"{self.name} ended with {result.returncode}: {reason}")
         return {**json.loads(result.stdout), "peak_anonymous_bytes": peak.bytes}
 
     @property

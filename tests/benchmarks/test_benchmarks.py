@@ -224,6 +224,34 @@ def test_a_step_of_an_engine_without_profile_has_its_time_only(tmp_path: Path) -
     ]
 
 
+def test_schemes_stand_next_to_what_vllm_alone_makes_of_the_same_files(tmp_path: Path) -> None:
+    def rates(prefill: float, one: float) -> dict[str, object]:
+        return {"prefill_tokens_per_s": prefill, "decode_tokens_per_s": {"1": one}}
+
+    failed = "vLLM, nvfp4 ended with 1: ValueError: no kernel"
+    engines = {
+        "ours-fp8-alone": rates(600.0, 40.0) | {"kernels": {"cpu (avx2)": 72}},
+        "vllm-fp8-alone": rates(150.0, 16.0) | {"selected": ["TorchFp8"]},
+        "ours-nvfp4-alone": rates(500.0, 50.0) | {"kernels": {"cpu (avx2)": 72}},
+        "vllm-nvfp4-alone": {"error": failed},
+    }
+    about = {"cpu": "C", "vllm": "1", "torch": "2", "date": "today"}
+    sizes = {"prefill_tokens": 512, "short_prompt": 32, "output_tokens": 8}
+    file = tmp_path / "schemes.json"
+    file.write_text(json.dumps({"title": "M", "engines": engines, "machine": about} | sizes))
+    assert markdown_models.schemes(file).splitlines()[2:4] == [
+        "| fp8 | 72 × cpu (avx2) | 600 (×4) | 40 (×2.5) | TorchFp8 |",
+        "| nvfp4 | 72 × cpu (avx2) | 500 | 50 | does not start: ValueError: no kernel |",
+    ]
+
+
+def test_the_last_exception_of_a_log_is_the_reason() -> None:
+    log = "INFO Selected Abc for X\nOSError: first\n[rank0]: ValueError: Failed: \n  rest\n"
+    assert vllm_engine.last_error(log) == "ValueError: Failed:"
+    assert vllm_engine.last_error("INFO all is well") == ""
+    assert vllm_engine.selected(log) == ["Abc"]
+
+
 SMALL = checkpoint.Shape(256, 512, 2, 4, 2, 1024, False)
 
 
