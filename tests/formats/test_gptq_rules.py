@@ -10,6 +10,9 @@ import pytest
 from tests.support.described import Described
 from tests.support.format_configs import GPTQ, Q, bits_and_group, resolve
 from tests.support.messages import saying, says
+from vllm.compressed_linear.checkpoint.file_header import TensorHeader
+from vllm.compressed_linear.checkpoint.headers import Headers
+from vllm.compressed_linear.formats.file_view import FileView
 from vllm.compressed_linear.formats.gptq import PLAIN, Gptq
 from vllm.compressed_linear.formats.registry import format_of, parse
 from vllm.compressed_linear.formats.resolution import ConfigError, Delegated, LayerKind
@@ -51,6 +54,35 @@ def test_gptq_dynamic(rules: dict[str, Any], expected: tuple[int, int] | None) -
 )
 def test_old_gptq_configurations_mean_the_same(change: dict[str, Any]) -> None:
     assert resolve({**GPTQ, **change}) == resolve(GPTQ)
+
+
+SHAPES = {
+    "gptq": ({"quant_method": "gptq", "bits": 4}, (64, 96)),
+    "auto-round": ({"quant_method": "auto-round", "bits": 4}, (64, 96)),
+    "awq": ({"quant_method": "awq", "bits": 4}, (512, 12)),
+}
+"""A configuration without ``group_size``, and the shape of the codes of a weight [96, 512]."""
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("method", SHAPES)
+def test_a_group_size_that_is_not_stated_is_that_of_the_scales(method: str, groups: int) -> None:
+    config, codes = SHAPES[method]
+    headers = Headers(
+        {
+            f"{Q}.{name}": TensorHeader(dtype, shape, 0, "model.safetensors")
+            for name, dtype, shape in (
+                ("qweight", "int32", codes),
+                ("qzeros", "int32", (groups, 12)),
+                ("scales", "float16", (groups, 96)),
+            )
+        }
+    )
+    found = parse(config)
+    file = FileView(headers, found.marker_tensors)
+    resolved = bits_and_group(found.resolve(Q, LayerKind.LINEAR, file))
+    assert resolved in ((4, 512 // groups), (4, -1) if groups == 1 else None)
+    assert bits_and_group(resolve(config)) == (4, 128)  # the default where no file is known
 
 
 def test_gptq_group_size_null_is_one_group() -> None:

@@ -5,8 +5,9 @@ exports of ``auto_round_floats``."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 from vllm.compressed_linear.formats.auto_round_floats import float_scheme, is_float
@@ -17,6 +18,7 @@ from vllm.compressed_linear.formats.expressions import is_expression
 from vllm.compressed_linear.formats.fields import Fields
 from vllm.compressed_linear.formats.file_view import FileView
 from vllm.compressed_linear.formats.gptq import gptq_scheme
+from vllm.compressed_linear.formats.group_size import SIZES, group_size_on_disk
 from vllm.compressed_linear.formats.resolution import (
     ConfigError,
     Delegated,
@@ -24,6 +26,7 @@ from vllm.compressed_linear.formats.resolution import (
     Resolution,
     Unquantized,
 )
+from vllm.compressed_linear.spec.scheme import CheckpointScheme
 
 GPTQ_VERSIONS = {
     "auto_round": "gptq_v2",
@@ -99,7 +102,7 @@ class AutoRound(Format):
     marker_tensors = ("qweight", "weight_packed")
 
     bits: int
-    group_size: int
+    group_size: int | None
     packing: str
     symmetric: bool
     extra: ExtraConfig
@@ -121,7 +124,7 @@ class AutoRound(Format):
                 )
         packing = packing or DEFAULT_PACKING
         bits = fields.integer("bits")
-        group_size = -1 if floats else fields.integer("group_size")
+        group_size = -1 if floats else fields.optional_integer("group_size")
         if not floats and packing not in (*GPTQ_VERSIONS, *AWQ_PACKINGS):
             raise ConfigError(
                 f"packing_format {packing!r} "
@@ -161,14 +164,14 @@ class AutoRound(Format):
                 "version": "gemm",
                 "zero_point": not self.symmetric,
                 "bits": self.bits,
-                "group_size": self.group_size,
+                "group_size": self.group_size or SIZES[0],
                 "modules_to_not_convert": kept,
             }
         return "auto_gptq", {
             "quant_method": "gptq",
             "checkpoint_format": GPTQ_VERSIONS[self.packing],
             "bits": self.bits,
-            "group_size": self.group_size,
+            "group_size": self.group_size or SIZES[0],
             "sym": self.symmetric,
             "desc_act": False,
             "dynamic": self._dynamic(),
@@ -214,18 +217,27 @@ class AutoRound(Format):
             if isinstance(scheme, str):
                 return Delegated(f"AutoRound with {scheme}")
             return scheme
-        group_size = override.integer("group_size", default=self.group_size)
-        sym = override.flag("sym")
-        symmetric = "sym: true" if (self.symmetric if sym is None else sym) else ""
+        group_size = override.optional_integer("group_size")
+        if group_size is None:
+            group_size = self.group_size
         try:
-            if self.packing not in AWQ_PACKINGS:
-                version = GPTQ_VERSIONS[self.packing]
-                return gptq_scheme(bits, group_size, version=version, symmetric=symmetric)
+            scheme_of = self._integers(bits, override)
+            if group_size is None:
+                group_size = group_size_on_disk(module, file, scheme_of)
+            return scheme_of(group_size)
         except ConfigError as error:
             raise ConfigError(f"{module}: {error}") from None
+
+    def _integers(self, bits: int, override: Fields) -> Callable[[int], CheckpointScheme]:
+        """From the size of groups to the scheme."""
+        sym = override.flag("sym")
+        symmetric = "sym: true" if (self.symmetric if sym is None else sym) else ""
+        if self.packing not in AWQ_PACKINGS:
+            version = GPTQ_VERSIONS[self.packing]
+            return partial(gptq_scheme, bits, version=version, symmetric=symmetric)
         if bits != 4:
-            raise ConfigError(f"{module}: AWQ packing with {bits} bits (supported: 4)")
-        return awq_gemm_scheme(checked_group(group_size), symmetric=symmetric)
+            raise ConfigError(f"AWQ packing with {bits} bits (supported: 4)")
+        return lambda size: awq_gemm_scheme(checked_group(size), symmetric=symmetric)
 
 
 def _packing(fields: Fields) -> str:

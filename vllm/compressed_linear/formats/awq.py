@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 from vllm.compressed_linear.formats.base import Format, Hints, register_format
@@ -12,6 +13,7 @@ from vllm.compressed_linear.formats.fields import Fields
 from vllm.compressed_linear.formats.file_view import FileView
 from vllm.compressed_linear.formats.gptq import marlin_scheme
 from vllm.compressed_linear.formats.gptqmodel_dynamic import GptqModelDynamic
+from vllm.compressed_linear.formats.group_size import group_size_on_disk
 from vllm.compressed_linear.formats.resolution import (
     ConfigError,
     Delegated,
@@ -112,14 +114,14 @@ class Awq(Format):
     AutoAWQ excludes a module if an entry of ``modules_to_not_convert`` is a substring of its name
     within its block (``exclude_layers_to_not_quantize``), so ``layers.1.mlp`` excludes nothing
     there, although it does in other readers. If the file is known, it decides. GPTQModel writes
-    exclusions to ``dynamic``.
+    exclusions to ``dynamic``. ``group_size``: None if it is not stated, see ``group_size_on_disk``.
     """
 
     aliases = ("awq", "auto_awq", "awq_marlin")
     vllm_name = "auto_awq"
     marker_tensors = ("qweight",)
 
-    group_size: int
+    group_size: int | None
     symmetric: str
     version: str
     excluded: PartsOfNames
@@ -132,7 +134,9 @@ class Awq(Format):
         bits = fields.integer("bits", "w_bit")
         if bits != 4:
             raise ConfigError(f"AWQ with {bits} bits (supported: 4)")
-        group_size = checked_group(fields.integer("group_size", "q_group_size"))
+        group_size = fields.optional_integer("group_size", "q_group_size")
+        if group_size is not None:
+            checked_group(group_size)
         field = "modules_to_not_convert"
         return cls(
             config,
@@ -172,12 +176,17 @@ class Awq(Format):
                 f"AWQ version {self.version!r} (read here: {', '.join(VERSIONS)}, and others whose "
                 "tensors have the shapes of one of these)"
             )
-        group_size = checked_group(override.integer("group_size", default=self.group_size))
         zeros = "scaled_zeros" if "scaled_zeros" in (file.tensors_on_disk(module) or ()) else ""
-        return _scheme(version, group_size, symmetric, zeros or "qzeros")
+        scheme_of = partial(_scheme, version, symmetric, zeros or "qzeros")
+        group_size = override.optional_integer("group_size")
+        if group_size is None:
+            group_size = self.group_size
+        if group_size is None:
+            group_size = group_size_on_disk(module, file, scheme_of)
+        return scheme_of(checked_group(group_size))
 
 
-def _scheme(version: str, group_size: int, symmetric: str, zeros: str) -> CheckpointScheme:
+def _scheme(version: str, symmetric: str, zeros: str, group_size: int) -> CheckpointScheme:
     if version == "marlin":
         return marlin_scheme(4, group_size, codes="qweight", scale="scales")
     if version == "gemv":

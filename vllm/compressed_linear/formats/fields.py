@@ -48,12 +48,19 @@ class Fields:
 
     def integer(self, *names: str, default: int | None = None) -> int:
         """A whole number under the first of ``names``; without a ``default`` it must be there."""
+        number = self.optional_integer(*names)
+        if number is None:
+            number = default
+        if number is None:
+            keys = _cut(", ".join(map(str, self.values)))
+            raise ConfigError(f"{self.where} has no {names[0]} (keys: {keys})")
+        return number
+
+    def optional_integer(self, *names: str) -> int | None:
+        """A whole number under the first of ``names``; None if it is not there."""
         name, value = self._found(names)
         if value is None:
-            if default is None:
-                keys = _cut(", ".join(map(str, self.values)))
-                raise ConfigError(f"{self.where} has no {names[0]} (keys: {keys})")
-            return default
+            return None
         if (number := whole(value)) is None or abs(number) > LARGEST:
             raise wrong(name, value, "int")
         return number

@@ -58,11 +58,9 @@ class Fp8(Format):
     @classmethod
     def parse(cls, config: dict[str, Any]) -> Self:
         fields = Fields(config)
+        if (why := cls.unsupported(config)) is not None:
+            raise ConfigError(why)
         scheme = fields.word("activation_scheme")
-        if scheme not in SCHEMES:
-            raise ConfigError(
-                f"{fields.where}.activation_scheme is {scheme!r}, expected static or dynamic"
-            )
         semantics = fields.word("weight_scale_semantics")
         if semantics not in ("", "inverse", "multiply", "direct"):
             raise ConfigError(
@@ -80,6 +78,14 @@ class Fp8(Format):
             inverse=semantics == "inverse",
             ignored=Components.of(field, fields.names(field)),
         )
+
+    @classmethod
+    def unsupported(cls, config: dict[str, Any]) -> str | None:
+        fields = Fields(config)
+        scheme = fields.word("activation_scheme")
+        if scheme in SCHEMES:
+            return None
+        return f"{fields.where}.activation_scheme is {scheme!r}, expected static or dynamic"
 
     def resolve(self, module: str, kind: LayerKind, file: FileView) -> Resolution:
         if (plain := left_out("fp8", self.ignored, module, kind, file)) is not None:

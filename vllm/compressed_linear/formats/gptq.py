@@ -8,6 +8,7 @@ Layouts: auto_gptq ``qlinear_cuda_old.py`` and ``qlinear_marlin.py``; gptqmodel
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 from vllm.compressed_linear.formats.base import (
@@ -20,6 +21,7 @@ from vllm.compressed_linear.formats.entries import PartsOfNames
 from vllm.compressed_linear.formats.fields import Fields
 from vllm.compressed_linear.formats.file_view import FileView
 from vllm.compressed_linear.formats.gptqmodel_dynamic import GptqModelDynamic
+from vllm.compressed_linear.formats.group_size import SIZES, group_size_on_disk
 from vllm.compressed_linear.formats.resolution import (
     ConfigError,
     Delegated,
@@ -122,7 +124,8 @@ class Gptq(Format):
     """``quantization_config`` with ``quant_method: gptq``, or ``marlin`` of early AutoGPTQ.
 
     ``dynamic``: see ``GptqModelDynamic``. ``desc_act`` is not trusted: the data decides. ``sym``
-    decides only what zero points mean that are the same throughout. ``inside``
+    decides only what zero points mean that are the same throughout. ``group_size``: None if it is
+    not stated, see ``group_size_on_disk``. ``inside``
     (``modules_in_block_to_quantize``) is used only if the file does not decide.
     """
 
@@ -131,7 +134,7 @@ class Gptq(Format):
     marker_tensors = ("qweight", "B")
 
     bits: int
-    group_size: int
+    group_size: int | None
     version: str
     container: str
     symmetric: bool
@@ -144,17 +147,17 @@ class Gptq(Format):
     def parse(cls, config: dict[str, Any]) -> Self:
         fields = Fields(config)
         bits = fields.integer("bits", "w_bit", "wbits")
-        null_group = "group_size" in config and config["group_size"] is None
-        group_size = fields.integer(
-            "group_size", "q_group_size", default=-1 if null_group else None
-        )
+        group_size = fields.optional_integer("group_size", "q_group_size")
+        if group_size is None and "group_size" in config:
+            group_size = -1
         version = gptq_version(fields)
         symmetric = bool(fields.flag("sym"))
         if version not in VERSIONS and not symmetric:
             raise ConfigError(_unknown_version(version))
         container = fields.word("pack_dtype") or "int32"
         container = container.removeprefix("torch.")
-        gptq_scheme(bits, group_size, version=_layout(version), container=container)
+        size = SIZES[0] if group_size is None else group_size
+        gptq_scheme(bits, size, version=_layout(version), container=container)
         field = "modules_in_block_to_quantize"
         return cls(
             config,
@@ -178,7 +181,9 @@ class Gptq(Format):
         return None
 
     def hints(self) -> Hints:
-        return Hints(reordered=self.reordered, symmetric=self.symmetric)
+        # True by default in AutoGPTQ, GPTQModel and the transformers library.
+        symmetric = Fields(self.config).flag("sym") is not False
+        return Hints(reordered=self.reordered, symmetric=symmetric)
 
     def resolve(self, module: str, kind: LayerKind, file: FileView) -> Resolution:
         if kind is LayerKind.EMBEDDING:
@@ -200,24 +205,30 @@ class Gptq(Format):
             if not symmetric or not (PLAIN if stored is None else stored) >= PLAIN:
                 return Delegated(_unknown_version(self.version))
         container = override.word("pack_dtype").removeprefix("torch.") or self.container
-        self._check_order(module, override, file)
         try:
-            return gptq_scheme(
+            scheme_of = partial(
+                gptq_scheme,
                 override.integer("bits", default=self.bits),
-                override.integer("group_size", default=self.group_size),
                 version=_layout(self.version),
                 container=container,
                 symmetric="sym: true" if symmetric else "",
             )
+            size = override.optional_integer("group_size")
+            if size is None:
+                size = self.group_size
+            if size is None:
+                size = group_size_on_disk(module, file, scheme_of)
+            scheme = scheme_of(size)
         except ConfigError as error:
             raise ConfigError(f"{module}: dynamic {pattern}: {error}") from None
+        self._check_order(module, override, size, file)
+        return scheme
 
-    def _check_order(self, module: str, override: Fields, file: FileView) -> None:
+    def _check_order(self, module: str, override: Fields, size: int, file: FileView) -> None:
         """Raise ``ConfigError`` if channels were reordered and the file does not say how."""
         codes, index = file.header(module, "qweight"), file.header(module, "g_idx")
         reordered = override.flag("desc_act")
         reordered = self.reordered if reordered is None else reordered
-        size = override.integer("group_size", default=self.group_size)
         if not reordered or size == -1 or codes is None:
             return
         if index is None or 0 in index.shape:

@@ -36,6 +36,7 @@ FLOATS = {
     "fp6_e3m2": E3M2,
     "fp6_e2m3": E2M3,
 }
+SCHEMES = ("per_tensor", "per_channel", "per_token", "per_group", "per_block")
 _EVEN = {E2M1: 3.5, E3M2: 15.0, E2M3: 3.875, E4M3: JUST_ABOVE_224}
 """``maximum`` of MX inputs in vLLM: max|x| is rounded to the type's mantissa first; fp8 ones never
 saturate."""
@@ -93,6 +94,8 @@ def activation_of(inputs: list[TensorConfig]) -> ActivationSpec | None:
     if len(inputs) != 1:
         return None
     (entry,) = inputs
+    if entry.scheme not in SCHEMES:
+        return None
     element = INT8 if entry.dtype == "int8" else FLOATS.get(entry.dtype)
     if element is None or (element != INT8 and not entry.symmetric):
         return None
@@ -133,6 +136,8 @@ def weight_scheme(
     """Layout of a weight; None if its kind is not known. The shapes of its scales count where the
     file is known."""
     kinds = [entry.dtype for entry in entries]
+    if any(entry.scheme not in SCHEMES for entry in entries):
+        return None
     if kinds == ["fp8_e4m3", "int4"]:
         return _int4(entries[1], pack_method, header, level="_2")
     if kinds == ["fp4", "fp8_e4m3"]:

@@ -19,6 +19,7 @@ from vllm.compressed_linear.formats import (  # noqa: F401
     quark,
 )
 from vllm.compressed_linear.formats.base import _FORMATS, Format, quant_method_of
+from vllm.compressed_linear.formats.elsewhere import what_runs
 from vllm.compressed_linear.formats.resolution import ConfigError
 from vllm.compressed_linear.formats.unquantized import read_config_file
 
@@ -34,13 +35,22 @@ def format_of(config: dict[str, Any]) -> type[Format] | None:
     return found if found is not None and found.unsupported(config) is None else None
 
 
+def why_not_read(config: dict[str, Any]) -> str:
+    """Why ``format_of`` has no format for ``config``, and who may run the checkpoint."""
+    if elsewhere := what_runs(config):
+        return elsewhere
+    found = _FORMATS.get(quant_method_of(config))
+    if found is not None and (why := found.unsupported(config)) is not None:
+        return why
+    known = ", ".join(sorted(name for name in _FORMATS if name))
+    return f"quant_method {quant_method_of(config)!r} is not known (read here: {known})"
+
+
 def parse(config: dict[str, Any]) -> Format:
     """The format of a ``quantization_config``. Raises ``ConfigError``."""
-    quant_method = quant_method_of(config)
-    found = _FORMATS.get(quant_method)
+    found = _FORMATS.get(quant_method_of(config))
     if found is None:
-        known = ", ".join(sorted(name for name in _FORMATS if name))
-        raise ConfigError(f"quant_method {quant_method!r} is not known (known: {known})")
+        raise ConfigError(why_not_read(config))
     return found.parse(config)
 
 

@@ -36,7 +36,12 @@ class UnquantizedModel(Format):
 
     @classmethod
     def unsupported(cls, config: dict[str, Any]) -> str | None:
-        return "a quantization_config without quant_method" if config else None
+        if not config:
+            return None
+        return (
+            f"quantization_config has no quant_method (keys: {', '.join(map(str, config))}), so "
+            "nothing says how its tensors are stored; the tool that wrote it knows its name"
+        )
 
     def resolve(self, module: str, kind: LayerKind, file: FileView) -> Resolution:
         return Unquantized("the model is not quantized")

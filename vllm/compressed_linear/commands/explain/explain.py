@@ -39,8 +39,9 @@ from vllm.compressed_linear.commands.explain.possibilities import (
     read_possibility,
 )
 from vllm.compressed_linear.commands.explain.tensors import ReadTensor, assumed, load_shards, locate
+from vllm.compressed_linear.commands.text import compress_all
 from vllm.compressed_linear.formats.base import Format, Hints, quant_method_of
-from vllm.compressed_linear.formats.registry import format_of, formats, parse_in
+from vllm.compressed_linear.formats.registry import format_of, parse_in, why_not_read
 from vllm.compressed_linear.integration import compat
 from vllm.compressed_linear.integration.preparation import detect_platform
 from vllm.compressed_linear.machine.platform import Platform
@@ -120,7 +121,11 @@ def _explain(
     vllms_reason = ""
     if read_by is None:
         vllms_reason = "all of the checkpoint is left to vLLM"
-        found.say(Severity.NOTE, About.SERVING, _not_ours(quantization))
+        found.say(
+            Severity.NOTE,
+            About.SERVING,
+            f"all of it is left to vLLM: {why_not_read(quantization)}",
+        )
     say_of_configuration(found, checkpoint, read_by, platform)
     ranks = _ranks(found, checkpoint, read_by, architectures, dtype, vllms_reason)
     settings = settings or Settings.read()
@@ -140,8 +145,8 @@ def _explain(
     parts = [part for layer in found.layers for part in layer.likely.parts]
     if note := rounding_note((part.backend, part.rejected) for part in parts):
         found.say(Severity.NOTE, About.SERVING, note)
-    for refusal in (refusal for rank in ranks for refusal in rank.refused):
-        found.say(Severity.ERROR, About.CHECKPOINT, refusal.message, (refusal.name,))
+    for message, names in _same_refusals(ranks).items():
+        found.say(Severity.ERROR, About.CHECKPOINT, message, names)
     _say_what_is_left_over(found, ranks, explainer.not_found)
     if ranks:
         found.left, found.others = ranks[0].left, ranks[0].others
@@ -209,6 +214,18 @@ def _ranks(
     return [layers_from_headers(checkpoint.headers, checkpoint.config, read_by, dtype)]
 
 
+def _same_refusals(ranks: Sequence[ModelLayers]) -> dict[str, tuple[str, ...]]:
+    """Message → layers; those whose messages differ by the name that they begin with have one."""
+    layers: dict[tuple[bool, str], dict[str, None]] = {}
+    for refusal in (refusal for rank in ranks for refusal in rank.refused):
+        text = refusal.message.removeprefix(f"{refusal.name}: ")
+        layers.setdefault((text != refusal.message, text), {})[refusal.name] = None
+    return {
+        f"{', '.join(compress_all(tuple(names)))}: {text}" if named else text: tuple(names)
+        for (named, text), names in layers.items()
+    }
+
+
 def _say_what_is_left_over(
     found: Explanation, ranks: Sequence[ModelLayers], not_found: Sequence[str]
 ) -> None:
@@ -241,15 +258,6 @@ def _leave_unasked(found: Explanation) -> None:
         f"whether vLLM's own code can run the {len(refused)} layers that are left to it on "
         f"{found.platform} is not asked here",
     )
-
-
-def _not_ours(quantization: dict[str, Any]) -> str:
-    name = str(quantization.get("quant_method") or "")
-    known = formats().get(name)
-    if known is None:
-        supported = ", ".join(sorted(filter(None, formats())))
-        return f"quant_method {name!r} is left to vLLM (read here: {supported})"
-    return f"all of it is left to vLLM: {known.unsupported(quantization)}"
 
 
 def _over_ranks(plans: Sequence[LayerPlan]) -> LayerPlan:
