@@ -7,6 +7,7 @@ its tensors are converted back to those of published files, as when it saves the
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,25 +18,48 @@ from vllm.compressed_linear.checkpoint.headers import Headers
 from vllm.compressed_linear.spec.elements import dtype_name
 
 
-def default_configs() -> dict[str, dict[str, Any]]:
-    """Architecture → configuration, for those of vLLM that the transformers library has too."""
+@cache
+def _model_types() -> dict[str, str]:
+    """Architecture → type of model, for those of vLLM that the transformers library has too."""
     import transformers.models.auto.modeling_auto as mappings
-    from transformers import CONFIG_MAPPING
     from vllm.model_executor.models.registry import ModelRegistry
 
-    model_types: dict[str, str] = {}
+    found: dict[str, str] = {}
     for name, mapping in vars(mappings).items():
         if name.startswith("MODEL_") and name.endswith("_MAPPING_NAMES"):
             for model_type, classes in mapping.items():
                 for architecture in [classes] if isinstance(classes, str) else classes:
-                    model_types.setdefault(architecture, model_type)
+                    found.setdefault(architecture, model_type)
+    return {
+        name: found[name] for name in sorted(set(ModelRegistry.get_supported_archs()) & set(found))
+    }
+
+
+def default_config(architecture: str) -> dict[str, Any]:
+    """The configuration of a class of the transformers library that vLLM has too.
+
+    Raises ``LookupError`` if one of them does not have it, and whatever the library raises if it
+    has no defaults.
+    """
+    import transformers
+    from transformers import CONFIG_MAPPING
+
+    if architecture not in _model_types():
+        raise LookupError(f"the transformers library and vLLM do not both have {architecture}")
+    # The language model of a larger one shares its type and has a configuration of its own.
+    cls = getattr(getattr(transformers, architecture, None), "config_class", None)
+    config = (cls or CONFIG_MAPPING[_model_types()[architecture]])().to_dict()
+    return config | {"architectures": [architecture]}
+
+
+def default_configs() -> dict[str, dict[str, Any]]:
+    """Architecture → configuration, for all with which that succeeds."""
     configs = {}
-    for architecture in sorted(set(ModelRegistry.get_supported_archs()) & set(model_types)):
+    for architecture in _model_types():
         try:
-            config = CONFIG_MAPPING[model_types[architecture]]().to_dict()
+            configs[architecture] = default_config(architecture)
         except Exception:  # no defaults, or a library that is not installed
             continue
-        configs[architecture] = config | {"architectures": [architecture]}
     return configs
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.header_checkpoints import default_configs, saved_headers
+from tests.support.header_checkpoints import default_config, saved_headers
 from tests.support.hub.selection import Published, WriterOf, writers_of
 from tests.support.hub.writers import Quantize, Written
 from tests.support.repository import ROOT
@@ -52,8 +52,18 @@ _RENAMES = {
     )
 }
 """(expression, replacement) from the names that the library saves to those of published files."""
-_MORE = {"Glm4MoeForCausalLM": {"head_dim": 128}}
-"""What vLLM needs and the library's default configuration does not have."""
+_INDEXER = {"n_heads": 16, "kv_heads": 1, "head_dim": 256, "budget": 2048, "compress_ratio": 16}
+_MORE: dict[str, dict[str, Any]] = {
+    "Glm4MoeForCausalLM": {"head_dim": 128},
+    "Qwen4ExpForConditionalGeneration": {
+        "text_config": {f"indexer_{key}": size for key, size in _INDEXER.items()}
+    },
+    "meta-llama/Llama-4-Maverick-17B-128E-Instruct-FP8": {
+        "text_config": {"interleave_moe_layer_step": 2, "num_local_experts": 128}
+    },
+}
+"""Architectures, and checkpoints by name → what vLLM needs, or is published elsewhere, and the
+library's default configuration does not have."""
 
 
 @cache
@@ -89,16 +99,17 @@ def configs(one: Published) -> tuple[dict[str, Any], dict[str, Any]]:
     from transformers import CONFIG_MAPPING
 
     architecture = _INNER.get(one.architecture, (one.architecture, ""))[0]
-    model_type = default_configs()[architecture]["model_type"]
+    built = default_config(architecture)
+    model_type = built["model_type"]
     given = _model_of(one.config)
     if not _is_whole(given):
         others = (
             _model_of(o.config) for o in published().values() if o.architecture == one.architecture
         )
-        given = next(filter(_is_whole, others), _MORE.get(architecture, {})) | given
+        more = _MORE.get(one.name) or _MORE.get(architecture, {})
+        given = next(filter(_is_whole, others), more) | given
     if architecture != one.architecture:
         given = _model_of(given.get("text_config", given))
-    built = default_configs()[architecture]
     if given.keys() - {"architectures", "torch_dtype"}:
         built = CONFIG_MAPPING[model_type].from_dict(given | {"model_type": model_type}).to_dict()
     config = one.config if _is_whole(one.config) else built | one.config

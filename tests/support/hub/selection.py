@@ -61,7 +61,7 @@ def writers_of(published: Published) -> WriterOf:
     config = published.quantization
     method = str(config.get("quant_method") or "").lower()
     side = published.side_files.get("hf_quant_config.json")
-    if method == "fp8" and config.get("quant_algo") != "MIXED_PRECISION":
+    if method == "fp8":
         return _fp8(config)
     if method == "fbgemm_fp8":
         writer = Writer(w.fp8(per_channel=True), w.x_fp8(w.per_token))
@@ -77,8 +77,10 @@ def writers_of(published: Published) -> WriterOf:
         "awq": _awq,
         "": _gptq,
     }
-    if method not in by_method or not ("bits" in config or method == "quark"):
-        raise NotWrittenError(f"no tensors are described for {method or 'a file without a method'}")
+    if method not in by_method:
+        raise NotWrittenError(f"no tensors are described for {method}")
+    if "bits" not in config and method != "quark":
+        raise NotWrittenError("the published part of its configuration has no bits")
     return by_method[method](config)
 
 
@@ -94,7 +96,19 @@ def _fp8(config: dict[str, Any]) -> WriterOf:
         writer = Writer(w.fp8(input_scale=True), w.x_fp8(w.static))
     else:
         writer = Writer(w.fp8(), w.x_fp8(w.per_token))
-    return _but(config.get("modules_to_not_convert") or [], writer)
+    of = _but(config.get("modules_to_not_convert") or [], writer)
+    experts = config.get("moe_quant_algo")
+    if experts is None:
+        return of
+    if experts != "NVFP4":
+        raise NotWrittenError(f"no writer for moe_quant_algo {experts}")
+    of_experts = Writer(w.nvfp4(of_modelopt=True), w.x_nvfp4, takes=lambda n, k: k % 16 == 0)
+
+    def writer_of(module: str, is_table: bool) -> Writer | None:
+        found = of(module, is_table)
+        return of_experts if found is not None and ".experts." in module else found
+
+    return writer_of
 
 
 def _but(entries: list[str], writer: Writer) -> WriterOf:
@@ -116,7 +130,7 @@ def _compressed_tensors(config: dict[str, Any]) -> WriterOf:
         for group in config.get("config_groups", {}).values()
     ]
     if not groups:
-        raise NotWrittenError("config_groups are not known")
+        raise NotWrittenError("the published part of its configuration has no config_groups")
     ignore = config.get("ignore") or []
 
     def names(entry: str, module: str) -> bool:
@@ -257,13 +271,22 @@ def _gptq(config: dict[str, Any]) -> WriterOf:
     kept = [name for names in config.get("modules_in_block_to_quantize") or [] for name in names]
 
     def of(module: str) -> Writer | None:
-        if any(p.startswith("-:") and re.match(p[2:], module) for p in dynamic):
+        rules = (p for p in dynamic if re.match(re.sub(r"^[-+]:", "", p), module))
+        rule = next(rules, "")
+        if rule.startswith("-:"):
             return None
         if kept and not any(module.endswith(f".{k}") for k in kept) and ".experts." not in module:
             return None
-        return _gptq_writer(config["bits"], config.get("group_size", 128), version_2=version_2)
+        own = config | dynamic.get(rule, {})
+        return _gptq_writer(own["bits"], own.get("group_size", 128), version_2=version_2)
 
-    return _in_layers(of)
+    inside = _in_layers(of)
+    head = bool(config.get("lm_head"))
+
+    def writer_of(module: str, is_table: bool) -> Writer | None:
+        return of(module) if head and module == "lm_head" else inside(module, is_table)
+
+    return writer_of
 
 
 def _awq(config: dict[str, Any]) -> WriterOf:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `explain` says of published checkpoints, as the table of docs/published-checkpoints.md.
+"""What `explain` says of published checkpoints, as the tables of docs/published-checkpoints.md.
 
     python -m tests.support.hub.table
 
-writes it anew, in some minutes. Files of full size are written as headers; nothing is downloaded.
+writes them anew, in half an hour. Files of full size are written as headers; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import re
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -23,12 +24,14 @@ from tests.support.hub.selection import NotWrittenError, Published
 from tests.support.no_torchvision import torchvision_or_stand_in
 from tests.support.repository import ROOT
 from vllm.compressed_linear.commands.explain.checkpoint import ExplainError
-from vllm.compressed_linear.commands.explain.explanation import Explanation
-from vllm.compressed_linear.formats.registry import format_of
+from vllm.compressed_linear.commands.explain.explanation import Explanation, PartPlan
+from vllm.compressed_linear.formats.base import quant_method_of
+from vllm.compressed_linear.formats.registry import formats, why_not_read
 from vllm.compressed_linear.formats.resolution import ConfigError
 
 PAGE = ROOT / "docs" / "published-checkpoints.md"
 PLATFORM = "cpu:zen4"
+GPUS = ("cuda:90", "cuda:100")
 TRIVIAL = (
     "embedding tables are only looked up",
     "not quantize",
@@ -37,38 +40,97 @@ TRIVIAL = (
 )
 """Reasons to leave to vLLM what is not quantized; if it were, it would be refused."""
 LONGEST = 160
+LONGEST_REASON = 400
+"""Of why a whole checkpoint is left to others."""
+
+CPU_HEAD = (
+    "checkpoint",
+    "architecture",
+    "method",
+    "quantized layers",
+    "plain layers",
+    "left to vLLM",
+    "refused",
+)
+GPU_HEAD = ("quantized layers of", "H100 (`cuda:90`)", "B200 (`cuda:100`)")
 
 
-def row(one: Published, path: Path) -> list[str]:
-    """Checkpoint, method, and what `explain` says of it on a CPU."""
+@dataclass(frozen=True)
+class Row:
+    """What the page says of one checkpoint. ``cpu``: the cells after those of its name and method.
+    ``gpus``: what runs quantized layers on each of ``GPUS``; empty where the first table says why
+    there is none."""
+
+    name: str
+    architecture: str
+    method: str
+    cpu: tuple[str, str, str, str]
+    gpus: tuple[str, ...] = ()
+
+    @property
+    def lines(self) -> list[str]:
+        """Its lines of the tables."""
+        lines = [_line(self.name, self.architecture, self.method, *self.cpu)]
+        return [*lines, _line(self.name, *self.gpus)] if any(self.gpus) else lines
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+
+
+def row(one: Published, path: Path) -> Row:
+    """Writes the checkpoint at ``path``."""
     method = str(one.quantization.get("quant_method") or "–")
-    return [one.name, one.architecture, method, *verdict(one, path)]
-
-
-def verdict(one: Published, path: Path) -> list[str]:
-    """[layers that this package runs, what is left to vLLM and why, what is refused and why]."""
     try:
         write_headers(one, path)
-    except NotWrittenError as error:
-        config = one.quantization
-        if config and format_of(config) is None:
-            return ["0", "all of it", f"{error}"]
-        return ["not tried", "", str(error)]
-    except Exception as error:  # the library has no such class, or cannot build it
-        return ["not tried", "", f"{type(error).__name__}: {first_line(error)}"]
+    except Exception as error:  # no writer, or the library has no such class or cannot build it
+        return Row(one.name, one.architecture, method, _not_written(one, error))
+    gpus = tuple(_on_gpu(path, platform) for platform in GPUS)
+    return Row(one.name, one.architecture, method, _on_cpu(path), gpus)
+
+
+def _not_written(one: Published, error: Exception) -> tuple[str, str, str, str]:
+    config = one.quantization or {"quant_method": one.config.get("format", "")}
+    if quant_method_of(config) not in filter(None, formats()):
+        return "0", "", f"all of it: {shortened(why_not_read(config), LONGEST_REASON)}", ""
+    named = isinstance(error, NotWrittenError | LookupError)
+    return "not tried", "", "", ("" if named else f"{type(error).__name__}: ") + first_line(error)
+
+
+def _on_cpu(path: Path) -> tuple[str, str, str, str]:
     try:
         found = explained(path, platform=PLATFORM)
     except (ConfigError, ExplainError) as error:
-        return ["0", "", first_line(error)]
-    return [ours(found), left(found), "; ".join(map(shortened, found.errors))]
+        return "0", "", "", first_line(error)
+    plain = _parts(found, quantized=False)
+    refused = "; ".join(map(shortened, found.errors))
+    return quantized(found), _listed(part.runs for part in plain), left(found), refused
 
 
-def ours(found: Explanation) -> str:
-    runs = Counter(part.runs or "nothing" for layer in found.layers for part in layer.likely.parts)
-    quantized = [layer for layer in found.layers if not layer.unquantized]
-    if not quantized:
-        return "0"
-    return f"{len(quantized)} layers: " + ", ".join(f"{n} {r}" for r, n in sorted(runs.items()))
+def _on_gpu(path: Path, platform: str) -> str:
+    try:
+        found = explained(path, platform=platform)
+    except (ConfigError, ExplainError):
+        return ""
+    return _listed(
+        re.sub(r"vllm_native \((.*)\)", r"\1", part.runs) for part in _parts(found, quantized=True)
+    )
+
+
+def quantized(found: Explanation) -> str:
+    """What runs the quantized layers, each with the number of layers or parts of layers."""
+    return _listed(part.runs for part in _parts(found, quantized=True)) or "0"
+
+
+def _parts(found: Explanation, *, quantized: bool) -> Iterator[PartPlan]:
+    for layer in found.layers:
+        for part in layer.likely.parts:
+            if (part.descriptor.weight.element.kind != "dense") is quantized:
+                yield part
+
+
+def _listed(runs: Iterable[str]) -> str:
+    return ", ".join(f"{n} {name}" for name, n in sorted(Counter(runs).items()))
 
 
 def left(found: Explanation) -> str:
@@ -78,34 +140,52 @@ def left(found: Explanation) -> str:
     return "; ".join(f"{n}: {shortened(reason)}" for reason, n in sorted(reasons.items()))
 
 
-def shortened(text: str) -> str:
+def shortened(text: str, longest: int = LONGEST) -> str:
     text = re.sub(r"\S*/(\S+)", r"\1", " ".join(text.split()))
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
 def first_line(error: Exception) -> str:
     return shortened(str(error).splitlines()[0] if str(error) else type(error).__name__)
 
 
-def rows(chosen: Iterable[str]) -> Iterator[list[str]]:
-    """Rows of the table for the named files of tests/hub/published, each from a process of its own:
-    vLLM changes classes of the transformers library for good."""
-    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+def rows(chosen: Iterable[str]) -> Iterator[Row]:
+    """Rows of the tables for the named files of tests/hub/published, each from a process of its
+    own: vLLM changes classes of the transformers library for good."""
+    server = get_context("forkserver")
+    server.set_forkserver_preload(["tests.support.hub.preloaded"])
+    with ProcessPoolExecutor(1, server, max_tasks_per_child=1) as pool:
         yield from pool.map(_row_of, chosen)
 
 
-def _row_of(name: str) -> list[str]:
+def _row_of(name: str) -> Row:
     print(name, file=sys.stderr)
     with tempfile.TemporaryDirectory() as directory, torchvision_or_stand_in():
         return row(published()[name], Path(directory) / "checkpoint")
 
 
-def page(found: list[list[str]]) -> str:
-    """The whole page."""
-    head = ["checkpoint", "architecture", "method", "runs here", "left to vLLM", "refused"]
-    table = [head, ["---"] * len(head), *found]
-    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in table]
-    return "\n".join([PAGE.read_text().partition("\n| checkpoint ")[0].rstrip(), "", *lines, ""])
+def page(found: Sequence[Row]) -> str:
+    """The whole page: what stands before each table is kept."""
+    text = PAGE.read_text()
+    for at, head in enumerate((CPU_HEAD, GPU_HEAD)):
+        before, old, after = _around(text, head)
+        table = [*old[:2], *(one.lines[at] for one in found if len(one.lines) > at)]
+        text = "\n".join([before, *table, after])
+    return text
+
+
+def table_of(text: str, head: Sequence[str]) -> list[list[str]]:
+    """The cells of each row of the table with this head in ``text``."""
+    lines = _around(text, head)[1][2:]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+
+
+def _around(text: str, head: Sequence[str]) -> tuple[str, list[str], str]:
+    """Text before a table, the table's lines, and text after it."""
+    lines = text.split("\n")
+    first = lines.index(_line(*head))
+    last = next(i for i in range(first, len(lines)) if not lines[i].startswith("|"))
+    return "\n".join(lines[:first]), lines[first:last], "\n".join(lines[last:])
 
 
 if __name__ == "__main__":

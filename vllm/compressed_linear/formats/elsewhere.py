@@ -36,6 +36,7 @@ _METHODS = {
     "vptq": ("VPTQ, codebooks of vectors", f"{_NOT_VLLM}; {_PACKAGE} vptq"),
 }
 
+
 def what_runs(config: dict[str, Any]) -> str:
     """What a ``quantization_config`` is and what runs it; "" if that is not known here."""
     name = quant_method_of(config)
