@@ -60,7 +60,7 @@ def read_config_file(directory: str | Path) -> dict[str, Any] | None:
             raise ConfigError(str(error)) from None
         if not isinstance(config, dict):
             raise ConfigError(f"{path}: {type(config).__name__}, expected a map")
-        if quant_method_of(config):
+        if quant_method_of(config) not in ("", "mlx"):  # which has no file of its own
             return config
         awq = str(config.get("version") or "").lower().startswith("gem")
         return {**config, "quant_method": "awq" if awq else "gptq"}
