@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.asked_configs import unknown_places
 from tests.support.repository import ROOT, environment
 from tests.support.vllm_names import imported_names, probed_names
 
@@ -112,3 +113,7 @@ def test_the_package_passes_its_tests(sources: Path, part: str) -> None:
     not fit."""
     done = run(sources, "-m", "pytest", "-q", "-m", "not slow and not e2e", "-n", "2", part)
     assert done.returncode == 0, done.stdout[-6000:]
+
+
+def test_every_place_where_it_asks_a_config_is_known(sources: Path) -> None:
+    assert unknown_places(sources / "vllm") == []

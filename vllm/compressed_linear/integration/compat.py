@@ -235,6 +235,14 @@ def row_reordering(hf_config: Any, modules: Container[str]) -> RowReordering | N
     return _REORDERING.get(model_type)
 
 
+def cut_by_model(hf_config: Any) -> tuple[str, ...]:
+    """Last components of the names of layers that a model's class cuts itself if the files have
+    them fused, for the parameters of vLLM's own methods: MiMo-V2 stores q, k and v in chunks of
+    their heads (``_shard_fp8_qkv_proj``)."""
+    model_type = str(getattr(hf_config, "model_type", ""))
+    return ("qkv_proj",) if model_type.startswith("mimo_v2") else ()
+
+
 _READS_TABLES = {"diffusion_gemma": "DiffusionGemma", "diffusion_gemma_text": "DiffusionGemma"}
 """Model types whose vLLM class multiplies with the raw weight of an embedding table or head."""
 

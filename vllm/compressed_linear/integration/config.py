@@ -87,6 +87,7 @@ class CompressedLinearConfig(QuantizationConfig):
         pickled with a config."""
         self._settings: Settings | None = None
         self._reorders_rows: compat.RowReordering | None = None
+        self._cut_by_model: tuple[str, ...] = ()
         self._asked: dict[str, LayerKind | None] = {}
         self._checkpoint = ""
         self._renames: list[Rename] = []
@@ -216,6 +217,7 @@ class CompressedLinearConfig(QuantizationConfig):
             headers = headers_of(listed, model_name)
         self._use(parse_in(model_name, self.format.config), FileView(headers))
         self._reorders_rows = compat.row_reordering(hf_config, self.file.modules)
+        self._cut_by_model = compat.cut_by_model(hf_config)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self.delegation.add_mapper(hf_to_vllm_mapper)
@@ -256,6 +258,8 @@ class CompressedLinearConfig(QuantizationConfig):
         if self.file.packed is not self.packed_modules_mapping:
             # By reference: some models update their mapping while they are built.
             self.file = replace(self.file, packed=self.packed_modules_mapping)
+        if last_word(prefix) in self._cut_by_model and self.file.quantized_on_disk(prefix):
+            return self._delegate(layer, prefix, "the model's class cuts its fused weight itself")
         names = shard_names(prefix, self.packed_modules_mapping)
         if drafter is not None:
             members = [name.rpartition(".")[2] for name in names]
