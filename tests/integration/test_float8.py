@@ -239,6 +239,11 @@ DAMAGES: dict[str, tuple[str, Callable[[Tensors], object], tuple[object, ...]]] 
         _set(f"{K}.input_scale", _with(0)),
         (f"{K}.input_scale", "other than 0"),
     ),
+    "input scale under which x overflows": (
+        "scalars",
+        _set(f"{K}.input_scale", _with(3e38)),
+        (f"{K}.input_scale", "finite", "below"),
+    ),
     "input scale that is not a number": (
         "scalars",
         _set(f"{K}.input_scale", _with(float("nan"))),

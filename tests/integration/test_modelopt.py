@@ -315,6 +315,11 @@ DAMAGES: dict[str, tuple[str, Callable[[Tensors], object], tuple[object, ...]]] 
         _set(f"{K}.input_scale", lambda t: t * 0),
         (f"{K}.input_scale", "other than 0"),
     ),
+    "an input scale under which x overflows": (
+        "nvfp4",
+        _set(f"{K}.input_scale", lambda t: t * 0 + 3e36),
+        (f"{K}.input_scale", "finite", "below"),
+    ),
     "wide codes": (
         "int8",
         _set(f"{DOWN}.weight", lambda t: t.to(torch.int32)),

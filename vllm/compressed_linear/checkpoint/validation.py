@@ -7,7 +7,7 @@ import torch
 
 from vllm.compressed_linear.checkpoint.shard import CHUNK_BYTES, CheckpointError, LoadedShard
 from vllm.compressed_linear.spec.descriptor import ActivationSpec
-from vllm.compressed_linear.spec.elements import widen_scale
+from vllm.compressed_linear.spec.elements import E4M3, widen_scale
 from vllm.compressed_linear.spec.packing import Packing
 from vllm.compressed_linear.spec.scheme import Role, StoredTensor
 
@@ -87,9 +87,13 @@ def _check_numbers(shard: LoadedShard) -> None:
     }
     for role, (spec, scale) in scales.items():
         _check_needed(shard, role, spec, scale, needed=spec is not None and spec.needs_scale)
-        zero_is_bad = None if scale is None or scheme.zero_is_off else scale == 0
         expected = "a finite number" + ("" if scheme.zero_is_off else " other than 0")
-        _check_finite_numbers(shard, role, scale, zero_is_bad, expected)
+        bad = None
+        if scale is not None:
+            limit = torch.finfo(torch.float32).max / _largest_quotient(spec)
+            bad = (scale.abs() > limit) | ((scale == 0) & (not scheme.zero_is_off))
+            expected += f" below {limit:.3g}"
+        _check_finite_numbers(shard, role, scale, bad, expected)
     zeros = {
         Role.INPUT_ZERO: (scheme.activation, shard.input_zero()),
         Role.OUTPUT_ZERO: (scheme.output_activation, shard.output_zero()),
@@ -102,6 +106,15 @@ def _check_numbers(shard: LoadedShard) -> None:
             of = "x" if role is Role.INPUT_ZERO else "y"
             bad = zero.abs() > largest
             _check_finite_numbers(shard, role, zero, bad, f"a zero point of {of} as {spec}")
+
+
+def _largest_quotient(spec: ActivationSpec | None) -> float:
+    """The largest |x̂| in units of a static scale."""
+    if spec is None:
+        return 1.0
+    if spec.element.kind == "integer":
+        return float(1 << spec.element.bits)
+    return spec.element.largest * (E4M3.largest if spec.scale_dtype == "float8_e4m3fn" else 1.0)
 
 
 def _check_needed(
