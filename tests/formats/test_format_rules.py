@@ -42,7 +42,8 @@ def test_unknown_methods_are_not_read() -> None:
 @pytest.mark.parametrize(
     ("config", "hints"),
     [
-        (GPTQ, Hints()),
+        (GPTQ, Hints(symmetric=True)),
+        ({**GPTQ, "sym": False}, Hints()),
         ({**GPTQ, "desc_act": True, "sym": True}, Hints(reordered=True, symmetric=True)),
         ({**AWQ, "sym": True}, Hints(symmetric=True)),
         ({**AUTO_ROUND, "sym": True}, Hints(symmetric=True)),
