@@ -54,6 +54,7 @@ _RENAMES = {
 """(expression, replacement) from the names that the library saves to those of published files."""
 _INDEXER = {"n_heads": 16, "kv_heads": 1, "head_dim": 256, "budget": 2048, "compress_ratio": 16}
 _MORE: dict[str, dict[str, Any]] = {
+    "Gemma4UnifiedForConditionalGeneration": {"vision_config": {}, "audio_config": {}},
     "Glm4MoeForCausalLM": {"head_dim": 128},
     "Qwen4ExpForConditionalGeneration": {
         "text_config": {f"indexer_{key}": size for key, size in _INDEXER.items()}
@@ -64,6 +65,15 @@ _MORE: dict[str, dict[str, Any]] = {
 }
 """Architectures, and checkpoints by name → what vLLM needs, or is published elsewhere, and the
 library's default configuration does not have."""
+
+_DIVISIBLE = {
+    "FalconForCausalLM": {
+        "hidden_size": 4608,
+        "ffn_hidden_size": 4 * 4608,
+        "num_attention_heads": 72,
+    }
+}
+"""Sizes that a small twin can be made of, where the published ones (71 heads) cannot be divided."""
 
 
 @cache
@@ -204,6 +214,7 @@ def write_twins(one: Published, path: Path, factor: int) -> Twins:
     writer_of = writers_of(one)
     _, config = configs(one)
     plain = path / "plain"
+    config |= _DIVISIBLE.get(one.architecture, {})
     write_tiny(one.architecture, _few_words(shrunk(config, factor)), plain, MOST_BYTES)
     weights = {k: v for file in plain.glob("*.safetensors") for k, v in load_file(file).items()}
     modules: dict[str, Sides] = {}
