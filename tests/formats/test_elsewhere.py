@@ -30,7 +30,6 @@ def test_published_configurations_of_other_methods_say_what_runs_them(name: str)
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "vllm-bnb-plugin"),
         ({"quant_method": "gguf"}, "llama.cpp"),
         ({"quant_method": "hqq"}, "the package hqq"),
         ({"quant_method": "new"}, "'new' is not known (read here: auto-round, awq,"),

@@ -40,7 +40,8 @@ def standard(shard: LoadedShard) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", checkpoints(is_ours))
 def test_weights_equal_the_makers(name: str) -> None:
-    config, tensors = read_config(name), checkpoint_tensors(name)
+    config = read_config(name)
+    tensors = dict(config.format.restated(checkpoint_tensors(name).items()))
     reference = checkpoint_reference(name)
     ours = 0
     for linear in linears(name):

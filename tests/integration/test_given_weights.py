@@ -31,7 +31,12 @@ class Recorder(torch.nn.Module):
 
 
 def given_by(config: CompressedLinearConfig) -> GivenWeights:
-    return GivenWeights(config.superseded, ZerosOfExperts(config.format, config.file), {})
+    return GivenWeights(
+        config.superseded,
+        config.format.restated,
+        ZerosOfExperts(config.format, config.file),
+        {},
+    )
 
 
 def test_zero_points_of_experts_are_converted_in_every_load(tmp_path: Path) -> None:
@@ -55,7 +60,12 @@ def test_zero_points_of_experts_are_converted_in_every_load(tmp_path: Path) -> N
 def test_modules_that_the_model_calls_otherwise_keep_that_name_in_every_load() -> None:
     config = CompressedLinearConfig(parse(CONFIG))
     model = Recorder()
-    given = GivenWeights(config.superseded, ZerosOfExperts(config.format, config.file), {"a": "b"})
+    given = GivenWeights(
+        config.superseded,
+        config.format.restated,
+        ZerosOfExperts(config.format, config.file),
+        {"a": "b"},
+    )
     given.install(model)
     for source in ("", None):
         given.read_from(source)

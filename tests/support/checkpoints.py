@@ -86,7 +86,7 @@ def entry_of(name: str) -> Entry:
     return next(entry for entry in index() if entry.name == name)
 
 
-WHOLE = ("fp8", "compressed-tensors", "modelopt", "quark", "auto-round", "mlx")
+WHOLE = ("fp8", "compressed-tensors", "modelopt", "quark", "auto-round", "mlx", "bitsandbytes")
 """Methods of which we read every weight, whatever it is, and quantize x as they say."""
 
 

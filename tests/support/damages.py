@@ -79,7 +79,8 @@ def _untold(
         described.file.check_against_file("a.layer", MODULE, scheme)
         if not isinstance(scheme, CheckpointScheme):
             return f"{scheme}"
-        shard = load(source_of(MODULE, scheme, n, k), file)
+        restated = dict(described.format.restated(file.items()))
+        shard = load(source_of(MODULE, scheme, n, k), restated)
         (part,) = refine([shard], LayerContext("float32", "float32"))
     except ValueError as error:
         text = str(error)

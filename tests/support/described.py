@@ -28,6 +28,7 @@ class Described:
     def of(cls, config: dict[str, Any], headers: Headers | None = None) -> Described:
         """``config`` with the headers of its files; without any, no file is known."""
         found = parse(config)
+        headers = headers and found.restated_headers(headers)
         return cls(found, FileView(headers, found.marker_tensors))
 
     def with_file(self, file: Path | Sequence[str]) -> Described:
@@ -35,6 +36,7 @@ class Described:
         of each name."""
         if isinstance(file, Path):
             headers = read_headers(file)
+            headers = headers and self.format.restated_headers(headers)
         else:
             one = TensorHeader("float16", (1,), 2, "model.safetensors")
             headers = Headers(dict.fromkeys(file, one))

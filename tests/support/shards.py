@@ -107,7 +107,8 @@ def assert_ranks_hold_the_whole(
     """Parts of a weight [n, k] along ``axis``, each loaded as a rank loads it: together they mean
     what the weight does, and each has its own factors of x."""
     stored, tensors = stored_by(store, n, k)
-    scheme = described_by(config, tensors).resolve(MODULE)
+    described = described_by(config, tensors)
+    scheme, tensors = described.resolve(MODULE), dict(described.format.restated(tensors.items()))
     assert isinstance(scheme, CheckpointScheme)
     length = (n if axis == "n" else k) // ranks
     parts = []

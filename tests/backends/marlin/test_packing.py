@@ -132,7 +132,8 @@ def vllm_codes(linear: str, tensors: dict[str, torch.Tensor], bits: int) -> torc
 
 @pytest.mark.parametrize("name", checkpoints(marlin_holds))
 def test_real_checkpoints(name: str) -> None:
-    config, tensors = read_config(name), checkpoint_tensors(name)
+    config = read_config(name)
+    tensors = dict(config.format.restated(checkpoint_tensors(name).items()))
     seen = 0
     for linear in linears(name):
         scheme = config.resolve(linear, kind_of(linear))

@@ -201,7 +201,7 @@ def test_a_model_id_means_the_local_cache(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(found.layers) == 9
 
 
-@pytest.mark.parametrize("name", ["hqq-w4-g64", "bnb-nf4"])
+@pytest.mark.parametrize("name", ["hqq-w4-g64", "torchao-int8wo"])
 def test_what_is_left_to_vllm_altogether_is_said(name: str) -> None:
     found = explained(name)
     assert not found.layers

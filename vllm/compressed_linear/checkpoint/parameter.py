@@ -208,6 +208,9 @@ def _copy(
         loaded = loaded.view(region.dtype)
     if prod(shape) == 1 and _is_number(stored):
         loaded, shape = loaded.reshape(stored.shape({})), stored.shape({})
+    if stored.flat and prod(shape) == prod(stored.shape(source.extents)):
+        loaded = loaded.reshape(stored.shape(source.extents))
+        shape = tuple(loaded.shape)
     try:
         packing = stored.packing_of(shape, source.extents)
     except ValueError as error:

@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self, TypeVar
 
+import torch
+
+from vllm.compressed_linear.checkpoint.headers import Headers
 from vllm.compressed_linear.formats.entries import Entries, Rename
 from vllm.compressed_linear.formats.file_view import FileView
 from vllm.compressed_linear.formats.resolution import LayerKind, Resolution
@@ -37,6 +40,9 @@ class Format(ABC):
     """vLLM's own name for it, for layers that are delegated."""
     marker_tensors: ClassVar[tuple[str, ...]] = ()
     """Last components of tensor names that only quantized modules have."""
+
+    restates: ClassVar[bool] = False
+    """Whether the files hold other tensors than ``resolve`` describes, see ``restated``."""
 
     config: dict[str, Any]
     """The ``quantization_config`` as it was written."""
@@ -73,6 +79,17 @@ class Format(ABC):
     def misread_by_vllm(self) -> str:
         """Why vLLM would compute wrong numbers for delegated layers; "" if it does not."""
         return ""
+
+    def restated_headers(self, headers: Headers) -> Headers:
+        """Headers of the tensors as ``restated`` gives them."""
+        return headers
+
+    def restated(
+        self, weights: Iterable[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors of the files as ``resolve`` describes them, for a format whose files say it
+        in a form that no ``StoredTensor`` describes; then ``restates`` is true."""
+        yield from weights
 
     def hints(self) -> Hints:
         """Claims of the configuration about the data."""

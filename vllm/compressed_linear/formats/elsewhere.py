@@ -15,10 +15,6 @@ _PACKAGE = "transformers runs it with the package"
 _METHODS = {
     "aqlm": ("AQLM, sums of codebooks of vectors", f"{_NOT_VLLM}; {_PACKAGE} aqlm"),
     "bitnet": ("BitNet, ternary weights", f"{_NOT_VLLM}; transformers and bitnet.cpp run it"),
-    "bitsandbytes": (
-        "bitsandbytes, NF4, FP4 or int8",
-        f"vLLM runs it with vllm-bnb-plugin; {_PACKAGE} bitsandbytes",
-    ),
     "eetq": ("EETQ, int8 per channel", f"{_NOT_VLLM}; {_PACKAGE} kernels"),
     "exl2": ("ExLlamaV2, mixed widths", f"{_NOT_VLLM}; exllamav2 runs it on NVIDIA GPUs"),
     "exl3": ("ExLlamaV3, trellis codes", f"{_NOT_VLLM}; exllamav3 runs it on NVIDIA GPUs"),
@@ -40,5 +36,5 @@ _METHODS = {
 def what_runs(config: dict[str, Any]) -> str:
     """What a ``quantization_config`` is and what runs it; "" if that is not known here."""
     name = quant_method_of(config)
-    kind, runs = _METHODS.get(name.replace("bitsandbytes_4bit", "bitsandbytes"), ("", ""))
+    kind, runs = _METHODS.get(name, ("", ""))
     return f"{name} ({kind}) is not read here: {runs}" if kind else ""

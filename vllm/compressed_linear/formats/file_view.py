@@ -211,7 +211,13 @@ class FileView:
         for stored in resolution.tensors:
             found = self.headers.get(f"{module}.{stored.name}")
             packed = stored.packing is not None and stored.packing.axis == "N"
-            if found is None or packed or stored.interleave or "N" not in stored.axes:
+            if (
+                found is None
+                or packed
+                or stored.interleave
+                or stored.flat
+                or "N" not in stored.axes
+            ):
                 continue
             if len(found.shape) == len(stored.axes):
                 return found.shape[stored.axes.index("N")]

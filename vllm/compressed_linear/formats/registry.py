@@ -9,6 +9,7 @@ from typing import Any
 from vllm.compressed_linear.formats import (  # noqa: F401
     auto_round,
     awq,
+    bitsandbytes,
     compressed_tensors,
     fbgemm_fp8,
     fp8,

@@ -54,7 +54,7 @@ def load_and_check(loading: Loading) -> None:
     configs[0].name_table()
     moved = ask_for_all(model, configs[0])
     experts_zeros = ZerosOfExperts(configs[0].format, configs[0].file)
-    given = GivenWeights(configs[0].superseded, experts_zeros, moved)
+    given = GivenWeights(configs[0].superseded, configs[0].format.restated, experts_zeros, moved)
     _report(given.superseded.findings())
     record = LoadRecord(targets(model))
     own = given.install(model)

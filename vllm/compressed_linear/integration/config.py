@@ -137,7 +137,9 @@ class CompressedLinearConfig(QuantizationConfig):
         ``checkpoint``: another one, whose weights are about to replace those of this one."""
         file = self.file
         if checkpoint not in ("", self._checkpoint):
-            file = FileView(read_headers(checkpoint), file.marker_tensors, packed=file.packed)
+            headers = read_headers(checkpoint)
+            headers = headers and self.format.restated_headers(headers)
+            file = FileView(headers, file.marker_tensors, packed=file.packed)
             for rename in self._renames:
                 file = file.renamed(rename)
         headers = file.headers
@@ -215,7 +217,8 @@ class CompressedLinearConfig(QuantizationConfig):
         headers = read_headers(model_name)
         if headers is None and (listed := compat.hub_tensors(model_name, revision)):
             headers = headers_of(listed, model_name)
-        self._use(parse_in(model_name, self.format.config), FileView(headers))
+        found = parse_in(model_name, self.format.config)
+        self._use(found, FileView(headers and found.restated_headers(headers)))
         self._reorders_rows = compat.row_reordering(hf_config, self.file.modules)
         self._cut_by_model = compat.cut_by_model(hf_config)
 

@@ -43,18 +43,20 @@ class GivenWeights:
     def __init__(
         self,
         superseded_in: Callable[[str], Superseded],
+        restated: Callable[[Weights], Weights],
         zeros_of_experts: ZerosOfExperts,
         moved: Mapping[str, str],
     ) -> None:
         self.superseded = superseded_in("")
         self._superseded_in = superseded_in
+        self._restated = restated
         self._zeros_of_experts = zeros_of_experts
         self._moved = moved
 
     def of(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
-        """What the model's loader is given of ``weights``. Raises ``CheckpointError`` for zero
-        points of experts that contradict the configuration."""
-        counting = self.superseded.left(weights)
+        """What the model's loader is given of ``weights``. Raises ``CheckpointError`` for tensors
+        that contradict each other or the configuration."""
+        counting = self._restated(self.superseded.left(weights))
         return under_other_names(self._zeros_of_experts.as_vllm_reads_them(counting), self._moved)
 
     def read_from(self, checkpoint: str | None) -> None:

@@ -81,6 +81,7 @@ class StoredTensor:
     stored rounded up to a multiple of this (AWQ gemv). ``interleave``: name of a permutation of the
     whole matrix, see ``interleave.py``; its shape on disk is then its own. ``reciprocal``: scales
     are stored as divisors (compressed-tensors' NVFP4): the scale is 1 / stored, in fp32.
+    ``flat``: files may store it in another shape with as many elements, in row-major order.
     ``written_as``: another dtype of the same size under which files have the bits (MLX: uint32).
     """
 
@@ -95,6 +96,7 @@ class StoredTensor:
     interleave: str = ""
     reciprocal: bool = False
     written_as: str = ""
+    flat: bool = False
 
     @property
     def packings(self) -> tuple[Packing | None, ...]:

@@ -118,6 +118,9 @@ def _explain(
         return found
     ours = format_of(quantization) is not None
     read_by = parse_in(checkpoint.path, quantization) if ours else None
+    if read_by is not None:
+        checkpoint = replace(checkpoint, headers=read_by.restated_headers(checkpoint.headers))
+        read_weights = read_weights and not read_by.restates
     vllms_reason = ""
     if read_by is None:
         vllms_reason = "all of the checkpoint is left to vLLM"
