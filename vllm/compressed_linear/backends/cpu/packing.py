@@ -14,7 +14,7 @@ from vllm.compressed_linear.backends.shared.repack import (
 )
 from vllm.compressed_linear.backends.shared.side_tensors import put_tiles
 from vllm.compressed_linear.checkpoint.weights import CompressedWeights
-from vllm.compressed_linear.machine import native
+from vllm.compressed_linear.machine import arena, native
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor
 
 Layout = Literal["planes", "quads"]
@@ -27,7 +27,7 @@ def new_packed(
     """Allocate the packed codes, uint8 [tiles, bytes of a tile]."""
     d = descriptor
     shape = torch.ops.compressed_linear.packed_shape(layout, d.n, d.k, d.group_size, element)
-    return torch.empty(shape, dtype=torch.uint8)
+    return arena.empty(shape, torch.uint8)
 
 
 def pack_codes(

@@ -27,7 +27,7 @@ from vllm.compressed_linear.backends.shared.side_tensors import (
     zero_dtype,
 )
 from vllm.compressed_linear.checkpoint.weights import CompressedWeights
-from vllm.compressed_linear.machine import native
+from vllm.compressed_linear.machine import arena, native
 from vllm.compressed_linear.machine.cost import overlapped
 from vllm.compressed_linear.machine.platform import NATIVE_LIBRARY, Platform
 from vllm.compressed_linear.spec import elements
@@ -170,7 +170,7 @@ class CpuBackend(QuantLinearMethod):
         packed = new_packed(d, self.element, "planes")
         pack_codes(packed, weights, d, self.element, "planes")
         tensors = {
-            name: torch.empty(len(packed), d.groups, native.TILE, dtype=dtype)
+            name: arena.empty((len(packed), d.groups, native.TILE), dtype)
             for name, dtype in (("scale", scale_dtype(d)), ("zero", zero_dtype(d)))
             if dtype is not None
         }
