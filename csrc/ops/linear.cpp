@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "counters.h"
+#include "cpu/common/nodes.h"
 #include "cpu/common/paths.h"
 #include "cpu/integer/segments.h"
 #include "ops.h"
@@ -113,8 +114,9 @@ Tensor linear(Tensor x, Tensor problem, std::vector<Tensor> tensors, std::option
   p.y.data = out.mutable_data_ptr();
 
   const cpu::Isa& isa = cpu::isa_of(p);
-  isa.linear(layout == PackedLayout::quads ? Kernels::integers : Kernels::floats)(
-      p, {&run_parallel, static_cast<int64_t>(torch::stable::get_num_threads())});
+  cpu::Parallel parallel{&run_parallel, static_cast<int64_t>(torch::stable::get_num_threads())};
+  parallel.node_of = cpu::nodes_of_threads(parallel);
+  isa.linear(layout == PackedLayout::quads ? Kernels::integers : Kernels::floats)(p, parallel);
   linear_counter(isa, layout, g.element).fetch_add(1, std::memory_order_relaxed);
   return out;
 }

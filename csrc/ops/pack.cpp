@@ -3,6 +3,7 @@
 
 #include "counters.h"
 #include "cpu/common/isa.h"
+#include "cpu/common/partition.h"
 #include "cpu/integer/segments.h"
 #include "cpu/repack/quads.h"
 #include "ops.h"
@@ -26,11 +27,23 @@ void place(Tensor packed) {
   const int64_t tiles = packed.size(0);
   if (packed.numel() == 0) return;
   const int64_t bytes = packed.numel() * packed.element_size();
-  const int64_t strip_bytes = bytes / tiles * cpu::kStrip;
   uint8_t* memory = static_cast<uint8_t*>(packed.mutable_data_ptr());
   cpu::advise_huge_pages(memory, bytes);
-  parallel_tiles(0, (tiles + cpu::kStrip - 1) / cpu::kStrip, [&](int64_t begin, int64_t end) {
-    cpu::touch_pages(memory, begin * strip_bytes, std::min(end * strip_bytes, bytes));
+  // Each thread those of its range of a call with one row, see cpu/common/partition.h.
+  const int64_t strip_bytes = bytes / tiles * cpu::kStrip;
+  const int64_t threads = torch::stable::get_num_threads();
+  cpu::WorkShape shape{tiles, bytes / tiles, cpu::kStrip, 1, 0, 1, 1};
+  shape.cells = threads > 1 ? std::max<int64_t>(strip_bytes / cpu::kPageBytes, 1) : 1;
+  shape.cuts_ragged = true;
+  const cpu::Partition partition(shape, threads);
+  const auto begin_of = [&](int64_t range) {
+    const int64_t cell = partition.border(range * partition.units_of_range());
+    return std::min(
+        cell / shape.cells * strip_bytes + cell % shape.cells * (strip_bytes / shape.cells), bytes);
+  };
+  parallel_tiles(0, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < std::min(end, partition.ranges()); ++i)
+      cpu::touch_pages(memory, begin_of(i), begin_of(i + 1));
   });
 }
 

@@ -45,7 +45,7 @@ esac
 cmake -S "$root" -B "$build" -DCMAKE_BUILD_TYPE=None -DCOMPRESSED_LINEAR_NATIVE_TESTS=ON \
     "${options[@]}" > /dev/null
 cmake --build "$build" --parallel 2 > "$build/build.log" || { cat "$build/build.log"; exit 1; }
-tests=(test_float test_integer test_repack)
+tests=(test_float test_integer test_repack test_schedule)
 # The thread sanitizer does not follow fibers, and the emulator has one thread.
 [ "$mode" = thread ] || tests+=(test_emulator test_primitives test_marlin_repack test_marlin_gemm)
 # Two at a time: most of what they do takes one thread.

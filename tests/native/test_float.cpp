@@ -244,10 +244,12 @@ void run(const Case& c) {
 
     // The same bits from several threads, and for a row on its own.
     const std::vector<float> whole = out;
-    std::fill(out.begin(), out.end(), NAN);
-    engine->floats(p, {&threaded, 3});
-    check(std::memcmp(out.data(), whole.data(), out.size() * 4) == 0, c, isa.c_str(),
-          "threads change the result");
+    for (const int64_t threads : {3, 16}) {  // of the sixteen three come
+      std::fill(out.begin(), out.end(), NAN);
+      engine->floats(p, {&threaded, threads});
+      check(std::memcmp(out.data(), whole.data(), out.size() * 4) == 0, c, isa.c_str(),
+            "threads change the result");
+    }
     // Two calls at once.
     std::vector<float> other(out.size(), NAN);
     cl::Problem second = p;

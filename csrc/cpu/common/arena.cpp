@@ -25,6 +25,11 @@ Arena& call_arena() {
   return arena;
 }
 
+Arena& kept_arena() {
+  thread_local Arena arena;
+  return arena;
+}
+
 Arena& worker_arena() {
   thread_local Arena arena;
   return arena;

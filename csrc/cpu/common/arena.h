@@ -25,9 +25,10 @@ class Arena {
   size_t size_ = 0;
 };
 
-// Of the calling thread: one for what a whole call shares, one for what a worker needs (the
-// calling thread is also a worker).
+// Of the calling thread: one for what a whole call shares, one for what parts of K leave in it, one
+// for what a worker needs (the calling thread is also a worker).
 Arena& call_arena();
+Arena& kept_arena();
 Arena& worker_arena();
 
 namespace {  // see layouts/planes.h

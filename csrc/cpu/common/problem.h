@@ -85,10 +85,13 @@ struct Problem {
   Output y;
 };
 
+inline constexpr int64_t kMostNodes = 256;
+
 // Runs body(context, begin, end) over [0, count), possibly in several threads.
 struct Parallel {
   void (*run)(int64_t count, void (*body)(void*, int64_t, int64_t), void* context);
   int64_t threads;
+  const uint8_t* node_of = nullptr;  // NUMA node of each thread, null: of all the same
 };
 
 namespace {  // see layouts/planes.h

@@ -6,13 +6,14 @@
 //   split(x, count, scale, swap, out, stride)   what split_digits gives
 //   kernel(bits, rows, tiles)               for a whole strip, or for 1 of its tiles
 //
-// A unit of work is a strip, which every panel of rows reads, or where there are fewer strips than
-// threads a part of its segments: then what they add up to is kept, and added in order when all is
-// there. Segments are exact sums but for three roundings, and added in order of K: neither rows nor
-// threads change a result.
+// Strips and panels are multiplied in the order of common/partition.h. Where K is cut among
+// threads, what segments add up to is kept, and added in order when all is there. Segments are
+// exact sums but for three roundings, and added in order of K: neither rows nor threads change a
+// result.
 #pragma once
 
 #include "cpu/common/panels.h"
+#include "cpu/common/schedule.h"
 #include "digits.h"
 #include "strips.h"
 
@@ -47,16 +48,13 @@ struct DigitCall {
   bool offset;
   int64_t row0;  // first row of x in the panels
   Panels panels;
-  int64_t k_parts;
+  Kept<float> kept;  // [segment][row of the panel][kStripLanes] at each place
   // Of panel i, at begin(i) times what a row takes.
   int8_t* x;
   float* units;
   DigitSums* start;
   float* row_sums;
-  float* sums;  // [strip][panel: segment, row][kStripLanes], null if K is not cut
 
-  int64_t strips() const { return strip_count(g); }
-  int64_t strip_tiles(int64_t strip) const { return least(g.tiles - strip * kStrip, kStrip); }
   int64_t row_bytes() const { return g.padded_k * kDigits; }
 
   void prepare(int64_t panel_begin, int64_t panel_end) const {
@@ -88,78 +86,72 @@ struct DigitCall {
     }
   }
 
-  float* sums_of(int64_t strip, int64_t panel) const {
-    return sums +
-           (strip * panels.begin(panels.count) + panels.begin(panel)) * segment_count * kStripLanes;
-  }
-
-  // Units count the parts of K of each strip.
-  void multiply(int64_t unit_begin, int64_t unit_end) const {
+  void multiply(Worker& worker) const {
     float* totals = static_cast<float*>(
         worker_arena().reserve(static_cast<size_t>(Core::kRows * kStripLanes) * sizeof(float)));
-    for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
-      const int64_t strip = unit / k_parts, part = unit % k_parts;
-      const int64_t chunk = chunk_count(g) * part / k_parts;
-      const int64_t first = chunk_first[chunk];
-      const int64_t count = chunk_first[chunk_count(g) * (part + 1) / k_parts] - first;
-      for (int64_t panel = 0; panel < panels.count; ++panel) {
-        const int64_t begin = panels.begin(panel), rows = panels.rows(panel);
-        const int64_t at = begin * segment_count + first * rows;
-        DigitArgs args{p,
-                       segments + first,
-                       count,
-                       chunk * kChunk,
-                       x + begin * row_bytes() + chunk * (kChunk / kBlock) * rows * kDigitBytes,
-                       units + at,
-                       start + at,
-                       offset ? row_sums + at : nullptr,
-                       row0 + begin,
-                       strip * kStrip,
-                       sums ? sums_of(strip, panel) + first * rows * kStripLanes : nullptr,
-                       totals};
-        const int64_t tiles = strip_tiles(strip), step = tiles == kStrip ? kStrip : 1;
-        const DigitKernel kernel = Core::kernel(g.element.bits, rows, step);
-        std::memset(totals, 0, static_cast<size_t>(rows * kStripLanes) * sizeof(float));
-        for (int64_t tile = 0; tile < tiles; tile += step) {
-          args.tile = strip * kStrip + tile;
-          args.totals = totals + tile * kTile;
-          if (sums != nullptr)
-            args.sums = sums_of(strip, panel) + first * rows * kStripLanes + tile * kTile;
-          kernel(args);
-        }
-        if (sums == nullptr) store(strip, panel, totals);
-      }
+    kept.multiply(
+        worker, panels.count,
+        [&](const WorkPart& part, float* sums) {
+          for (int64_t panel = part.panel0; panel < part.panel1; ++panel)
+            multiply(part, panel, sums, totals);
+        },
+        [&](const WorkPart& part, const float* sums) { add_parts(part, sums, totals); });
+  }
+
+  // sums: where those of segments are kept, or null where the part is all of K
+  void multiply(const WorkPart& part, int64_t panel, float* sums, float* totals) const {
+    const int64_t chunk = sums == nullptr ? 0 : part.cell0;
+    const int64_t first = chunk_first[chunk];
+    const int64_t count = chunk_first[sums == nullptr ? chunk_count(g) : part.cell1] - first;
+    const int64_t begin = panels.begin(panel), rows = panels.rows(panel);
+    const int64_t at = begin * segment_count + first * rows;
+    DigitArgs args{p,
+                   segments + first,
+                   count,
+                   chunk * kChunk,
+                   x + begin * row_bytes() + chunk * (kChunk / kBlock) * rows * kDigitBytes,
+                   units + at,
+                   start + at,
+                   offset ? row_sums + at : nullptr,
+                   row0 + begin,
+                   part.tile0,
+                   nullptr,
+                   totals};
+    const int64_t tiles = part.tile1 - part.tile0, step = tiles == kStrip ? kStrip : 1;
+    const DigitKernel kernel = Core::kernel(g.element.bits, rows, step);
+    std::memset(totals, 0, static_cast<size_t>(rows * kStripLanes) * sizeof(float));
+    for (int64_t tile = 0; tile < tiles; tile += step) {
+      args.tile = part.tile0 + tile;
+      args.totals = totals + tile * kTile;
+      if (sums != nullptr) args.sums = sums + first * rows * kStripLanes + tile * kTile;
+      kernel(args);
     }
+    if (sums == nullptr) store(part, panel, totals);
   }
 
-  // Adds what the parts of K of strips left, segment by segment.
-  void add_parts(int64_t strip_begin, int64_t strip_end) const {
-    float* totals = static_cast<float*>(
-        worker_arena().reserve(static_cast<size_t>(Core::kRows * kStripLanes) * sizeof(float)));
-    for (int64_t strip = strip_begin; strip < strip_end; ++strip)
-      for (int64_t panel = 0; panel < panels.count; ++panel) {
-        const int64_t rows = panels.rows(panel);
-        const float* from = sums_of(strip, panel);
-        std::memset(totals, 0, static_cast<size_t>(rows * kStripLanes) * sizeof(float));
-        for (int64_t s = 0; s < segment_count; ++s)
-          for (int64_t tile = 0; tile < strip_tiles(strip); ++tile) {
-            float scale[kTile];
-            load_scale(p, strip * kStrip + tile, segments[s].group, scale);
-            for (int64_t r = 0; r < rows; ++r)
-              for (int64_t i = 0; i < kTile; ++i) {
-                float& total = totals[r * kStripLanes + tile * kTile + i];
-                const float sum = from[(s * rows + r) * kStripLanes + tile * kTile + i];
-                total = __builtin_fmaf(scale[i], sum, total);
-              }
+  // Adds what the parts of K left of a strip and panel, segment by segment.
+  void add_parts(const WorkPart& part, const float* sums, float* totals) const {
+    const int64_t panel = part.panel0, tiles = part.tile1 - part.tile0;
+    const int64_t rows = panels.rows(panel);
+    std::memset(totals, 0, static_cast<size_t>(rows * kStripLanes) * sizeof(float));
+    for (int64_t s = 0; s < segment_count; ++s)
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        float scale[kTile];
+        load_scale(p, part.tile0 + tile, segments[s].group, scale);
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t i = 0; i < kTile; ++i) {
+            float& total = totals[r * kStripLanes + tile * kTile + i];
+            const float sum = sums[(s * rows + r) * kStripLanes + tile * kTile + i];
+            total = __builtin_fmaf(scale[i], sum, total);
           }
-        store(strip, panel, totals);
       }
+    store(part, panel, totals);
   }
 
-  void store(int64_t strip, int64_t panel, float* totals) const {
+  void store(const WorkPart& part, int64_t panel, float* totals) const {
     for (int64_t r = 0; r < panels.rows(panel); ++r)
-      store_row(p, row0 + panels.begin(panel) + r, strip * kStrip * kTile,
-                strip_tiles(strip) * kTile, totals + r * kStripLanes);
+      store_row(p, row0 + panels.begin(panel) + r, part.tile0 * kTile,
+                (part.tile1 - part.tile0) * kTile, totals + r * kStripLanes);
   }
 };
 
@@ -174,17 +166,14 @@ void run_digits(const Problem& given, const Parallel& parallel) {
   int64_t rows_at_once = kDigitRowBytes / row_bytes;
   if (rows_at_once < Core::kRows) rows_at_once = Core::kRows;
   rows_at_once = least(rows_at_once, p.x.m);
-  const int64_t k_parts = count_k_parts(g, rows_at_once, bound, parallel.threads);
 
-  float *factor = nullptr, *sums = nullptr, *units = nullptr, *row_sums = nullptr;
+  float *factor = nullptr, *units = nullptr, *row_sums = nullptr;
   DigitSums* start = nullptr;
   int8_t* x = nullptr;
   Segment* segments = nullptr;
   int32_t* chunk_first = nullptr;
   carve_from(call_arena(), [&](Carver& carver) {
     factor = carver.take<float>(p.x.activation.present ? p.x.m : 0);
-    if (k_parts > 1)
-      sums = carver.take<float>(round_up(g.tiles, kStrip) * kTile * rows_at_once * bound);
     x = carver.take<int8_t>(rows_at_once * g.padded_k * kDigits);
     units = carver.take<float>(rows_at_once * bound);
     start = carver.take<DigitSums>(rows_at_once * bound);
@@ -195,35 +184,16 @@ void run_digits(const Problem& given, const Parallel& parallel) {
   measure_input(p, factor);
   const int64_t segment_count = make_segments(g, segments, chunk_first);
 
-  using Context = const DigitCall<Core>;
   for (int64_t row0 = 0; row0 < p.x.m; row0 += rows_at_once) {
     const int64_t rows = least(p.x.m - row0, rows_at_once);
-    DigitCall<Core> call{
-        p,       g, segments, chunk_first, segment_count, offset, row0, Panels(rows, Core::kRows),
-        k_parts, x, units,    start,       row_sums,      sums};
-    if (rows < 16) {
-      call.prepare(0, call.panels.count);
-    } else {
-      parallel.run(
-          call.panels.count,
-          [](void* context, int64_t begin, int64_t end) {
-            static_cast<Context*>(context)->prepare(begin, end);
-          },
-          &call);
-    }
-    parallel.run(
-        call.strips() * k_parts,
-        [](void* context, int64_t begin, int64_t end) {
-          static_cast<Context*>(context)->multiply(begin, end);
-        },
-        &call);
-    if (k_parts > 1)
-      parallel.run(
-          call.strips(),
-          [](void* context, int64_t begin, int64_t end) {
-            static_cast<Context*>(context)->add_parts(begin, end);
-          },
-          &call);
+    const Panels panels(rows, Core::kRows);
+    WorkShape shape = work_of(g, panels);
+    shape.cells = chunk_count(g);
+    shape.cuts_ragged = true;
+    const Kept<float> kept(shape, segment_count * panels.rows(0) * kStripLanes, parallel.threads);
+    run_call(parallel, panels.count,
+             DigitCall<Core>{p, g, segments, chunk_first, segment_count, offset, row0, panels, kept,
+                             x, units, start, row_sums});
   }
 }
 

@@ -22,24 +22,25 @@
 //   FewRows, kFewPanelRows             its kernels, and most rows of their panels
 //   kCutStrips                         whether they take strips of fewer tiles too
 //
-// Rows of x are interleaved in panels of at most kRows; a unit of work is a run of panels times a
-// run of tiles. Per output the order of additions is: steps of a segment in order into one
-// accumulator, then segments in order. None of the blocking changes it, and neither does cutting K
-// among threads: then the sums of segments are kept, and added when all are there.
+// Rows of x are interleaved in panels of at most kRows; strips and panels are multiplied in the
+// order of common/partition.h. Per output the order of additions is: steps of a segment in order
+// into one accumulator, then segments in order. None of the blocking changes it, and neither does
+// cutting K among threads: then the sums of segments are kept, and added when all are there.
 #pragma once
 
 #include <cstring>
 
 #include "cpu/common/panels.h"
 #include "cpu/common/rows.h"
+#include "cpu/common/schedule.h"
 #include "micro_kernel.h"
 #include "strips.h"
 
 namespace compressed_linear::cpu {
 namespace {  // see layouts/planes.h
 
-constexpr int64_t kRowsPerUnit = 288;           // share one decoding of a chunk
-constexpr int64_t kTilesPerUnit = 16;           // sums of a unit stay in the second-level cache
+constexpr int64_t kRowsAtOnce = 288;            // share one decoding of a chunk
+constexpr int64_t kMostColumnTiles = 16;        // sums of these stay in the second-level cache
 constexpr int64_t kActivationBytes = 16 << 20;  // rows of x prepared at once
 
 // Work of the path for few rows: one panel, one strip, some of its segments.
@@ -66,14 +67,10 @@ struct Call {
   bool offset;
   int64_t row0;  // first row of x in the panels
   Panels panels;
-  uint32_t* x;      // panel i at x + begin(i) * row_words
-  float* row_sums;  // panel i at row_sums + begin(i) * segment_count: [segment][row]
-  int64_t panels_per_unit, tiles_per_unit;
-  int64_t k_parts;  // of every strip, for few rows
-  float* sums;      // of a strip and panel: see sums_of; null if K is not cut
-
-  int64_t panel_units() const { return (panels.count + panels_per_unit - 1) / panels_per_unit; }
-  int64_t tile_units() const { return (g.tiles + tiles_per_unit - 1) / tiles_per_unit; }
+  uint32_t* x;       // panel i at x + begin(i) * row_words
+  float* row_sums;   // panel i at row_sums + begin(i) * segment_count: [segment][row]
+  bool few;          // rows, see Core
+  Kept<float> kept;  // [segment][row of the panel][kStripLanes] at each place
 
   void prepare(int64_t panel_begin, int64_t panel_end) const {
     float* row = static_cast<float*>(
@@ -96,72 +93,61 @@ struct Call {
     }
   }
 
-  void multiply_unit(int64_t unit) const {
-    const int64_t panel0 = unit % panel_units() * panels_per_unit;
-    const int64_t panel1 = least(panel0 + panels_per_unit, panels.count);
-    const int64_t tile0 = unit / panel_units() * tiles_per_unit;
-    const int64_t tile1 = least(tile0 + tiles_per_unit, g.tiles);
-    multiply(panel0, panel1, tile0, tile1);
+  void multiply(Worker& worker) const {
+    if constexpr (Core::kHasFewRows)
+      if (few) return multiply_few_rows(worker);
+    kept.multiply(
+        worker, kRowsAtOnce / Core::kRows,
+        [this](const WorkPart& part, float*) {
+          multiply(part.panel0, part.panel1, part.tile0, part.tile1);
+        },
+        [](const WorkPart&, const float*) {});
   }
 
-  int64_t strips() const { return strip_count(g); }
-  int64_t strip_tiles(int64_t strip) const { return least(g.tiles - strip * kStrip, kStrip); }
-  bool takes(int64_t strip) const { return Core::kCutStrips || strip_tiles(strip) == kStrip; }
-
-  // [segment][row of the panel][kStripLanes]
-  float* sums_of(int64_t strip, int64_t panel) const {
-    const int64_t rows_before = strip * panels.begin(panels.count) + panels.begin(panel);
-    return sums + rows_before * segment_count * kStripLanes;
-  }
-
-  // Units count the parts of K of each strip.
-  void multiply_few_rows(int64_t unit_begin, int64_t unit_end) const {
+  void multiply_few_rows(Worker& worker) const {
     const typename Core::FewRows kernels(p);
-    for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
-      const int64_t strip = unit / k_parts, part = unit % k_parts, tile = strip * kStrip;
-      if (!takes(strip)) {
-        if (part == 0) multiply(0, panels.count, tile, g.tiles);
-        continue;
-      }
-      const int64_t chunk = chunk_count(g) * part / k_parts;
-      const int64_t first = chunk_first[chunk];
-      const int64_t count = chunk_first[chunk_count(g) * (part + 1) / k_parts] - first;
-      for (int64_t panel = 0; panel < panels.count; ++panel) {
-        const int64_t begin = panels.begin(panel), height = panels.rows(panel);
-        const uint32_t* words = x + begin * row_words;
-        kernels.run({p, segments + first, count, chunk * kChunk,
-                     words + chunk * (kChunk / Core::kStep) * parts * height * Core::kWords,
-                     offset ? row_sums + begin * segment_count + first * height : nullptr,
-                     row0 + begin, tile, strip_tiles(strip),
-                     sums ? sums_of(strip, panel) + first * height * kStripLanes : nullptr},
-                    height, parts);
-      }
-    }
+    kept.multiply(
+        worker, panels.count,
+        [&](const WorkPart& part, float* sums) {
+          const int64_t tiles = part.tile1 - part.tile0;
+          if (!Core::kCutStrips && tiles < kStrip)
+            return multiply(part.panel0, part.panel1, part.tile0, part.tile1);
+          const int64_t chunk = sums == nullptr ? 0 : part.cell0;
+          const int64_t first = chunk_first[chunk];
+          const int64_t count = chunk_first[sums == nullptr ? chunk_count(g) : part.cell1] - first;
+          for (int64_t panel = part.panel0; panel < part.panel1; ++panel) {
+            const int64_t begin = panels.begin(panel), height = panels.rows(panel);
+            const uint32_t* words = x + begin * row_words;
+            kernels.run({p, segments + first, count, chunk * kChunk,
+                         words + chunk * (kChunk / Core::kStep) * parts * height * Core::kWords,
+                         offset ? row_sums + begin * segment_count + first * height : nullptr,
+                         row0 + begin, part.tile0, tiles,
+                         sums == nullptr ? nullptr : sums + first * height * kStripLanes},
+                        height, parts);
+          }
+        },
+        [this](const WorkPart& part, const float* sums) { add_parts(part, sums); });
   }
 
-  // Adds the sums of segments that parts of K left, in order.
-  void add_parts(int64_t strip) const {
-    if (!takes(strip)) return;
-    const int64_t tile = strip * kStrip, tiles = strip_tiles(strip);
-    for (int64_t panel = 0; panel < panels.count; ++panel) {
-      const int64_t height = panels.rows(panel);
-      const float* from = sums_of(strip, panel);
-      float* totals = static_cast<float*>(
-          worker_arena().reserve(static_cast<size_t>(height * kStripLanes) * sizeof(float)));
-      std::memset(totals, 0, static_cast<size_t>(height * kStripLanes) * sizeof(float));
-      for (int64_t s = 0; s < segment_count; ++s)
-        for (int64_t t = 0; t < tiles; ++t) {
-          float scale[kTile];
-          load_scale(p, tile + t, segments[s].group, scale);
-          for (int64_t r = 0; r < height; ++r)
-            Core::scale_into(totals + r * kStripLanes + t * kTile,
-                             Core::load_sum(from + (s * height + r) * kStripLanes + t * kTile),
-                             scale);
-        }
-      for (int64_t r = 0; r < height; ++r)
-        store_row(p, row0 + panels.begin(panel) + r, tile * kTile, tiles * kTile,
-                  totals + r * kStripLanes);
-    }
+  // Adds what the parts of K left of a strip and panel, in order.
+  void add_parts(const WorkPart& part, const float* sums) const {
+    const int64_t tile = part.tile0, tiles = part.tile1 - tile;
+    const int64_t panel = part.panel0, height = panels.rows(panel);
+    float* totals = static_cast<float*>(
+        worker_arena().reserve(static_cast<size_t>(height * kStripLanes) * sizeof(float)));
+    std::memset(totals, 0, static_cast<size_t>(height * kStripLanes) * sizeof(float));
+    for (int64_t s = 0; s < segment_count; ++s)
+      for (int64_t t = 0; t < tiles; ++t) {
+        float scale[kTile];
+        load_scale(p, tile + t, segments[s].group, scale);
+        for (int64_t r = 0; r < height; ++r)
+          Core::scale_into(totals + r * kStripLanes + t * kTile,
+                           Core::load_sum(sums + (s * height + r) * kStripLanes + t * kTile),
+                           scale);
+      }
+    for (int64_t r = 0; r < height; ++r)
+      store_row(p, row0 + panels.begin(panel) + r, tile * kTile, tiles * kTile,
+                totals + r * kStripLanes);
   }
 
   void multiply(int64_t panel0, int64_t panel1, int64_t tile0, int64_t tile1) const {
@@ -246,31 +232,19 @@ struct Call {
   }
 };
 
-template <class Core>
-void run_few_rows(Call<Core>& call, const Parallel& parallel) {
-  using Context = const Call<Core>;
-  parallel.run(
-      call.strips() * call.k_parts,
-      [](void* context, int64_t begin, int64_t end) {
-        static_cast<Context*>(context)->multiply_few_rows(begin, end);
-      },
-      &call);
-  if (call.sums == nullptr) return;
-  parallel.run(
-      call.strips(),
-      [](void* context, int64_t begin, int64_t end) {
-        for (int64_t strip = begin; strip < end; ++strip)
-          static_cast<Context*>(context)->add_parts(strip);
-      },
-      &call);
-}
-
 // Most rows of a panel of the path for few rows; 0 where it does not take `rows`.
 template <class Core>
 int64_t few_panel_rows(const Problem& p, int64_t rows) {
   if constexpr (Core::kHasFewRows)
     if (Core::are_few(p, rows)) return Core::kFewPanelRows;
   return 0;
+}
+
+// Tiles of channels that rows of x meet one after another: many, but several for each thread.
+inline int64_t column_tiles(const Geometry& g, const Panels& panels, int64_t threads) {
+  int64_t tiles = kMostColumnTiles;
+  while (threads > 1 && tiles > kStrip && g.tiles * panels.count < 16 * tiles * threads) tiles /= 2;
+  return tiles;
 }
 
 template <class Core>
@@ -287,16 +261,12 @@ void run_linear(const Problem& given, const Parallel& parallel) {
   if (rows_at_once < Core::kRows) rows_at_once = Core::kRows;
   rows_at_once = least(rows_at_once, p.x.m);
 
-  const int64_t k_parts =
-      Core::kHasFewRows ? count_k_parts(g, rows_at_once, bound, parallel.threads) : 1;
-  float *factor = nullptr, *sums = nullptr, *row_sums = nullptr;
+  float *factor = nullptr, *row_sums = nullptr;
   uint32_t* x = nullptr;
   Segment* segments = nullptr;
   int32_t* chunk_first = nullptr;
   carve_from(call_arena(), [&](Carver& carver) {
     factor = carver.take<float>(p.x.activation.present ? p.x.m : 0);
-    if (k_parts > 1)
-      sums = carver.take<float>(round_up(g.tiles, kStrip) * kTile * rows_at_once * bound);
     x = carver.take<uint32_t>(rows_at_once * row_words);
     row_sums = carver.take<float>(offset ? rows_at_once * bound : 0);
     segments = carver.take<Segment>(bound);
@@ -308,53 +278,20 @@ void run_linear(const Problem& given, const Parallel& parallel) {
   for (int64_t row0 = 0; row0 < p.x.m; row0 += rows_at_once) {
     const int64_t rows = least(p.x.m - row0, rows_at_once);
     const int64_t few_rows = few_panel_rows<Core>(p, rows);
-    Call<Core> call{p,
-                    g,
-                    segments,
-                    chunk_first,
-                    segment_count,
-                    parts,
-                    row_words,
-                    offset,
-                    row0,
-                    Panels(rows, few_rows > 0 ? few_rows : Core::kRows),
-                    x,
-                    row_sums,
-                    kRowsPerUnit / Core::kRows,
-                    kTilesPerUnit,
-                    k_parts,
-                    sums};
-    // Small units when there are few, so that every thread gets its share.
-    if (rows <= 2 * Core::kRows) call.tiles_per_unit = Core::kTiles;
-    while (call.tiles_per_unit > Core::kTiles &&
-           call.panel_units() * call.tile_units() < 4 * parallel.threads)
-      call.tiles_per_unit -= Core::kTiles;
-    while (call.panels_per_unit > 8 &&
-           call.panel_units() * call.tile_units() < 4 * parallel.threads)
-      call.panels_per_unit /= 2;
-
-    using Context = const Call<Core>;
-    const auto prepare = [](void* context, int64_t begin, int64_t end) {
-      static_cast<Context*>(context)->prepare(begin, end);
-    };
-    if (rows < 16) {
-      prepare(&call, 0, call.panels.count);
-    } else {
-      parallel.run(call.panels.count, prepare, &call);
-    }
+    const bool few = few_rows > 0;
+    const Panels panels(rows, few ? few_rows : Core::kRows);
+    WorkShape shape = work_of(g, panels);
     if constexpr (Core::kHasFewRows) {
-      if (few_rows > 0) {
-        run_few_rows(call, parallel);
-        continue;
+      if (few) {
+        shape.cells = chunk_count(g);
+        shape.cuts_ragged = Core::kCutStrips;
       }
     }
-    parallel.run(
-        call.panel_units() * call.tile_units(),
-        [](void* context, int64_t begin, int64_t end) {
-          for (int64_t unit = begin; unit < end; ++unit)
-            static_cast<Context*>(context)->multiply_unit(unit);
-        },
-        &call);
+    if (!few) shape.column = column_tiles(g, panels, parallel.threads);
+    const Kept<float> kept(shape, segment_count * panels.rows(0) * kStripLanes, parallel.threads);
+    run_call(parallel, panels.count,
+             Call<Core>{p, g, segments, chunk_first, segment_count, parts, row_words, offset, row0,
+                        panels, x, row_sums, few, kept});
   }
 }
 

@@ -31,12 +31,9 @@ struct Piece {
 // How K is cut.
 struct Cut {
   int64_t chunk, chunks;  // channels of a chunk
-  bool kept;              // chunks of few rows go to threads of their own
 
-  Cut(const Geometry& g, int64_t chunk_channels, bool is_kept = false)
-      : chunk(chunk_channels),
-        chunks((g.padded_k + chunk_channels - 1) / chunk_channels),
-        kept(is_kept) {}
+  Cut(const Geometry& g, int64_t chunk_channels)
+      : chunk(chunk_channels), chunks((g.padded_k + chunk_channels - 1) / chunk_channels) {}
 };
 
 // PanelsOf: count, begin(panel) and rows(panel) of the panels that rows are cut into.
@@ -60,9 +57,7 @@ struct IntegerCall {
   float* group_sums;  // [group], without offset unused
   int32_t* zero_x;    // [x group]
   float* scale_x;     // [x group]
-  int32_t* kept;      // [round_up(tiles, kStrip)][segments + chunks][rows][16], or null
 
-  int64_t strips() const { return (g.tiles + kStrip - 1) / kStrip; }
   int64_t strip_tiles(int64_t tile0) const { return least(g.tiles - tile0, kStrip); }
   int64_t chunk_width(int64_t c) const { return least(g.padded_k - c * cut.chunk, cut.chunk); }
 
@@ -169,8 +164,8 @@ inline bool make_pieces(const IntegerSegment* segments, int64_t segment_count, c
 //   PanelsOf, panels(rows)       for IntegerCall
 //   padded(rows)                 rows that x has room for
 //   kLeastRows                   rows at once, at least
-//   cut(p, panels, segments, threads)
-//   Engine(call), run(parallel)
+//   cut(p, panels)
+//   Engine(call, threads), run(parallel)
 template <class Engine>
 void run_integer_linear(const Problem& p, const Parallel& parallel) {
   const Geometry& g = p.weight.geometry;
@@ -186,11 +181,10 @@ void run_integer_linear(const Problem& p, const Parallel& parallel) {
   for (int64_t row0 = 0; row0 < p.x.m; row0 += rows_at_once) {
     const int64_t rows = least(p.x.m - row0, rows_at_once);
     const auto panels = Engine::panels(rows);
-    const Cut cut = Engine::cut(p, panels, segment_count, parallel.threads);
+    const Cut cut = Engine::cut(p, panels);
     IntegerSegment* segments = nullptr;
     Piece* pieces = nullptr;
     int32_t *chunk_pieces = nullptr, *x = nullptr, *start = nullptr, *zero_x = nullptr;
-    int32_t* kept = nullptr;
     float *group_sums = nullptr, *scale_x = nullptr;
     carve_from(call_arena(), [&](Carver& carver) {
       segments = carver.take<IntegerSegment>(segment_count);
@@ -201,9 +195,6 @@ void run_integer_linear(const Problem& p, const Parallel& parallel) {
       group_sums = carver.take<float>(has_offset(p) ? rows * g.groups : 0);
       zero_x = carver.take<int32_t>(rows * x_group_count);
       scale_x = carver.take<float>(rows * x_group_count);
-      if (cut.kept)
-        kept = carver.take<int32_t>(round_up(g.tiles, kStrip) * kTile * rows *
-                                    (segment_count + cut.chunks));
     });
     int64_t filled = 0;
     for_each_segment(g, activation_group,
@@ -211,7 +202,8 @@ void run_integer_linear(const Problem& p, const Parallel& parallel) {
     const bool whole = make_pieces(segments, segment_count, cut, pieces, chunk_pieces);
     Engine({p, g, cut, panels, row0, segment_count, x_group_count, has_offset(p),
             activation_group == 0, segments, pieces, chunk_pieces, whole, x, start, group_sums,
-            zero_x, scale_x, kept})
+            zero_x, scale_x},
+           parallel.threads)
         .run(parallel);
   }
 }

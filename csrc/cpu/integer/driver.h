@@ -12,19 +12,21 @@
 //   quantize                   what quantize_values does
 //   and the arithmetic of whole registers
 //
-// The work: rows of x are quantized into panels of at most kRows interleaved rows. A unit is a run
-// of panels times one strip of four tiles. It walks K in chunks; weights of a chunk are read by
-// panel after panel, either as they are packed or, for many panels, decoded to bytes once.
+// The work: rows of x are quantized into panels of at most kRows interleaved rows, and panels times
+// strips of four tiles multiplied in the order of common/partition.h. Panels of a strip walk K in
+// chunks; weights of a chunk are read by panel after panel, either as they are packed or, for many
+// panels, decoded to bytes once.
 //
-// For few rows and fewer strips than threads a unit is one chunk of a strip instead. Each of its
-// pieces then leaves its integers in a place of its own, and when all are there they are added and
-// go on as above, so that this changes no result either.
+// Where K is cut among threads, the integers of each segment are kept, and when all are there they
+// go on as above. A segment that is cut itself is kept in pieces, which are added as integers. So
+// this changes no result.
 //
 // While a chunk is worked on, the next one is fetched into the cache, a share for every panel:
 // otherwise its first panel waits for memory and the others leave memory idle.
 #pragma once
 
 #include "cpu/common/panels.h"
+#include "cpu/common/schedule.h"
 #include "kernel.h"
 
 namespace compressed_linear::cpu {
@@ -36,20 +38,8 @@ constexpr int64_t kDirectPanels = 3;
 // How far ahead a panel that is alone fetches codes of so many bits. On Zen 4 what is tiles'
 // distance (kNearBytes) made one row of 4 or 8 bits a quarter slower.
 constexpr int64_t ahead_bytes(int bits) { return bits == 8 ? 2048 : bits > 2 ? 1024 : 8192; }
-constexpr int64_t kLeastIntegerPartBytes = 16 << 10;  // weights of a strip worth a thread's while
-constexpr int64_t kKeptBytes = 4 << 20;               // integers of pieces kept at once
-
-// Parts of K of every strip: more than one where there are fewer strips than threads. With as many,
-// a second round of threads costs more than the evener parts gain.
-inline int64_t integer_k_parts(const Geometry& g, int64_t rows, int64_t segments, int64_t threads) {
-  const int64_t strips = (g.tiles + kStrip - 1) / kStrip;
-  if (strips == 0 || strips >= threads) return 1;
-  int64_t parts = (2 * threads + strips - 1) / strips;
-  const int64_t most = kStrip * g.tile_bytes() / kLeastIntegerPartBytes;
-  parts = least(least(parts, most), g.padded_k / kBlock);
-  if (strips * rows * (segments + parts) * kStrip * kTile * 4 > kKeptBytes) return 1;
-  return parts > 1 ? parts : 1;
-}
+constexpr int64_t kIntegerCell = kBlock;     // channels that K may be cut into among threads
+constexpr int64_t kMostIntegerPanels = 48;  // that read a chunk in turn
 
 template <class Core>
 class VectorEngine {
@@ -58,51 +48,17 @@ class VectorEngine {
   static constexpr int64_t kLeastRows = Core::kRows;
   static Panels panels(int64_t rows) { return {rows, Core::kRows}; }
   static int64_t padded(int64_t rows) { return rows; }
-  static Cut cut(const Problem& p, const Panels& panels, int64_t segments, int64_t threads) {
+  static Cut cut(const Problem& p, const Panels& panels) {
     const Geometry& g = p.weight.geometry;
-    if (panels.count > 1) return {g, chunk_of(g, kIntegerChunk)};
-    const int64_t parts = integer_k_parts(g, panels.rows(0), segments, threads);
-    if (parts == 1) return {g, g.padded_k};
-    return {g, round_up((g.padded_k + parts - 1) / parts, kBlock), true};
+    return {g, panels.count > 1 ? chunk_of(g, kIntegerChunk) : g.padded_k};
   }
 
-  explicit VectorEngine(const Call& call)
-      : c_(call), direct_(call.whole && call.panels.count <= kDirectPanels) {}
+  VectorEngine(const Call& call, int64_t threads)
+      : kept(work_of(call), (call.segment_count + 1) * lanes(call.panels.rows(0)), threads),
+        c_(call),
+        direct_(call.whole && call.panels.count <= kDirectPanels) {}
 
-  void run(const Parallel& parallel) {
-    while (panels_per_unit_ > 8 && panel_units() * c_.strips() < 4 * parallel.threads)
-      panels_per_unit_ /= 2;
-    if (c_.panels.count == 1) {
-      prepare(0, 1);
-    } else {
-      split<&VectorEngine::prepare>(parallel, c_.panels.count);
-    }
-    if (!c_.cut.kept) {
-      split<&VectorEngine::multiply_units>(parallel, panel_units() * c_.strips());
-    } else {
-      split<&VectorEngine::multiply_chunks>(parallel, c_.strips() * c_.cut.chunks);
-      split<&VectorEngine::finish_strips>(parallel, c_.strips());
-    }
-  }
-
- private:
-  template <void (VectorEngine::*kWork)(int64_t, int64_t) const>
-  void split(const Parallel& parallel, int64_t count) {
-    parallel.run(
-        count,
-        [](void* engine, int64_t begin, int64_t end) {
-          (static_cast<const VectorEngine*>(engine)->*kWork)(begin, end);
-        },
-        this);
-  }
-
-  // Codes of a strip of so many tiles are decoded to bytes before they are multiplied.
-  bool decodes(int64_t tiles) const {
-    return c_.g.element.bits < 8 && (!direct_ || tiles < kStrip);
-  }
-  int64_t panel_units() const {
-    return (c_.panels.count + panels_per_unit_ - 1) / panels_per_unit_;
-  }
+  void run(const Parallel& parallel) { run_call(parallel, c_.panels.count, *this); }
 
   void prepare(int64_t panel_begin, int64_t panel_end) const {
     const int64_t quads = c_.g.padded_k / kQuad;
@@ -113,14 +69,33 @@ class VectorEngine {
                               });
   }
 
-  void multiply_units(int64_t begin, int64_t end) const {
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t panel0 = unit % panel_units() * panels_per_unit_;
-      const int64_t panel1 = least(panel0 + panels_per_unit_, c_.panels.count);
-      multiply(panel0, panel1, unit / panel_units() * kStrip);
-    }
+  void multiply(Worker& worker) const {
+    kept.multiply(
+        worker, kMostIntegerPanels,
+        [this](const WorkPart& part, int32_t* sums) {
+          if (sums != nullptr) return multiply_part(part, sums);
+          multiply(part.panel0, part.panel1, part.tile0);
+        },
+        [this](const WorkPart& part, int32_t* sums) { finish_strip(part, sums); });
   }
 
+  // At each place [segment], and one more for the piece of a segment that is cut by the border of
+  // that place: blocks of [row][tile][16] as in KernelArgs::partial.
+  const Kept<int32_t> kept;
+
+ private:
+  static WorkShape work_of(const Call& call) {
+    WorkShape shape = cpu::work_of(call.g, call.panels);
+    shape.cells = (call.g.padded_k + kIntegerCell - 1) / kIntegerCell;
+    shape.cuts_ragged = true;
+    return shape;
+  }
+  static int64_t lanes(int64_t rows) { return rows * kStrip * kTile; }
+
+  // Codes of a strip of so many tiles are decoded to bytes before they are multiplied.
+  bool decodes(int64_t tiles) const {
+    return c_.g.element.bits < 8 && (!direct_ || tiles < kStrip);
+  }
   // Panels [panel0, panel1) times the strip that begins with tile0.
   void multiply(int64_t panel0, int64_t panel1, int64_t tile0) const {
     const int64_t tiles = c_.strip_tiles(tile0);
@@ -209,93 +184,103 @@ class VectorEngine {
         w.code_sums == nullptr ? nullptr : w.code_sums + (tile0 + t) * c_.segment_count * kTile;
   }
 
-  // Sums of a piece, blocks of [row][tile][16] as in partial; there is one panel.
-  int32_t* kept_of(int64_t tile0, int64_t piece) const {
-    return c_.kept + (tile0 / kStrip * c_.chunk_pieces[c_.cut.chunks] + piece) * kept_lanes();
-  }
-  int64_t kept_lanes() const { return c_.panels.rows(0) * kStrip * kTile; }
-
-  // Units count the chunks of each strip.
-  void multiply_chunks(int64_t begin, int64_t end) const {
-    for (int64_t unit = begin; unit < end; ++unit)
-      multiply_chunk(unit / c_.cut.chunks * kStrip, unit % c_.cut.chunks);
-  }
-
-  void multiply_chunk(int64_t tile0, int64_t c) const {
-    const int64_t tiles = c_.strip_tiles(tile0), chunk = c_.cut.chunk;
-    const int64_t height = c_.panels.rows(0), step = Core::tiles(static_cast<int>(height));
+  // The cells of a part, which has one panel. Leaves sums of segments, see kept.
+  void multiply_part(const WorkPart& part, int32_t* sums) const {
+    const int64_t begin = part.cell0 * kIntegerCell;
+    const int64_t end = least(part.cell1 * kIntegerCell, c_.g.padded_k);
+    const int64_t tiles = part.tile1 - part.tile0, height = c_.panels.rows(part.panel0);
+    const int64_t step = Core::tiles(static_cast<int>(height));
     const int bits = c_.g.element.bits;
-    const uint8_t* weights = quads_of(c_.p.weight, tile0, c * chunk);
+    const uint8_t* packed = quads_of(c_.p.weight, part.tile0, begin);
+    const uint8_t* weights = packed;
     const bool decode = decodes(tiles);
     if (decode) {
-      uint8_t* slab = static_cast<uint8_t*>(
-          worker_arena().reserve(static_cast<size_t>(round_up(chunk, kBlock) * kStrip * kTile)));
-      decode_strip<Core>(bits, weights, tiles, c_.chunk_width(c) / kBlock, slab);
+      uint8_t* slab = static_cast<uint8_t*>(worker_arena().reserve(
+          static_cast<size_t>(round_up(end - begin, kBlock) * kStrip * kTile)));
+      decode_strip<Core>(bits, packed, tiles, (end - begin) / kBlock, slab);
       weights = slab;
     }
     const int stored_bits = decode ? 8 : bits;
     KernelArgs args = first_args();
     args.row_stride = tiles * kRowBytes;
     args.block_stride = stored_bits * args.row_stride;
-    args.chunk_begin = c * chunk;
+    args.chunk_begin = begin;
     args.piece_count = 1;
-    args.fetch_first = -1;
-    set_panel(args, 0);
-    for (int64_t i = c_.chunk_pieces[c]; i < c_.chunk_pieces[c + 1]; ++i) {
-      Piece piece = c_.pieces[i];
-      piece.last = false;
+    args.fetch_every = 1;
+    set_panel(args, part.panel0);
+    int32_t* head = part.cell0 == 0 ? nullptr
+                                    : kept.at(kept.partition().place_of(part.unit)) +
+                                          c_.segment_count * lanes(c_.panels.rows(0));
+    for (int64_t s = segment_at(begin); s < c_.segment_count && c_.segments[s].begin < end; ++s) {
+      const IntegerSegment& segment = c_.segments[s];
+      const int64_t from = greatest(segment.begin, begin), to = least(segment.end, end);
+      const Piece piece = {static_cast<int32_t>(from), static_cast<int32_t>(to),
+                           static_cast<int32_t>(s), from == segment.begin, false};
+      int32_t* to_sums = piece.first ? sums + s * lanes(height) : head;
+      if (!piece.first)
+        std::memset(to_sums, 0, static_cast<size_t>(lanes(height)) * sizeof(int32_t));
       args.pieces = &piece;
-      int32_t* sums = kept_of(tile0, i);
-      if (!piece.first) std::memset(sums, 0, static_cast<size_t>(kept_lanes()) * sizeof(int32_t));
+      args.fetch = packed + (from - begin) / kBlock * bits * args.row_stride + ahead_bytes(bits);
+      args.fetch_end = args.fetch + (to - from) / kBlock * bits * args.row_stride;
       for (int64_t t = 0; t < tiles; t += step) {
-        set_tile(args, weights, tile0, t);
-        args.partial = sums + t * height * kTile;
+        set_tile(args, weights, part.tile0, t);
+        args.fetch_first = t == 0 && !decode ? 0 : -1;
+        args.partial = to_sums + t * height * kTile;
         kernel_for<Core>(stored_bits, bits < 8, height, least(tiles - t, step))(args);
       }
     }
   }
 
-  void finish_strips(int64_t begin, int64_t end) const {
-    for (int64_t strip = begin; strip < end; ++strip) finish_strip(strip * kStrip);
+  // The segment that stored channel `k` is in, or that comes after it.
+  int64_t segment_at(int64_t k) const {
+    int64_t first = 0, end = c_.segment_count;
+    while (first < end) {
+      const int64_t middle = (first + end) / 2;
+      if (c_.segments[middle].end <= k) {
+        first = middle + 1;
+      } else {
+        end = middle;
+      }
+    }
+    return first;
   }
 
-  // Adds what the chunks of a strip left, and finishes its segments in order.
-  void finish_strip(int64_t tile0) const {
-    const int64_t tiles = c_.strip_tiles(tile0);
-    const int64_t height = c_.panels.rows(0), step = Core::tiles(static_cast<int>(height));
+  // Adds the pieces of segments of a strip and panel, and finishes its segments in order.
+  void finish_strip(const WorkPart& part, int32_t* kept_sums) const {
+    const int64_t tiles = part.tile1 - part.tile0, panel = part.panel0;
+    const int64_t height = c_.panels.rows(panel), step = Core::tiles(static_cast<int>(height));
+    kept.partition().for_each_cut(part, [&](int64_t place, int64_t cell) {
+      const int64_t k = cell * kIntegerCell, s = segment_at(k);
+      if (s == c_.segment_count || c_.segments[s].begin >= k) return;
+      const int32_t* head = kept.at(place) + c_.segment_count * lanes(c_.panels.rows(0));
+      int32_t* sums = kept_sums + s * lanes(height);
+      for (int64_t lane = 0; lane < height * tiles * kTile; ++lane)
+        sums[lane] = static_cast<int32_t>(static_cast<uint32_t>(sums[lane]) +
+                                          static_cast<uint32_t>(head[lane]));
+    });
     float* totals = static_cast<float*>(
-        worker_arena().reserve(static_cast<size_t>(2 * kept_lanes()) * sizeof(float)));
-    std::memset(totals, 0, static_cast<size_t>(kept_lanes()) * sizeof(float));
+        worker_arena().reserve(static_cast<size_t>(2 * lanes(height)) * sizeof(float)));
+    std::memset(totals, 0, static_cast<size_t>(lanes(height)) * sizeof(float));
     const int stored_bits = decodes(tiles) ? 8 : c_.g.element.bits;
     KernelArgs args = first_args();
     args.piece_count = 1;
     args.fetch_first = -1;
-    set_panel(args, 0);
-    int32_t* sums = nullptr;
-    for (int64_t i = 0; i < c_.chunk_pieces[c_.cut.chunks]; ++i) {
-      const Piece& piece = c_.pieces[i];
-      const int32_t* part = kept_of(tile0, i);
-      if (piece.first) {
-        sums = kept_of(tile0, i);
-      } else {
-        for (int64_t lane = 0; lane < height * tiles * kTile; ++lane)
-          sums[lane] = static_cast<int32_t>(static_cast<uint32_t>(sums[lane]) +
-                                            static_cast<uint32_t>(part[lane]));
-      }
-      if (!piece.last) continue;
+    set_panel(args, panel);
+    for (int64_t s = 0; s < c_.segment_count; ++s) {
       // Without channels of its own: all that is left of the segment is its end.
-      const Piece end = {piece.end, piece.end, piece.segment, false, true};
+      const int32_t at = c_.segments[s].end;
+      const Piece end = {at, at, static_cast<int32_t>(s), false, true};
       args.pieces = &end;
-      args.chunk_begin = piece.end;
+      args.chunk_begin = at;
       for (int64_t t = 0; t < tiles; t += step) {
-        set_tile(args, c_.p.weight.packed, tile0, t);
-        args.partial = sums + t * height * kTile;
+        set_tile(args, c_.p.weight.packed, part.tile0, t);
+        args.partial = kept_sums + s * lanes(height) + t * height * kTile;
         args.totals = totals + t * height * kTile;
-        args.grouped = totals + kept_lanes() + t * height * kTile;
+        args.grouped = totals + lanes(height) + t * height * kTile;
         kernel_for<Core>(stored_bits, c_.g.element.bits < 8, height, least(tiles - t, step))(args);
       }
     }
-    store(0, 0, tile0, tiles, totals);
+    store(panel, c_.panels.begin(panel), part.tile0, tiles, totals);
   }
 
   void store(int64_t panel, int64_t row_begin, int64_t tile0, int64_t tiles, float* totals) const {
@@ -310,7 +295,6 @@ class VectorEngine {
 
   const Call c_;
   const bool direct_;  // kernels decode packed codes themselves
-  int64_t panels_per_unit_ = 48;
 };
 
 }  // namespace

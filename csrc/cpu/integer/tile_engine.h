@@ -6,6 +6,7 @@
 #pragma once
 
 #include "call.h"
+#include "cpu/common/schedule.h"
 #include "tile_unit.h"
 
 namespace compressed_linear::cpu {
@@ -18,47 +19,19 @@ class TileEngine {
   static constexpr int64_t kLeastRows = TilePanels::kRows;
   static TilePanels panels(int64_t rows) { return TilePanels(rows); }
   static int64_t padded(int64_t rows) { return round_up(rows, kTileRows); }
-  static Cut cut(const Problem& p, const TilePanels& panels, int64_t, int64_t) {
+  static Cut cut(const Problem& p, const TilePanels& panels) {
     const Geometry& g = p.weight.geometry;
     if (g.element.bits < 8) return {g, chunk_of(g, kDecodedChunk)};
     return {g, panels.count == 1 ? g.padded_k : chunk_of(g, kTileChunk)};
   }
 
-  explicit TileEngine(const Call& call)
-      : c_(call), quads_(tile_quads(call.p)), centred_(can_centre(call.p.weight)) {
-    // Rows of x that stay in the second-level cache.
-    const int64_t most = kPanelBytes / (TilePanels::kRows * c_.g.padded_k);
-    panels_per_unit_ = most < 2 ? 2 : least(most, kMostPanels);
-  }
+  TileEngine(const Call& call, int64_t threads)
+      : kept(work_of(call), 0, threads),
+        c_(call),
+        quads_(tile_quads(call.p)),
+        centred_(can_centre(call.p.weight)) {}
 
-  void run(const Parallel& parallel) {
-    if (c_.panels.count == 1) {
-      prepare(0, 1);
-    } else {
-      split<&TileEngine::prepare>(parallel, c_.panels.count);
-    }
-    split<&TileEngine::multiply>(parallel, panel_units() * c_.strips());
-  }
-
- private:
-  // Channels of a chunk: what is fetched ahead stays in the second-level cache, what is decoded
-  // ahead in the first.
-  static constexpr int64_t kTileChunk = 2048, kDecodedChunk = 128;
-  static constexpr int64_t kPanelBytes = 1 << 20, kMostPanels = 8;
-
-  template <void (TileEngine::*kWork)(int64_t, int64_t) const>
-  void split(const Parallel& parallel, int64_t count) {
-    parallel.run(
-        count,
-        [](void* engine, int64_t begin, int64_t end) {
-          (static_cast<const TileEngine*>(engine)->*kWork)(begin, end);
-        },
-        this);
-  }
-
-  int64_t panel_units() const {
-    return (c_.panels.count + panels_per_unit_ - 1) / panels_per_unit_;
-  }
+  void run(const Parallel& parallel) { run_call(parallel, c_.panels.count, *this); }
 
   void prepare(int64_t panel_begin, int64_t panel_end) const {
     const int64_t bytes = quads_ * kQuad, padded_k = c_.g.padded_k;
@@ -73,19 +46,47 @@ class TileEngine {
         });
   }
 
-  void multiply(int64_t begin, int64_t end) const {
-    centred_ ? multiply<true>(begin, end) : multiply<false>(begin, end);
+  void multiply(Worker& worker) const {
+    centred_ ? multiply<true>(worker) : multiply<false>(worker);
   }
+
+  const Kept<int32_t> kept;
+
+ private:
+  // Channels of a chunk: what is fetched ahead stays in the second-level cache, what is decoded
+  // ahead in the first.
+  static constexpr int64_t kTileChunk = 2048, kDecodedChunk = 128;
+  static constexpr int64_t kPanelBytes = 1 << 20, kMostPanels = 8;
+
+  static WorkShape work_of(const Call& call) {
+    const TilePanels& panels = call.panels;
+    const int64_t last = panels.row_tiles(panels.count - 1);
+    return {call.g.tiles,
+            call.g.tile_bytes(),
+            kStrip,
+            panels.count,
+            panels.count - 1,
+            TilePanels::kRows + kDecodingRows,
+            last * kTileRows + kDecodingRows};
+  }
+
   template <bool kCentred>
-  void multiply(int64_t begin, int64_t end) const {
-    TileUnit<Core, Tiles, kCentred> unit(c_, quads_, least(panels_per_unit_, c_.panels.count));
-    const auto of = [&](int64_t i) {
-      const int64_t panel = i % panel_units() * panels_per_unit_;
-      return UnitOfWork{panel, least(panel + panels_per_unit_, c_.panels.count),
-                        i / panel_units() * kStrip};
-    };
-    for (int64_t i = begin; i < end; ++i)
-      unit.multiply(of(i), i + 1 < end ? of(i + 1).tile0 : c_.g.tiles);
+  void multiply(Worker& worker) const {
+    // Rows of x that stay in the second-level cache.
+    const int64_t panels =
+        least(greatest(least(kPanelBytes / (TilePanels::kRows * c_.g.padded_k), kMostPanels), 2),
+              c_.panels.count);
+    TileUnit<Core, Tiles, kCentred> unit(c_, quads_, panels);
+    // One behind, since what comes next is decoded meanwhile.
+    UnitOfWork held = {0, 0, 0};
+    kept.multiply(
+        worker, panels,
+        [&](const WorkPart& part, int32_t*) {
+          if (held.panel1 > 0) unit.multiply(held, part.tile0);
+          held = {part.panel0, part.panel1, part.tile0};
+        },
+        [](const WorkPart&, const int32_t*) {});
+    if (held.panel1 > 0) unit.multiply(held, c_.g.tiles);
   }
 
   // Whether codes fit signed bytes without the middle.
@@ -96,7 +97,6 @@ class TileEngine {
   const Call c_;
   const int64_t quads_;  // of a step
   const bool centred_;   // decoded codes lose the middle
-  int64_t panels_per_unit_;
 };
 
 }  // namespace

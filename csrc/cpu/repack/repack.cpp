@@ -105,8 +105,8 @@ void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t byt
 }
 
 void touch_pages(uint8_t* memory, int64_t begin, int64_t end) {
-  constexpr int64_t kPage = 4096;
-  for (int64_t at = begin; at < end; at += kPage) static_cast<volatile uint8_t*>(memory)[at] = 0;
+  for (int64_t at = begin; at < end; at += kPageBytes)
+    static_cast<volatile uint8_t*>(memory)[at] = 0;
 }
 
 Repack from_rows(const Geometry& geometry, PackedLayout layout, const void* rows, int64_t count,

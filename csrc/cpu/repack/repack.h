@@ -118,6 +118,8 @@ void unpack_marlin(const Geometry& geometry, const uint8_t* packed, int64_t tile
 // once per token misses the TLB on every small page.
 void advise_huge_pages(void* data, int64_t bytes);
 
+inline constexpr int64_t kPageBytes = 4096;
+
 // First touch of the pages of bytes [begin, end), so that they are in this thread's NUMA node.
 void touch_pages(uint8_t* memory, int64_t begin, int64_t end);
 
