@@ -59,13 +59,16 @@ class Partition {
     // Several columns, or where there are too few several parts of them, so that a thread that was
     // interrupted finds help.
     const int64_t columns = columns_ / ranges_, jobs = columns_ * s_.panels / ranges_;
-    each_ = columns >= 2 ? least(columns, kMostUnits)
-            : jobs >= 2  ? least(jobs, kMostUnits)
-            : !is_cut()  ? 1
-                         : greatest(least(bytes / ranges_ / kLeastRangeBytes, kUsualCutUnits), 1);
+    each_ = ranges_ == 1   ? 1
+            : columns >= 2 ? least(columns, kMostUnits)
+            : jobs >= 2    ? least(jobs, kMostUnits)
+            : !is_cut()    ? 1
+                           : greatest(least(bytes / ranges_ / kLeastRangeBytes, kUsualCutUnits), 1);
     whole_columns_ = columns >= 2;
     cut_units_ = jobs < 2;
     total_ = s_.tiles * s_.cells * panels_cost_;
+    range_near_ = total_ / ranges_ / 64;
+    unit_near_ = total_ / units() / 2;
   }
 
   int64_t ranges() const { return ranges_; }        // threads that have one
@@ -79,9 +82,8 @@ class Partition {
     if (unit == 0) return 0;
     if (unit == units()) return columns_ * s_.panels * s_.cells;
     const int64_t at = total_ * unit / units();
-    // How far off a column or a job may be to be taken instead: between threads little.
     const bool between = unit % each_ == 0;
-    const int64_t near = between ? total_ / ranges_ / 64 : total_ / units() / 2;
+    const int64_t near = between ? range_near_ : unit_near_;
     const int64_t column_near = !between && whole_columns_ ? column_cost_ : near;
     const int64_t column = least(at / column_cost_, columns_ - 1);
     const int64_t tiles = tiles_of(column), row_cost = tiles * s_.cells;
@@ -164,6 +166,8 @@ class Partition {
   WorkShape s_;
   int64_t columns_, panels_cost_, column_cost_;
   int64_t ranges_, each_, total_;
+  // How far off a column or a job may be to be taken for a border: between threads little.
+  int64_t range_near_, unit_near_;
   bool whole_columns_;  // borders other than those between threads are those of columns
   bool cut_units_;      // they can cut K
 };
