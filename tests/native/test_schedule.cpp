@@ -436,8 +436,8 @@ void check_exception() {
 
 }  // namespace
 
-// Balances all numbers of threads, or with STEP each (7 STEP)-th, which begin at another one in each
-// case.
+// Balances all numbers of threads, or with STEP each (7 STEP)-th, which begin at another one in
+// each case.
 int main(int argc, char** argv) {
   const int64_t step = argc > 1 ? 7 * std::atoi(argv[1]) : 1;
   for (const int64_t threads : {1, 2, 3, 5, 16, 59, 60, 191})

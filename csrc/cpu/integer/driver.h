@@ -38,7 +38,7 @@ constexpr int64_t kDirectPanels = 3;
 // How far ahead a panel that is alone fetches codes of so many bits. On Zen 4 what is tiles'
 // distance (kNearBytes) made one row of 4 or 8 bits a quarter slower.
 constexpr int64_t ahead_bytes(int bits) { return bits == 8 ? 2048 : bits > 2 ? 1024 : 8192; }
-constexpr int64_t kIntegerCell = kBlock;     // channels that K may be cut into among threads
+constexpr int64_t kIntegerCell = kBlock;    // channels that K may be cut into among threads
 constexpr int64_t kMostIntegerPanels = 48;  // that read a chunk in turn
 
 template <class Core>
