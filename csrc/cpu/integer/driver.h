@@ -54,7 +54,8 @@ class VectorEngine {
   }
 
   VectorEngine(const Call& call, int64_t threads)
-      : kept(work_of(call), (call.segment_count + 1) * lanes(call.panels.rows(0)), threads),
+      : kept(work_of(call, threads), (call.segment_count + 1) * lanes(call.panels.rows(0)),
+             threads),
         c_(call),
         direct_(call.whole && call.panels.count <= kDirectPanels) {}
 
@@ -84,8 +85,13 @@ class VectorEngine {
   const Kept<int32_t> kept;
 
  private:
-  static WorkShape work_of(const Call& call) {
+  // K is cut where whole strips leave more than a third of the threads idle: with groups of 32,
+  // what segments leave and its end take up to a third of the time.
+  static WorkShape work_of(const Call& call, int64_t threads) {
     WorkShape shape = cpu::work_of(call.g, call.panels);
+    const int64_t jobs = (shape.tiles + kStrip - 1) / kStrip * shape.panels;
+    const int64_t rounds = (jobs + threads - 1) / threads;
+    if (2 * rounds * threads <= 3 * jobs) return shape;
     shape.cells = (call.g.padded_k + kIntegerCell - 1) / kIntegerCell;
     shape.cuts_ragged = true;
     return shape;
