@@ -14,11 +14,13 @@
 
 #include "cpu/common/floats.h"
 #include "cpu/common/isa.h"
+#include "cpu/common/paths.h"
 #include "cpu/float/lookup.h"
 #include "cpu/repack/repack.h"
+#include "threads.h"
 
 namespace compressed_linear::cpu {
-LinearFunction float_amx_emulated;
+LinearFunction float_amx_emulated, float_avxvnni_evex;
 }  // namespace compressed_linear::cpu
 
 namespace cl = compressed_linear::cpu;
@@ -54,18 +56,6 @@ Bytes floats(Scalar type, int64_t count) {
   return Bytes(static_cast<size_t>(count * cl::size_of(type)));
 }
 
-void serial(int64_t count, void (*body)(void*, int64_t, int64_t), void* context) {
-  if (count > 0) body(context, 0, count);
-}
-
-void threaded(int64_t count, void (*body)(void*, int64_t, int64_t), void* context) {
-  std::vector<std::thread> threads;
-  const int64_t step = (count + 2) / 3;
-  for (int64_t begin = 0; begin < count; begin += step)
-    threads.emplace_back(body, context, begin, std::min(begin + step, count));
-  for (std::thread& thread : threads) thread.join();
-}
-
 struct Case {
   std::string what;
   Shape shape;
@@ -89,8 +79,22 @@ std::vector<const cl::Isa*> engines() {
   static constexpr cl::Isa kEmulated = {"amx-emulated",         "",      0,
                                         cl::float_amx_emulated, nullptr, nullptr};
   if (found.front()->name == std::string("avx512bf16")) found.push_back(&kEmulated);
+  static constexpr cl::Isa kEvex = {"avxvnni-evex",         "",      0,
+                                    cl::float_avxvnni_evex, nullptr, nullptr};
+  for (const cl::Isa* isa : found)
+    if (isa->name == std::string("avx512vnni")) {
+      found.push_back(&kEvex);
+      break;
+    }
 #endif
   return found;
+}
+
+// Whether it multiplies digits of x where they are taken; avx2madd only below 8 bits.
+bool multiplies_digits(const cl::Isa& isa, const cl::Problem& p) {
+  const std::string name = isa.name;
+  if (name == "avx2madd") return p.weight.geometry.element.bits < 8;
+  return name == "avx512vnni" || name == "avxvnni" || name == "avxvnni-evex";
 }
 
 void run(const Case& c) {
@@ -105,6 +109,12 @@ void run(const Case& c) {
   Bytes rows(static_cast<size_t>(n * k * (scaled ? 1 : c.element.bits / 8)));
   std::vector<uint16_t> table(coded ? size_t{1} << c.element.bits : 1);
   for (uint16_t& entry : table) entry = cl::to_bf16(static_cast<float>(uniform(-2, 2)));
+  // e2m1, whose values are bytes.
+  if (c.element.bits == 4 && c.m != 2)
+    for (size_t i = 0; i < table.size(); ++i) {
+      constexpr float kE2m1[] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
+      table[i] = cl::to_bf16(i < 8 ? kE2m1[i] : -kE2m1[i - 8]);
+    }
   // Values that need all of fp32, tried where there is a row scale too.
   std::vector<float> wide_table(table.size());
   for (float& entry : wide_table) entry = static_cast<float>(uniform(-2, 2));
@@ -220,6 +230,7 @@ void run(const Case& c) {
   }
   check(furthest <= 1, c, "lookup", "error is " + std::to_string(furthest) + " times the allowed");
 
+  std::vector<float> of_digits;  // all that multiply digits of x give the same bits
   for (const cl::Isa* engine : engines()) {
     const std::string isa = engine->name;
     std::fill(out.begin(), out.end(), NAN);
@@ -242,8 +253,19 @@ void run(const Case& c) {
       }
     check(worst <= 1, c, isa.c_str(), "error is " + std::to_string(worst) + " times the allowed");
 
-    // The same bits from several threads, and for a row on its own.
+    // The same bits without VBMI, from several threads, and for a row on its own.
     const std::vector<float> whole = out;
+    if (cl::takes_digits(p) && multiplies_digits(*engine, p)) {
+      if (of_digits.empty()) of_digits = whole;
+      check(std::memcmp(of_digits.data(), whole.data(), whole.size() * 4) == 0, c, isa.c_str(),
+            "other engines have other sums of digits");
+    }
+    cl::hide_byte_permutations(true);
+    std::fill(out.begin(), out.end(), NAN);
+    engine->floats(p, {&serial, 1});
+    cl::hide_byte_permutations(false);
+    check(std::memcmp(out.data(), whole.data(), out.size() * 4) == 0, c, isa.c_str(),
+          "permutations of bytes change the result");
     for (const int64_t threads : {3, 16}) {  // of the sixteen three come
       std::fill(out.begin(), out.end(), NAN);
       engine->floats(p, {&threaded, threads});
@@ -332,23 +354,26 @@ int main(int argc, char** argv) {
         }
     }
   // So narrow and deep that K is cut among threads.
-  for (const int bits : {2, 4, 8})
-    for (const int64_t m : {1, 3, 9}) {
-      Case c{"",
-             {100, 1664, 32},
-             {Kind::integer, bits},
-             types[m % 3],
-             Scalar::bfloat16,
-             m % 2 == 1,
-             true,
-             bits == 4,
-             false,
-             bits == 2,
-             m};
-      c.what = "deep uint" + std::to_string(bits) + " m=" + std::to_string(m);
-      run(c);
-      ++run_count;
-    }
+  for (const int64_t group : {32, 16})
+    for (const int bits : {2, 4, 8})
+      for (const int64_t m : {1, 3, 9}) {
+        const bool table = bits == 4 && m != 3;
+        Case c{"",
+               {100, 1648 / group * group, group},
+               {Kind::integer, bits},
+               types[m % 3],
+               table ? scale_types[4 - group / 32] : Scalar::bfloat16,
+               m % 2 == 1,
+               true,
+               bits == 4,
+               table,
+               bits == 2,
+               m};
+        c.what = "deep uint" + std::to_string(bits) + " group=" + std::to_string(group) +
+                 " m=" + std::to_string(m);
+        run(c);
+        ++run_count;
+      }
   // So many rows that the AMX engine cuts K into blocks, and a last strip of three tiles.
   for (const int bits : {4, 16}) {
     Case c{"",

@@ -16,6 +16,7 @@
 #include "cpu/integer/segments.h"
 #include "cpu/repack/quads.h"
 #include "cpu/repack/repack.h"
+#include "threads.h"
 
 namespace compressed_linear::cpu {
 LinearFunction integer_amx_emulated, integer_avxvnni_evex;
@@ -56,18 +57,6 @@ float put(Bytes& data, Scalar type, int64_t index, double value) {
   const float narrow = static_cast<float>(value);
   cl::store_scalars(data.data(), type, index, 1, &narrow);
   return cl::load_scalar(data.data(), type, index);
-}
-
-void serial(int64_t count, void (*body)(void*, int64_t, int64_t), void* context) {
-  if (count > 0) body(context, 0, count);
-}
-
-void threaded(int64_t count, void (*body)(void*, int64_t, int64_t), void* context) {
-  std::vector<std::thread> threads;
-  const int64_t step = (count + 2) / 3;
-  for (int64_t begin = 0; begin < count; begin += step)
-    threads.emplace_back(body, context, begin, std::min(begin + step, count));
-  for (std::thread& thread : threads) thread.join();
 }
 
 void check(bool good, const Case& c, const std::string& isa, const std::string& message) {

@@ -21,7 +21,8 @@ namespace compressed_linear::cpu {
 // Each is defined in the file of its name: float/avx2.cpp has float_avx2, repack/avx2.cpp
 // repack_avx2.
 #if defined(COMPRESSED_LINEAR_X86)
-LinearFunction float_amx, float_avx512bf16, float_avx512vnni, float_avx512, float_avx2;
+LinearFunction float_amx, float_avx512bf16, float_avx512vnni, float_avx512, float_avxvnni,
+    float_avx2, float_avx2madd;
 LinearFunction integer_avx512vnni, integer_amx, integer_avxvnni, integer_avx512, integer_avx2;
 RepackFunction repack_avx512, repack_avx2;
 #elif defined(COMPRESSED_LINEAR_ARM)
@@ -92,9 +93,11 @@ constexpr Isa kIsas[] = {
     {"amx", "amx", kNeedsAvx512 | bits_of(kAvx512Bf16, kAvx512Vnni) | kNeedsTiles, float_amx,
      integer_amx, repack_avx512},
     // Byte dot products of 256 bits are faster than 16-bit ones of 512.
-    {"avxvnni", "avx2", kNeedsAvx2 | bits_of(kAvxVnni), nullptr, integer_avxvnni, nullptr},
+    {"avxvnni", "avx2", kNeedsAvx2 | bits_of(kAvxVnni), float_avxvnni, integer_avxvnni,
+     repack_avx2},
     {"avx512", "avx512", kNeedsAvx512, float_avx512, integer_avx512, repack_avx512},
     {"avx2", "avx2", kNeedsAvx2, float_avx2, integer_avx2, repack_avx2},
+    {"avx2madd", "avx2", kNeedsAvx2, float_avx2madd, nullptr, repack_avx2},
 #elif defined(COMPRESSED_LINEAR_ARM)
     {"i8mm", "neon", bits_of(kAsimd, kI8mm), nullptr, integer_i8mm, nullptr},
     {"dotprod", "neon", bits_of(kAsimd, kAsimdDp), nullptr, integer_dotprod, nullptr},
@@ -190,12 +193,17 @@ const Isa* asked_isa(Kernels kernels) {
   const char* asked = std::getenv(kIsaVariable);
   if (asked == nullptr || *asked == '\0') return nullptr;
   const std::vector<const Isa*> rows = supported_isas(kernels);
+  if (kernels == Kernels::floats)  // some rows of a tier are made for few tokens
+    for (const Isa* row : rows)
+      if (std::string(asked) == row->name) return row;
   for (const Isa* row : rows)
     if (std::string(asked) == row->tier) return row;
   if (kernels == Kernels::integers) return rows.front();
   return &find_isa(kernels, asked,
                    std::string(kIsaVariable) + " asks for the CPU instruction set '" + asked + "'");
 }
+
+std::atomic<bool> byte_permutations_hidden{false};
 
 // Two variables, so that an error about floats leaves integers alone.
 std::atomic<const Isa*>& forced(Kernels kernels) {
@@ -245,6 +253,17 @@ void select_isa(Kernels kernels, const std::string& name) {
   forced(kernels).store(name.empty() ? asked_isa(kernels) : &find_isa(kernels, name, asked),
                         std::memory_order_release);
 }
+
+bool has_byte_permutations() {
+#if defined(COMPRESSED_LINEAR_X86)
+  static const bool found = __builtin_cpu_supports("avx512vbmi");
+  return found && !byte_permutations_hidden.load(std::memory_order_relaxed);
+#else
+  return false;
+#endif
+}
+
+void hide_byte_permutations(bool hidden) { byte_permutations_hidden.store(hidden); }
 
 size_t index_of(const Isa& row) { return static_cast<size_t>(&row - kIsas); }
 

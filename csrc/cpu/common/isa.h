@@ -57,6 +57,11 @@ const Isa& isa(Kernels kernels);
 // std::invalid_argument if the processor cannot run it.
 void select_isa(Kernels kernels, const std::string& name);
 
+// Whether the processor permutes bytes of registers (VBMI), which some rows use where it is there.
+// Tests hide it.
+bool has_byte_permutations();
+void hide_byte_permutations(bool hidden);
+
 // Number of a row of the table.
 inline constexpr size_t kMostIsas = 8;
 size_t index_of(const Isa& row);

@@ -7,6 +7,7 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "byte_codes.h"
 #include "rows.h"
 
 namespace compressed_linear::cpu {
@@ -72,9 +73,9 @@ Paths parse(const std::string& line, std::istringstream& rest, Kernels kernels) 
 
 bool takes_digits(const Problem& p) {
   const Geometry& g = p.weight.geometry;
-  return g.element.kind == Kind::integer && p.weight.layout == PackedLayout::planes &&
-         p.weight.table == nullptr && p.weight.wide_table == nullptr &&
-         (g.groups == 1 || g.padded_group % kBlock == 0);
+  ByteCodes codes;
+  return (g.groups == 1 || g.padded_group % kBlock == 0 || 2 * g.padded_group == kBlock) &&
+         read_byte_codes(p.weight, codes);
 }
 
 PathClass path_class(const Problem& p) {

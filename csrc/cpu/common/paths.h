@@ -14,8 +14,9 @@ namespace compressed_linear::cpu {
 // Calls that have a list of paths in common, by the names in kPathNames.
 enum class PathClass : uint8_t {
   // Layout planes. Codes below 8 bits; bytes: 8 bits and floats of 8 bits; bf16; wide: what bf16
-  // does not hold, weights of fp16 or fp32 or a table of fp32; int and int8: the integers of narrow
-  // and of bytes that takes_digits is true for. Then the dtype that holds the rows of x, after what
+  // does not hold, weights of fp16 or fp32 or a table of fp32; int and int8: what takes_digits is
+  // true
+  // for, of narrow and of bytes. Then the dtype that holds the rows of x, after what
   // is done to them first.
   narrow_bfloat16,
   narrow_float16,
@@ -55,8 +56,8 @@ inline constexpr const char* kPathNames[] = {
 
 PathClass path_class(const Problem& p);
 
-// Whether the weights are integers that dot products of bytes multiply with digits of x
-// (float/digits.h): without a table, in groups of whole blocks.
+// Whether the weights are bytes (byte_codes.h) that dot products multiply with digits of x
+// (float/digits.h), in groups of whole blocks or of half a block.
 bool takes_digits(const Problem& p);
 
 // The row that multiplies `p`: the forced one, or that of its class and M.

@@ -127,9 +127,9 @@ inline __m512 load_sixteen(const char* at) {
   } else if constexpr (Type == Scalar::e8m0) {
     const __m512i code =
         _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
-    const __mmask16 least = _mm512_testn_epi32_mask(code, code);
+    // 2^-127, of code 0, is denormal.
     return _mm512_castsi512_ps(
-        _mm512_mask_mov_epi32(_mm512_slli_epi32(code, 23), least, _mm512_set1_epi32(0x00400000)));
+        _mm512_max_epi32(_mm512_slli_epi32(code, 23), _mm512_set1_epi32(0x00400000)));
   } else {
     return _mm512_loadu_ps(at);
   }

@@ -10,9 +10,11 @@
 //
 // has three roundings, whatever the order of additions. What is lost is what rounding to v loses:
 // at most kDigitsStep / 2 of the segment's largest |x| for each x. Numbers of 16 bits lose nothing
-// unless they are 2^-15 (bf16) or 2^-12 (fp16) of it or less.
+// unless they are 2^-15 (bf16) or 2^-12 (fp16) of it or less; and bf16 has d0 = 0 down to 2^-7, so
+// that many channels need no third product.
 #pragma once
 
+#include "cpu/common/byte_codes.h"
 #include "cpu/common/rows.h"
 
 namespace compressed_linear::cpu {
@@ -36,42 +38,47 @@ inline DigitScale digit_scale(float largest) {
   const uint32_t bits = bits_of(largest);
   if (bits >= 0x7f800000u) return {0, true};
   // 2^22 <= |v| < 2^23, denormals apart; and not more than three digits hold.
-  int shift = 22 + 127 - static_cast<int>(bits >> 23);
-  if (std::ldexp(largest, shift) > static_cast<float>(kLargestDigits)) --shift;
-  return {shift < 149 ? shift : 149, false};
+  const auto exponent = static_cast<int>(bits >> 23), mantissa = static_cast<int>(bits & 0x7fffffu);
+  if (exponent == 0) return {149 - (mantissa > kLargestDigits), false};
+  return {22 + 127 - exponent - ((mantissa | 0x800000) > 2 * kLargestDigits), false};
 }
 
-// 2^(8 - shift), of which S21 counts.
-inline float digit_unit(DigitScale scale) {
-  return scale.nan ? float_of(0x7fc00000u) : std::ldexp(1.0f, 8 - scale.shift);
+// 2^(8 - shift - exponent), of which S21 counts where bytes are steps of 2^-exponent.
+inline float digit_unit(DigitScale scale, int exponent) {
+  if (scale.nan) return float_of(0x7fc00000u);
+  const int power = 8 - scale.shift - exponent;
+  return power < -126 ? std::ldexp(1.0f, power)
+                      : float_of(static_cast<uint32_t>(power + 127) << 23);
 }
 
-// What the digits of a segment add up to.
+// What digits of a segment add up to.
 struct DigitSums {
   int32_t upper, lowest;  // of 2^8 d2 + d1, and of d0
 };
 
-// Whole blocks of x[count] as digits: of each block three times the bytes of its quads, those of
-// d2, of d1 and of d0, `stride` bytes from block to block. Where `swap` is true a quad has channels
-// 0, 2, 1, 3, the order of the bytes of bit planes.
-inline DigitSums split_digits(const float* x, int64_t count, DigitScale scale, bool swap,
-                              int8_t* out, int64_t stride) {
+// Channels [begin, end) of x as digits, whole halves of blocks: of each block three times the bytes
+// of its quads, those of d2, of d1 and of d0, `stride` bytes from block to block. Where `swap` is
+// true a quad has channels 0, 2, 1, 3, the order of the bytes of bit planes. third[block] is set
+// where any d0 is not 0.
+inline DigitSums split_digits(const float* x, int64_t begin, int64_t end, DigitScale scale,
+                              bool swap, int8_t* out, int64_t stride, uint8_t* third) {
   DigitSums sums{0, 0};
-  for (int64_t block = 0; block < count; block += kBlock, x += kBlock, out += stride)
-    for (int64_t k = 0; k < kBlock; ++k) {
-      const int32_t value =
-          scale.nan ? 0 : static_cast<int32_t>(std::nearbyint(std::ldexp(x[k], scale.shift)));
-      const auto d0 = static_cast<int8_t>(value);
-      const int32_t upper = (value - d0) >> 8;
-      const auto d1 = static_cast<int8_t>(upper);
-      const int64_t inside = k % kQuad;
-      const int64_t at = swap && (inside == 1 || inside == 2) ? k - inside + 3 - inside : k;
-      out[at] = static_cast<int8_t>((upper - d1) >> 8);
-      out[at + kBlock] = d1;
-      out[at + 2 * kBlock] = d0;
-      sums.upper += upper;
-      sums.lowest += d0;
-    }
+  for (int64_t k = begin; k < end; ++k) {
+    const int32_t value =
+        scale.nan ? 0 : static_cast<int32_t>(std::nearbyint(std::ldexp(x[k], scale.shift)));
+    const auto d0 = static_cast<int8_t>(value);
+    const int32_t upper = (value - d0) >> 8;
+    const auto d1 = static_cast<int8_t>(upper);
+    const int64_t inside = k % kQuad;
+    const int64_t to = swap && (inside == 1 || inside == 2) ? k - inside + 3 - inside : k;
+    int8_t* at = out + k / kBlock * stride + to % kBlock;
+    at[0] = static_cast<int8_t>((upper - d1) >> 8);
+    at[kBlock] = d1;
+    at[2 * kBlock] = d0;
+    third[k / kBlock] |= d0 != 0;
+    sums.upper += upper;
+    sums.lowest += d0;
+  }
   return sums;
 }
 

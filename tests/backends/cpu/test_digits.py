@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Integer weights times digits of x (csrc/cpu/float/digits.h), on every instruction set."""
+"""Integers and e2m1 times digits of x (csrc/cpu/float/digits.h), on every instruction set."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from tests.support.cpu_library import ISAS
 from vllm.compressed_linear.backends.contract import STANDARD, contract_bound
 from vllm.compressed_linear.backends.cpu.weight_only import CpuBackend
 from vllm.compressed_linear.machine import native
-from vllm.compressed_linear.spec.elements import ElementType, uint
+from vllm.compressed_linear.spec.elements import E2M1, ElementType, uint
 from vllm.compressed_linear.testing.oracle import Case, Problem
+from vllm.compressed_linear.testing.suite import MXFP4, NVFP4
 
 pytestmark = pytest.mark.skipif(native.available() is not None, reason=str(native.available()))
 
-DIGITS = [isa for isa in ISAS if isa == "avx512vnni"]
+DIGITS = [isa for isa in ISAS if isa in ("avx512vnni", "avxvnni", "avx2madd")]
 
 
 @pytest.fixture(params=ISAS)
@@ -51,6 +52,20 @@ def test_x_of_many_magnitudes_keeps_the_contract(isa: str, bits: int, dtype: str
             assert (error <= problem.bound(x, expected, CpuBackend)).all()
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("case", [MXFP4, NVFP4, Case(E2M1, group=-1, zero="float")], ids=str)
+def test_e2m1_by_bytes_keeps_the_contract(isa: str, case: Case, dtype: str) -> None:
+    # 11 groups of 16 end in the middle of a block.
+    k = 192 if case.group != 16 else 176
+    problem = replace(case, k=k, input_dtype=dtype, data="outliers").build()
+    assert CpuBackend.call_class(problem.descriptor).weights == "int"
+    for rows in (1, 2, 5):
+        x = problem.activations(rows)
+        expected = problem.expected(x, None)
+        error = (multiplied(problem, x).double() - expected).abs()
+        assert (error <= problem.bound(x, expected, CpuBackend)).all()
+
+
 @pytest.mark.parametrize("isa", DIGITS, indirect=True)
 def test_the_input_term_is_needed_where_the_largest_x_meets_no_weight(isa: str) -> None:
     problem = Case(symmetric(4), 80, 192, data="outliers").build()
@@ -61,10 +76,14 @@ def test_the_input_term_is_needed_where_the_largest_x_meets_no_weight(isa: str) 
 
 
 @pytest.mark.parametrize("isa", DIGITS, indirect=True)
-@pytest.mark.parametrize("bits", [3, 4, 8])
-def test_rows_and_threads_change_no_bits(isa: str, bits: int) -> None:
-    case = Case(symmetric(bits), 200, 1024, 128, input_dtype="float32")
-    problem = replace(case, scale_dtype="float32").build()
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "case",
+    [*(Case(symmetric(bits), scale_dtype="float32") for bits in (3, 4, 8)), MXFP4, NVFP4],
+    ids=str,
+)
+def test_rows_and_threads_change_no_bits(isa: str, case: Case, dtype: str) -> None:
+    problem = replace(case, n=200, k=1024, shards=(), input_dtype=dtype).build()
     x = problem.activations(5)
     threads = torch.get_num_threads()
     try:
@@ -76,6 +95,23 @@ def test_rows_and_threads_change_no_bits(isa: str, bits: int) -> None:
         assert torch.equal(multiplied(problem, x), together)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(len(DIGITS) < 2, reason="one instruction set has digits here")
+@pytest.mark.parametrize("data", ["random", "outliers"])
+@pytest.mark.parametrize(
+    "case", [*(Case(symmetric(bits)) for bits in range(1, 8)), MXFP4, NVFP4], ids=str
+)
+def test_bits_do_not_depend_on_the_instruction_set(case: Case, data: str) -> None:
+    problem = replace(case, data=data, input_dtype="float32").build()
+    x = problem.activations(3)
+    found = []
+    for isa in DIGITS:
+        torch.ops.compressed_linear.select_isa("floats", isa)
+        found.append(multiplied(problem, x))
+    torch.ops.compressed_linear.select_isa("floats", "")
+    for y in found[1:]:
+        assert torch.equal(y, found[0])
 
 
 @pytest.mark.parametrize("isa", DIGITS, indirect=True)

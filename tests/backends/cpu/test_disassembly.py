@@ -36,16 +36,31 @@ def instructions(function: str) -> list[str]:
     return [line.split("\t", 1)[1] for line in text.splitlines() if re.match(r"\s+\w+:\t", line)]
 
 
-@pytest.mark.parametrize(("bits", "decoding"), [(4, 48), (8, 64)])
-def test_the_loop_of_digits_loads_rows_once_and_spills_nothing(bits: int, decoding: int) -> None:
-    """A block of four tiles: 8 quads by 3 digits in each, and what one row of 64 bytes takes, two
-    quads of 4 bits (two masks and a shift) or one of 8 (a permutation and a sign)."""
-    code = instructions(f"DigitsKernel<{bits}, 1, 4>::run(")
+@pytest.mark.parametrize("groups", ["whole", "half"])
+@pytest.mark.parametrize(
+    ("codes", "bits", "decoding", "digits"),
+    [
+        ("QuadCodes<4>", 4, 3, [3]),  # of one row of 64 bytes: two masks and a shift
+        ("QuadCodes<8>", 8, 2, [3]),  # a permutation and a sign
+        ("TableCodes<true>", 4, 3, [3, 2]),  # two permutations and a shift
+        ("TableCodes<false>", 4, 5, [3, 2]),  # two masks and shuffles, and a shift
+    ],
+)
+def test_the_loop_of_digits_loads_rows_once_and_spills_nothing(
+    codes: str, bits: int, decoding: int, digits: list[int], groups: str
+) -> None:
+    """A block of four tiles, 8 quads in each, for each number of ``digits``. The sums of both
+    halves of blocks leave no register for one of the constants."""
+    kind = f"compressed_linear::cpu::(anonymous namespace)::{codes}"
+    whole = "true" if groups == "whole" else "false"
+    code = instructions(f"DigitsKernel<{kind}, 1, 4, {whole}>::run(")
     count = Counter(line.split()[0] for line in code)
-    assert count["vpdpbusd"] == 4 * 8 * 3
-    rows = [line for line in code if re.match(r"vmovdqu64\s+-?\w*\(%r\w+\),%zmm", line)]
-    assert len(rows) == 4 * bits
-    decoders = ("vpandd", "vpandq", "vpsrlw", "vpermw", "vpxord", "vpxorq")
+    assert count["vpdpbusd"] == 4 * 8 * sum(digits)
+    rows = [line for line in code if re.match(r"vmovdqu(64|8)\s+-?\w*\(%r(?!sp)[^)]*\),%zmm", line)]
+    assert len(rows) == len(digits) * 4 * bits
+    names = ("vpandd", "vpandq", "vpsrlw", "vpermw", "vpermb", "vpshufb", "vpxord", "vpxorq")
+    least = len(digits) * 4 * bits * decoding
     # Further ones begin and end a segment.
-    assert decoding <= sum(count[name] for name in decoders) <= decoding + 16
-    assert not [line for line in code if "zmm" in line and re.search(r"\(%r[sb]p", line)]
+    assert least <= sum(count[name] for name in names) <= least + 32
+    spilled = [line for line in code if "zmm" in line and re.search(r"\(%r[sb]p", line)]
+    assert len(spilled) <= (0 if groups == "whole" else 2)

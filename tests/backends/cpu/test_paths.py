@@ -23,9 +23,9 @@ from vllm.compressed_linear.machine.profiles import PROFILES, Rate
 from vllm.compressed_linear.settings import BATCH_INVARIANT, CPU_ISA
 from vllm.compressed_linear.spec import elements
 from vllm.compressed_linear.spec.descriptor import ActivationSpec, CompressedLinearDescriptor
-from vllm.compressed_linear.spec.elements import BF16, FP16, INT8, uint
+from vllm.compressed_linear.spec.elements import BF16, E2M3, FP16, INT8, uint
 from vllm.compressed_linear.testing.oracle import Case
-from vllm.compressed_linear.testing.suite import NF4
+from vllm.compressed_linear.testing.suite import MXFP4, NF4, NVFP4
 
 NARROW = CallClass("floats", "narrow", "bfloat16")
 BYTES8 = CallClass("integers", "bytes", "token")
@@ -83,8 +83,19 @@ def test_digits_of_x_are_taken_for_few_tokens_of_integers() -> None:
     call = CpuBackend.call_class
     assert call(descriptor(Case(uint(4), group=32))).weights == "int"
     assert call(descriptor(Case(uint(8), group=-1))).weights == "int8"
-    assert call(descriptor(Case(uint(4), group=16))).weights == "narrow", "no whole blocks"
+    assert call(descriptor(Case(uint(4), group=16))).weights == "int"
+    assert call(descriptor(MXFP4)).weights == call(descriptor(NVFP4)).weights == "int"
+    assert call(descriptor(Case(uint(4), k=192, group=48))).weights == "narrow", "no whole blocks"
+    assert call(descriptor(Case(E2M3))).weights == "narrow", "no table of 4 bits"
     assert call(descriptor(Case(NF4))).weights == "wide", "no integers"
+
+
+@pytest.mark.parametrize("name", ["zen3", "avx2"])
+def test_avx2_multiplies_digits_of_narrow_codes(name: str) -> None:
+    platform = Platform.parse(f"cpu:{name}")
+    assert isas(CallClass("floats", "int", "bfloat16"), platform) == ["avx2madd", "avx2"]
+    assert isas(CallClass("floats", "int8", "bfloat16"), platform) == ["avx2"]
+    assert isas(NARROW, platform) == ["avx2"]
 
 
 def test_flags_alone_decide_nothing() -> None:

@@ -33,8 +33,9 @@ AMX = AVX512_BF16 | {"amx"}
 ISAS = (
     CpuIsa("generic", frozenset(), machine=""),
     CpuIsa("avx2", AVX2),
+    CpuIsa("avx2madd", AVX2, integers=False),
     CpuIsa("avx512", AVX512),
-    CpuIsa("avxvnni", AVX2 | {"avxvnni"}, floats=False),
+    CpuIsa("avxvnni", AVX2 | {"avxvnni"}),
     CpuIsa("avx512vnni", AVX512_VNNI),
     CpuIsa("avx512bf16", AVX512 | {"avx512_bf16"}, integers=False),
     CpuIsa("amx", AMX),

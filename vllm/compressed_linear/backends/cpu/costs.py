@@ -3,8 +3,8 @@
 
 Cycles are counted for one core: those of decoding, and those of multiplying at the rate of the
 instruction that does it. The numbers were measured on Zen 4 (``avx512bf16``, ``avx512``,
-``avx512vnni``), Zen 3 (``avx2``) and Emerald Rapids (``amx``, ``avx512``); those for Arm and for
-``avxvnni`` are guesses.
+``avx512vnni``, ``avx2madd``), Zen 3 (``avx2``) and Emerald Rapids (``amx``, ``avx512``); those for
+Arm and for ``avxvnni`` are guesses.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class KernelCost:
     instruction runs once a cycle. ``parts``: dtype of x → terms of bf16, or digits, that it is
     split into, others not being multiplied; None: multiplied in fp32, whatever it is. ``narrow``:
     speed-up of products with codes below 8 bits, two of which fit 16 bits, so that they need not be
-    widened. ``digits``: multiplies integers with digits of x, and nothing else.
+    widened. ``digits``: multiplies what has digits of x, of the kinds in ``decode``, and nothing
+    else.
     """
 
     instruction: str
@@ -129,8 +130,20 @@ COSTS: dict[Kernels, dict[str, KernelCost]] = {
             parts=_PAIRS,
         ),
         "avx512vnni": KernelCost(
-            "dot8_512", 64, 0.6, {"bytes": 2.5}, floor=1.0, parts=_DIGITS, digits=True
+            "dot8_512",
+            64,
+            0.6,
+            {"narrow": 0.0, "bytes": 2.5},
+            floor=1.0,
+            parts=_DIGITS,
+            digits=True,
         ),
+        "avxvnni": KernelCost(
+            "dot8_256", 32, 0.9, {"narrow": 0.0, "bytes": 4.0}, parts=_DIGITS, digits=True
+        ),
+        # More than its rate: the third digit is mostly zero, and a dot product takes two of the
+        # three instructions.
+        "avx2madd": KernelCost("madd256", 32, 1.4, {"narrow": 0.0}, parts=_DIGITS, digits=True),
         "amx": KernelCost(
             "tile_bf16",
             8192,
@@ -171,5 +184,5 @@ def can_multiply(isa: str, call: CallClass) -> bool:
     if cost is None:
         return False
     if cost.digits:
-        return call.decoded != call.weights
+        return call.decoded != call.weights and call.decoded in cost.decode
     return cost.parts is None or (call.weights != "wide" and call.x in cost.parts)

@@ -71,7 +71,14 @@ def cost_of(isa: str, call: CallClass) -> KernelCost:
     costs = COSTS[call.kernels]
     if can_multiply(isa, call):
         return costs[isa]
-    return costs["avx512"] if isa in costs and isa != "generic" else costs["generic"]
+    return costs[_OTHERS.get(isa, "generic")]
+
+
+_OTHERS = {
+    **dict.fromkeys(("avx512vnni", "avx512bf16", "amx"), "avx512"),
+    **dict.fromkeys(("avx2madd", "avxvnni"), "avx2"),
+}
+"""What multiplies calls that an instruction set hands on."""
 
 
 def install_here() -> None:

@@ -2,7 +2,7 @@
 """Weight-only CPU kernels: codes stay packed in memory and are decoded in registers.
 
 Every width from 1 to 8 bits, any group size, bf16/fp16/fp32 weights and activations; AMX, AVX-512
-with bf16 dot products, with byte dot products of integer weights and digits of x, or without
+with bf16 dot products, with byte dot products of integers or e2m1 and digits of x, or without
 either, AVX2, NEON, or plain C++, whichever is fastest on the processor for the number of tokens of
 a call (``paths.py``).
 """
@@ -10,6 +10,7 @@ a call (``paths.py``).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 import torch
 
@@ -97,7 +98,7 @@ class CpuBackend(QuantLinearMethod):
             weights = "wide"
         elif element.kind == "dense":
             weights = "bf16"
-        elif element.kind == "integer" and (d.groups == 1 or d.group_size % _BLOCK == 0):
+        elif _takes_digits(d):
             weights = "int" if element.bits < 8 else "int8"
         else:
             weights = "narrow" if element.bits < 8 else "bytes"
@@ -217,6 +218,28 @@ def _kernel_element(element: ElementType) -> str:
     # The kernels decode 8-bit floats by arithmetic, smaller ones by a table of their codes.
     by_name = element.kind == "dense" or (element.kind == "float" and element.bits == 8)
     return element.name if by_name else f"uint{element.bits}"
+
+
+def _takes_digits(d: CompressedLinearDescriptor) -> bool:
+    """As ``takes_digits`` of ``csrc/cpu/common/paths.cpp``."""
+    if d.groups > 1 and d.group_size % _BLOCK and 2 * d.group_size != _BLOCK:
+        return False
+    element = d.weight.element
+    return element.kind == "integer" or (element.bits == 4 and _fits_bytes(element))
+
+
+@lru_cache(maxsize=64)
+def _fits_bytes(element: ElementType) -> bool:
+    """Whether the values of an element of 4 bits are steps of a power of two, as many as a byte
+    counts (``csrc/cpu/common/byte_codes.h``)."""
+    table = _table(element)
+    if table is None or table.dtype == torch.float32:
+        return False
+    for exponent in range(8):
+        steps = table.double() * 2**exponent
+        if bool((steps.abs() < 256).all()) and torch.equal(steps, steps.round()):
+            return bool(steps.max().clamp(min=0) - steps.min().clamp(max=0) <= 255)
+    return False
 
 
 def _table(element: ElementType) -> torch.Tensor | None:
