@@ -71,8 +71,21 @@ struct FewRowsKernel {
     if constexpr (kSpread)
       prefetch_share<P, static_cast<int>(kPairs), kTiles * Code::kBits>(blocks);
     __m512i weights[kTiles];
-    for (int t = 0; t < kTiles; ++t)
-      weights[t] = Code::template pair<P>(blocks + t * kBlockBytes, table);
+    if constexpr (!Code::kTwoPairs) {
+      for (int t = 0; t < kTiles; ++t)
+        weights[t] = Code::template pair<P>(blocks + t * kBlockBytes, table);
+      multiply<P>(weights, x);
+    } else if constexpr (P % 2 == 0) {
+      __m512i next[kTiles];
+      for (int t = 0; t < kTiles; ++t)
+        Code::template pairs<P>(blocks + t * kBlockBytes, table, weights[t], next[t]);
+      multiply<P>(weights, x);
+      multiply<P + 1>(next, x);
+    }
+  }
+
+  template <int P>
+  [[gnu::always_inline]] void multiply(const __m512i (&weights)[kTiles], const uint32_t* x) {
     for (int q = 0; q < Parts; ++q)
       for (int r = 0; r < Rows; ++r) {
         const auto activation =
@@ -221,6 +234,12 @@ struct DotCore : RegisterCore<DotCore> {
     const Table table;
     explicit FewRows(const Problem& p) : table(p) {}
     void run(const FewRowsArgs& a, int64_t rows, int64_t parts) const {
+      // The sums of more rows leave no registers for the tables.
+      const Kind kind = a.p.weight.geometry.element.kind;
+      if (kind == Kind::e4m3 && rows <= 2 && has_byte_permutations())
+        return few_rows_kernel_for<Float8Bytes<3>, 2>(rows, parts)(a, float8_bytes<3>());
+      if (kind == Kind::e5m2 && rows <= 2 && has_byte_permutations())
+        return few_rows_kernel_for<Float8Bytes<2>, 2>(rows, parts)(a, float8_bytes<2>());
       with_decoder(a.p.weight.geometry.element, [&](auto code) {
         return few_rows_kernel_for<decltype(code)>(rows, parts);
       })(a, table);

@@ -16,6 +16,10 @@ namespace {  // see layouts/planes.h
 struct Table {
   __m512i rows[4];
 
+  explicit Table(const uint8_t* bytes) {
+    for (int i = 0; i < 4; ++i) rows[i] = _mm512_load_si512(bytes + 64 * i);
+  }
+
   explicit Table(const Problem& p) {
     const Element element = p.weight.geometry.element;
     alignas(64) uint16_t values[128];
@@ -90,7 +94,7 @@ inline __m512i look_up(__m512i code, const Table& table) {
 template <int Mantissa>
 struct Float8 {
   static constexpr int kBits = 8;
-  static constexpr bool kHalves = false, kSequential = false;
+  static constexpr bool kHalves = false, kSequential = false, kTwoPairs = false;
   static constexpr int kShift = 7 - Mantissa;
   static constexpr int kBias = 127 - ((1 << (6 - Mantissa)) - 1);
   static constexpr int kExponent = 0x7f & ~((1 << Mantissa) - 1);
