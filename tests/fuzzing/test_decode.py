@@ -6,11 +6,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.support.checkpoints import COPIES, assert_matches_reference
+from tests.support.checkpoints import COPIES, assert_matches_reference, fuzzed
 from tests.support.fuzzing.decode import stored_layers, weight
 from tests.support.fuzzing.files import unmutated
 
-NAMES = sorted(path.name for path in COPIES.iterdir() if path.is_dir())
+NAMES = [path.name for path in fuzzed()]
 
 
 @pytest.mark.parametrize("name", NAMES)

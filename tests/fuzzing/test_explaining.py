@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.support.checkpoints import COPIES
+from tests.support.checkpoints import COPIES, fuzzed
 from tests.support.fuzzing import configs, containers, tensors
 from tests.support.fuzzing.decode import stored_layers
 from tests.support.fuzzing.files import unmutated
@@ -25,7 +25,7 @@ from vllm.compressed_linear.commands.explain.layers import ModelUnavailableError
 from vllm.compressed_linear.integration.preparation import detect_platform
 
 MUTANTS = int(os.environ.get("COMPRESSED_LINEAR_MUTANTS", "300")) // 5
-DIRECTORIES = sorted(path for path in COPIES.iterdir() if path.is_dir())
+DIRECTORIES = fuzzed()
 GROUPS = [tensors.MUTATORS, containers.MUTATORS, configs.MUTATORS]
 
 

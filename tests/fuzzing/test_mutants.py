@@ -16,14 +16,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.support.checkpoints import COPIES
+from tests.support.checkpoints import COPIES, fuzzed
 from tests.support.fuzzing import configs, containers, tensors
 from tests.support.fuzzing.files import unmutated
 from tests.support.fuzzing.reader import read
 from tests.support.fuzzing.verdict import draw_mutant, try_mutant
 
 MUTANTS = int(os.environ.get("COMPRESSED_LINEAR_MUTANTS", "300"))
-DIRECTORIES = sorted(path for path in COPIES.iterdir() if path.is_dir())
+DIRECTORIES = fuzzed()
 GROUPS = {
     "tensors": [tensors.MUTATORS],
     "containers": [containers.MUTATORS],

@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from tests.support.repository import ROOT
 
 COPIES = ROOT / "tests" / "fixtures"
+OF_OTHER_TOOLS = ("mlx-", "bnb-")
+"""Beginnings of names of copies that the fuzzer's own decoder does not read."""
 
 
 def zoo() -> Path:
@@ -34,6 +36,12 @@ def zoo() -> Path:
 def _directory(name: str) -> Path:
     """Where a checkpoint of the zoo or of ``tests/fixtures`` is, if it is there."""
     return zoo() / name if (zoo() / name).is_dir() else COPIES / name
+
+
+def fuzzed() -> list[Path]:
+    """Directories of the copies that are changed by the fuzzer."""
+    names = (path for path in COPIES.iterdir() if path.is_dir())
+    return sorted(path for path in names if not path.name.startswith(OF_OTHER_TOOLS))
 
 
 @dataclass(frozen=True)
@@ -102,13 +110,13 @@ def is_ours(entry: Entry) -> bool:
 
 
 def is_weight_only(entry: Entry) -> bool:
-    """Whether our formats read all of it, and x stays as it is."""
-    return is_ours(entry) and entry.activation is None
+    """Whether our formats read all of it, and x stays as it is: of bitsandbytes' int8 too."""
+    return is_ours(entry) and (entry.activation is None or entry.quant_method == "bitsandbytes")
 
 
 def quantizes_inputs(entry: Entry) -> bool:
     """Whether our formats read all of it, and x is quantized."""
-    return is_ours(entry) and entry.activation is not None
+    return is_ours(entry) and not is_weight_only(entry)
 
 
 def checkpoint(name: str) -> Path:

@@ -148,7 +148,8 @@ def test_a_model_that_cannot_be_split_so_says_why() -> None:
 def test_another_machine_may_choose_otherwise() -> None:
     path = str(checkpoint("gptqmodel-gptq-w4-g128-sym"))
     old = explain(path, platform=Platform.parse("cpu:avx2"))
-    assert {p.variant for layer in old.layers for p in layer.likely.parts} == {"avx2"}
+    variants = {p.variant for layer in old.layers for p in layer.likely.parts}
+    assert {variant.rpartition(" ")[2] for variant in variants} == {"avx2"}
     gpu = explain(path, platform=Platform.parse("cuda:90"))
     part = gpu.layers[0].likely.parts[0]
     reasons = {r.backend: r.reasons for r in part.rejected}
