@@ -217,3 +217,10 @@ def test_an_instruction_without_a_rate_is_never_the_fastest() -> None:
     zen3 = Platform.parse("cpu:zen3").rates
     for cost, call in ((COSTS["floats"]["avx512bf16"], NARROW), (COSTS["integers"]["amx"], BYTES8)):
         assert cost.cycles(call, zen3, 1, 4096.0) == float("inf")
+
+
+@pytest.mark.parametrize("name", PROFILES)
+@pytest.mark.parametrize("call", CALL_CLASSES, ids=str)
+def test_wide_dot_products_go_before_narrow_sums_of_products(name: str, call: CallClass) -> None:
+    platform = Platform.parse(f"cpu:{name}")
+    assert "avx512_vnni" not in platform.features or "avx2madd" not in isas(call, platform)
