@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+from vllm.compressed_linear.checkpoint.headers import Headers
 from vllm.compressed_linear.formats.base import Format, register_format
 from vllm.compressed_linear.formats.entries import Entries
 from vllm.compressed_linear.formats.fields import Fields
@@ -120,7 +121,6 @@ class Mlx(Format):
         return cls(config, settings, Modules.of(FIELD, overrides), overrides)
 
     def resolve(self, module: str, kind: LayerKind, file: FileView) -> Resolution:
-        _refuse_changed_weights(file)
         if (found := file.unquantized_on_disk(module)) is not None:
             return found
         if not file.quantized_on_disk(module) and file.tensors_on_disk(module) is not None:
@@ -134,18 +134,16 @@ class Mlx(Format):
             return scheme
         return Settings.parse(self.overrides[entry], self.settings).scheme
 
-
-def _refuse_changed_weights(file: FileView) -> None:
-    """MLX stores convolutions with the channels last, and mlx_lm adds 1 to the norms of models that
-    have them (``qwen3_5.py``, ``qwen3_next.py``: ``sanitize``). Raises ``ConfigError`` for such a
-    file: its norms would be taken for what the model's own files hold."""
-    for module in file.modules:
-        if not module.endswith("conv1d"):
-            continue
-        weight = file.header(module, "weight")
-        if weight is not None and len(weight.shape) == 3 and weight.shape[-1] == 1:
-            raise ConfigError(
-                f"tensor {module}.weight of {weight.file} has shape {list(weight.shape)}, which is "
-                "MLX's order of a convolution; MLX also changes the norms of such models, which is "
-                "not undone yet. Use a checkpoint of this model in another format"
-            )
+    def restated_headers(self, headers: Headers) -> Headers:
+        """``headers``. Raises ``ConfigError`` for a file that holds a convolution in MLX's order,
+        channels last: mlx_lm adds 1 to the norms of models that have one (``qwen3_5.py``,
+        ``qwen3_next.py``: ``sanitize``), which would be taken for what the model's own files hold.
+        """
+        for name, header in headers.items():
+            if name.endswith("conv1d.weight") and header.shape[2:] == (1,):
+                raise ConfigError(
+                    f"tensor {name} of {header.file} has shape {list(header.shape)}, which is "
+                    "MLX's order of a convolution; MLX also changes the norms of such models, "
+                    "which is not undone yet. Use a checkpoint of this model in another format"
+                )
+        return headers
