@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from tests.support.compressed_tensors_store import CompressedWeight
-from tests.support.damages import untold_damages
+from tests.support.damages import change_tensor, untold_damages
 from tests.support.float8_store import Float8
 from tests.support.float_models import (
     SMALL,
@@ -142,11 +141,6 @@ def test_damaged_files_are_one_clear_error(
 ) -> None:
     settings, store = VARIANTS[name]
     write(FloatModel(auto_round(**settings), store, Model(**SMALL)), tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    if change is None:
-        del tensors[f"{K}.{tensor}"]
-    else:
-        tensors[f"{K}.{tensor}"] = change(tensors[f"{K}.{tensor}"]).contiguous()
-    save_file(tensors, tmp_path / "model.safetensors")
+    change_tensor(tmp_path, f"{K}.{tensor}", change)
     with pytest.raises(ValueError, match=saying(f"{K}.{tensor}", *complaint)), loaded(tmp_path):
         pass

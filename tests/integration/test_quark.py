@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file, save_file
 
-from tests.support.damages import untold_damages
+from tests.support.damages import change_tensor, untold_damages
 from tests.support.float_models import (
     SMALL,
     FloatModel,
@@ -112,11 +111,6 @@ def test_damaged_files_are_one_clear_error(
     name: str, tensor: str, change: Any, complaint: tuple[object, ...], tmp_path: Path
 ) -> None:
     write(model_of(name), tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    if change is None:
-        del tensors[f"{K}.{tensor}"]
-    else:
-        tensors[f"{K}.{tensor}"] = change(tensors[f"{K}.{tensor}"]).contiguous()
-    save_file(tensors, tmp_path / "model.safetensors")
+    change_tensor(tmp_path, f"{K}.{tensor}", change)
     with pytest.raises(ValueError, match=saying(f"{K}.{tensor}", *complaint)), loaded(tmp_path):
         pass

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.support.float_models import Store
 from tests.support.shards import MODULE, described_by, load, source_of, stored_by
@@ -15,6 +17,18 @@ from vllm.compressed_linear.checkpoint.parts import refine
 from vllm.compressed_linear.spec.scheme import CheckpointScheme
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def change_tensor(
+    directory: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor] | None
+) -> None:
+    """Change tensor ``name`` of model.safetensors in ``directory``; without ``change`` drop it."""
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    held = tensors.pop(name)
+    if change is not None:
+        tensors[name] = change(held).contiguous()
+    save_file(tensors, file)
 
 
 def damages(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor | None]]:
