@@ -146,7 +146,7 @@ def weight_magnitude(
     ones and 0 for others; else |ŵ|. ``row_scale``: fp32 [n], s₂.
 
     Kernels subtract zero points as group sums, so the error follows both terms, not their
-    difference. A zero point that is no integer is itself rounded, in proportion to |z|.
+    difference. A float zero point is itself rounded, in proportion to |z|.
     """
     element = descriptor.weight.element
     second = 1 if row_scale is None else row_scale.abs().unsqueeze(1)
