@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 from vllm.compressed_linear.spec import elements
 from vllm.compressed_linear.spec.descriptor import ActivationSpec
-from vllm.compressed_linear.spec.elements import ElementType, uint
+from vllm.compressed_linear.spec.elements import NF4, ElementType, uint
 from vllm.compressed_linear.testing import Case, Problem
-from vllm.compressed_linear.testing.suite import NF4
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,7 @@ from vllm.compressed_linear.machine import timing
 from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.machine.timing import Clock
 from vllm.compressed_linear.spec.descriptor import CompressedLinearDescriptor, ScaleSpec, WeightSpec
-from vllm.compressed_linear.spec.elements import torch_dtype, uint
-from vllm.compressed_linear.testing.suite import NF4
+from vllm.compressed_linear.spec.elements import NF4, torch_dtype, uint
 
 NO_GPU = "benchmarks.triton_tiles needs an NVIDIA GPU, and torch sees none here"
 LAYERS = ("o", "gate_up", "down")

@@ -18,8 +18,8 @@ from vllm.compressed_linear.spec.descriptor import (
     WeightSpec,
     ZeroSpec,
 )
-from vllm.compressed_linear.spec.elements import BF16, E2M1, E4M3, INT8, ElementType, uint
-from vllm.compressed_linear.testing.suite import NF4, NVFP4_INPUT, mx
+from vllm.compressed_linear.spec.elements import BF16, E2M1, E4M3, INT8, NF4, ElementType, uint
+from vllm.compressed_linear.testing.suite import NVFP4_INPUT, mx
 
 SIZE = 4096
 INTEGER = ZeroSpec("integer", "uint8")

@@ -24,9 +24,9 @@ from vllm.compressed_linear.backends.triton.measured import TileClass, Tiles
 from vllm.compressed_linear.backends.triton.spec import KernelSpec
 from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.spec import elements
-from vllm.compressed_linear.spec.elements import E4M3, uint
+from vllm.compressed_linear.spec.elements import E4M3, NF4, uint
 from vllm.compressed_linear.testing import Case, check_case, conformance_cases
-from vllm.compressed_linear.testing.suite import FP8, INT8_TOKEN, MXFP4, NF4, NVFP4, mx
+from vllm.compressed_linear.testing.suite import FP8, INT8_TOKEN, MXFP4, NVFP4, mx
 
 pytestmark = pytest.mark.skipif(not runtime.interpreted(), reason="TRITON_INTERPRET=1 is not set")
 

@@ -23,9 +23,9 @@ from vllm.compressed_linear.machine.profiles import PROFILES, Rate
 from vllm.compressed_linear.settings import BATCH_INVARIANT, CPU_ISA
 from vllm.compressed_linear.spec import elements
 from vllm.compressed_linear.spec.descriptor import ActivationSpec, CompressedLinearDescriptor
-from vllm.compressed_linear.spec.elements import BF16, E2M3, FP16, INT8, uint
+from vllm.compressed_linear.spec.elements import BF16, E2M3, FP16, INT8, NF4, uint
 from vllm.compressed_linear.testing.oracle import Case
-from vllm.compressed_linear.testing.suite import MXFP4, NF4, NVFP4
+from vllm.compressed_linear.testing.suite import MXFP4, NVFP4
 
 NARROW = CallClass("floats", "narrow", "bfloat16")
 BYTES8 = CallClass("integers", "bytes", "token")

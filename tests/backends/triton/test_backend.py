@@ -26,9 +26,9 @@ from vllm.compressed_linear.backends.triton.spec import KernelSpec, planes
 from vllm.compressed_linear.machine.gpus import GPUS
 from vllm.compressed_linear.machine.platform import Platform
 from vllm.compressed_linear.spec import elements
-from vllm.compressed_linear.spec.elements import BF16, E4M3, uint
+from vllm.compressed_linear.spec.elements import BF16, E4M3, NF4, uint
 from vllm.compressed_linear.testing import Case, conformance_cases
-from vllm.compressed_linear.testing.suite import INT8_TOKEN, MXFP4, NF4, NVFP4
+from vllm.compressed_linear.testing.suite import INT8_TOKEN, MXFP4, NVFP4
 
 GPU = Platform.parse("cuda:90")
 CODED = [case for case in conformance_cases() if case.element.kind != "dense"]

@@ -33,8 +33,8 @@ from vllm.compressed_linear.spec.descriptor import (
     WeightSpec,
     ZeroSpec,
 )
-from vllm.compressed_linear.spec.elements import ElementType, torch_dtype, uint
-from vllm.compressed_linear.testing.suite import INT8_TOKEN, NF4
+from vllm.compressed_linear.spec.elements import NF4, ElementType, torch_dtype, uint
+from vllm.compressed_linear.testing.suite import INT8_TOKEN
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 

@@ -36,18 +36,18 @@ from vllm.compressed_linear.formats.resolution import (
     Unquantized,
 )
 from vllm.compressed_linear.spec.descriptor import ScaleSpec, WeightSpec
-from vllm.compressed_linear.spec.elements import INT8, ElementType, dtype_name, torch_dtype
+from vllm.compressed_linear.spec.elements import (
+    INT8,
+    NF4,
+    ElementType,
+    dtype_name,
+    torch_dtype,
+)
 from vllm.compressed_linear.spec.packing import Packing
 from vllm.compressed_linear.spec.scheme import CheckpointScheme, Role, StoredTensor
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 
-_NF4 = (
-    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
-    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
-    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
-    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-)
 _FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 _FP4 = tuple(
     float(torch.tensor(sign * twelfths / 12, dtype=torch.float32))
@@ -56,7 +56,7 @@ _FP4 = tuple(
 )
 """Not e2m1 of OCP: other values, in another order."""
 ELEMENTS = {
-    "nf4": ElementType("nf4", 4, codebook=_NF4),
+    "nf4": NF4,
     "fp4": ElementType("bnb_fp4", 4, codebook=_FP4),
 }
 

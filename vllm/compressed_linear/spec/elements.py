@@ -192,6 +192,17 @@ ALL_FLOATS = (BF16, FP16, FP32, *SMALL_FLOATS)
 """Float types of weights. E8M0 is for scales only."""
 E8M0 = ElementType("e8m0", 8, exponent=8, unsigned=True)
 INT8 = uint(8, 128)
+NF4 = ElementType(
+    "nf4",
+    4,
+    codebook=(
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ),
+)
+"""The 16 quantiles of the normal distribution of QLoRA (arXiv 2305.14314, appendix E)."""
 
 
 def scale_dtype_name(dtype: torch.dtype) -> str:

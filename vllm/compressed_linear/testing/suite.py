@@ -24,18 +24,6 @@ from vllm.compressed_linear.spec.elements import (
 from vllm.compressed_linear.testing.case import DATA, WIDE
 from vllm.compressed_linear.testing.oracle import Case
 
-NF4 = ElementType(
-    "nf4",
-    4,
-    codebook=(
-        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
-        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
-        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
-        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-    ),
-)
-"""The 16 quantiles of the normal distribution of QLoRA (arXiv 2305.14314, appendix E)."""
-
 
 def _powers(bits: int) -> ElementType:
     """A codebook of signed powers of two, which are exact in every dtype."""
@@ -58,7 +46,8 @@ def conformance_cases() -> list[Case]:
     cases += [
         Case(element)
         for element in (
-            *(NF4, elements.E4M3, elements.E5M2, elements.E3M2, elements.E2M3, elements.E2M1),
+            elements.NF4,
+            *elements.SMALL_FLOATS,
             *(_powers(bits) for bits in (2, 3, 5)),
         )
     ]
@@ -145,7 +134,7 @@ def _float_cases() -> list[Case]:
         Case(_symmetric(4), row_scale="channel"),
         Case(uint(4), zero="integer", row_scale="tensor", scale_dtype="float32"),
         Case(uint(3), zero="float", row_scale="channel", order="ragged"),
-        Case(NF4, group=64, scale_dtype="float32", row_scale="channel"),
+        Case(elements.NF4, group=64, scale_dtype="float32", row_scale="channel"),
         Case(E4M3, 56, 96, block_rows=16, shards=(24, 24, 8)),
     ]
     for base in (NVFP4, MXFP4, replace(FP8_BLOCK, n=40, k=96, group=32, block_rows=16, shards=())):
